@@ -1,0 +1,434 @@
+"""Gradients of verl's real FSDP2 engine on gloo ranks, against Σ x_i g_i computed without verl.
+
+    python -m tests.engine.scenarios --ranks 2 --dtype float64 --out FILE
+
+runs every scenario below in one process group and writes FILE as JSON: one row per optimizer step with the relative
+error of the whole gradient vector. tests/test_engine.py asserts on it.
+
+The reference shares nothing with the project but the model's weights: transformers' model on one unpadded response
+at a time, the clipped loss written out here, weights by numpy from paper §1.
+
+Exercised: TrainingWorker.train_mini_batch (mini-batches, shuffling, epochs), BaseEngine.train_batch, FSDP2 sharding
+and gradient reduction, static and dynamic micro-batches, nested (V1) and padded (V0) data, entropy and KL terms,
+masked rows, an empty rank, an empty mini-batch. Not exercised: CUDA kernels, Ulysses, other engines, Ray.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# verl reads these at import.
+from vlnorm_verl.cpu import cpu_environment
+
+os.environ.update(cpu_environment(threads=1))
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+M = 48.0
+ROWS = 16
+PROMPT = 5
+# Spread over more than 10x, so that a wrong sum cannot pass for rounding.
+LENGTHS = [2, 3, 30, 5, 44, 7, 2, 13, 3, 21, 4, 40, 6, 2, 9, 17]
+CLIP_LOW, CLIP_HIGH, CLIP_C = 0.2, 0.3, 3.0
+VOCAB = 31
+
+
+@dataclass
+class Scenario:
+    name: str
+    mode: str = "vl_norm"
+    micro: int | None = 2  # responses a micro-batch on one rank; None: dynamic
+    tokens: int | None = None  # tokens a micro-batch on one rank, if dynamic
+    padded: bool = False
+    width: int = max(LENGTHS)  # padded width of the response
+    mini: int = ROWS  # responses an optimizer mini-batch, over all ranks
+    epochs: int = 1
+    shuffle: bool = False
+    entropy_coeff: float = 0.0
+    kl_coef: float = 0.0
+    masked: tuple[int, ...] = ()
+    sabotage: str = ""
+    tags: list[str] = field(default_factory=list)
+
+
+def scenarios(ranks: int) -> list[Scenario]:
+    out = []
+    per_rank = ROWS // ranks
+    for mode in ("vl_norm", "vl_norm:0.75", "vl_norm:0"):
+        out += [Scenario(f"micro-batches of {m}", mode, micro=m) for m in (1, 2, 4) if m <= per_rank]
+        out += [Scenario(f"dynamic, {t} tokens", mode, micro=None, tokens=t) for t in (60, 110)]
+        out += [
+            Scenario("shuffled, 2 epochs of 2 mini-batches", mode, mini=ROWS // 2, epochs=2, shuffle=True),
+            Scenario("padded", mode, padded=True),
+            Scenario("padded, wider", mode, padded=True, width=60, micro=1),
+            Scenario("entropy and KL", mode, entropy_coeff=0.1, kl_coef=0.2),
+            Scenario("3 rows masked", mode, masked=(1, 4, 15)),
+            Scenario("3 rows masked, padded, dynamic", mode, masked=(1, 4, 15), padded=True, micro=None, tokens=60),
+            *([Scenario("first rank empty", mode, masked=tuple(range(per_rank)))] if ranks > 1 else []),
+        ]
+    out += [Scenario("other methods", mode) for mode in ("vl_norm:2", "grpo_norm", "dapo_norm", "dr_grpo_norm")]
+    out += [Scenario("other methods, masked", m, masked=(1, 4, 15)) for m in ("grpo_norm", "dapo_norm", "dr_grpo_norm")]
+    out += [Scenario("stock Dr. GRPO", "seq-mean-token-sum-norm")]
+    out += [Scenario("no valid token", mode, masked=tuple(range(ROWS))) for mode in ("vl_norm", "grpo_norm")]
+    out += [Scenario("no valid token, padded", padded=True, masked=tuple(range(ROWS)))]
+    out += [
+        Scenario("sabotage: micro-batch-local sum", m, micro=1, sabotage="micro") for m in ("vl_norm", "vl_norm:0.75")
+    ]
+    if ranks > 1:
+        out += [Scenario("sabotage: rank-local sum", sabotage="rank")]
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------ reference
+
+
+def weights(mode: str, lengths: np.ndarray) -> np.ndarray:
+    """x_i by the table of paper §1 over the responses with a valid token."""
+    x, n = np.zeros(len(lengths)), lengths[lengths > 0].astype(np.float64)
+    if not len(n):
+        return x
+    name, _, parameter = mode.partition(":")
+    if name == "vl_norm":
+        z = n ** -float(parameter or 1)
+        x[lengths > 0] = z / z.sum() / M
+    elif name in ("dr_grpo_norm", "seq-mean-token-sum-norm"):
+        x[lengths > 0] = 1 / (len(n) * M)
+    elif name == "grpo_norm":
+        x[lengths > 0] = 1 / (len(n) * n)
+    elif name == "dapo_norm":
+        x[lengths > 0] = 1 / n.sum()
+    else:
+        raise ValueError(mode)
+    return x
+
+
+def response_gradients(model: torch.nn.Module, rows: "Rows", scenario: Scenario) -> torch.Tensor:
+    """g_i of every response [ROWS, parameters]: gradient of its summed token losses, one response at a time."""
+    gradients = []
+    for i, length in enumerate(LENGTHS):
+        logits = model(input_ids=rows.ids[i][None]).logits[0, PROMPT - 1 : -1]
+        log_p = torch.log_softmax(logits, -1)
+        chosen = log_p.gather(-1, rows.ids[i][PROMPT:, None])[:, 0]
+        ratio = (chosen - rows.old[i]).exp()
+        advantage = rows.advantages[i]
+        clipped = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH))
+        dual = torch.where(advantage < 0, torch.minimum(clipped, -advantage * CLIP_C), clipped)
+        loss = dual.sum()
+        if scenario.entropy_coeff:
+            loss = loss + scenario.entropy_coeff * (log_p.exp() * log_p).sum()
+        if scenario.kl_coef:
+            delta = rows.ref[i] - chosen
+            loss = loss + scenario.kl_coef * (delta.exp() - delta - 1).sum()
+        assert len(chosen) == length
+        model.zero_grad()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    return torch.stack(gradients)
+
+
+@dataclass
+class Rows:
+    """The batch: token ids, old and reference log-probabilities, advantages of each response."""
+
+    ids: list[torch.Tensor]
+    old: list[torch.Tensor]
+    ref: list[torch.Tensor]
+    advantages: list[torch.Tensor]
+
+
+def make_rows(model: torch.nn.Module, dtype: torch.dtype) -> Rows:
+    g = torch.Generator().manual_seed(7)
+    rows = Rows([], [], [], [])
+    for length in LENGTHS:
+        ids = torch.randint(1, VOCAB, (PROMPT + length,), generator=g)
+        with torch.no_grad():
+            log_p = torch.log_softmax(model(input_ids=ids[None]).logits[0, PROMPT - 1 : -1], -1)
+        chosen = log_p.gather(-1, ids[PROMPT:, None])[:, 0]
+        rows.ids.append(ids)
+        # Off by up to e^±0.8, so that every branch of the clipped loss is taken.
+        rows.old.append(chosen + 0.4 * torch.randn(length, generator=g, dtype=torch.float64).to(dtype))
+        rows.ref.append(chosen + 0.2 * torch.randn(length, generator=g, dtype=torch.float64).to(dtype))
+        rows.advantages.append(torch.full((length,), torch.randn(1, generator=g).item(), dtype=dtype))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------- verl's side
+
+
+def make_model(folder: str, dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        initializer_range=0.2,
+        attn_implementation="sdpa",
+    )
+    model = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder)
+    return model.to(dtype)
+
+
+def make_data(rows: Rows, scenario: Scenario, mine: range) -> TensorDict:
+    """This rank's responses as verl's V1 trainer (nested) or V0 trainer (padded) hands them to update_actor."""
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.utils.padding import left_right_2_no_padding
+
+    masks = [torch.full((LENGTHS[i],), int(i not in scenario.masked)) for i in mine]
+    columns = {"old_log_probs": rows.old, "ref_log_prob": rows.ref, "advantages": rows.advantages}
+    meta = {
+        "temperature": 1.0,
+        "global_batch_size": scenario.mini,
+        "mini_batch_size": scenario.mini,
+        "epochs": scenario.epochs,
+        "seed": 3,
+        "dataloader_kwargs": {"shuffle": scenario.shuffle},
+        "calculate_entropy": bool(scenario.entropy_coeff),
+        "use_dynamic_bsz": scenario.micro is None,
+        "max_token_len_per_gpu": scenario.tokens,
+        "micro_batch_size_per_gpu": scenario.micro,
+        "pad_token_id": 0,
+    }
+    row_id = torch.tensor(list(mine))
+    if scenario.padded:
+        pad = functools.partial(torch.nn.functional.pad, mode="constant", value=0)
+        right = lambda t: pad(t, (0, scenario.width - len(t)))  # noqa: E731
+        # Prompts are padded on the left by one token, so that there is something to strip.
+        ids = torch.stack([pad(right(rows.ids[i][PROMPT:]), (PROMPT + 1, 0)) for i in mine])
+        for row, i in enumerate(mine):
+            ids[row, 1 : PROMPT + 1] = rows.ids[i][:PROMPT]
+        attention = torch.zeros_like(ids)
+        for row, i in enumerate(mine):
+            attention[row, 1 : PROMPT + 1 + LENGTHS[i]] = 1
+        tensors = {
+            "input_ids": ids,
+            "attention_mask": attention,
+            "position_ids": (attention.cumsum(-1) - 1).clamp(min=0),
+            "prompts": ids[:, : PROMPT + 1],
+            "responses": ids[:, PROMPT + 1 :],
+            "response_mask": torch.stack([right(m) for m in masks]),
+            "row_id": row_id,
+        } | {k: torch.stack([right(v[i]) for i in mine]) for k, v in columns.items()}
+        data = TensorDict(tensors, batch_size=[len(mine)])
+        tu.assign_non_tensor(data, **meta)
+        return left_right_2_no_padding(data)
+
+    nest = functools.partial(torch.nested.as_nested_tensor, layout=torch.jagged)
+    nested = {
+        "input_ids": nest([rows.ids[i] for i in mine]),
+        "position_ids": nest([torch.arange(len(rows.ids[i])) for i in mine]),
+        "prompts": nest([rows.ids[i][:PROMPT] for i in mine]),
+        "responses": nest([rows.ids[i][PROMPT:] for i in mine]),
+        "response_mask": nest(masks),
+        "loss_mask": nest([torch.cat([torch.zeros(PROMPT, dtype=m.dtype), m]) for m in masks]),
+        "row_id": row_id,
+    } | {k: nest([v[i] for i in mine]) for k, v in columns.items()}
+    return tu.get_tensordict(tensor_dict=nested, non_tensor_dict=meta)
+
+
+def actor_config(scenario: Scenario) -> Any:
+    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+
+    return FSDPActorConfig(
+        strategy="fsdp2",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        loss_agg_mode=scenario.mode,
+        loss_scale_factor=M,
+        clip_ratio=CLIP_LOW,
+        clip_ratio_low=CLIP_LOW,
+        clip_ratio_high=CLIP_HIGH,
+        clip_ratio_c=CLIP_C,
+        entropy_coeff=scenario.entropy_coeff,
+        use_kl_loss=bool(scenario.kl_coef),
+        kl_loss_coef=scenario.kl_coef,
+        kl_loss_type="low_var_kl",
+        policy_loss=PolicyLossConfig(loss_mode="vanilla"),
+    )
+
+
+def make_worker(folder: str, dtype: str) -> Any:
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+    from verl.workers.engine_workers import TrainingWorker
+
+    precision = {"float32": "fp32", "float64": "fp64"}[dtype]
+    worker = TrainingWorker(
+        TrainingWorkerConfig(
+            model_type="language_model",
+            model_config=HFModelConfig(
+                path=folder,
+                load_tokenizer=False,
+                use_remove_padding=False,
+                enable_gradient_checkpointing=False,
+                override_config={"attn_implementation": "sdpa"},
+            ),
+            engine_config=FSDPEngineConfig(
+                strategy="fsdp2",
+                model_dtype=precision,
+                mixed_precision=dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), precision),
+                use_torch_compile=False,
+                use_dynamic_bsz=False,
+                micro_batch_size_per_gpu=1,
+                wrap_policy={"min_num_params": 0},
+            ),
+            # A learning rate of 0 keeps the weights where the reference was taken, over every optimizer step.
+            optimizer_config=FSDPOptimizerConfig(lr=0.0, clip_grad=1e30),
+            checkpoint_config=CheckpointConfig(),
+            profiler_config=None,
+        )
+    )
+    worker.reset()
+    return worker
+
+
+def allow_float64() -> None:
+    """verl and transformers have no float64 path; the equality to 1e-12 needs one. In this test's processes only."""
+    from transformers.models.qwen2 import modeling_qwen2
+    from verl.utils.torch_dtypes import PrecisionType
+
+    stock = PrecisionType.to_dtype
+    PrecisionType.to_dtype = staticmethod(lambda p: torch.float64 if p == "fp64" else stock(p))
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
+
+    modeling_qwen2.Qwen2RMSNorm.forward = forward
+
+
+@contextlib.contextmanager
+def sabotaged(kind: str) -> Iterator[None]:
+    """The two mistakes that the test must be able to see."""
+    from vlnorm_verl import aggregation, plugin
+
+    def local_aggregate(mat: torch.Tensor, mask: torch.Tensor, method: Any, total: Any, scale: Any) -> torch.Tensor:
+        # What averaging per micro-batch does: weights of the own rows only, then the share of the mini-batch.
+        own = aggregation.mini_batch_sums(method, aggregation.response_lengths(mask))
+        return honest_aggregate(mat, mask, method, own[0], scale) * (len(mat) / ROWS)
+
+    honest_aggregate, honest_sum = aggregation.aggregate, plugin._sum_over_data_parallel_ranks
+    try:
+        if kind == "micro":
+            aggregation.aggregate = local_aggregate
+        if kind == "rank":
+            world = torch.distributed.get_world_size()
+            plugin._sum_over_data_parallel_ranks = lambda engine, sums: sums * world
+        yield
+    finally:
+        aggregation.aggregate, plugin._sum_over_data_parallel_ranks = honest_aggregate, honest_sum
+
+
+@contextlib.contextmanager
+def recording(engine: Any) -> Iterator[list[tuple[torch.Tensor, list[int]]]]:
+    """The whole gradient and this rank's rows of each optimizer step."""
+    steps: list[tuple[torch.Tensor, list[int]]] = []
+    rows: list[list[int]] = []
+    train_batch, optimizer_step = engine.train_batch, engine.optimizer_step
+
+    def recording_train_batch(data: TensorDict, loss_function: Callable) -> Any:
+        rows.append(data["row_id"].tolist())
+        return train_batch(data, loss_function)
+
+    def recording_step() -> Any:
+        norm = optimizer_step()
+        gradient = torch.cat([p.grad.full_tensor().flatten() for p in engine.module.parameters()])
+        steps.append((gradient.clone(), rows[-1]))
+        return norm
+
+    engine.train_batch, engine.optimizer_step = recording_train_batch, recording_step
+    yield steps
+    del engine.train_batch, engine.optimizer_step
+
+
+def run_rank(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.utils.losses import ppo_loss
+
+    torch_dtype = getattr(torch, dtype)
+    if dtype == "float64":
+        allow_float64()
+    reference = make_model(f"{folder}/{rank}", torch_dtype)
+    rows = make_rows(reference, torch_dtype)
+    worker = make_worker(f"{folder}/{rank}", dtype)
+    # Autocast knows no float64; with the parameters in the wanted type there is nothing to cast.
+    worker.engine._autocast_dtype = torch.float32
+
+    per_rank = ROWS // ranks
+    mine = range(rank * per_rank, (rank + 1) * per_rank)
+    gradients: dict[tuple[float, float], torch.Tensor] = {}
+    results = []
+    for scenario in scenarios(ranks):
+        key = (scenario.entropy_coeff, scenario.kl_coef)
+        if key not in gradients:
+            gradients[key] = response_gradients(reference, rows, scenario)
+        worker.set_loss_fn(functools.partial(ppo_loss, config=actor_config(scenario)))
+        with recording(worker.engine) as steps, sabotaged(scenario.sabotage):
+            output = worker.train_mini_batch(make_data(rows, scenario, mine))
+        metrics = {k: v for k, v in tu.get(output, "metrics").items() if "vl_norm" in k or k == "loss"}
+        for step, (gradient, own) in enumerate(steps):
+            everyone: list[list[int]] = [[] for _ in range(ranks)]
+            torch.distributed.all_gather_object(everyone, own)
+            used = [i for part in everyone for i in part]
+            lengths = np.array([0 if i in scenario.masked else LENGTHS[i] for i in used])
+            x = torch.from_numpy(weights(scenario.mode, lengths)).to(torch_dtype)
+            expected = x @ gradients[key][used]
+            distance, norm = (gradient - expected).norm().item(), expected.norm().item()
+            results.append(
+                {
+                    "scenario": scenario.name,
+                    "mode": scenario.mode,
+                    "step": step,
+                    "lengths": lengths.tolist(),
+                    "norm": norm,
+                    "error": distance / norm if norm else distance,
+                    "metrics": {k: float(np.mean(v.values if hasattr(v, "values") else v)) for k, v in metrics.items()},
+                }
+            )
+    if rank == 0:
+        Path(out).write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--dtype", choices=["float32", "float64"], required=True)
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    args = parser.parse_args()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    # Imported once, before forking: each process would spend longer on it than on its gradients.
+    import verl.workers.engine_workers  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(
+            run_rank, (args.ranks, port, args.dtype, folder, args.out), nprocs=args.ranks, start_method="fork"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""The maths: `vlnorm_verl.aggregation` against closed forms written out here with numpy.
+
+Covered: weights, splits into parts, permutations, padding, masked rows, dtypes, sizes, the registry and its messages.
+Not covered: anything of verl (test_engine.py has the real engine).
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlnorm_verl import Aggregation, available, parse_mode, register_aggregation
+from vlnorm_verl.aggregation import (
+    aggregate,
+    mini_batch_statistics,
+    mini_batch_sums,
+    relative_weight_range,
+    response_lengths,
+    response_weights,
+)
+
+M = 64.0
+MODES = ["vl_norm", "vl_norm:0.75", "vl_norm:0", "vl_norm:2", "grpo_norm", "dapo_norm", "dr_grpo_norm"]
+lengths_strategy = st.lists(st.integers(0, 60), min_size=1, max_size=24).filter(any)
+
+
+def closed_form(mode: str, lengths: list[int], scale: float = M) -> np.ndarray:
+    """x_i of the table in the paper, for the responses with a valid token; 0 for the others."""
+    length = np.array([n for n in lengths if n], dtype=np.float64)
+    count = len(length)
+    x = {
+        "grpo_norm": lambda: 1 / (count * length),
+        "dapo_norm": lambda: np.full(count, 1 / length.sum()),
+        "dr_grpo_norm": lambda: np.full(count, 1 / (count * scale)),
+        "vl_norm": lambda: vl_norm(length, 1.0, scale),
+        "vl_norm:0.75": lambda: vl_norm(length, 0.75, scale),
+        "vl_norm:0": lambda: vl_norm(length, 0.0, scale),
+        "vl_norm:2": lambda: vl_norm(length, 2.0, scale),
+    }[mode]()
+    out = np.zeros(len(lengths))
+    out[np.array(lengths) > 0] = x
+    return out
+
+
+def vl_norm(length: np.ndarray, alpha: float, scale: float) -> np.ndarray:
+    return length**-alpha / (length**-alpha).sum() / scale
+
+
+def ragged(lengths: list[int], width: int | None = None, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token losses and mask [B, T]; NaN where masked, which must not matter."""
+    width = width or max(max(lengths), 1)
+    mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
+    losses = torch.randn(len(lengths), width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return losses.masked_fill(~mask, math.nan), mask
+
+
+def expected_loss(mode: str, lengths: list[int], losses: torch.Tensor) -> float:
+    return float((closed_form(mode, lengths) * losses.nansum(-1).numpy()).sum())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(lengths=lengths_strategy)
+def test_weights_are_the_closed_form(mode: str, lengths: list[int]) -> None:
+    method, length = parse_mode(mode), torch.tensor(lengths)
+    weights = response_weights(method, length, mini_batch_sums(method, length)[0], M)
+    assert weights.dtype == torch.float64
+    np.testing.assert_allclose(weights.numpy(), closed_form(mode, lengths), rtol=1e-13)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(lengths=lengths_strategy, data=st.data())
+def test_any_split_order_and_padding_gives_the_same_loss(mode: str, lengths: list[int], data: st.DataObject) -> None:
+    """Micro-batches of any sizes, in any order, each padded to a width of its own."""
+    method = parse_mode(mode)
+    losses, _ = ragged(lengths)
+    order = data.draw(st.permutations(range(len(lengths))))
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(lengths)), max_size=5)) | {len(lengths)})
+    parts = [order[a:b] for a, b in zip([0, *cuts], cuts, strict=False)]
+
+    # Sums of parts add, as they do over data-parallel ranks.
+    total = sum(mini_batch_sums(method, torch.tensor([lengths[i] for i in part])) for part in parts)[0]
+    loss = 0.0
+    for part in parts:
+        own = [lengths[i] for i in part]
+        width = max(*own, 1) + data.draw(st.integers(0, 3))
+        mat = torch.full((len(part), width), math.nan, dtype=torch.float64)
+        for row, i in enumerate(part):
+            mat[row, : lengths[i]] = losses[i, : lengths[i]]
+        mask = torch.arange(width)[None] < torch.tensor(own)[:, None]
+        loss += aggregate(mat, mask, method, total, M).item()
+    assert loss == pytest.approx(expected_loss(mode, lengths, losses), rel=1e-12, abs=1e-14)
+
+
+@given(lengths=lengths_strategy)
+def test_alpha_0_is_dr_grpo_and_equal_lengths_make_alpha_irrelevant(lengths: list[int]) -> None:
+    np.testing.assert_allclose(closed_form("vl_norm:0", lengths), closed_form("dr_grpo_norm", lengths), rtol=1e-14)
+    length = torch.tensor([max(lengths)] * len(lengths))
+    weights = [
+        response_weights(m := parse_mode(f"vl_norm:{alpha}"), length, mini_batch_sums(m, length)[0], M)
+        for alpha in (0, 0.5, 0.75, 1, 2)
+    ]
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], rtol=1e-14, atol=0)
+
+
+@given(lengths=lengths_strategy, alpha=st.floats(0, 2))
+def test_weights_sum_to_one_over_m(lengths: list[int], alpha: float) -> None:
+    method, length = parse_mode(f"vl_norm:{alpha}"), torch.tensor(lengths)
+    weights = response_weights(method, length, mini_batch_sums(method, length)[0], M)
+    assert weights.sum().item() == pytest.approx(1 / M, rel=1e-13)
+
+
+def test_micro_batch_of_one_is_not_dr_grpo() -> None:
+    """With the mini-batch's sum a micro-batch of one keeps its own weight; a local sum would make it 1/M."""
+    method, lengths = parse_mode("vl_norm"), [1, 9]
+    total = mini_batch_sums(method, torch.tensor(lengths))[0]
+    alone = [response_weights(method, torch.tensor([n]), total, M).item() for n in lengths]
+    np.testing.assert_allclose(alone, [0.9 / M, 0.1 / M], rtol=1e-14)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradient_of_the_loss_is_the_weight(mode: str) -> None:
+    lengths = [0, 1, 5, 17]
+    losses, mask = ragged(lengths)
+    losses.requires_grad_()
+    method = parse_mode(mode)
+    aggregate(losses, mask, method, mini_batch_sums(method, torch.tensor(lengths))[0], M).backward()
+    expected = torch.from_numpy(closed_form(mode, lengths))[:, None] * mask
+    torch.testing.assert_close(losses.grad, expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mini_batch_without_a_valid_token_gives_zero_and_zero_gradient(mode: str) -> None:
+    losses, mask = ragged([0, 0], width=4)
+    losses.requires_grad_()
+    method = parse_mode(mode)
+    sums = mini_batch_sums(method, torch.tensor([0, 0]))
+    loss = aggregate(losses, mask, method, sums[0], M)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert torch.equal(losses.grad, torch.zeros_like(losses))
+    assert set(mini_batch_statistics(sums.tolist()).values()) == {0.0}
+
+
+def test_bf16_losses_are_weighted_in_float64_and_summed_in_float32() -> None:
+    """4,097 tokens of 1/256: a bf16 sum stops growing at 2.0, far from 16.004."""
+    losses, mask = torch.full((1, 4097), 1 / 256, dtype=torch.bfloat16), torch.ones(1, 4097, dtype=torch.bool)
+    method = parse_mode("dr_grpo_norm")
+    loss = aggregate(losses, mask, method, torch.tensor(1.0, dtype=torch.float64), 1.0)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(4097 / 256, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_largest_lengths_and_batches(mode: str) -> None:
+    lengths = np.random.default_rng(0).integers(1, 131_073, size=65_536)
+    lengths[:2] = 1, 131_072
+    method, length = parse_mode(mode), torch.from_numpy(lengths)
+    weights = response_weights(method, length, mini_batch_sums(method, length)[0], M)
+    np.testing.assert_allclose(weights.numpy(), closed_form(mode, lengths.tolist()), rtol=1e-11)
+
+
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any))
+def test_lengths_of_nested_and_padded_masks_agree(lengths: list[int]) -> None:
+    """A jagged row holds the whole response; tokens masked inside (a tool's, say) do not count."""
+    rows = [torch.tensor([1] * n + [0] * (i % 3 + 1)) for i, n in enumerate(lengths)]
+    nested = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    assert response_lengths(nested).tolist() == response_lengths(padded).tolist() == lengths
+
+
+@given(lengths=lengths_strategy, alpha=st.sampled_from([0.0, 0.75, 1.0, 2.0]))
+def test_statistics_are_those_of_the_definitions(lengths: list[int], alpha: float) -> None:
+    method, length = parse_mode(f"vl_norm:{alpha}"), torch.tensor(lengths)
+    sums = mini_batch_sums(method, length)
+    statistics = mini_batch_statistics(sums.tolist())
+    valid = np.array([n for n in lengths if n], dtype=float)
+    x = vl_norm(valid, alpha, M)
+    assert statistics["length_mean"] == pytest.approx(valid.mean())
+    assert statistics["length_harmonic_mean"] == pytest.approx(len(valid) / (1 / valid).sum())
+    assert statistics["variance_ratio"] == pytest.approx(math.sqrt(valid.mean() * (1 / valid).mean()))
+    assert statistics["effective_responses"] == pytest.approx(1 / ((M * x) ** 2).sum())
+    low, high = relative_weight_range(method, length, sums).tolist()
+    assert low == pytest.approx((M * len(valid) * x).min())
+    assert high == pytest.approx((M * len(valid) * x).max())
+
+
+def test_variance_ratio_is_what_the_closed_forms_predict() -> None:
+    """√(A/H) = CV(Dr. GRPO)/CV(VL Norm α=1) with Var(g_i) ∝ L_i, from Σx²L and Σx of each method."""
+    lengths = [3, 10, 40, 200]
+
+    def cv(mode: str) -> float:
+        x = closed_form(mode, lengths)
+        return math.sqrt((x**2 * lengths).sum()) / x.sum()
+
+    statistics = mini_batch_statistics(mini_batch_sums(parse_mode("vl_norm"), torch.tensor(lengths)).tolist())
+    assert statistics["variance_ratio"] == pytest.approx(cv("dr_grpo_norm") / cv("vl_norm"), rel=1e-13)
+    assert cv("vl_norm") == pytest.approx(cv("grpo_norm"), rel=1e-13)
+    assert cv("dapo_norm") == pytest.approx(cv("dr_grpo_norm"), rel=1e-13)
+
+
+@pytest.mark.parametrize("scale", [None, 0, -1, math.inf, math.nan])
+def test_bad_scale_is_refused(scale: float | None) -> None:
+    method = parse_mode("vl_norm")
+    with pytest.raises(ValueError, match="loss_scale_factor"):
+        response_weights(method, torch.tensor([1]), torch.tensor(1.0), scale)
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("vl-norm", "Did you mean 'vl_norm'"),
+        ("VLNorm", "Did you mean 'vl_norm'"),
+        ("tokenmean", "Did you mean 'token-mean'"),
+        ("xyz", "Accepted: .*vl_norm.*token-mean"),
+        ("vl_norm:2.5", "accepted: 0 ≤ α ≤ 2"),
+        ("vl_norm:-0.1", "accepted: 0 ≤ α ≤ 2"),
+        ("vl_norm:nan", "accepted: 0 ≤ α ≤ 2"),
+        ("vl_norm:", "is not a number"),
+        ("vl_norm:one", "is not a number"),
+        ("dapo_norm:1", "takes no parameter"),
+    ],
+)
+def test_bad_modes_are_refused_with_one_helpful_message(mode: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_mode(mode, "actor.loss_agg_mode", also_accepted=["token-mean"])
+    assert f"actor.loss_agg_mode={mode!r}" in str(caught.value)
+
+
+def test_own_aggregation_is_registered_once_and_never_hides_one_of_verls() -> None:
+    @register_aggregation("test_sqrt")
+    def test_sqrt() -> Aggregation:
+        return Aggregation(u=lambda n: n**-0.5, z=lambda n: n**-0.5, per_token_scale=True)
+
+    assert "test_sqrt" in available()
+    assert torch.equal(parse_mode("test_sqrt").u(torch.tensor([4.0])), torch.tensor([0.5]))
+    with pytest.raises(ValueError, match="registered already"):
+        register_aggregation("vl_norm")(test_sqrt)
+    with pytest.raises(ValueError, match="lower-case"):
+        register_aggregation("token-mean")

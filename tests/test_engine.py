@@ -1,0 +1,87 @@
+"""verl's real FSDP2 engine with the plugin: every gradient is Σ x_i g_i (tests/engine/scenarios.py says what runs)."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
+
+
+@pytest.fixture(scope="module", params=[(1, "float64"), (2, "float64"), (4, "float64"), (2, "float32")], ids=str)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, list[dict]]:
+    ranks, dtype = request.param
+    out = tmp_path_factory.mktemp("engine") / "results.json"
+    command = [
+        sys.executable,
+        "-m",
+        "tests.engine.scenarios",
+        "--ranks",
+        str(ranks),
+        "--dtype",
+        dtype,
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return ranks, dtype, json.loads(out.read_text())
+
+
+def rows(results: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    found = [row for row in results if row["scenario"].startswith(name)]
+    assert found, name
+    return found
+
+
+def test_every_gradient_is_the_closed_form(run: tuple[int, str, list[dict]]) -> None:
+    ranks, dtype, results = run
+    honest = [row for row in results if not row["scenario"].startswith(("sabotage", "no valid token"))]
+    assert len(honest) >= 40
+    wrong = [row for row in honest if not row["error"] <= TOLERANCE[dtype]]
+    assert not wrong, [(row["scenario"], row["mode"], row["error"]) for row in wrong]
+    assert all(row["norm"] > 1e-3 for row in honest)  # an error relative to nothing would be no error
+
+
+def test_empty_mini_batch_gives_zero_loss_and_gradient(run: tuple[int, str, list[dict]]) -> None:
+    for row in rows(run[2], "no valid token"):
+        assert row["norm"] == 0.0
+        assert row["error"] == 0.0  # the gradient's own norm, here; NaN would fail
+        assert row["metrics"]["loss"] == 0.0
+
+
+def test_shuffled_epochs_see_every_response_once_an_epoch(run: tuple[int, str, list[dict]]) -> None:
+    for mode in ("vl_norm", "vl_norm:0.75", "vl_norm:0"):
+        steps = [row for row in rows(run[2], "shuffled") if row["mode"] == mode]
+        assert [row["step"] for row in steps] == [0, 1, 2, 3]
+        assert sorted(steps[0]["lengths"] + steps[1]["lengths"]) == sorted(steps[2]["lengths"] + steps[3]["lengths"])
+        assert steps[0]["lengths"] != steps[2]["lengths"]
+
+
+def test_local_sums_would_be_seen(run: tuple[int, str, list[dict]]) -> None:
+    """What the tolerance above must catch is off by more than 10%."""
+    for row in rows(run[2], "sabotage"):
+        assert row["error"] > 0.1, row
+
+
+def test_metrics_describe_the_whole_mini_batch(run: tuple[int, str, list[dict]]) -> None:
+    for row in rows(run[2], "3 rows masked"):
+        lengths = np.array([n for n in row["lengths"] if n], dtype=float)
+        alpha = float(row["mode"].partition(":")[2] or 1)
+        relative = lengths**-alpha / (lengths**-alpha).mean()
+        expected = {
+            "length_mean": lengths.mean(),
+            "length_harmonic_mean": 1 / (1 / lengths).mean(),
+            "variance_ratio": math.sqrt(lengths.mean() * (1 / lengths).mean()),
+            "effective_responses": len(lengths) ** 2 / (relative**2).sum(),
+            "weight_min": relative.min(),
+            "weight_max": relative.max(),
+        }
+        for name, value in expected.items():
+            assert row["metrics"][f"vl_norm/{name}"] == pytest.approx(value, rel=1e-6), name

@@ -1,0 +1,24 @@
+"""The module that verl imports in every process (entry point `vlnorm` of the group `verl.plugins`).
+
+verl discards what an entry point loads, so importing this module is the registration. verl also logs a plugin
+that fails to load at DEBUG only (verl/__init__.py), where nobody sees it: hence the WARNING here. After a
+failure stock verl goes on untouched, and a run that asks for `vl_norm` stops in verl's own
+`ActorConfig.__post_init__`, which does not know the mode.
+"""
+
+import logging
+
+logger = logging.getLogger(__name__)
+
+try:
+    from vlnorm_verl import cpu, plugin
+
+    plugin.register()
+    cpu.register()
+except Exception:
+    logger.warning(
+        "vlnorm-verl could not be loaded into verl: loss_agg_mode=vl_norm is not available in this process. "
+        "`vlnorm-verl doctor` tells more. The reason:",
+        exc_info=True,
+    )
+    raise
