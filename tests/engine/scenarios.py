@@ -3,7 +3,8 @@
     python -m tests.engine.scenarios --ranks 2 --dtype float64 --out FILE
 
 runs every scenario below in one process group and writes FILE as JSON: one row per optimizer step with the relative
-error of the whole gradient vector. tests/test_engine.py asserts on it.
+error of the whole gradient vector. tests/test_engine.py asserts on it. With --stock it runs verl's own modes and
+writes a hash of the gradient instead (tests/test_plugin.py compares runs with and without the plugin).
 
 The reference shares nothing with the project but the model's weights: transformers' model on one unpadded response
 at a time, the clipped loss written out here, weights by numpy from paper §1.
@@ -16,6 +17,8 @@ masked rows, an empty rank, an empty mini-batch. Not exercised: CUDA kernels, Ul
 import argparse
 import contextlib
 import functools
+import hashlib
+import importlib
 import json
 import os
 import socket
@@ -26,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 # verl reads these at import.
-from vlnorm_verl.cpu import cpu_environment
+from vlnorm_verl import cpu
 
-os.environ.update(cpu_environment(threads=1))
+os.environ.update(cpu.cpu_environment(threads=1))
 
 import numpy as np
 import torch
@@ -87,6 +90,9 @@ def scenarios(ranks: int) -> list[Scenario]:
     if ranks > 1:
         out += [Scenario("sabotage: rank-local sum", sabotage="rank")]
     return out
+
+
+STOCK_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
 # ------------------------------------------------------------------------------------------------------ reference
@@ -359,13 +365,11 @@ def recording(engine: Any) -> Iterator[list[tuple[torch.Tensor, list[int]]]]:
     del engine.train_batch, engine.optimizer_step
 
 
-def run_rank(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str) -> None:
+def start_rank(rank: int, ranks: int, port: int, dtype: str, folder: str) -> tuple[torch.nn.Module, Rows, Any, range]:
+    """Reference model, batch, verl's worker and this rank's rows."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-
-    from verl.utils import tensordict_utils as tu
-    from verl.workers.utils.losses import ppo_loss
 
     torch_dtype = getattr(torch, dtype)
     if dtype == "float64":
@@ -377,23 +381,64 @@ def run_rank(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str
     worker.engine._autocast_dtype = torch.float32
 
     per_rank = ROWS // ranks
-    mine = range(rank * per_rank, (rank + 1) * per_rank)
+    return reference, rows, worker, range(rank * per_rank, (rank + 1) * per_rank)
+
+
+def train(worker: Any, scenario: Scenario, data: TensorDict) -> dict[str, float]:
+    """One call of verl's worker; the metrics that it returns, averaged over their parts."""
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.utils.losses import ppo_loss
+
+    worker.set_loss_fn(functools.partial(ppo_loss, config=actor_config(scenario)))
+    metrics = tu.get(worker.train_mini_batch(data), "metrics")
+    return {k: float(np.mean(v.values if hasattr(v, "values") else v)) for k, v in metrics.items()}
+
+
+def run_stock(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str) -> None:
+    """verl's own modes: gradient hashes and metrics."""
+    from verl.trainer.ppo import core_algos
+
+    _, rows, worker, mine = start_rank(rank, ranks, port, dtype, folder)
+    results = []
+    for mode in STOCK_MODES:
+        scenario = Scenario("stock", mode, micro=4, masked=(1, 4, 15), entropy_coeff=0.1, kl_coef=0.2)
+        with recording(worker.engine) as steps:
+            metrics = train(worker, scenario, make_data(rows, scenario, mine))
+        results.append(
+            {
+                "scenario": scenario.name,
+                "mode": mode,
+                "plugin": hasattr(core_algos.agg_loss, "__wrapped__"),
+                "gradient_sha256": hashlib.sha256(steps[0][0].numpy().tobytes()).hexdigest(),
+                "metrics": {k: v for k, v in metrics.items() if not k.startswith(("perf/", "mfu"))},
+            }
+        )
+    finish(rank, results, out)
+
+
+def finish(rank: int, results: list[dict[str, Any]], out: str) -> None:
+    if rank == 0:
+        Path(out).write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+def run_exact(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str) -> None:
+    """Our modes: relative error of the gradient."""
+    reference, rows, worker, mine = start_rank(rank, ranks, port, dtype, folder)
     gradients: dict[tuple[float, float], torch.Tensor] = {}
     results = []
     for scenario in scenarios(ranks):
         key = (scenario.entropy_coeff, scenario.kl_coef)
         if key not in gradients:
             gradients[key] = response_gradients(reference, rows, scenario)
-        worker.set_loss_fn(functools.partial(ppo_loss, config=actor_config(scenario)))
         with recording(worker.engine) as steps, sabotaged(scenario.sabotage):
-            output = worker.train_mini_batch(make_data(rows, scenario, mine))
-        metrics = {k: v for k, v in tu.get(output, "metrics").items() if "vl_norm" in k or k == "loss"}
+            metrics = train(worker, scenario, make_data(rows, scenario, mine))
         for step, (gradient, own) in enumerate(steps):
             everyone: list[list[int]] = [[] for _ in range(ranks)]
             torch.distributed.all_gather_object(everyone, own)
             used = [i for part in everyone for i in part]
             lengths = np.array([0 if i in scenario.masked else LENGTHS[i] for i in used])
-            x = torch.from_numpy(weights(scenario.mode, lengths)).to(torch_dtype)
+            x = torch.from_numpy(weights(scenario.mode, lengths)).to(gradient.dtype)
             expected = x @ gradients[key][used]
             distance, norm = (gradient - expected).norm().item(), expected.norm().item()
             results.append(
@@ -404,29 +449,34 @@ def run_rank(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str
                     "lengths": lengths.tolist(),
                     "norm": norm,
                     "error": distance / norm if norm else distance,
-                    "metrics": {k: float(np.mean(v.values if hasattr(v, "values") else v)) for k, v in metrics.items()},
+                    "metrics": {k: v for k, v in metrics.items() if k.startswith(("vl_norm/", "loss"))},
                 }
             )
-    if rank == 0:
-        Path(out).write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    finish(rank, results, out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--dtype", choices=["float32", "float64"], required=True)
+    parser.add_argument("--stock", action="store_true", help="verl's own modes instead")
     parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+    importlib.import_module("verl")
+    # With VERL_USE_EXTERNAL_PLUGINS=none the plugin is off, but the CPU still has to be a platform.
+    cpu.register()
     # Imported once, before forking: each process would spend longer on it than on its gradients.
-    import verl.workers.engine_workers  # noqa: F401
+    importlib.import_module("verl.workers.engine_workers")
 
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
-            run_rank, (args.ranks, port, args.dtype, folder, args.out), nprocs=args.ranks, start_method="fork"
+            run_stock if args.stock else run_exact,
+            (args.ranks, port, args.dtype, folder, args.out),
+            nprocs=args.ranks,
+            start_method="fork",
         )
 
 

@@ -1,0 +1,335 @@
+"""The plugin in verl: found by every process, exact next to verl's own modes, loud when something is wrong.
+
+Covered: discovery and switch, load failures, configuration checks on verl's real config, calls outside of a
+mini-batch, verl's own modes bit for bit. Not covered: gradients of our modes (test_engine.py), training (test_e2e.py).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env={**os.environ, "VERL_PLATFORM": "cpu", **env},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- discovery
+
+IS_ACTIVE = """
+import verl
+from verl.trainer.ppo import core_algos
+print("active" if hasattr(core_algos.agg_loss, "__wrapped__") else "stock")
+"""
+
+
+def test_found_by_import_verl_and_switched_off_by_verls_own_switch() -> None:
+    assert python(IS_ACTIVE).stdout.strip() == "active"
+    assert python(IS_ACTIVE, VERL_USE_EXTERNAL_PLUGINS="none").stdout.strip() == "stock"
+    assert python(IS_ACTIVE, VERL_USE_EXTERNAL_PLUGINS="vlnorm").stdout.strip() == "active"
+
+
+def test_registering_twice_patches_once() -> None:
+    done = python(
+        """
+import verl
+from vlnorm_verl import plugin
+plugin.register()
+from verl.trainer.ppo import core_algos
+print(hasattr(core_algos.agg_loss, "__wrapped__"), hasattr(core_algos.agg_loss.__wrapped__, "__wrapped__"))
+"""
+    )
+    assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+def test_seen_by_ray_workers() -> None:
+    done = python(
+        f"""
+import ray
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+
+@ray.remote
+def probe():
+    import contextlib, io
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec({IS_ACTIVE!r}, {{}})
+    return out.getvalue().strip()
+
+print(ray.get(probe.remote()))
+print(ray.get(probe.options(runtime_env={{"env_vars": {{"VERL_USE_EXTERNAL_PLUGINS": "none"}}}}).remote()))
+"""
+    )
+    assert done.stdout.split() == ["active", "stock"], done.stderr[-2000:]
+
+
+ASK_FOR_VL_NORM = """
+from verl.workers.config import FSDPActorConfig
+try:
+    FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode="vl_norm")
+    print("accepted")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_load_failure_is_heard_and_stops_a_run_that_asks_for_vl_norm() -> None:
+    done = python("import sys; sys.modules['vlnorm_verl.plugin'] = None\nimport verl\n" + ASK_FOR_VL_NORM)
+    assert "WARNING" in done.stderr
+    assert "vlnorm-verl could not be loaded" in done.stderr
+    assert "vlnorm_verl.plugin" in done.stderr  # the reason
+    assert done.stdout.startswith("ValueError Invalid loss_agg_mode: vl_norm"), done.stdout + done.stderr
+
+
+def test_a_release_without_a_name_that_is_needed_is_heard_and_refused() -> None:
+    done = python(
+        """
+import dataclasses, verl
+from vlnorm_verl import plugin
+name = "verl.trainer.ppo.core_algos"
+plugin._PATCHES[name] = dataclasses.replace(plugin._PATCHES[name], name="renamed_agg_loss")
+"""
+        + ASK_FOR_VL_NORM
+    )
+    assert "WARNING" in done.stderr
+    assert "core_algos.renamed_agg_loss" in done.stderr
+    assert done.stdout.startswith("RuntimeError"), done.stdout
+    assert "renamed_agg_loss" in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------- configuration
+
+
+@pytest.fixture(scope="module")
+def compose() -> Any:
+    """verl's own ppo_trainer config with overrides, as its command line would make it."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+
+    def with_overrides(*overrides: str) -> Any:
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            return hydra_compose(
+                "ppo_trainer",
+                [
+                    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+                    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
+                    "data.max_response_length=77",
+                    "algorithm.adv_estimator=grpo",
+                    "trainer.n_gpus_per_node=1",
+                    *overrides,
+                ],
+            )
+
+    return with_overrides
+
+
+def validate(config: Any, use_critic: bool = False) -> None:
+    import verl  # noqa: F401
+    from verl.utils.config import validate_config
+
+    validate_config(config, use_reference_policy=False, use_critic=use_critic)
+
+
+def actor(**settings: str) -> list[str]:
+    return [f"actor_rollout_ref.actor.{key}={value}" for key, value in settings.items()]
+
+
+@pytest.mark.parametrize("mode", ["vl_norm", "vl_norm:0.75", "vl_norm:2", "grpo_norm", "dapo_norm"])
+def test_mode_alone_is_enough(compose: Any, mode: str) -> None:
+    from verl.utils.config import omega_conf_to_dataclass
+
+    config = compose(*actor(loss_agg_mode=mode))
+    validate(config)
+    assert config.actor_rollout_ref.actor.loss_scale_factor == 77  # data.max_response_length
+    assert config.critic.loss_agg_mode == mode  # verl's interpolation
+    assert config.critic.loss_scale_factor == 77
+    actor_config = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert (actor_config.loss_agg_mode, actor_config.loss_scale_factor) == (mode, 77)
+
+
+def test_verls_own_key_sets_m(compose: Any) -> None:
+    config = compose(*actor(loss_agg_mode="vl_norm", loss_scale_factor="3000"))
+    validate(config)
+    assert config.actor_rollout_ref.actor.loss_scale_factor == 3000
+
+
+def test_stock_config_is_left_alone(compose: Any) -> None:
+    config = compose(*actor(loss_agg_mode="seq-mean-token-sum-norm"))
+    validate(config)
+    assert config.actor_rollout_ref.actor.loss_scale_factor is None
+
+
+def test_run_with_a_critic_validates(compose: Any) -> None:
+    config = compose(
+        *actor(loss_agg_mode="vl_norm"),
+        "algorithm.adv_estimator=gae",
+        "critic.ppo_micro_batch_size_per_gpu=1",
+        f"critic.model.path={REPOSITORY}/vlnorm_verl/tiny/weights",
+    )
+    validate(config, use_critic=True)
+
+
+def test_worker_of_a_trainer_that_skips_validation_gets_m(compose: Any) -> None:
+    """fully_async_policy builds its workers without validate_config."""
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    config = compose(*actor(loss_agg_mode="vl_norm")).actor_rollout_ref
+    with pytest.raises(KeyError, match="WORLD_SIZE"):  # no Ray here: stock __init__ stops after our part
+        ActorRolloutRefWorker(config=config, role="actor")
+    assert config.actor.loss_scale_factor == 77
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            actor(loss_agg_mode="vl-norm"),
+            ["actor_rollout_ref.actor.loss_agg_mode='vl-norm'", "'vl_norm'", "token-mean"],
+        ),
+        (actor(loss_agg_mode="'vl_norm:2.1'"), ["actor_rollout_ref.actor.loss_agg_mode", "2.1", "0 ≤ α ≤ 2"]),
+        (actor(loss_agg_mode="vl_norm", loss_scale_factor="0"), ["loss_scale_factor=0", "positive"]),
+        (actor(loss_agg_mode="vl_norm", loss_scale_factor="-5"), ["loss_scale_factor=-5", "positive"]),
+        (
+            [*actor(loss_agg_mode="vl_norm"), "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean"],
+            ["geo_mean", "gspo"],
+        ),
+        ([*actor(loss_agg_mode="vl_norm"), "actor_rollout_ref.actor.policy_loss.loss_mode=sapo"], ["sapo", "vanilla"]),
+        (
+            [*actor(loss_agg_mode="vl_norm"), "+trainer.use_legacy_worker_impl=enable"],
+            ["use_legacy_worker_impl", "disable"],
+        ),
+        (
+            [
+                *actor(loss_agg_mode="vl_norm"),
+                "algorithm.rollout_correction.bypass_mode=true",
+                "algorithm.rollout_correction.rollout_rs=token_k1",
+            ],
+            ["rollout_rs", "null"],
+        ),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(compose: Any, overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"actor_rollout_ref|algorithm|trainer") as caught:
+        validate(compose(*overrides))
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_refused_before_ray_starts() -> None:
+    """The command line that a user types: one message, and no cluster behind it."""
+    done = python(
+        "import runpy, sys; sys.argv[1:] = ['actor_rollout_ref.actor.loss_agg_mode=vl-norm',"
+        "'actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1'];"
+        "runpy.run_module('verl.trainer.main_ppo', run_name='__main__')"
+    )
+    assert done.returncode != 0
+    assert "Did you mean 'vl_norm'" in done.stderr
+    assert "ray init kwargs" not in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------------- agg_loss
+
+
+def test_no_silent_local_sum() -> None:
+    import verl  # noqa: F401
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    with pytest.raises(RuntimeError, match="whole mini-batch"):
+        agg_loss(torch.ones(1, 2), torch.ones(1, 2), "vl_norm", loss_scale_factor=2)
+
+
+def test_a_loss_with_a_mode_of_its_own_is_refused_in_a_mini_batch() -> None:
+    import verl  # noqa: F401
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    from vlnorm_verl import parse_mode, plugin
+
+    one = torch.ones(1, 2)
+    with plugin._in_mini_batch(plugin._MiniBatch("vl_norm", parse_mode("vl_norm"), torch.tensor(0.5), dp_size=2)):
+        with pytest.raises(ValueError, match="whatever the mode"):
+            agg_loss(one, one, "seq-mean-token-mean")
+        with pytest.raises(RuntimeError, match="global_batch_info"):
+            agg_loss(one, one, "vl_norm", loss_scale_factor=2)  # dp_size forgotten
+        with pytest.raises(ValueError, match="loss_scale_factor"):
+            agg_loss(one, one, "vl_norm", dp_size=2)
+        # x = (1/M) · L^-1 / Σz = 1/2 · 1/2 / 0.5; times the token sum 2, times dp_size 2
+        assert agg_loss(one, one, "vl_norm", dp_size=2, loss_scale_factor=2).item() == pytest.approx(2.0)
+    with pytest.raises(RuntimeError, match="whole mini-batch"):  # nothing is left over
+        agg_loss(one, one, "vl_norm", loss_scale_factor=2)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_alpha_0_is_verls_dr_grpo_and_the_entropy_metric_takes_the_whole_batch(lengths: list[int], seed: int) -> None:
+    """The driver's call, with verl's own arguments (trainer/ppo/v1/trainer_base.py:1677)."""
+    import verl  # noqa: F401
+    from verl.trainer.ppo.ray_trainer import agg_loss
+
+    loss = torch.rand(len(lengths), 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    mask = (torch.arange(9)[None] < torch.tensor(lengths)[:, None]).long()
+    ours = agg_loss(loss_mat=loss, loss_mask=mask, loss_agg_mode="vl_norm:0", loss_scale_factor=9)
+    stock = agg_loss(loss_mat=loss, loss_mask=mask, loss_agg_mode="seq-mean-token-sum-norm", loss_scale_factor=9)
+    assert ours.item() == pytest.approx(stock.item(), rel=1e-12)
+
+
+def test_own_aggregation_is_usable_by_its_name() -> None:
+    done = python(
+        """
+import torch, verl
+from vlnorm_verl import Aggregation, register_aggregation
+
+@register_aggregation("sqrt_norm")
+def sqrt_norm() -> Aggregation:
+    return Aggregation(u=lambda L: L**-0.5, z=lambda L: L**-0.5, per_token_scale=True)
+
+from verl.workers.config import FSDPActorConfig
+from verl.trainer.ppo.ray_trainer import agg_loss
+FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode="sqrt_norm")
+mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]])
+print(agg_loss(loss_mat=mask.double(), loss_mask=mask, loss_agg_mode="sqrt_norm", loss_scale_factor=1).item())
+"""
+    )
+    # (1·1 + 1/2·4) / (1 + 1/2)
+    assert float(done.stdout) == pytest.approx(2.0), done.stderr
+
+
+# ------------------------------------------------------------------------------------------- verl's own modes
+
+
+def test_stock_modes_are_bit_identical_with_and_without_the_plugin(tmp_path: Path) -> None:
+    """Whole gradients of the real engine on two ranks, and metrics, with the package's entry point on and off."""
+    results = []
+    for switch in ("auto", "none"):
+        out = tmp_path / f"{switch}.json"
+        command = ["-m", "tests.engine.scenarios", "--ranks", "2", "--dtype", "float32", "--stock", "--out", str(out)]
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=REPOSITORY,
+            env={**os.environ, "VERL_USE_EXTERNAL_PLUGINS": switch},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads(out.read_text()))
+    assert [row["plugin"] for row in results[0]] == [True] * len(results[0])
+    assert [row["plugin"] for row in results[1]] == [False] * len(results[1])
+    for with_plugin, without in zip(*results, strict=True):
+        for key in ("mode", "scenario", "gradient_sha256", "metrics"):
+            assert with_plugin[key] == without[key], (with_plugin["mode"], key)
+    assert len({row["gradient_sha256"] for row in results[0]}) == len(results[0])  # the modes differ
