@@ -36,6 +36,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 
@@ -92,7 +93,7 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
-def is_registered(mode: object) -> bool:
+def is_registered(mode: object) -> TypeGuard[str]:
     """Whether `mode` names an aggregation of this registry, whatever its parameter."""
     return isinstance(mode, str) and mode.partition(":")[0] in _REGISTRY
 

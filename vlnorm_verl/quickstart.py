@@ -1,0 +1,361 @@
+"""`vlnorm-verl quickstart`: train the tiny CountDown model with verl on a CPU, and show what came out.
+
+verl.trainer.main_ppo does the training, as a process of its own with `quickstart.yaml` and the environment of the CPU
+stack. This module makes the data, follows the JSON lines that verl's file logger writes, and ends with a table, a
+figure and `summary.json`. Files in the folder of a run:
+
+    data/               train.parquet, test.parquet
+    train.log           everything that verl, Ray and vLLM print
+    metrics-NNN.jsonl   verl's metrics, one file per start (a resumed run begins a new one)
+    checkpoints/        verl's checkpoints
+    summary.json, learning_curve.png
+
+Covered: one machine, local Ray. Not covered: clusters, other tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from vlnorm_verl.aggregation import parse_mode
+from vlnorm_verl.cpu import cpu_environment
+from vlnorm_verl.plugin import STOCK_MODES
+
+CONFIG_FOLDER = Path(__file__).parent / "cpu" / "config"
+MODEL_FOLDER = Path(__file__).parent / "tiny" / "weights"
+REWARD_FILE = Path(__file__).parent / "tiny" / "countdown.py"
+STOP_SECONDS = 20.0  # for verl and Ray to end by themselves before they are killed
+CHECKPOINT_EVERY = 20  # steps
+TRAIN_PROMPTS, TEST_PROMPTS = 4096, 128
+
+Record = dict[str, Any]  # {"step": int, "data": {metric: number}} as verl writes it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. `mode` is the value of loss_agg_mode, `overrides` are Hydra overrides of verl's config."""
+
+    mode: str = "vl_norm"
+    steps: int = 60
+    seed: int = 0
+    ranks: int = 1
+    out: Path = Path("runs/quickstart")
+    resume: bool = False
+    overrides: list[str] = field(default_factory=list)
+
+
+def run(settings: Settings, console: Console | None = None) -> int:
+    """Train, then print the table and write the figure. Returns the exit code."""
+    console = console or Console()
+    problem = check(settings)
+    if problem:
+        console.print(problem, style="red", markup=False)
+        return 2
+    settings.out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(settings.out))
+        except BlockingIOError:
+            console.print(f"--out {settings.out}: another run is writing there; choose another folder", style="red")
+            return 2
+        return _run(settings, console)
+
+
+def check(settings: Settings) -> str | None:
+    """What is wrong with the settings, in one message; None if nothing is."""
+    if settings.mode not in STOCK_MODES:
+        try:
+            parse_mode(settings.mode, "--mode", also_accepted=STOCK_MODES)
+        except ValueError as error:
+            return str(error)
+    begun = any(settings.out.glob("metrics-*.jsonl"))
+    if begun and not settings.resume:
+        return f"--out {settings.out} holds a run; add --resume to go on with it, or choose another folder"
+    if settings.resume and not begun:
+        return f"--resume: there is no run in --out {settings.out}"
+    return None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for one run; BlockingIOError if another holds it. The lock ends with the process."""
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def command(settings: Settings) -> list[str]:
+    """The command line of verl's trainer."""
+    folder = settings.out.resolve()
+    return [
+        sys.executable,
+        "-m",
+        "verl.trainer.main_ppo",
+        f"--config-path={CONFIG_FOLDER}",
+        "--config-name=quickstart",
+        f"hydra.run.dir={folder}",
+        f"actor_rollout_ref.actor.loss_agg_mode={settings.mode}",
+        f"actor_rollout_ref.model.path={MODEL_FOLDER}",
+        f"data.train_files={folder}/data/train.parquet",
+        f"data.val_files={folder}/data/test.parquet",
+        f"data.seed={settings.seed}",
+        f"actor_rollout_ref.rollout.seed={settings.seed}",
+        f"actor_rollout_ref.actor.data_loader_seed={settings.seed}",
+        f"actor_rollout_ref.actor.fsdp_config.seed={settings.seed}",
+        f"reward.custom_reward_function.path={REWARD_FILE}",
+        f"trainer.n_gpus_per_node={settings.ranks}",
+        f"trainer.total_training_steps={settings.steps}",
+        f"trainer.test_freq={settings.steps}",
+        f"trainer.save_freq={min(CHECKPOINT_EVERY, settings.steps)}",
+        f"trainer.default_local_dir={folder}/checkpoints",
+        f"trainer.resume_mode={'auto' if settings.resume else 'disable'}",
+        f"trainer.val_before_train={not settings.resume}",
+        *settings.overrides,
+    ]
+
+
+def make_data(folder: Path) -> None:
+    """The task's files. The same for every seed of a run: seeds are compared on the same held-out prompts."""
+    from vlnorm_verl.tiny.data import rows, write_parquet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_parquet(rows(TRAIN_PROMPTS, 0, "train"), folder / "train.parquet")
+    write_parquet(rows(TEST_PROMPTS, 0, "test"), folder / "test.parquet")
+
+
+def _run(settings: Settings, console: Console) -> int:
+    if not settings.resume:
+        make_data(settings.out / "data")
+    metrics = settings.out / f"metrics-{len(list(settings.out.glob('metrics-*.jsonl'))):03d}.jsonl"
+    log = settings.out / "train.log"
+    console.print(f"{settings.mode}, seed {settings.seed}: verl's log goes to {log}", markup=False)
+
+    start = time.monotonic()
+    ready: float | None = None
+    status = console.status("starting Ray, the FSDP2 actor and the vLLM engine …")
+    status.start()
+    try:
+        for record in train(command(settings), metrics, log):
+            data, now = record["data"], time.monotonic() - start
+            if ready is None:
+                ready = now - data.get("timing_s/step", 0.0)
+            status.update(f"{now:.0f} s")
+            if line := progress_line(record, settings.steps):
+                console.print(line, markup=False, highlight=False)
+    except KeyboardInterrupt:
+        console.print(f"stopped; go on with: vlnorm-verl quickstart --out {settings.out} --resume", markup=False)
+        return 130
+    except TrainingFailed as error:
+        console.print(f"{error}\nThe end of {log}:", style="red", markup=False)
+        console.print("".join(last_lines(log)), markup=False, highlight=False)
+        return 1
+    finally:
+        status.stop()
+    records = read_metrics(settings.out)
+    summary = summarize(records, settings, seconds=time.monotonic() - start)
+    write_json(settings.out / "summary.json", summary)
+    console.print(summary_table(summary))
+    draw(records, settings.mode, settings.out / "learning_curve.png")
+    console.print(f"learning curve: {settings.out / 'learning_curve.png'}", markup=False)
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+class TrainingFailed(RuntimeError):
+    """verl's process ended with an error."""
+
+
+def train(arguments: list[str], metrics: Path, log: Path) -> Iterator[Record]:
+    """Run verl's trainer on the CPU stack and yield its metrics as it writes them.
+
+    Whatever ends this generator (the trainer's end, an exception, Ctrl-C) also ends every process of the run.
+
+    Raises:
+        TrainingFailed: the trainer's exit code is not 0.
+    """
+    environment = {**os.environ, **cpu_environment(), "VERL_FILE_LOGGER_PATH": str(metrics.resolve())}
+    with open(log, "ab") as output:
+        # A session of its own: Ctrl-C reaches this process only, which then ends the run in order.
+        process = subprocess.Popen(
+            arguments, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        with contextlib.closing(_follow(metrics, lambda: process.poll() is None)) as records:
+            yield from records
+    finally:
+        stop(process)
+    if process.returncode != 0:
+        raise TrainingFailed(f"verl's trainer ended with exit code {process.returncode}.")
+
+
+def _follow(path: Path, alive: Callable[[], bool]) -> Generator[Record, None, None]:
+    """Whole lines of a file that another process appends to, until that process is gone."""
+    position, rest = 0, b""
+    while True:
+        last = not alive()  # asked before reading: what a finished process wrote is read once more
+        if path.exists():
+            with open(path, "rb") as file:
+                file.seek(position)
+                chunk = file.read()
+            position += len(chunk)
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from map(json.loads, lines)
+        if last:
+            return
+        time.sleep(0.2)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a trainer and all that it started: asked by SIGINT first, so that Ray shuts down; then killed."""
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    _, left = psutil.wait_procs(family, timeout=5)
+    for member in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+
+
+def last_lines(path: Path, count: int = 40) -> list[str]:
+    with open(path, errors="replace") as file:
+        return list(deque(file, count))
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def read_metrics(folder: Path) -> list[Record]:
+    """All steps of a run in order; where a resumed run repeats a step, the later one. A cut last line is left out."""
+    by_step: dict[int, Record] = {}
+    for path in sorted(folder.glob("metrics-*.jsonl")):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                record = json.loads(line)
+                by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def average_at_8(data: dict[str, float]) -> float | None:
+    """Validation accuracy, mean over 8 samples a prompt (verl's mean@8), if this record has it."""
+    return next((v for k, v in data.items() if k.startswith("val-core/") and k.endswith("/mean@8")), None)
+
+
+def progress_line(record: Record, steps: int) -> str | None:
+    """What a person wants to see of one step."""
+    data, parts = record["data"], []
+    if "critic/score/mean" in data:
+        parts += [f"reward {data['critic/score/mean']:.3f}", f"length {data['response_length/mean']:5.1f}"]
+        if "actor/vl_norm/variance_ratio" in data:
+            parts.append(f"harmonic {data['actor/vl_norm/length_harmonic_mean']:4.1f}")
+            parts.append(f"√(A/H) {data['actor/vl_norm/variance_ratio']:.2f}")
+        parts += [f"grad {data['actor/grad_norm']:.3f}", f"{data['timing_s/step']:.1f} s"]
+    if (accuracy := average_at_8(data)) is not None:
+        parts.append(f"validation Avg@8 {accuracy:.3f}")
+    return f"step {record['step']:3d}/{steps}  " + "  ".join(parts) if parts else None
+
+
+def summarize(records: list[Record], settings: Settings, seconds: float) -> dict[str, Any]:
+    """The numbers of the table. Accuracies are Avg@8 on held-out prompts; `seconds` of this start only."""
+    validated = [(r["step"], a) for r in records if (a := average_at_8(r["data"])) is not None]
+    steps = [r["data"] for r in records if "critic/score/mean" in r["data"]]
+
+    def over(name: str, part: list[dict[str, float]]) -> float:
+        return statistics.fmean(d[name] for d in part) if part else float("nan")
+
+    first, last = steps[:10], steps[-10:]
+    return {
+        "mode": settings.mode,
+        "seed": settings.seed,
+        "ranks": settings.ranks,
+        "steps": len(steps),
+        "avg_at_8_before": validated[0][1] if validated else None,
+        "avg_at_8_after": validated[-1][1] if len(validated) > 1 else None,
+        "train_reward_first_10": over("critic/score/mean", first),
+        "train_reward_last_10": over("critic/score/mean", last),
+        "length_mean_first_10": over("response_length/mean", first),
+        "length_mean_last_10": over("response_length/mean", last),
+        "seconds_total": seconds,
+        "seconds_per_step": statistics.median(d["timing_s/step"] for d in steps) if steps else None,
+    }
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    def number(value: float | None, digits: int = 3) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    table = Table("", "before", "after", title=f"{summary['mode']}, seed {summary['seed']}, {summary['steps']} steps")
+    table.add_row("Avg@8, held-out prompts", number(summary["avg_at_8_before"]), number(summary["avg_at_8_after"]))
+    table.add_row(
+        "training reward (first, last 10 steps)",
+        number(summary["train_reward_first_10"]),
+        number(summary["train_reward_last_10"]),
+    )
+    table.add_row(
+        "response length (first, last 10 steps)",
+        number(summary["length_mean_first_10"], 1),
+        number(summary["length_mean_last_10"], 1),
+    )
+    table.add_row("seconds: total, a step", number(summary["seconds_total"], 0), number(summary["seconds_per_step"], 1))
+    return table
+
+
+def draw(records: list[Record], mode: str, path: Path) -> None:
+    """The learning curve: reward and validation accuracy above, response lengths below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [r for r in records if "critic/score/mean" in r["data"]]
+    validated = [(r["step"], a) for r in records if (a := average_at_8(r["data"])) is not None]
+    x = [r["step"] for r in steps]
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
+    above.plot(x, [r["data"]["critic/score/mean"] for r in steps], color="#0072B2", label="training reward")
+    if validated:
+        above.plot(*zip(*validated, strict=True), "D", color="#D55E00", label="validation Avg@8, held-out prompts")
+    above.set(ylabel="accuracy", ylim=(0, 1), title=f"tiny CountDown, loss_agg_mode={mode}")
+    above.legend(loc="lower right", frameon=False)
+    below.plot(x, [r["data"]["response_length/mean"] for r in steps], color="#0072B2", label="arithmetic mean A")
+    harmonic = [(r["step"], h) for r in steps if (h := r["data"].get("actor/vl_norm/length_harmonic_mean"))]
+    if harmonic:
+        below.plot(*zip(*harmonic, strict=True), color="#009E73", label="harmonic mean H (mean of the mini-batches)")
+    below.set(xlabel="step", ylabel="response length, tokens", ylim=(0, None))
+    below.legend(loc="upper right", frameon=False)
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
