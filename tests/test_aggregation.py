@@ -241,3 +241,57 @@ def test_own_aggregation_is_registered_once_and_never_hides_one_of_verls() -> No
         register_aggregation("vl_norm")(test_sqrt)
     with pytest.raises(ValueError, match="lower-case"):
         register_aggregation("token-mean")
+
+
+# ------------------------------------------------------------------------------------------ the authors' own scheme
+# Paper's repository, GRPO advantage on the driver: A_i is multiplied by (L_i/L̄)^-α / mean_j (L_j/L̄)^-α over the whole
+# rollout batch, and the loss is the mean over (responses × padded width), so that M is the padded width.
+
+
+def clipped_loss(ratio: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    """PPO's clipped, dual-clipped token loss (clip 0.2/0.3, c 3)."""
+    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.3))
+    return torch.where(advantage < 0, torch.minimum(loss, -advantage * 3.0), loss)
+
+
+def authors_factor(lengths: torch.Tensor, alpha: float) -> torch.Tensor:
+    relative = (lengths / lengths.double().mean()) ** -alpha
+    return relative / relative.mean()
+
+
+def rollout_batch(responses: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lengths like those of a reasoning model (log-normal, cut at 512), ratios, advantages, mask."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = (torch.randn(responses, generator=g, dtype=torch.float64) * 0.8 + 4.5).exp().long().clamp(1, 512)
+    ratio = (0.5 * torch.randn(responses, 512, generator=g, dtype=torch.float64)).exp()
+    advantage = torch.randn(responses, 1, generator=g, dtype=torch.float64)
+    return lengths, ratio, advantage, torch.arange(512)[None] < lengths[:, None]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.75, 1.0])
+def test_equals_the_authors_scheme_for_one_update_per_rollout_batch(alpha: float) -> None:
+    """Loss and gradient; scaling the advantage before the clip is exact because the loss is homogeneous in it."""
+    lengths, ratio, advantage, mask = rollout_batch(64)
+    theirs_ratio, ours_ratio = ratio.clone().requires_grad_(), ratio.clone().requires_grad_()
+    scaled = advantage * authors_factor(lengths, alpha)[:, None]
+    theirs = (clipped_loss(theirs_ratio, scaled) * mask).mean()
+    theirs.backward()
+    method = parse_mode(f"vl_norm:{alpha}")
+    total = mini_batch_sums(method, lengths)[0]
+    ours = aggregate(clipped_loss(ours_ratio, advantage), mask, method, total, scale=512)
+    ours.backward()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+    torch.testing.assert_close(ours_ratio.grad, theirs_ratio.grad, rtol=1e-12, atol=1e-20)
+
+
+@pytest.mark.parametrize("alpha", [0.75, 1.0])
+def test_with_four_updates_per_rollout_batch_the_authors_step_size_wobbles_and_ours_does_not(alpha: float) -> None:
+    """Σx_i of one update is 1/M here; there it moves by some per cent, with the lengths that a mini-batch drew."""
+    lengths, *_ = rollout_batch(1280)
+    theirs = authors_factor(lengths, alpha).view(4, 320).mean(-1)  # M Σx_i of each update
+    method = parse_mode(f"vl_norm:{alpha}")
+    ours = torch.stack(
+        [response_weights(method, part, mini_batch_sums(method, part)[0], M).sum() * M for part in lengths.view(4, 320)]
+    )
+    assert 0.01 < theirs.std() < 0.15
+    torch.testing.assert_close(ours, torch.ones(4, dtype=torch.float64), rtol=1e-12, atol=0)

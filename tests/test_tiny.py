@@ -108,7 +108,8 @@ def test_traces_are_right() -> None:
             assert sorted((e.a, e.b, e.c)) == sorted(problem.numbers)
             assert middle == OPERATIONS[e.op1](e.a, e.b)
             true = OPERATIONS[e.op2](middle, e.c)
-            assert 0 <= result <= MAX_VALUE and abs(result - true) <= 3
+            assert 0 <= result <= MAX_VALUE
+            assert abs(result - true) <= 3
             assert (mark == "!") == (result == problem.target)
             if mark == "!":
                 assert true == problem.target, "a claimed hit is false"
@@ -139,7 +140,8 @@ def test_noise_rates_are_as_documented() -> None:
 
 def test_trace_lengths_spread() -> None:
     lengths = [len(trace) for _, trace in traces(2000)]
-    assert min(lengths) <= 9 and max(lengths) > 10 * min(lengths)
+    assert min(lengths) <= 9
+    assert max(lengths) > 10 * min(lengths)
     assert max(lengths) <= 256
 
 
@@ -150,7 +152,8 @@ def test_held_out_split_is_disjoint_in_any_order() -> None:
     train = {key(p) for p in itertools.islice(problems(0, "train"), 30_000)}
     test = {key(p) for p in itertools.islice(problems(1, "test"), 3_000)}
     assert train.isdisjoint(test)
-    assert len(train) > 2000 and len(test) > 300
+    assert len(train) > 2000
+    assert len(test) > 300
 
 
 def test_held_out_split_never_changes() -> None:
@@ -227,7 +230,11 @@ PROBLEM = Problem((2, 3, 4), 20)
 )
 def test_verdicts(text: str, outcome: str) -> None:
     result = compute_score("any", text, ground_truth(PROBLEM), {"index": 0}, reward_router_address=None)
-    assert result == {"score": float(outcome == "right"), "acc": float(outcome == "right"), "outcome": outcome}
+    assert result == {
+        "score": float(outcome == "right"),
+        "acc": float(outcome == "right"),
+        "outcome": outcome,
+    }
 
 
 @given(triples, expression_texts, st.text(max_size=40))
@@ -271,7 +278,8 @@ def test_tokenizer_is_one_token_per_character(tokenizer) -> None:
     assert len(tokenizer) == len(VOCABULARY)
     assert tokenizer.convert_ids_to_tokens(range(len(VOCABULARY))) == list(VOCABULARY)
     assert tokenizer.pad_token_id == 0
-    assert tokenizer.eos_token == EOS and tokenizer.eos_token_id == VOCABULARY.index(EOS)
+    assert tokenizer.eos_token == EOS
+    assert tokenizer.eos_token_id == VOCABULARY.index(EOS)
     for problem, trace in traces(300):
         text = render_prompt(problem) + trace
         ids = tokenizer.encode(text)
@@ -336,10 +344,12 @@ def test_data_is_seeded_and_replaces_whole_files(tmp_path: Path) -> None:
     write_data(tmp_path / "b", *sizes)
     write_data(tmp_path / "c", *sizes, "--seed", "1")
     a, b, c = (pq.read_table(tmp_path / d / "train.parquet").to_pylist() for d in "abc")
-    assert a == b and a != c
+    assert a == b
+    assert a != c
     before = (tmp_path / "a" / "test.parquet").read_bytes()
     failed = write_data(tmp_path / "a", "--train-size", "20", "--test-size", "1000000")
-    assert failed.exit_code == 2 and "--test-size" in failed.output
+    assert failed.exit_code == 2
+    assert "--test-size" in failed.output
     assert (tmp_path / "a" / "test.parquet").read_bytes() == before
 
 
@@ -369,7 +379,8 @@ def test_training_is_seeded() -> None:
     (first, tokens), (second, again), (other, _) = (train(seed, 2, 1e-3) for seed in (1, 1, 2))
     assert tokens == again
     a, b, c = (m.state_dict()["model.layers.0.mlp.up_proj.weight"] for m in (first, second, other))
-    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
 
 
 def test_shipped_weights_are_small_float32_and_described() -> None:

@@ -1,0 +1,241 @@
+"""The CPU platform: inactive unless asked for, never auto-detected, every patch fits the installed verl and vLLM."""
+
+import importlib
+import importlib.metadata
+import inspect
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import vlnorm_verl.cpu as cpu
+from vlnorm_verl.cpu import PatchError, patches, vllm_plugin, zygote
+
+pytest.importorskip("verl")
+
+
+def run_python(code: str, **environment: str) -> str:
+    """stdout of a fresh interpreter: platform and patches are per process and must not leak into other tests."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_inactive_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VERL_PLATFORM", raising=False)
+    before = importlib.metadata.version
+    cpu.register()
+    vllm_plugin.register()
+    assert importlib.metadata.version is before
+    assert not cpu._registered
+
+
+def test_platform_in_verl() -> None:
+    """In one process: registered by verl's own plugin loading, usable, twice is once, never auto-detected."""
+    out = run_python(
+        """
+import os, importlib.metadata, verl, torch
+from verl.plugin.platform import PlatformRegistry, get_platform, platform_manager
+from verl.utils.device import get_device_name, get_torch_device, get_device_id
+import vlnorm_verl.cpu as cpu
+first, version = PlatformRegistry.get("cpu"), importlib.metadata.version
+cpu.register()
+assert PlatformRegistry.get("cpu") is first and importlib.metadata.version is version
+platform = get_platform()
+assert platform.device_name == "cpu" and platform.is_available()
+assert not platform.is_platform_available(use_smi_check=True) and not platform.is_platform_available()
+assert get_device_name() == "cpu" and get_device_id() == torch.device("cpu")
+assert torch.zeros(1).to(get_device_id()).device.type == "cpu"
+device = get_torch_device()
+device.synchronize(); device.empty_cache(); device.set_rng_state(device.get_rng_state())
+assert device.memory_allocated() > 0 and device.mem_get_info()[0] > 0
+assert not torch.cuda.is_available() or True
+del os.environ["VERL_PLATFORM"]
+assert platform_manager._detect_platform_name() != "cpu"
+print("fine")
+""",
+        VERL_PLATFORM="cpu",
+    )
+    assert out.strip().endswith("fine")
+
+
+def test_verl_patches_apply() -> None:
+    """Each module of verl that is patched can be imported, and its name is changed before others import it."""
+    pytest.importorskip("vllm")
+    run_python(
+        """
+import importlib, verl
+from vlnorm_verl.cpu import patches
+for name in patches.AFTER_IMPORT:
+    importlib.import_module(name)
+from verl.utils.distributed import initialize_global_process_group_ray as initialize
+from verl.workers import engine_workers
+assert engine_workers.initialize_global_process_group_ray is initialize
+import os, torch
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+initialize()
+assert torch.distributed.get_backend() == "gloo"
+torch.distributed.destroy_process_group()
+from verl.workers.engine.fsdp import transformer_impl
+assert transformer_impl.CPUOffloadPolicy(pin_memory=True).pin_memory is False
+""",
+        **cpu.cpu_environment(),
+    )
+
+
+def test_vllm_plugin_keeps_the_weight() -> None:
+    pytest.importorskip("vllm")
+    run_python(
+        """
+import torch
+from vlnorm_verl.cpu import vllm_plugin
+vllm_plugin.register(); vllm_plugin.register()
+from vllm.model_executor.layers import utils
+layer = torch.nn.Linear(64, 64, bias=False).requires_grad_(False)
+utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+assert layer.weight.shape == (64, 64)
+x = torch.randn(4, 64)
+assert torch.allclose(layer.cpu_linear(x, layer.weight, None), x @ layer.weight.T, atol=1e-5)
+""",
+        **cpu.cpu_environment(),
+    )
+
+
+@pytest.mark.parametrize("patch", sorted(patches.AFTER_IMPORT.values(), key=lambda patch: patch.__name__))
+def test_a_missing_name_is_loud(patch) -> None:
+    with pytest.raises(PatchError, match="not found"):
+        patch(types.ModuleType("verl.renamed"))
+
+
+def test_a_missing_vllm_function_is_loud(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    monkeypatch.setattr(vllm_plugin, "MODULE", "types")
+    with pytest.raises(PatchError, match="dispatch_cpu_unquantized_gemm"):
+        vllm_plugin.register()
+
+
+def test_environment_is_complete() -> None:
+    environment = cpu.cpu_environment(threads=3)
+    assert environment["VERL_PLATFORM"] == "cpu"
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert all(isinstance(value, str) for value in environment.values())
+
+
+def test_sampler_fits_verl() -> None:
+    out = run_python(
+        """
+from vlnorm_verl.cpu.sampler import FastReplayBuffer, POLL_INTERVAL_S
+buffer = FastReplayBuffer(trainer_mode="sync", trainer_config={}, max_off_policy_threshold=8,
+                          max_off_policy_strategy="drop", sampler_kwargs={}, refill_fn=None)
+print(buffer.poll_interval == POLL_INTERVAL_S)
+""",
+        VERL_PLATFORM="cpu",
+    )
+    assert out.split()[-1] == "True"
+
+
+# ---------------------------------------------------------------- watchdog
+
+
+class DeafSocket:
+    """A zmq socket that nobody answers."""
+
+    def poll(self, timeout_ms: int, event: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def watchdog(monkeypatch: pytest.MonkeyPatch):
+    module = importlib.import_module("vlnorm_verl.cpu.watchdog")
+    monkeypatch.setattr(module, "GRACE_S", 0.0)
+    return module
+
+
+def test_watchdog_reports_the_engines_error(watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(reference):
+        raise RuntimeError("EngineCore died unexpectedly")
+
+    monkeypatch.setattr(watchdog.ray, "wait", lambda references, timeout: (references, []))
+    monkeypatch.setattr(watchdog.ray, "get", fail)
+    with pytest.raises(watchdog.RolloutEngineError, match="EngineCore died unexpectedly"):
+        watchdog.WatchedSocket(DeafSocket(), "future").recv()
+
+
+def test_watchdog_sees_an_engine_that_ended_too_early(watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog.ray, "wait", lambda references, timeout: (references, []))
+    monkeypatch.setattr(watchdog.ray, "get", lambda reference: None)
+    with pytest.raises(watchdog.RolloutEngineError, match="before it had all weights"):
+        watchdog.WatchedSocket(DeafSocket(), "future").send_pyobj({})
+
+
+def test_watchdog_limits_the_wait(watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(watchdog.TIMEOUT_VARIABLE, "0.01")
+    monkeypatch.setattr(watchdog.ray, "wait", lambda references, timeout: ([], references))
+    with pytest.raises(watchdog.RolloutEngineError, match="no answer"):
+        watchdog.WatchedSocket(DeafSocket(), "future").recv()
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "soon", "nan"])
+def test_watchdog_refuses_a_bad_limit(watchdog, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(watchdog.TIMEOUT_VARIABLE, text)
+    with pytest.raises(ValueError, match=watchdog.TIMEOUT_VARIABLE):
+        watchdog.timeout_s()
+
+
+def test_watchdog_patch_fits_verl(watchdog) -> None:
+    """The names and the two calls that the watchdog relies on are in the installed verl."""
+    pytest.importorskip("vllm")
+    out = run_python(
+        """
+import inspect
+from verl.workers.rollout.vllm_rollout import vllm_rollout
+print(inspect.getsource(vllm_rollout.ServerAdapter.update_weights).count('"update_weights_from_ipc"'))
+print(vllm_rollout.ServerAdapter._execute_method.__wrapped__ is not None)
+print(vllm_rollout.BucketedWeightSender._init_socket.__wrapped__ is not None)
+""",
+        **cpu.cpu_environment(),
+    )
+    assert out.split()[-3:] == ["1", "True", "True"]
+
+
+# ---------------------------------------------------------------- zygote
+
+
+def test_zygote_imports_only_the_standard_library() -> None:
+    path = Path(inspect.getfile(zygote))
+    code = f"import runpy, sys; runpy.run_path({str(path)!r}); print('torch' in sys.modules, 'ray' in sys.modules)"
+    assert run_python(code).split() == ["False", "False"]
+
+
+def test_zygote_forks_a_worker(tmp_path: Path) -> None:
+    """Served by a zygote without preloads: command line, environment, folder, output and exit status arrive."""
+    script = tmp_path / "work.py"
+    script.write_text("import os, sys\nprint(sys.argv[1:], os.environ['WORD'], os.getcwd(), flush=True)\nsys.exit(7)\n")
+    server_code = "import os; from vlnorm_verl.cpu import zygote; zygote.PRELOAD = (); zygote.serve(os.getppid())"
+    server = subprocess.Popen([sys.executable, "-c", server_code])
+    try:
+        wait_code = f"from vlnorm_verl.cpu import zygote as z; z.shadow([{str(script)!r}, 'a b'])"
+        for _ in range(100):
+            if zygote.socket_path(os.getpid())[1:] in Path("/proc/net/unix").read_text():
+                break
+            import time
+
+            time.sleep(0.1)
+        result = subprocess.run(
+            [sys.executable, "-c", wait_code],
+            env={**os.environ, "WORD": "hello"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        server.kill()
+        server.wait()
+    assert result.returncode == 7, result.stderr
+    assert result.stdout.strip() == f"['a b'] hello {tmp_path}"
