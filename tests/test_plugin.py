@@ -231,11 +231,11 @@ def test_what_cannot_be_exact_is_refused(compose: Any, overrides: list[str], wor
         assert word in str(caught.value), str(caught.value)
 
 
-def test_refused_before_ray_starts() -> None:
+def test_refused_before_ray_starts(tmp_path: Path) -> None:
     """The command line that a user types: one message, and no cluster behind it."""
     done = python(
-        "import runpy, sys; sys.argv[1:] = ['actor_rollout_ref.actor.loss_agg_mode=vl-norm',"
-        "'actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1'];"
+        f"import runpy, sys; sys.argv[1:] = ['hydra.run.dir={tmp_path}',"
+        "'actor_rollout_ref.actor.loss_agg_mode=vl-norm', 'actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1'];"
         "runpy.run_module('verl.trainer.main_ppo', run_name='__main__')"
     )
     assert done.returncode != 0

@@ -238,7 +238,9 @@ def test_verdicts(text: str, outcome: str) -> None:
 
 
 @given(triples, expression_texts, st.text(max_size=40))
-def test_reward_equals_an_independent_reading(three: tuple[int, int, int], e: Expression, prefix: str) -> None:
+def test_reward_equals_an_independent_reading(
+    three: tuple[int, int, int], e: Expression, prefix: str
+) -> None:
     value = OPERATIONS[e.op2](OPERATIONS[e.op1](e.a, e.b), e.c)
     problem = Problem(three, 20)
     right = sorted((e.a, e.b, e.c)) == sorted(three) and value == 20
@@ -299,11 +301,20 @@ def test_chat_template_is_exactly_the_prompt(tokenizer) -> None:
         assert ids == [VOCABULARY.index(c) for c in prompt]
 
 
-def test_saved_tokenizer_is_the_committed_one(tokenizer, tmp_path: Path) -> None:
-    from vlnorm_verl.tiny.model import build_tokenizer
+def test_shipped_files_are_what_the_code_builds(tokenizer) -> None:
+    from transformers import AutoConfig
 
-    build_tokenizer().save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads((WEIGHTS / "tokenizer.json").read_text())
+    from vlnorm_verl.tiny.model import build_config, build_tokenizer
+
+    built = build_tokenizer()
+    assert type(built) is type(tokenizer)
+    assert built.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert built.chat_template == tokenizer.chat_template
+    ours, shipped = build_config().to_dict(), AutoConfig.from_pretrained(WEIGHTS).to_dict()
+    for late in ("architectures", "transformers_version", "_name_or_path"):  # written by save_pretrained
+        ours.pop(late, None)
+        shipped.pop(late, None)
+    assert ours == shipped
 
 
 def write_data(out: Path, *arguments: str):
