@@ -54,7 +54,6 @@ assert torch.zeros(1).to(get_device_id()).device.type == "cpu"
 device = get_torch_device()
 device.synchronize(); device.empty_cache(); device.set_rng_state(device.get_rng_state())
 assert device.memory_allocated() > 0 and device.mem_get_info()[0] > 0
-assert not torch.cuda.is_available() or True
 del os.environ["VERL_PLATFORM"]
 assert platform_manager._detect_platform_name() != "cpu"
 print("fine")
@@ -79,7 +78,7 @@ assert engine_workers.initialize_global_process_group_ray is initialize
 import os, torch
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
 initialize()
-assert torch.distributed.get_backend() == "gloo"
+torch.distributed.all_reduce(torch.ones(1))
 torch.distributed.destroy_process_group()
 from verl.workers.engine.fsdp import transformer_impl
 assert transformer_impl.CPUOffloadPolicy(pin_memory=True).pin_memory is False

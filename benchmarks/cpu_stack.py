@@ -1,0 +1,92 @@
+"""Seconds of the CPU stack: start to ready, and a training step with its parts.
+
+    python benchmarks/cpu_stack.py [--steps 8] [--ranks 1] [--out runs/benchmark]
+
+The work: 16 prompts × 8 responses × 128 tokens (end-of-sequence ignored, so every response has its full length), a
+Qwen2 of 1.1 M random parameters in float32, one optimizer step per batch, vl_norm. Run it with nothing else on the
+machine; the first two steps are left out of the medians. What limits a step is in the split.
+"""
+
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vlnorm_verl import quickstart
+
+WARM_UP = 2  # steps: first generation and first update pay for lazy initialisation
+PARTS = {
+    "timing_s/step": "step",
+    "timing_s/gen": "generation",
+    "timing_s/old_log_prob": "old log-probs",
+    "timing_s/update_actor": "update",
+    "timing_s/update_weights": "weight sync",
+}
+
+
+def random_model(folder: Path) -> int:
+    """A random Qwen2 with the tiny task's tokenizer; number of parameters."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(quickstart.MODEL_FOLDER)
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 32}
+    for name, value in {**sizes, "num_attention_heads": 4, "num_key_value_heads": 4}.items():
+        setattr(config, name, value)
+    config.layer_types = ["full_attention"] * config.num_hidden_layers
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(quickstart.MODEL_FOLDER).save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def main(
+    steps: Annotated[int, typer.Option(min=WARM_UP + 1, help="Training steps.")] = 8,
+    ranks: Annotated[int, typer.Option(min=1, help="Data-parallel ranks.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder of the run; emptied first.")] = Path("runs/benchmark"),
+) -> None:
+    """Train a random 1.1 M model for a few steps and print where the seconds go."""
+    console = Console()
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    parameters = random_model(out / "model")
+    quickstart.make_data(out / "data")
+    settings = quickstart.Settings(
+        steps=steps,
+        ranks=ranks,
+        out=out,
+        overrides=[
+            f"actor_rollout_ref.model.path={(out / 'model').resolve()}",
+            "data.max_response_length=128",
+            "actor_rollout_ref.rollout.ignore_eos=true",
+            "trainer.val_before_train=false",
+            "trainer.test_freq=-1",
+            "trainer.save_freq=-1",
+        ],
+    )
+    start, ready, records = time.monotonic(), 0.0, []
+    with console.status("training …"):
+        for record in quickstart.train(quickstart.command(settings), out / "metrics-000.jsonl", out / "train.log"):
+            if "timing_s/step" in record["data"]:
+                ready = ready or time.monotonic() - start - record["data"]["timing_s/step"]
+                records.append(record["data"])
+    measured = records[WARM_UP:]
+    table = Table("part", "median s", "min", "max", title=f"{parameters / 1e6:.2f} M parameters, {ranks} rank(s)")
+    table.add_row("start to ready", f"{ready:.1f}", "", "")
+    for key, name in PARTS.items():
+        values = [data[key] for data in measured if key in data]
+        if values:
+            table.add_row(name, f"{statistics.median(values):.2f}", f"{min(values):.2f}", f"{max(values):.2f}")
+    console.print(table)
+    tokens = 16 * 8 * 128 / statistics.median(data["timing_s/gen"] for data in measured)
+    console.print(f"generation: {tokens:.0f} tokens/s; tokens a response: {measured[-1]['response_length/mean']:.0f}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,222 @@
+"""Starts Ray's Python workers by forking one process that has imported everything already.
+
+A verl run on one machine has about ten Python processes, each of which imports torch, transformers, verl and vLLM:
+5 to 10 s of one core each, one after the other. Ray lets a run name its worker command
+(`runtime_env.py_executable`); here that is this file, run as a script:
+
+- the first worker of a run starts the zygote in the background and goes on as an ordinary `python`;
+- the zygote imports PRELOAD once, then serves a Unix socket;
+- every later worker sends its command line, environment, working directory and standard streams there, and the
+  zygote forks a process that runs the command line. The process that Ray started stays as its shadow: it passes
+  on SIGTERM, and ends with the same exit status.
+
+If the zygote is not (or not yet, after WAIT_S) there, the worker is an ordinary `python`: slower, nothing else.
+The zygote ends as soon as the raylet that it was started under has ended, or when it lost its socket.
+Only the standard library is imported here, so that the shadow costs 20 ms.
+"""
+
+import array
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import struct
+import sys
+import time
+from typing import NoReturn
+
+PRELOAD = (
+    "ray._private.workers.default_worker",
+    "verl",
+    "transfer_queue",
+    "verl.trainer.ppo.v1",
+    "verl.workers.engine_workers",
+    "verl.workers.engine.fsdp.transformer_impl",
+    "verl.workers.rollout.vllm_rollout.vllm_async_server",
+    "verl.experimental.agent_loop",
+    "verl.experimental.reward_loop",
+)
+WAIT_S = 30.0  # for a zygote that is still importing
+END_S = 5.0  # for workers that lost their raylet
+GREETING = b"!"
+LENGTH = struct.Struct("!I")
+
+
+def socket_path(raylet: int) -> str:
+    """One zygote per user and raylet, in the abstract namespace: nothing to clean up."""
+    return f"\0vlnorm-zygote-{os.getuid()}-{raylet}"
+
+
+def plain_python(arguments: list[str]) -> NoReturn:
+    os.execv(sys.executable, [sys.executable, *arguments])
+
+
+def receive(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = connection.recv(size - len(data))
+        if not part:
+            raise ConnectionError("the other side closed the connection")
+        data += part
+    return data
+
+
+# ---------------------------------------------------------------- the shadow (what Ray starts)
+
+
+def shadow(arguments: list[str]) -> NoReturn:
+    """Run `python *arguments` as a fork of the zygote; start the zygote if there is none."""
+    raylet = os.getppid()  # setup_worker.py ends in exec, so the parent is still the raylet
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(socket_path(raylet))
+    except OSError:
+        start_zygote(raylet)
+        plain_python(arguments)
+    request = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+    streams = array.array("i", [0, 1, 2])
+    try:
+        connection.settimeout(WAIT_S)
+        receive(connection, len(GREETING))  # only now is the zygote going to read the request
+        connection.settimeout(None)
+        connection.sendmsg([LENGTH.pack(len(request))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+        connection.sendall(request)
+        (pid,) = LENGTH.unpack(receive(connection, LENGTH.size))
+    except OSError:
+        plain_python(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGTERM))
+    try:
+        (status,) = LENGTH.unpack(receive(connection, LENGTH.size))
+    except OSError:
+        status = 1  # the zygote was killed; its forks end with the raylet
+    os._exit(status)
+
+
+def start_zygote(raylet: int) -> None:
+    """Start the zygote with this process's environment and log, as nobody's child: Ray kills a worker's children."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.execv(sys.executable, [sys.executable, "-m", "vlnorm_verl.cpu.zygote", "--serve", str(raylet)])
+
+
+# ---------------------------------------------------------------- the zygote
+
+
+def serve(raylet: int) -> None:
+    """Bind first (the socket is the lock), import, then fork on request until the raylet has ended."""
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        server.bind(socket_path(raylet))
+    except OSError:
+        return  # another worker's zygote was faster
+    server.listen(64)
+    for name in PRELOAD:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # keep the collector from touching (copying) the shared pages in every fork
+    server.settimeout(0.2)
+    shadows: dict[int, socket.socket] = {}  # pid of a fork -> connection to its shadow
+    while os.path.exists(f"/proc/{raylet}"):
+        report_ended(shadows)
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            continue
+        try:
+            fork_worker(connection, server, shadows)
+        except (OSError, ValueError) as error:
+            print(f"vlnorm zygote: a worker's request failed: {error}", file=sys.stderr, flush=True)
+            connection.close()
+    end_forks(shadows)
+
+
+def end_forks(shadows: dict[int, socket.socket]) -> None:
+    """The raylet has ended, and the workers end by themselves; kill those that do not within END_S."""
+    deadline = time.monotonic() + END_S
+    while shadows and time.monotonic() < deadline:
+        report_ended(shadows)
+        time.sleep(0.05)
+    for pid in shadows:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def report_ended(shadows: dict[int, socket.socket]) -> None:
+    """Tell the shadows of forks that have ended their exit status (128 + signal number for a killed one)."""
+    while shadows:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return
+        code = os.waitstatus_to_exitcode(status)
+        connection = shadows.pop(pid)
+        with contextlib.suppress(OSError):  # the shadow is gone already if Ray killed it
+            connection.sendall(LENGTH.pack(code if code >= 0 else 128 - code))
+        connection.close()
+
+
+def fork_worker(connection: socket.socket, server: socket.socket, shadows: dict[int, socket.socket]) -> None:
+    connection.settimeout(5.0)
+    connection.sendall(GREETING)
+    streams = array.array("i")
+    head, control, _, _ = connection.recvmsg(LENGTH.size, socket.CMSG_SPACE(3 * streams.itemsize))
+    if len(head) != LENGTH.size or not control:
+        raise ValueError("incomplete request")
+    streams.frombytes(control[0][2][: 3 * streams.itemsize])
+    request = json.loads(receive(connection, LENGTH.unpack(head)[0]))
+    pid = os.fork()
+    if pid == 0:
+        server.close()
+        for other in shadows.values():
+            other.close()
+        connection.close()
+        run_worker(request, streams)
+    for stream in streams:
+        os.close(stream)
+    shadows[pid] = connection
+    connection.sendall(LENGTH.pack(pid))
+
+
+def run_worker(request: dict, streams: array.array) -> NoReturn:
+    """In the fork: become what `python *arguments` would have been, then end."""
+    os.setsid()
+    for target, stream in enumerate(streams):
+        os.dup2(stream, target)
+        os.close(stream)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    arguments = [argument for argument in request["arguments"] if argument != "-u"]
+    sys.argv = arguments
+    sys.path[0] = os.path.dirname(arguments[0])
+    import numpy
+
+    numpy.random.seed()  # else all forks draw the same numbers; Python's own random re-seeds itself
+    code = 0
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        serve(int(sys.argv[2]))
+    else:
+        shadow(sys.argv[1:])
