@@ -41,7 +41,7 @@ def rows(results: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 
 
 def test_every_gradient_is_the_closed_form(run: tuple[int, str, list[dict]]) -> None:
-    ranks, dtype, results = run
+    _, dtype, results = run
     honest = [row for row in results if not row["scenario"].startswith(("sabotage", "no valid token"))]
     assert len(honest) >= 40
     wrong = [row for row in honest if not row["error"] <= TOLERANCE[dtype]]

@@ -163,6 +163,21 @@ def test_mode_alone_is_enough(compose: Any, mode: str) -> None:
     assert (actor_config.loss_agg_mode, actor_config.loss_scale_factor) == (mode, 77)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        (["data.train_batch_size=8", *actor(ppo_mini_batch_size="4")], True),
+        (["data.train_batch_size=8", *actor(ppo_mini_batch_size="4", shuffle="true")], False),
+        (["data.train_batch_size=8", *actor(ppo_mini_batch_size="8")], False),
+    ],
+)
+def test_mini_batches_sorted_by_length_are_warned_of(
+    compose: Any, caplog: pytest.LogCaptureFixture, overrides: list[str], warned: bool
+) -> None:
+    validate(compose(*actor(loss_agg_mode="vl_norm"), *overrides))
+    assert ("actor.shuffle=true" in caplog.text) == warned
+
+
 def test_verls_own_key_sets_m(compose: Any) -> None:
     config = compose(*actor(loss_agg_mode="vl_norm", loss_scale_factor="3000"))
     validate(config)

@@ -238,9 +238,7 @@ def test_verdicts(text: str, outcome: str) -> None:
 
 
 @given(triples, expression_texts, st.text(max_size=40))
-def test_reward_equals_an_independent_reading(
-    three: tuple[int, int, int], e: Expression, prefix: str
-) -> None:
+def test_reward_equals_an_independent_reading(three: tuple[int, int, int], e: Expression, prefix: str) -> None:
     value = OPERATIONS[e.op2](OPERATIONS[e.op1](e.a, e.b), e.c)
     problem = Problem(three, 20)
     right = sorted((e.a, e.b, e.c)) == sorted(three) and value == 20

@@ -298,9 +298,27 @@ def _validating(stock: Callable[..., None]) -> Callable[..., None]:
                     f"{actor.loss_agg_mode!r}: the legacy actor has no mini-batch sum. Accepted: disable"
                 )
             fill_scale(actor, config.data.max_response_length)
+            warn_of_sorted_mini_batches(actor, config.data.train_batch_size)
         stock(config, *args, **kwargs)
 
     return validate_config
+
+
+def warn_of_sorted_mini_batches(actor: Any, train_batch_size: int) -> None:
+    """Warn where the mini-batches of a rollout batch will hold responses of similar lengths each.
+
+    verl keeps the order of the rollout batch unless told to shuffle. The V1 trainer's replay buffer returns responses
+    in the order in which they were finished (trainer/ppo/v1/replay_buffer.py), the V0 trainer's `_balance_batch` sorts
+    each rank's share by length (trainer/ppo/ray_trainer.py:1240). Both put short responses into the first mini-batch.
+    """
+    if actor.ppo_mini_batch_size < train_batch_size and not actor.get("shuffle"):
+        logger.warning(
+            "actor_rollout_ref.actor.shuffle=false with several optimizer mini-batches a rollout batch: verl orders "
+            "responses by when they were finished, so each mini-batch holds responses of similar lengths, and "
+            "loss_agg_mode=%s has little left to weigh. Set actor_rollout_ref.actor.shuffle=true for mini-batches "
+            "drawn at random, as in the paper.",
+            actor.loss_agg_mode,
+        )
 
 
 def fill_scale(actor: Any, max_response_length: int) -> None:

@@ -110,6 +110,7 @@ def command(settings: Settings) -> list[str]:
         "verl.trainer.main_ppo",
         f"--config-path={CONFIG_FOLDER}",
         "--config-name=quickstart",
+        "hydra.searchpath=[pkg://verl.trainer.config]",
         f"hydra.run.dir={folder}",
         f"actor_rollout_ref.actor.loss_agg_mode={settings.mode}",
         f"actor_rollout_ref.model.path={MODEL_FOLDER}",

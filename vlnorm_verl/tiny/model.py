@@ -17,7 +17,10 @@ from vlnorm_verl.tiny.countdown import TENS_LETTERS, UNITS_LETTERS
 PAD = "<pad>"
 EOS = "."  # ends every answer, so the text of a trace needs no extra mark
 ALPHABET = "0123456789+-*=;!A:,>" + TENS_LETTERS + UNITS_LETTERS
-VOCABULARY = (PAD, EOS, *ALPHABET)
+# Byte-level BPE's letter for "\n". The task has no line breaks, but verl's agent loop refuses a Qwen2 tokenizer to
+# which one is not exactly one token (verl/utils/tokenizer/continuous_token.py:558).
+NEWLINE = "Ċ"
+VOCABULARY = (PAD, EOS, NEWLINE, *ALPHABET)
 MAX_POSITIONS = 512
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

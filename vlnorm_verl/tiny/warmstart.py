@@ -190,9 +190,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """One response to each of ``count`` different held-out problems (fewer where the split holds fewer)."""
     asked = distinct_problems(count, seed, "test")
-    responses = sample_responses(
-        model, tokenizer, [render_prompt(p) for p in asked], seed, temperature=temperature
-    )
+    responses = sample_responses(model, tokenizer, [render_prompt(p) for p in asked], seed, temperature=temperature)
     return summarize(responses, asked)
 
 
@@ -205,9 +203,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of about 4,096 tokens.")] = 2400,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    eval_prompts: Annotated[
-        int, typer.Option(min=1, help="Held-out prompts for the final measurement.")
-    ] = 1024,
+    eval_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts for the final measurement.")] = 1024,
 ) -> None:
     """Train the tiny CountDown model on search traces and write it as a Hugging Face directory."""
     torch.set_num_threads(threads)
