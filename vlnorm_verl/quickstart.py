@@ -68,6 +68,9 @@ def run(settings: Settings, console: Console | None = None) -> int:
     if problem:
         console.print(problem, style="red", markup=False)
         return 2
+    # As Ctrl-C, also where a shell or a scheduler made this process ignore that: nothing of the run may stay behind.
+    for end in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(end, signal.default_int_handler)
     settings.out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:

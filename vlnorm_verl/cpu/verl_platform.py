@@ -85,9 +85,11 @@ class PlatformCPU(PlatformBase):
         return False
 
     def rollout_env_vars(self) -> dict[str, str]:
-        """The rollout's own thread count, if given: the actor is idle while vLLM generates."""
-        threads = os.environ.get("VLNORM_ROLLOUT_THREADS")
-        return {"OMP_NUM_THREADS": threads} if threads else {}
+        """The rollout's thread count, VLNORM_ROLLOUT_THREADS (default 1).
+
+        A decoding step of a tiny model is shorter than the barriers of a second thread (benchmarks/cpu_stack.py).
+        """
+        return {"OMP_NUM_THREADS": os.environ.get("VLNORM_ROLLOUT_THREADS", "1")}
 
     @contextmanager
     def nvtx_range(self, msg: str) -> Iterator[None]:
