@@ -1,6 +1,6 @@
 """Seconds of the CPU stack: start to ready, and a training step with its parts.
 
-    python benchmarks/cpu_stack.py [--steps 8] [--ranks 1] [--out runs/benchmark]
+    python benchmarks/cpu_stack.py [--steps 8] [--ranks 1] [--out runs/benchmark] [HYDRA OVERRIDE …]
 
 The work: 16 prompts × 8 responses × 128 tokens (end-of-sequence ignored, so every response has its full length), a
 Qwen2 of 1.1 M random parameters in float32, one optimizer step per batch, vl_norm. Run it with nothing else on the
@@ -47,6 +47,7 @@ def random_model(folder: Path) -> int:
 
 
 def main(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Hydra overrides of verl's config.")] = None,
     steps: Annotated[int, typer.Option(min=WARM_UP + 1, help="Training steps.")] = 8,
     ranks: Annotated[int, typer.Option(min=1, help="Data-parallel ranks.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of the run; emptied first.")] = Path("runs/benchmark"),
@@ -68,6 +69,7 @@ def main(
             "trainer.val_before_train=false",
             "trainer.test_freq=-1",
             "trainer.save_freq=-1",
+            *(overrides or []),
         ],
     )
     start, ready, records = time.monotonic(), 0.0, []

@@ -2,7 +2,7 @@
 # Installs the CPU stack (verl, Ray, torch, vLLM, this package) into .venv in the project's root.
 #
 #   bash recipes/install_cpu.sh             what the quickstart and the tests need; a second call is quick
-#   PYTHON=python3.12 bash recipes/install_cpu.sh    with another interpreter (3.10 to 3.12; default: python3)
+#   PYTHON=python3.12 bash recipes/install_cpu.sh    with another interpreter (3.11 or 3.12; default: python3)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,8 +10,8 @@ torch="torch==2.13.0+cpu"
 requirements=recipes/requirements-cpu.txt
 python=${PYTHON:-python3}
 
-if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'; then
-  echo "PYTHON=$python: Python 3.10, 3.11 or 3.12 is needed (verl's range); name one with PYTHON=python3.11" >&2
+if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; then
+  echo "PYTHON=$python: Python 3.11 or 3.12 is needed (by verl and by numpy 2.3); name one with PYTHON=python3.11" >&2
   exit 2
 fi
 

@@ -2,7 +2,7 @@
 # Runs the checks and tests on a CPU.
 #
 #   bash recipes/test.sh           ruff, mypy, the tests and a two-step training run: what CI runs
-#   bash recipes/test.sh slow      the longer training runs: two ranks, resume, learning, a dead rollout engine
+#   bash recipes/test.sh slow      the longer training runs: two ranks, resume, a critic, Ctrl-C, a dead rollout engine
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash recipes/install_cpu.sh

@@ -96,7 +96,11 @@ def test_any_split_order_and_padding_gives_the_same_loss(mode: str, lengths: lis
 
 @given(lengths=lengths_strategy)
 def test_alpha_0_is_dr_grpo_and_equal_lengths_make_alpha_irrelevant(lengths: list[int]) -> None:
-    np.testing.assert_allclose(closed_form("vl_norm:0", lengths), closed_form("dr_grpo_norm", lengths), rtol=1e-14)
+    own, dr_grpo = (
+        response_weights(m := parse_mode(mode), torch.tensor(lengths), mini_batch_sums(m, torch.tensor(lengths))[0], M)
+        for mode in ("vl_norm:0", "dr_grpo_norm")
+    )
+    torch.testing.assert_close(own, dr_grpo, rtol=1e-14, atol=0)
     length = torch.tensor([max(lengths)] * len(lengths))
     weights = [
         response_weights(m := parse_mode(f"vl_norm:{alpha}"), length, mini_batch_sums(m, length)[0], M)
@@ -104,6 +108,17 @@ def test_alpha_0_is_dr_grpo_and_equal_lengths_make_alpha_irrelevant(lengths: lis
     ]
     for other in weights[1:]:
         torch.testing.assert_close(other, weights[0], rtol=1e-14, atol=0)
+
+
+@given(lengths=lengths_strategy)
+def test_alpha_1_is_grpo_norm_times_h_over_m(lengths: list[int]) -> None:
+    length = torch.tensor(lengths)
+    own, grpo = (
+        response_weights(m := parse_mode(mode), length, mini_batch_sums(m, length)[0], M)
+        for mode in ("vl_norm", "grpo_norm")
+    )
+    valid = length[length > 0].double()
+    torch.testing.assert_close(own, grpo * (len(valid) / (1 / valid).sum() / M), rtol=1e-13, atol=0)
 
 
 @given(lengths=lengths_strategy, alpha=st.floats(0, 2))
@@ -152,6 +167,16 @@ def test_bf16_losses_are_weighted_in_float64_and_summed_in_float32() -> None:
     loss = aggregate(losses, mask, method, torch.tensor(1.0, dtype=torch.float64), 1.0)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(4097 / 256, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_device_without_float64(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlnorm_verl.aggregation.weight_dtype", lambda device_type: torch.float32)
+    lengths = [0, 1, 7, 500, 131_072]
+    method, length = parse_mode(mode), torch.tensor(lengths)
+    weights = response_weights(method, length, mini_batch_sums(method, length)[0], M)
+    assert weights.dtype == torch.float32
+    np.testing.assert_allclose(weights.numpy(), closed_form(mode, lengths), rtol=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)

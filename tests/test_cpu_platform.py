@@ -214,7 +214,9 @@ def test_zygote_imports_only_the_standard_library() -> None:
 def test_zygote_forks_a_worker(tmp_path: Path) -> None:
     """Served by a zygote without preloads: command line, environment, folder, output and exit status arrive."""
     script = tmp_path / "work.py"
-    script.write_text("import os, sys\nprint(sys.argv[1:], os.environ['WORD'], os.getcwd(), flush=True)\nsys.exit(7)\n")
+    script.write_text(
+        "import os, sys\nprint(sys.argv[1:], os.environ['WORD'], os.getcwd(), os.getppid(), flush=True)\nsys.exit(7)\n"
+    )
     server_code = "import os; from vlnorm_verl.cpu import zygote; zygote.PRELOAD = (); zygote.serve(os.getppid())"
     server = subprocess.Popen([sys.executable, "-c", server_code])
     try:
@@ -237,4 +239,5 @@ def test_zygote_forks_a_worker(tmp_path: Path) -> None:
         server.kill()
         server.wait()
     assert result.returncode == 7, result.stderr
-    assert result.stdout.strip() == f"['a b'] hello {tmp_path}"
+    # The server's pid as the parent: a shadow that fell back to a plain python would have its own.
+    assert result.stdout.strip() == f"['a b'] hello {tmp_path} {server.pid}"

@@ -7,6 +7,7 @@ KL and entropy, Ctrl-C, a rollout engine that dies inside a weight sync. What a 
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from vlnorm_verl.quickstart import Settings, average_at_8, read_metrics, run
+from vlnorm_verl.quickstart import Settings, average_at_8, check, read_metrics, run
 
 SMALL_VALIDATION = "data.val_max_samples=8"
 
@@ -77,17 +78,32 @@ def test_bad_settings_end_at_once(tmp_path: Path, settings: dict[str, Any], mess
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "metrics-000.jsonl").write_text('{"step": 1, "data": {"a": 1}}\n{"step": 2, "da')
+    (tmp_path / "settings.json").write_text('{"mode": "token-mean", "seed": 0, "ranks": 1, "overrides": []}')
     assert run(Settings(out=tmp_path), Console(quiet=True)) == 2
+    assert "begun with mode 'token-mean'" in str(check(Settings(out=tmp_path, resume=True)))
+    assert check(Settings(out=tmp_path, mode="token-mean", resume=True)) is None
     assert read_metrics(tmp_path) == [{"step": 1, "data": {"a": 1}}]  # and a cut last line is no error
 
 
 @pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
+    dumps = tmp_path / "responses"
     _, first, _ = trained(
-        tmp_path, steps=2, ranks=2, overrides=["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16"]
+        tmp_path / "run",
+        steps=2,
+        ranks=2,
+        overrides=[
+            "actor_rollout_ref.actor.ppo_mini_batch_size=16",
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16",
+            f"trainer.rollout_data_dir={dumps}",
+        ],
     )
-    # The sums are over both ranks: the mean over the two mini-batches of 64 is the mean over the 128 responses.
-    assert first["actor/vl_norm/length_mean"] == pytest.approx(first["response_length/mean"], rel=1e-6)
+    # One token a character, and the end of sequence where the text is not cut. One mini-batch, so the harmonic mean of
+    # all responses is that of the sums over both ranks; a mean of two ranks' own would lie beside it.
+    texts = [json.loads(line)["output"] for line in (dumps / "1.jsonl").read_text().splitlines()]
+    lengths = [min(len(text.removesuffix(".")) + 1, 256) for text in texts]
+    assert len(lengths) == 128
+    assert first["actor/vl_norm/length_harmonic_mean"] == pytest.approx(statistics.harmonic_mean(lengths), rel=1e-6)
     assert first["training/rollout_probs_diff_max"] < 1e-5
 
 
@@ -159,6 +175,8 @@ def wait_for(condition: Callable[[], Any], seconds: float, every: float = 0.2) -
 def test_ctrl_c_leaves_nothing_behind(background: tuple[subprocess.Popen[str], Path]) -> None:
     process, out = background
     process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)  # as people do
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in text
@@ -177,5 +195,5 @@ def test_engine_that_dies_inside_a_weight_sync_ends_the_run(background: tuple[su
     engine.kill()
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 1, text
-    assert "rollout engine" in (out / "train.log").read_text(errors="replace")
+    assert "weight sync: the rollout engine" in (out / "train.log").read_text(errors="replace")
     wait_for(lambda: not processes_of(out), seconds=15)

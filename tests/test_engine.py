@@ -64,6 +64,14 @@ def test_shuffled_epochs_see_every_response_once_an_epoch(run: tuple[int, str, l
         assert steps[0]["lengths"] != steps[2]["lengths"]
 
 
+def test_one_all_reduce_a_mini_batch_and_none_a_micro_batch(run: tuple[int, str, list[dict]]) -> None:
+    """Counted up to the end of the optimizer step, against verl's own mode on the same mini-batch."""
+    (stock,) = rows(run[2], "stock Dr. GRPO")
+    ours = [row for row in rows(run[2], "micro-batches of") if row["mode"] == "vl_norm"]
+    assert len(ours) == 3
+    assert {row["all_reduces"] for row in ours} == {stock["all_reduces"] + 1}
+
+
 def test_local_sums_would_be_seen(run: tuple[int, str, list[dict]]) -> None:
     """What the tolerance above must catch is off by more than 10%."""
     for row in rows(run[2], "sabotage"):

@@ -200,14 +200,24 @@ def test_run_with_a_critic_validates(compose: Any) -> None:
     validate(config, use_critic=True)
 
 
-def test_worker_of_a_trainer_that_skips_validation_gets_m(compose: Any) -> None:
-    """fully_async_policy builds its workers without validate_config."""
-    from verl.workers.engine_workers import ActorRolloutRefWorker
+def test_trainer_that_skips_validation_is_checked_by_run_ppo(compose: Any) -> None:
+    """fully_async_policy starts by run_ppo alone (experimental/fully_async_policy/fully_async_main.py:238)."""
+    import verl  # noqa: F401
+    from verl.trainer.main_ppo import run_ppo
 
-    config = compose(*actor(loss_agg_mode="vl_norm")).actor_rollout_ref
-    with pytest.raises(KeyError, match="WORLD_SIZE"):  # no Ray here: stock __init__ stops after our part
-        ActorRolloutRefWorker(config=config, role="actor")
-    assert config.actor.loss_scale_factor == 77
+    config = compose(*actor(loss_agg_mode="vl_norm"), "ray_kwargs.ray_init.num_cpus=-1")
+    with pytest.raises(Exception, match=r"(?i)num_cpus|negative|quantities"):  # Ray refuses to start, after our part
+        run_ppo(config, task_runner_class=None)
+    assert config.actor_rollout_ref.actor.loss_scale_factor == 77
+    with pytest.raises(ValueError, match="Did you mean 'vl_norm'"):
+        run_ppo(compose(*actor(loss_agg_mode="vlnorm")), task_runner_class=None)
+
+
+def test_critic_alone_gets_m_too(compose: Any) -> None:
+    config = compose("critic.loss_agg_mode=vl_norm")
+    validate(config)
+    assert config.critic.loss_scale_factor == 77
+    assert config.actor_rollout_ref.actor.loss_scale_factor is None
 
 
 @pytest.mark.parametrize(
@@ -240,7 +250,7 @@ def test_worker_of_a_trainer_that_skips_validation_gets_m(compose: Any) -> None:
     ],
 )
 def test_what_cannot_be_exact_is_refused(compose: Any, overrides: list[str], words: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"actor_rollout_ref|algorithm|trainer") as caught:
+    with pytest.raises(ValueError, match=r"actor_rollout_ref|algorithm|trainer|critic") as caught:
         validate(compose(*overrides))
     for word in words:
         assert word in str(caught.value), str(caught.value)

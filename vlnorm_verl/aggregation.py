@@ -30,7 +30,6 @@ A response without a valid token (a padding row, a fully masked one) has weight 
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 import math
 import re
@@ -50,7 +49,7 @@ class Aggregation:
 
     Args:
         u: per-response numerator; maps lengths ≥ 1 [B] (float64, tokens) to weights ≥ 0 [B].
-        z: per-response summand of the one scalar of the mini-batch; same shapes.
+        z: per-response summand > 0 of the one scalar of the mini-batch; same shapes.
         per_token_scale: whether c is M (tokens); otherwise c is 1 and M is not used.
         alpha: the exponent, for messages and tests; None where the method has none.
     """
@@ -176,14 +175,9 @@ def dr_grpo_norm() -> Aggregation:
     return Aggregation(u=torch.ones_like, z=torch.ones_like, per_token_scale=True)
 
 
-@functools.cache
-def _weight_dtype(device_type: str) -> torch.dtype:
-    """float64, or float32 on a device type without it (Apple's mps, some NPUs)."""
-    try:
-        torch.ones(1, dtype=torch.float64, device=device_type)
-    except (TypeError, RuntimeError):
-        return torch.float32
-    return torch.float64
+def weight_dtype(device_type: str) -> torch.dtype:
+    """float64, or float32 on a device type without it (Apple's mps has none, Huawei's npu no collectives in it)."""
+    return torch.float32 if device_type in ("mps", "npu") else torch.float64
 
 
 def response_lengths(response_mask: torch.Tensor) -> torch.Tensor:
@@ -205,7 +199,7 @@ def response_lengths(response_mask: torch.Tensor) -> torch.Tensor:
 
 def _positive(lengths: torch.Tensor) -> torch.Tensor:
     """Lengths in the weight dtype; 1 stands in for 0, whose terms the callers mask, so that no power is infinite."""
-    return lengths.clamp(min=1).to(_weight_dtype(lengths.device.type))
+    return lengths.clamp(min=1).to(weight_dtype(lengths.device.type))
 
 
 def _numerators(aggregation: Aggregation, lengths: torch.Tensor) -> torch.Tensor:
@@ -307,7 +301,7 @@ def mini_batch_statistics(sums: list[float]) -> dict[str, float]:
         "length_mean": mean,
         "length_harmonic_mean": harmonic,
         "variance_ratio": math.sqrt(mean / harmonic),
-        "effective_responses": u * u / u_squared,
+        "effective_responses": u * u / u_squared if u_squared else 0.0,
     }
 
 

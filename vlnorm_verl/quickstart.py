@@ -8,6 +8,7 @@ figure and `summary.json`. Files in the folder of a run:
     train.log           everything that verl, Ray and vLLM print
     metrics-NNN.jsonl   verl's metrics, one file per start (a resumed run begins a new one)
     checkpoints/        verl's checkpoints
+    settings.json       what --resume must not change
     summary.json, learning_curve.png
 
 Covered: one machine, local Ray. Not covered: clusters, other tasks.
@@ -19,6 +20,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -41,8 +43,10 @@ from vlnorm_verl.plugin import STOCK_MODES
 CONFIG_FOLDER = Path(__file__).parent / "cpu" / "config"
 MODEL_FOLDER = Path(__file__).parent / "tiny" / "weights"
 REWARD_FILE = Path(__file__).parent / "tiny" / "countdown.py"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_SECONDS = 20.0  # for verl and Ray to end by themselves before they are killed
 CHECKPOINT_EVERY = 20  # steps
+SETTINGS_FILE = "settings.json"
 TRAIN_PROMPTS, TEST_PROMPTS = 4096, 128
 
 Record = dict[str, Any]  # {"step": int, "data": {metric: number}} as verl writes it
@@ -69,7 +73,7 @@ def run(settings: Settings, console: Console | None = None) -> int:
         console.print(problem, style="red", markup=False)
         return 2
     # As Ctrl-C, also where a shell or a scheduler made this process ignore that: nothing of the run may stay behind.
-    for end in (signal.SIGINT, signal.SIGTERM):
+    for end in STOP_SIGNALS:
         signal.signal(end, signal.default_int_handler)
     settings.out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -93,7 +97,28 @@ def check(settings: Settings) -> str | None:
         return f"--out {settings.out} holds a run; add --resume to go on with it, or choose another folder"
     if settings.resume and not begun:
         return f"--resume: there is no run in --out {settings.out}"
+    if settings.resume:
+        first = json.loads((settings.out / SETTINGS_FILE).read_text())
+        for name, value in kept(settings).items():
+            if value != first[name]:
+                return f"--resume: the run in {settings.out} was begun with {name} {first[name]!r}, not {value!r}"
     return None
+
+
+def resume_command(settings: Settings) -> str:
+    """What to type to go on with a run."""
+    options = [f"--{name}={getattr(settings, name)}" for name in ("mode", "steps", "seed", "ranks", "out")]
+    return shlex.join(["bash", "recipes/quickstart.sh", *options, "--resume", *settings.overrides])
+
+
+def kept(settings: Settings) -> dict[str, Any]:
+    """What a resumed run must have in common with its beginning."""
+    return {
+        "mode": settings.mode,
+        "seed": settings.seed,
+        "ranks": settings.ranks,
+        "overrides": list(settings.overrides),
+    }
 
 
 @contextlib.contextmanager
@@ -147,24 +172,24 @@ def make_data(folder: Path) -> None:
 def _run(settings: Settings, console: Console) -> int:
     if not settings.resume:
         make_data(settings.out / "data")
+        write_json(settings.out / SETTINGS_FILE, {**kept(settings), "steps": settings.steps})
     metrics = settings.out / f"metrics-{len(list(settings.out.glob('metrics-*.jsonl'))):03d}.jsonl"
     log = settings.out / "train.log"
     console.print(f"{settings.mode}, seed {settings.seed}: verl's log goes to {log}", markup=False)
 
     start = time.monotonic()
-    ready: float | None = None
     status = console.status("starting Ray, the FSDP2 actor and the vLLM engine …")
     status.start()
     try:
-        for record in train(command(settings), metrics, log):
-            data, now = record["data"], time.monotonic() - start
-            if ready is None:
-                ready = now - data.get("timing_s/step", 0.0)
-            status.update(f"{now:.0f} s")
-            if line := progress_line(record, settings.steps):
-                console.print(line, markup=False, highlight=False)
+        with contextlib.closing(train(command(settings), metrics, log)) as records:
+            for record in records:
+                status.update(f"{time.monotonic() - start:.0f} s")
+                if line := progress_line(record, settings.steps):
+                    console.print(line, markup=False, highlight=False)
     except KeyboardInterrupt:
-        console.print(f"stopped; go on with: vlnorm-verl quickstart --out {settings.out} --resume", markup=False)
+        begun = any((settings.out / "checkpoints").glob("global_step_*"))
+        hint = "go on from the last checkpoint" if begun else "no checkpoint yet; begin again"
+        console.print(f"stopped; {hint} with:\n  {resume_command(settings)}", markup=False, soft_wrap=True)
         return 130
     except TrainingFailed as error:
         console.print(f"{error}\nThe end of {log}:", style="red", markup=False)
@@ -172,11 +197,11 @@ def _run(settings: Settings, console: Console) -> int:
         return 1
     finally:
         status.stop()
-    records = read_metrics(settings.out)
-    summary = summarize(records, settings, seconds=time.monotonic() - start)
+    history = read_metrics(settings.out)
+    summary = summarize(history, settings, seconds=time.monotonic() - start)
     write_json(settings.out / "summary.json", summary)
     console.print(summary_table(summary))
-    draw(records, settings.mode, settings.out / "learning_curve.png")
+    draw(history, settings.mode, settings.out / "learning_curve.png")
     console.print(f"learning curve: {settings.out / 'learning_curve.png'}", markup=False)
     return 0
 
@@ -188,7 +213,7 @@ class TrainingFailed(RuntimeError):
     """verl's process ended with an error."""
 
 
-def train(arguments: list[str], metrics: Path, log: Path) -> Iterator[Record]:
+def train(arguments: list[str], metrics: Path, log: Path) -> Generator[Record, None, None]:
     """Run verl's trainer on the CPU stack and yield its metrics as it writes them.
 
     Whatever ends this generator (the trainer's end, an exception, Ctrl-C) also ends every process of the run.
@@ -230,6 +255,8 @@ def _follow(path: Path, alive: Callable[[], bool]) -> Generator[Record, None, No
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a trainer and all that it started: asked by SIGINT first, so that Ray shuts down; then killed."""
+    # An impatient second Ctrl-C must not leave the rest running.
+    handlers = [(end, signal.signal(end, signal.SIG_IGN)) for end in STOP_SIGNALS]
     try:
         family = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -245,6 +272,8 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     for member in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
+    for end, handler in handlers:
+        signal.signal(end, handler)
 
 
 def last_lines(path: Path, count: int = 40) -> list[str]:
@@ -277,7 +306,7 @@ def progress_line(record: Record, steps: int) -> str | None:
     if "critic/score/mean" in data:
         parts += [f"reward {data['critic/score/mean']:.3f}", f"length {data['response_length/mean']:5.1f}"]
         if "actor/vl_norm/variance_ratio" in data:
-            parts.append(f"harmonic {data['actor/vl_norm/length_harmonic_mean']:4.1f}")
+            parts[-1] += f" (H {data['actor/vl_norm/length_harmonic_mean']:.1f})"
             parts.append(f"√(A/H) {data['actor/vl_norm/variance_ratio']:.2f}")
         parts += [f"grad {data['actor/grad_norm']:.3f}", f"{data['timing_s/step']:.1f} s"]
     if (accuracy := average_at_8(data)) is not None:

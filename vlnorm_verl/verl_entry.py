@@ -11,14 +11,20 @@ import logging
 logger = logging.getLogger(__name__)
 
 try:
-    from vlnorm_verl import cpu, plugin
+    from vlnorm_verl import plugin
 
     plugin.register()
-    cpu.register()
 except Exception:
     logger.warning(
         "vlnorm-verl could not be loaded into verl: loss_agg_mode=vl_norm is not available in this process. "
         "`vlnorm-verl doctor` tells more. The reason:",
         exc_info=True,
     )
+    raise
+try:
+    from vlnorm_verl import cpu
+
+    cpu.register()
+except Exception:
+    logger.warning("vlnorm-verl could not set up VERL_PLATFORM=cpu in this process. The reason:", exc_info=True)
     raise

@@ -344,11 +344,17 @@ def sabotaged(kind: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(engine: Any) -> Iterator[list[tuple[torch.Tensor, list[int]]]]:
-    """The whole gradient and this rank's rows of each optimizer step."""
-    steps: list[tuple[torch.Tensor, list[int]]] = []
+def recording(engine: Any) -> Iterator[list[tuple[torch.Tensor, list[int], int]]]:
+    """The whole gradient, this rank's rows and the number of all-reduces until then, of each optimizer step."""
+    steps: list[tuple[torch.Tensor, list[int], int]] = []
     rows: list[list[int]] = []
-    train_batch, optimizer_step = engine.train_batch, engine.optimizer_step
+    train_batch, optimizer_step, all_reduce = engine.train_batch, engine.optimizer_step, torch.distributed.all_reduce
+    all_reduces = 0
+
+    def counting_all_reduce(*args: Any, **kwargs: Any) -> Any:
+        nonlocal all_reduces
+        all_reduces += 1
+        return all_reduce(*args, **kwargs)
 
     def recording_train_batch(data: TensorDict, loss_function: Callable) -> Any:
         rows.append(data["row_id"].tolist())
@@ -357,11 +363,13 @@ def recording(engine: Any) -> Iterator[list[tuple[torch.Tensor, list[int]]]]:
     def recording_step() -> Any:
         norm = optimizer_step()
         gradient = torch.cat([p.grad.full_tensor().flatten() for p in engine.module.parameters()])
-        steps.append((gradient.clone(), rows[-1]))
+        steps.append((gradient.clone(), rows[-1], all_reduces))
         return norm
 
     engine.train_batch, engine.optimizer_step = recording_train_batch, recording_step
+    torch.distributed.all_reduce = counting_all_reduce
     yield steps
+    torch.distributed.all_reduce = all_reduce
     del engine.train_batch, engine.optimizer_step
 
 
@@ -433,7 +441,7 @@ def run_exact(rank: int, ranks: int, port: int, dtype: str, folder: str, out: st
             gradients[key] = response_gradients(reference, rows, scenario)
         with recording(worker.engine) as steps, sabotaged(scenario.sabotage):
             metrics = train(worker, scenario, make_data(rows, scenario, mine))
-        for step, (gradient, own) in enumerate(steps):
+        for step, (gradient, own, all_reduces) in enumerate(steps):
             everyone: list[list[int]] = [[] for _ in range(ranks)]
             torch.distributed.all_gather_object(everyone, own)
             used = [i for part in everyone for i in part]
@@ -446,6 +454,7 @@ def run_exact(rank: int, ranks: int, port: int, dtype: str, folder: str, out: st
                     "scenario": scenario.name,
                     "mode": scenario.mode,
                     "step": step,
+                    "all_reduces": all_reduces,
                     "lengths": lengths.tolist(),
                     "norm": norm,
                     "error": distance / norm if norm else distance,

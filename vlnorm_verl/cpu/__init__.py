@@ -9,7 +9,6 @@ Not covered: FSDP1, Megatron and the other engines, several machines, tensor par
 """
 
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -36,15 +35,12 @@ def register() -> None:
         return
     from vlnorm_verl.cpu import patches, verl_platform
 
-    os.environ.setdefault("VLNORM_WORKER_COMMAND", worker_command())  # read in cpu.yaml, inherited by the raylet
+    # VERL_PLATFORM=cpu alone is enough for a run that starts its own Ray: its processes inherit what is missing here.
+    for name, value in cpu_environment().items():
+        os.environ.setdefault(name, value)
     verl_platform.register()
     patches.apply()
     _registered = True
-
-
-def worker_command() -> str:
-    """The command that Ray starts its workers with: see vlnorm_verl.cpu.zygote. -S, -E: only the shadow runs in it."""
-    return shlex.join([sys.executable, "-S", "-E", str(Path(__file__).with_name("zygote.py"))])
 
 
 def cpu_environment(threads: int | None = None) -> dict[str, str]:
@@ -69,4 +65,7 @@ def cpu_environment(threads: int | None = None) -> dict[str, str]:
         # vLLM then accepts the "uni" executor of cpu.yaml (vllm/platforms/cpu.py:177); AsyncLLM starts its engine
         # process all the same
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # The command that cpu.yaml starts Ray's workers with; the raylet must have them too (local Ray, or `ray start`)
+        "VLNORM_PYTHON": sys.executable,
+        "VLNORM_ZYGOTE": str(Path(__file__).with_name("zygote.py")),
     }

@@ -12,6 +12,9 @@ A verl run on one machine has about ten Python processes, each of which imports 
 
 If the zygote is not (or not yet, after WAIT_S) there, the worker is an ordinary `python`: slower, nothing else.
 The zygote ends as soon as the raylet that it was started under has ended, or when it lost its socket.
+Only processes of the same user are served. A fork has the first worker's libraries: variables that are read when a
+library is loaded (OMP_NUM_THREADS, PYTHONPATH, VERL_USE_EXTERNAL_PLUGINS) are the zygote's there, whatever a
+`runtime_env` says; processes that a fork spawns, vLLM's engine among them, get the worker's own.
 Only the standard library is imported here, so that the shadow costs 20 ms.
 """
 
@@ -22,6 +25,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import struct
@@ -55,6 +59,13 @@ def plain_python(arguments: list[str]) -> NoReturn:
     os.execv(sys.executable, [sys.executable, *arguments])
 
 
+def is_own(connection: socket.socket) -> bool:
+    """Whether the other side runs as this user: an abstract socket has no file permissions."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    return bool(uid == os.getuid())
+
+
 def receive(connection: socket.socket, size: int) -> bytes:
     data = b""
     while len(data) < size:
@@ -76,6 +87,8 @@ def shadow(arguments: list[str]) -> NoReturn:
         connection.connect(socket_path(raylet))
     except OSError:
         start_zygote(raylet)
+        plain_python(arguments)
+    if not is_own(connection):
         plain_python(arguments)
     request = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
     streams = array.array("i", [0, 1, 2])
@@ -125,11 +138,20 @@ def serve(raylet: int) -> None:
     gc.freeze()  # keep the collector from touching (copying) the shared pages in every fork
     server.settimeout(0.2)
     shadows: dict[int, socket.socket] = {}  # pid of a fork -> connection to its shadow
-    while os.path.exists(f"/proc/{raylet}"):
+    raylet_ended = select.poll()
+    try:
+        raylet_ended.register(os.pidfd_open(raylet))  # readable once it has ended, also as a zombie
+    except ProcessLookupError:
+        return
+    while not raylet_ended.poll(0):
         report_ended(shadows)
+        kill_orphans(shadows)
         try:
             connection, _ = server.accept()
         except TimeoutError:
+            continue
+        if not is_own(connection):
+            connection.close()
             continue
         try:
             fork_worker(connection, server, shadows)
@@ -146,8 +168,22 @@ def end_forks(shadows: dict[int, socket.socket]) -> None:
         report_ended(shadows)
         time.sleep(0.05)
     for pid in shadows:
-        os.kill(pid, signal.SIGKILL)
+        kill_group(pid)
         os.waitpid(pid, 0)
+
+
+def kill_group(pid: int) -> None:
+    """A fork and what it started: it leads a process group (run_worker), and vLLM's engine is its child."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def kill_orphans(shadows: dict[int, socket.socket]) -> None:
+    """End the forks whose shadow was killed: Ray kills the process that it started, and means the worker."""
+    for pid, connection in shadows.items():
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            if connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b"":
+                kill_group(pid)
 
 
 def report_ended(shadows: dict[int, socket.socket]) -> None:
@@ -157,7 +193,9 @@ def report_ended(shadows: dict[int, socket.socket]) -> None:
         if pid == 0:
             return
         code = os.waitstatus_to_exitcode(status)
-        connection = shadows.pop(pid)
+        connection = shadows.pop(pid, None)
+        if connection is None:  # a process that one of PRELOAD left behind
+            continue
         with contextlib.suppress(OSError):  # the shadow is gone already if Ray killed it
             connection.sendall(LENGTH.pack(code if code >= 0 else 128 - code))
         connection.close()

@@ -1,0 +1,124 @@
+"""What the quickstart learns, over seeds: the table and the figure of the README.
+
+    python benchmarks/quickstart_seeds.py [--seeds 3] [--steps 60] [--out runs/seeds]
+
+Trains one quickstart for each seed (a seed that has finished in --out is not repeated), then writes
+benchmarks/results/quickstart_seeds.json and docs/quickstart.png and prints the table. The spread is the sample
+standard deviation over seeds; every seed has its own order of prompts, its own samples and its own validation samples,
+on the same 128 held-out prompts and from the same warm-started weights.
+"""
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vlnorm_verl import quickstart
+
+ROOT = Path(__file__).parent.parent
+ROWS = {
+    "avg_at_8_before": "Avg@8 before",
+    "avg_at_8_after": "Avg@8 after",
+    "gain": "gain",
+    "length_mean_first_10": "response length, first 10 steps",
+    "length_mean_last_10": "response length, last 10 steps",
+    "seconds_per_step": "seconds a step (median)",
+    "seconds_total": "seconds, whole quickstart",
+}
+
+
+def figure(runs: list[Path], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    canvas, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    window = 5
+    for seed, folder in enumerate(runs):
+        records = [r for r in quickstart.read_metrics(folder) if "critic/score/mean" in r["data"]]
+        x = [r["step"] for r in records]
+        reward = [r["data"]["critic/score/mean"] for r in records]
+        smooth = [statistics.fmean(reward[max(0, i - window + 1) : i + 1]) for i in range(len(reward))]
+        label = f"training reward, mean of {window} steps" if not seed else None
+        axes[0].plot(x, smooth, color="#0072B2", alpha=0.8, label=label)
+        summary = json.loads((folder / "summary.json").read_text())
+        axes[0].plot(
+            [0, summary["steps"]],
+            [summary["avg_at_8_before"], summary["avg_at_8_after"]],
+            "D",
+            color="#D55E00",
+            label="validation Avg@8" if not seed else None,
+        )
+        axes[1].plot(
+            x,
+            [r["data"]["response_length/mean"] for r in records],
+            color="#0072B2",
+            alpha=0.8,
+            label="arithmetic mean A" if not seed else None,
+        )
+        axes[1].plot(
+            x,
+            [r["data"]["actor/vl_norm/length_harmonic_mean"] for r in records],
+            color="#009E73",
+            alpha=0.8,
+            label="harmonic mean H of a mini-batch" if not seed else None,
+        )
+    axes[0].set(xlabel="step", ylabel="accuracy", ylim=(0, 1))
+    axes[1].set(xlabel="step", ylabel="response length, tokens", ylim=(0, None))
+    for panel in axes:
+        panel.legend(frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    canvas.suptitle(f"quickstart: tiny CountDown, vl_norm, {len(runs)} seeds")
+    path.parent.mkdir(exist_ok=True)
+    canvas.savefig(path, dpi=110)
+
+
+def main(
+    seeds: Annotated[int, typer.Option(min=2, help="Seeds 0, 1, … to run.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each.")] = 60,
+    out: Annotated[Path, typer.Option(help="Folder of the runs, one sub-folder a seed.")] = Path("runs/seeds"),
+) -> None:
+    """Run the quickstart for several seeds and report mean and spread."""
+    runs = [out / f"seed{seed}" for seed in range(seeds)]
+    for seed, folder in enumerate(runs):
+        if not (folder / "summary.json").exists():
+            code = quickstart.run(quickstart.Settings(steps=steps, seed=seed, out=folder))
+            if code:
+                raise typer.Exit(code)
+    summaries: list[dict[str, Any]] = [json.loads((folder / "summary.json").read_text()) for folder in runs]
+    for summary in summaries:
+        summary["gain"] = summary["avg_at_8_after"] - summary["avg_at_8_before"]
+
+    table = Table("", *(f"seed {s['seed']}" for s in summaries), "mean", "sd", title=f"{steps} steps of vl_norm")
+    for key, name in ROWS.items():
+        values = [summary[key] for summary in summaries]
+        digits = 0 if key == "seconds_total" else 1 if key.startswith(("length", "seconds")) else 3
+        numbers = [*values, statistics.fmean(values), statistics.stdev(values)]
+        table.add_row(name, *(f"{value:.{digits}f}" for value in numbers))
+    Console().print(table)
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    result = {
+        "command": f"python benchmarks/quickstart_seeds.py --seeds {seeds} --steps {steps}",
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip(),
+        "machine": f"{platform.machine()}, {psutil.cpu_count()} cores, CPU only",
+        "runs": summaries,
+    }
+    results = ROOT / "benchmarks" / "results"
+    results.mkdir(exist_ok=True)
+    quickstart.write_json(results / "quickstart_seeds.json", result)
+    figure(runs, ROOT / "docs" / "quickstart.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)
