@@ -182,7 +182,7 @@ def kill_orphans(shadows: dict[int, socket.socket]) -> None:
     """End the forks whose shadow was killed: Ray kills the process that it started, and means the worker."""
     for pid, connection in shadows.items():
         with contextlib.suppress(BlockingIOError, ConnectionError):
-            if connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b"":
+            if connection.recv(1, socket.MSG_PEEK) == b"":
                 kill_group(pid)
 
 
@@ -221,6 +221,7 @@ def fork_worker(connection: socket.socket, server: socket.socket, shadows: dict[
         os.close(stream)
     shadows[pid] = connection
     connection.sendall(LENGTH.pack(pid))
+    connection.setblocking(False)  # from here on it is only looked at (kill_orphans) and gets four bytes at the end
 
 
 def run_worker(request: dict, streams: array.array) -> NoReturn:
