@@ -114,6 +114,8 @@ def test_two_steps_and_two_resumed_are_four(tmp_path: Path) -> None:
         "actor_rollout_ref.rollout.n=1",
         "actor_rollout_ref.rollout.top_k=1",
         "algorithm.adv_estimator=reinforce_plus_plus",
+        # One mini-batch: verl deals the responses to several in the order in which they happened to be finished.
+        "actor_rollout_ref.actor.ppo_mini_batch_size=16",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
     ]
