@@ -1,0 +1,61 @@
+"""How far vLLM's and transformers' float32 probabilities are from float64, on the warm-started tiny model.
+
+    python benchmarks/rollout_agreement.py [--prompts 128]
+
+Samples one response a held-out prompt with vLLM on the CPU, and recomputes the probability of every sampled token with
+transformers in float32 (what the actor computes) and in float64. If the rollout were wrong, its distance from float64
+would exceed the actor's own.
+"""
+
+import os
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vlnorm_verl.cpu import cpu_environment
+from vlnorm_verl.quickstart import MODEL_FOLDER
+from vlnorm_verl.tiny.countdown import distinct_problems, render_prompt
+
+
+def main(prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 128) -> None:
+    """Print the largest and mean differences of token probabilities."""
+    os.environ.update(cpu_environment(threads=1))
+    from transformers import AutoModelForCausalLM
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(str(MODEL_FOLDER), dtype="float32", enforce_eager=True, max_model_len=300, max_num_seqs=128)
+    texts = [render_prompt(problem) for problem in distinct_problems(prompts, 0, "test")]
+    outputs = engine.generate(texts, SamplingParams(temperature=1.0, max_tokens=256, logprobs=0, seed=1))
+    models = {
+        dtype: AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=dtype, attn_implementation="sdpa")
+        for dtype in (torch.float32, torch.float64)
+    }
+
+    columns: dict[str, list[torch.Tensor]] = {"vllm": [], "float32": [], "float64": []}
+    for output in outputs:
+        response = output.outputs[0]
+        start = len(output.prompt_token_ids)
+        ids = torch.tensor([[*output.prompt_token_ids, *response.token_ids]])
+        sampled = [entry[token].logprob for entry, token in zip(response.logprobs, response.token_ids, strict=True)]
+        columns["vllm"].append(torch.tensor(sampled, dtype=torch.float64).exp())
+        for dtype, model in models.items():
+            with torch.no_grad():
+                log_p = torch.log_softmax(model(ids).logits[0, start - 1 : -1], -1)
+            columns[str(dtype).removeprefix("torch.")].append(
+                log_p.gather(-1, ids[0, start:, None])[:, 0].double().exp()
+            )
+
+    joined = {name: torch.cat(parts) for name, parts in columns.items()}
+    table = Table("difference of token probabilities", "largest", "mean", title=f"{len(joined['vllm'])} sampled tokens")
+    for one, other in (("vllm", "float64"), ("float32", "float64"), ("vllm", "float32")):
+        difference = (joined[one] - joined[other]).abs()
+        names = [{"vllm": "vLLM float32"}.get(name, f"transformers {name}") for name in (one, other)]
+        table.add_row(" − ".join(names), f"{difference.max():.1e}", f"{difference.mean():.1e}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
