@@ -54,6 +54,7 @@ def test_empty_mini_batch_gives_zero_loss_and_gradient(run: tuple[int, str, list
         assert row["norm"] == 0.0
         assert row["error"] == 0.0  # the gradient's own norm, here; NaN would fail
         assert row["metrics"]["loss"] == 0.0
+        assert {v for k, v in row["metrics"].items() if k.startswith("vl_norm/")} == {0.0}
 
 
 def test_shuffled_epochs_see_every_response_once_an_epoch(run: tuple[int, str, list[dict]]) -> None:

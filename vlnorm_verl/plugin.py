@@ -217,6 +217,8 @@ def _mini_batch_metrics(method: maths.Aggregation, lengths: torch.Tensor, sums: 
     # verl has just read the gradient norm on the host; nothing on the device is left to wait for.
     values = sums.tolist()
     low, high = maths.relative_weight_range(method, lengths.to(sums.device), sums).tolist()
+    if values[1] == 0:  # no valid token on any rank: there is no smallest weight
+        low = 0.0
     metrics = {
         f"vl_norm/{name}": Metric(AggregationType.MEAN, value)
         for name, value in maths.mini_batch_statistics(values).items()
