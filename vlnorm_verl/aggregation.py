@@ -51,13 +51,11 @@ class Aggregation:
         u: per-response numerator; maps lengths ≥ 1 [B] (float64, tokens) to weights ≥ 0 [B].
         z: per-response summand > 0 of the one scalar of the mini-batch; same shapes.
         per_token_scale: whether c is M (tokens); otherwise c is 1 and M is not used.
-        alpha: the exponent, for messages and tests; None where the method has none.
     """
 
     u: LengthFunction
     z: LengthFunction
     per_token_scale: bool
-    alpha: float | None = None
 
 
 Factory = Callable[..., Aggregation]
@@ -154,7 +152,7 @@ def vl_norm(alpha: float = 1.0) -> Aggregation:
     def power(lengths: torch.Tensor) -> torch.Tensor:
         return lengths**-alpha
 
-    return Aggregation(u=power, z=power, per_token_scale=True, alpha=alpha)
+    return Aggregation(u=power, z=power, per_token_scale=True)
 
 
 @register_aggregation("grpo_norm")

@@ -342,7 +342,7 @@ def warn_of_sorted_mini_batches(actor: Any, train_batch_size: int) -> None:
             "actor_rollout_ref.actor.shuffle=false with several optimizer mini-batches a rollout batch: verl orders "
             "responses by when they were finished, so each mini-batch holds responses of similar lengths, and "
             "loss_agg_mode=%s has little left to weigh. Set actor_rollout_ref.actor.shuffle=true for mini-batches "
-            "drawn at random, as in the paper.",
+            "drawn at random.",
             actor.loss_agg_mode,
         )
 
