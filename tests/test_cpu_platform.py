@@ -125,19 +125,6 @@ def test_environment_is_complete() -> None:
     assert all(isinstance(value, str) for value in environment.values())
 
 
-def test_sampler_fits_verl() -> None:
-    out = run_python(
-        """
-from vlnorm_verl.cpu.sampler import FastReplayBuffer, POLL_INTERVAL_S
-buffer = FastReplayBuffer(trainer_mode="sync", trainer_config={}, max_off_policy_threshold=8,
-                          max_off_policy_strategy="drop", sampler_kwargs={}, refill_fn=None)
-print(buffer.poll_interval == POLL_INTERVAL_S)
-""",
-        VERL_PLATFORM="cpu",
-    )
-    assert out.split()[-1] == "True"
-
-
 # ---------------------------------------------------------------- watchdog
 
 

@@ -19,7 +19,8 @@ import psutil
 import pytest
 from rich.console import Console
 
-from vlnorm_verl.quickstart import Settings, average_at_8, check, read_metrics, run
+from vlnorm_verl.quickstart import Settings, check, run
+from vlnorm_verl.running import average_at_8, read_metrics
 
 SMALL_VALIDATION = "data.val_max_samples=8"
 

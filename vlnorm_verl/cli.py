@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
+from vlnorm_verl.data.cli import data_app
+
 app = typer.Typer(
     help="VL Norm (arXiv 2509.07558, ΔL Normalization) for stock verl.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+app.add_typer(data_app, name="data")
 
 
 @app.callback()
@@ -55,3 +58,36 @@ def quickstart(
     raise typer.Exit(
         run(Settings(mode=mode, steps=steps, seed=seed, ranks=ranks, out=out, resume=resume, overrides=context.args))
     )
+
+
+@app.command(context_settings={"allow_interspersed_args": True})
+def launch(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Choices and Hydra overrides, key=value.")] = None,
+    recipes: Annotated[Path, typer.Option(help="The folder recipes/ of this project.")] = Path("recipes"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every value and the command; check; stop.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="2 steps at full size: memory and time, then stop.")] = False,
+    logger: Annotated[
+        str, typer.Option(help="Beside console and file: wandb,tensorboard,trackio,swanlab,mlflow.")
+    ] = "",
+    on: Annotated[str, typer.Option(help="slurm: submit with sbatch. kubernetes: print a RayJob manifest.")] = "",
+) -> None:
+    """Run one experiment of the paper on verl (what recipes/*.sh call).
+
+    Choices:
+
+        family=aggregation|dapo   task=countdown|math   model=3b|7b   length=3072|8192   scale=gpu|cpu
+        method=grpo_norm|dapo_norm|dr_grpo_norm|dr_grpo|vl_norm           (family=aggregation)
+        method=dapo|overlong_filtering|soft_punishment|vl_norm            (family=dapo, length=3072)
+
+    Any other key=value is a Hydra override of verl's configuration, for instance
+
+        trainer.n_gpus_per_node=4   trainer.nnodes=2   recipe.seed=1   recipe.steps=500   recipe.alpha=0.5
+
+    The run is on this machine; with RAY_ADDRESS=host:port on that Ray cluster; with RAY_ADDRESS=http://host:8265 it is
+    submitted there as a Ray job. The same command again goes on after a crash, and does nothing when the run is done.
+    """
+    from vlnorm_verl.launch import Request
+    from vlnorm_verl.launch import launch as run
+
+    request = Request(recipes, list(overrides or []), dry_run, smoke, [n for n in logger.split(",") if n], on)
+    raise typer.Exit(run(request))

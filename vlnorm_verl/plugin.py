@@ -1,6 +1,7 @@
 """Puts the aggregations of `vlnorm_verl.aggregation` into stock verl. The only module that knows verl's insides.
 
-Names of verl that are touched, and why (files of verl 0.9.1; nothing else of verl is replaced):
+Names of verl that are touched, and why (files of verl 0.9.1; nothing else of verl is replaced). One thing is added:
+the advantage estimator of `vlnorm_verl.overlong`, through verl's own register_adv_est.
 
 | name                                               | why                                                      |
 |----------------------------------------------------|----------------------------------------------------------|
@@ -43,6 +44,7 @@ import torch
 import wrapt
 
 from vlnorm_verl import aggregation as maths
+from vlnorm_verl import overlong
 
 logger = logging.getLogger(__name__)
 
@@ -297,6 +299,7 @@ def check_config(config: Any) -> None:
         RuntimeError: a patch that the mode needs did not apply to the installed verl.
     """
     actor, critic, horizon = config.actor_rollout_ref.actor, config.critic, config.data.max_response_length
+    check_overlong_filtering(config.algorithm, horizon)
     if actor.loss_agg_mode not in STOCK_MODES:
         check_mode(actor.loss_agg_mode)
         check_scale(actor.get("loss_scale_factor"))
@@ -347,6 +350,22 @@ def warn_of_sorted_mini_batches(actor: Any, train_batch_size: int) -> None:
         )
 
 
+def check_overlong_filtering(algorithm: Any, max_response_length: int) -> None:
+    """Raises ValueError if overlong filtering is asked for without its length; before Ray starts, not at step 1."""
+    if algorithm.adv_estimator != overlong.ESTIMATOR:
+        return
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    get_adv_estimator_fn(overlong.ESTIMATOR)  # raises if it could not be registered
+    limit = algorithm.get(overlong.LENGTH_KEY)
+    if not isinstance(limit, int) or not 0 < limit <= max_response_length:
+        raise ValueError(
+            f"algorithm.{overlong.LENGTH_KEY}={limit!r}: algorithm.adv_estimator={overlong.ESTIMATOR} needs the length "
+            f"from which a response is overlong, in tokens: 1 to data.max_response_length={max_response_length}, "
+            f"usually +algorithm.{overlong.LENGTH_KEY}='${{data.max_response_length}}'"
+        )
+
+
 def fill_scale(role: Any, max_response_length: int) -> None:
     """M = the run's maximum response length where `loss_scale_factor` is null; verl's critic inherits the actor's."""
     from omegaconf import open_dict
@@ -388,6 +407,14 @@ def register() -> None:
     _registered = True
     for module_name in _PATCHES:
         wrapt.register_post_import_hook(_apply, module_name)
+    wrapt.register_post_import_hook(_register_estimator, "verl.trainer.ppo.core_algos")
+
+
+def _register_estimator(core_algos: ModuleType) -> None:
+    try:
+        core_algos.register_adv_est(overlong.ESTIMATOR)(overlong.grpo_overlong_filtering)
+    except Exception as error:  # as in _apply; verl itself refuses the name later, check_config before Ray starts
+        logger.warning("vlnorm-verl cannot register %s (%s: %s)", overlong.ESTIMATOR, type(error).__name__, error)
 
 
 def _apply(module: ModuleType) -> None:

@@ -17,39 +17,42 @@ Covered: one machine, local Ray. Not covered: clusters, other tasks.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 from vlnorm_verl.aggregation import parse_mode
 from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.plugin import STOCK_MODES
+from vlnorm_verl.running import (
+    STOP_SIGNALS,
+    Record,
+    TrainingFailed,
+    average_at_8,
+    last_lines,
+    locked,
+    next_metrics,
+    progress_line,
+    read_metrics,
+    train,
+    write_json,
+)
 
 CONFIG_FOLDER = Path(__file__).parent / "cpu" / "config"
 MODEL_FOLDER = Path(__file__).parent / "tiny" / "weights"
 REWARD_FILE = Path(__file__).parent / "tiny" / "countdown.py"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STOP_SECONDS = 20.0  # for verl and Ray to end by themselves before they are killed
 CHECKPOINT_EVERY = 20  # steps
 SETTINGS_FILE = "settings.json"
 TRAIN_PROMPTS, TEST_PROMPTS = 4096, 128
-
-Record = dict[str, Any]  # {"step": int, "data": {metric: number}} as verl writes it
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,11 @@ def run(settings: Settings, console: Console | None = None) -> int:
     settings.out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(settings.out))
+            lock = stack.enter_context(locked(settings.out))
         except BlockingIOError:
             console.print(f"--out {settings.out}: another run is writing there; choose another folder", style="red")
             return 2
-        return _run(settings, console)
+        return _run(settings, console, lock)
 
 
 def check(settings: Settings) -> str | None:
@@ -119,14 +122,6 @@ def kept(settings: Settings) -> dict[str, Any]:
         "ranks": settings.ranks,
         "overrides": list(settings.overrides),
     }
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one run; BlockingIOError if another holds it. The lock ends with the process."""
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
 
 
 def command(settings: Settings) -> list[str]:
@@ -169,11 +164,11 @@ def make_data(folder: Path) -> None:
     write_parquet(rows(TEST_PROMPTS, 0, "test"), folder / "test.parquet")
 
 
-def _run(settings: Settings, console: Console) -> int:
+def _run(settings: Settings, console: Console, lock: IO[str]) -> int:
     if not settings.resume:
         make_data(settings.out / "data")
         write_json(settings.out / SETTINGS_FILE, {**kept(settings), "steps": settings.steps})
-    metrics = settings.out / f"metrics-{len(list(settings.out.glob('metrics-*.jsonl'))):03d}.jsonl"
+    metrics = next_metrics(settings.out)
     log = settings.out / "train.log"
     console.print(f"{settings.mode}, seed {settings.seed}: verl's log goes to {log}", markup=False)
 
@@ -181,7 +176,7 @@ def _run(settings: Settings, console: Console) -> int:
     status = console.status("starting Ray, the FSDP2 actor and the vLLM engine …")
     status.start()
     try:
-        with contextlib.closing(train(command(settings), metrics, log)) as records:
+        with contextlib.closing(train(command(settings), cpu_environment(), metrics, log, lock)) as records:
             for record in records:
                 status.update(f"{time.monotonic() - start:.0f} s")
                 if line := progress_line(record, settings.steps):
@@ -206,112 +201,7 @@ def _run(settings: Settings, console: Console) -> int:
     return 0
 
 
-# --------------------------------------------------------------------------------------------------------- training
-
-
-class TrainingFailed(RuntimeError):
-    """verl's process ended with an error."""
-
-
-def train(arguments: list[str], metrics: Path, log: Path) -> Generator[Record, None, None]:
-    """Run verl's trainer on the CPU stack and yield its metrics as it writes them.
-
-    Whatever ends this generator (the trainer's end, an exception, Ctrl-C) also ends every process of the run.
-
-    Raises:
-        TrainingFailed: the trainer's exit code is not 0.
-    """
-    environment = {**os.environ, **cpu_environment(), "VERL_FILE_LOGGER_PATH": str(metrics.resolve())}
-    with open(log, "ab") as output:
-        # A session of its own: Ctrl-C reaches this process only, which then ends the run in order.
-        process = subprocess.Popen(
-            arguments, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        with contextlib.closing(_follow(metrics, lambda: process.poll() is None)) as records:
-            yield from records
-    finally:
-        stop(process)
-    if process.returncode != 0:
-        raise TrainingFailed(f"verl's trainer ended with exit code {process.returncode}.")
-
-
-def _follow(path: Path, alive: Callable[[], bool]) -> Generator[Record, None, None]:
-    """Whole lines of a file that another process appends to, until that process is gone."""
-    position, rest = 0, b""
-    while True:
-        last = not alive()  # asked before reading: what a finished process wrote is read once more
-        if path.exists():
-            with open(path, "rb") as file:
-                file.seek(position)
-                chunk = file.read()
-            position += len(chunk)
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from map(json.loads, lines)
-        if last:
-            return
-        time.sleep(0.2)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a trainer and all that it started: asked by SIGINT first, so that Ray shuts down; then killed."""
-    # An impatient second Ctrl-C must not leave the rest running.
-    handlers = [(end, signal.signal(end, signal.SIG_IGN)) for end in STOP_SIGNALS]
-    try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    _, left = psutil.wait_procs(family, timeout=5)
-    for member in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    for end, handler in handlers:
-        signal.signal(end, handler)
-
-
-def last_lines(path: Path, count: int = 40) -> list[str]:
-    with open(path, errors="replace") as file:
-        return list(deque(file, count))
-
-
 # ---------------------------------------------------------------------------------------------------------- results
-
-
-def read_metrics(folder: Path) -> list[Record]:
-    """All steps of a run in order; where a resumed run repeats a step, the later one. A cut last line is left out."""
-    by_step: dict[int, Record] = {}
-    for path in sorted(folder.glob("metrics-*.jsonl")):
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                record = json.loads(line)
-                by_step[record["step"]] = record
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def average_at_8(data: dict[str, float]) -> float | None:
-    """Validation accuracy, mean over 8 samples a prompt (verl's mean@8), if this record has it."""
-    return next((v for k, v in data.items() if k.startswith("val-core/") and k.endswith("/mean@8")), None)
-
-
-def progress_line(record: Record, steps: int) -> str | None:
-    """What a person wants to see of one step."""
-    data, parts = record["data"], []
-    if "critic/score/mean" in data:
-        parts += [f"reward {data['critic/score/mean']:.3f}", f"length {data['response_length/mean']:5.1f}"]
-        if "actor/vl_norm/variance_ratio" in data:
-            parts[-1] += f" (H {data['actor/vl_norm/length_harmonic_mean']:.1f})"
-            parts.append(f"√(A/H) {data['actor/vl_norm/variance_ratio']:.2f}")
-        parts += [f"grad {data['actor/grad_norm']:.3f}", f"{data['timing_s/step']:.1f} s"]
-    if (accuracy := average_at_8(data)) is not None:
-        parts.append(f"validation Avg@8 {accuracy:.3f}")
-    return f"step {record['step']:3d}/{steps}  " + "  ".join(parts) if parts else None
 
 
 def summarize(records: list[Record], settings: Settings, seconds: float) -> dict[str, Any]:
@@ -385,10 +275,3 @@ def draw(records: list[Record], mode: str, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)

@@ -1,0 +1,234 @@
+"""A recipe's configuration: compose it, check it against verl, and say where each value comes from.
+
+The values are in recipes/config (Hydra groups over verl's ppo_trainer). Nothing here starts Ray or needs a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIG_NAME = "recipe"
+# In the order in which recipe.yaml composes them: a later one wins.
+GROUPS = ("family", "task", "model", "length", "method", "scale")
+TINY_MODEL = Path(__file__).parent / "tiny" / "weights"
+LOGGERS = ("console", "file", "wandb", "tensorboard", "trackio", "swanlab", "mlflow")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run; the message names the key, its value and what is accepted."""
+
+
+# -------------------------------------------------------------------------------------------------------- compose
+
+
+def hydra_overrides(overrides: list[str]) -> list[str]:
+    """Overrides as Hydra takes them: a group's choice must be a string, and `length=3072` would be a number."""
+    return [re.sub(r"^length=([0-9]+)$", r"length='\1'", override) for override in overrides]
+
+
+def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
+    """The configuration of one run as verl.trainer.main_ppo composes it from the same overrides.
+
+    Raises:
+        RecipeError: an unknown choice or key, a value that cannot be resolved, or a combination that is no recipe.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_folder.resolve()), version_base=None):
+            config = hydra_compose(CONFIG_NAME, overrides=hydra_overrides(overrides))
+        OmegaConf.resolve(config)
+        missing = OmegaConf.missing_keys(config.recipe)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise RecipeError(str(error)) from error
+    if missing:
+        raise RecipeError(f"not set: {', '.join(f'recipe.{key}' for key in sorted(missing))}")
+    for key, accepted in (("method", config.recipe.methods), ("length", config.recipe.lengths)):
+        chosen = config.recipe[key]
+        if chosen not in accepted:
+            close = difflib.get_close_matches(chosen, list(accepted), 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise RecipeError(
+                f"{key}={chosen} is none of the paper's for family={config.recipe.family}.{hint} "
+                f"Accepted: {', '.join(accepted)}"
+            )
+    return config
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """{dotted key: value} of all leaves; an empty mapping or a list is a leaf."""
+    plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    found: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                walk(value, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            found[prefix] = node
+
+    walk(plain, "")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- check
+
+
+def validate(config: DictConfig) -> None:
+    """Check a composed run with verl's own classes, as far as that needs neither a GPU nor a network.
+
+    The checks are those of verl.trainer.main_ppo before it starts Ray (with the plugin's in them), the dataclasses that
+    its workers build later, and a load of every class and function that the configuration names.
+
+    Raises:
+        RecipeError: verl would refuse this configuration, or could not train it as it says.
+    """
+    from verl.experimental.reward_loop.reward_loop import migrate_legacy_reward_impl
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+    from verl.trainer.ppo.reward import get_custom_reward_fn, resolve_reward_manager_cls
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+    from verl.utils.import_utils import load_extern_object
+    from verl.utils.tracking import Tracking
+
+    from vlnorm_verl.plugin import STOCK_MODES
+
+    config = config.copy()  # verl and the plugin fill in values
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # engines that are not installed, a critic that is not wanted
+            validate_config(config, need_reference_policy(config), need_critic(config))
+            for part in ("actor_rollout_ref.rollout", "algorithm.filter_groups"):
+                omega_conf_to_dataclass(OmegaConf.select(config, part))
+            if Path(config.actor_rollout_ref.model.path).is_dir():  # else a name on the hub, which needs a network
+                omega_conf_to_dataclass(config.actor_rollout_ref.model)
+            get_adv_estimator_fn(config.algorithm.adv_estimator)
+            config = migrate_legacy_reward_impl(config)
+            get_custom_reward_fn(config)
+            resolve_reward_manager_cls(config)
+            sampler = config.trainer.v1.sampler.custom_sampler
+            if sampler.path:
+                load_extern_object(sampler.path, sampler.name)
+    except Exception as error:  # verl raises asserts, ValueErrors, KeyErrors, ImportErrors …: each refuses the run
+        raise RecipeError(f"verl refuses the configuration: {type(error).__name__}: {error}") from error
+
+    actor = config.actor_rollout_ref.actor
+    sums_by_m = actor.loss_agg_mode not in STOCK_MODES or actor.loss_agg_mode == "seq-mean-token-sum-norm"
+    if sums_by_m and not actor.loss_scale_factor:
+        raise RecipeError(
+            f"actor_rollout_ref.actor.loss_scale_factor={actor.loss_scale_factor!r} with loss_agg_mode="
+            f"{actor.loss_agg_mode!r}: give M in tokens. verl's null takes each micro-batch's own width"
+        )
+    unknown = [name for name in config.trainer.logger if name not in Tracking.supported_backend]
+    if unknown:
+        raise RecipeError(
+            f"trainer.logger={list(config.trainer.logger)}: verl has no {', '.join(unknown)}. "
+            f"Accepted: {', '.join(LOGGERS)}"
+        )
+    if "file" not in config.trainer.logger:
+        raise RecipeError("trainer.logger must have `file`: progress, resume and the report read its metrics")
+
+
+def missing_files(config: DictConfig) -> str | None:
+    """What to type to get the run's data, if a file of it is not there."""
+    files = OmegaConf.to_container(OmegaConf.create([config.data.train_files, config.data.val_files]))
+    flat = [file for entry in files for file in (entry if isinstance(entry, list) else [entry])]
+    missing = [file for file in flat if not Path(file).expanduser().is_file()]
+    if not missing:
+        return None
+    folder = f"{config.recipe.data}/{config.recipe.task}"
+    return (
+        f"no data: {', '.join(missing)}. Make it with\n"
+        f"  vlnorm-verl data {config.recipe.task} --out {folder}\n"
+        f"or, without a network,\n"
+        f"  vlnorm-verl data {config.recipe.task} --offline --out {folder}\n"
+        "or name a folder that has it with recipe.data=…"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ provenance
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of a run that verl's defaults do not set: where it was set, and why it is what it is."""
+
+    key: str
+    value: Any
+    place: str  # "task/math.yaml:9", or "command line"
+    source: str  # the comment behind the value
+
+
+def _leaves(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """(dotted key, line of its key from 0) of each leaf of a YAML mapping."""
+    if isinstance(node, yaml.MappingNode) and node.value:
+        for key, value in node.value:
+            name = f"{prefix}.{key.value}" if prefix else key.value
+            if isinstance(value, yaml.MappingNode) and value.value:
+                yield from _leaves(value, name)
+            else:
+                yield name, key.start_mark.line
+
+
+def commented_values(file: Path) -> Iterator[tuple[str, int, str]]:
+    """(dotted key, line from 1, comment) of each value of a config file; its comment is behind it or above it."""
+    text = file.read_text()
+    lines = text.splitlines()
+    for key, line in _leaves(yaml.compose(text)):
+        if key.split(".")[0] in ("defaults", "hydra"):
+            continue
+        comment = ""
+        if "  # " in lines[line]:
+            comment = lines[line].rsplit("  # ", 1)[1]
+        elif line and lines[line - 1].startswith("  ") and lines[line - 1].lstrip().startswith("# "):
+            comment = lines[line - 1].lstrip()[2:]
+        yield key, line + 1, comment.strip()
+
+
+def config_files(config_folder: Path, config: DictConfig) -> list[Path]:
+    """The files of recipes/config that made this run, in the order in which they were merged."""
+    files = [config_folder / "common.yaml"]
+
+    def add(file: Path) -> None:
+        defaults = yaml.safe_load(file.read_text()).get("defaults") or []
+        for name in defaults:
+            if isinstance(name, str) and not name.startswith(("_", "/")):
+                add(file.parent / f"{name}.yaml")
+        files.append(file)
+
+    for group in GROUPS:
+        add(config_folder / group / f"{config.recipe[group]}.yaml")
+    return files
+
+
+def provenance(config_folder: Path, config: DictConfig, overrides: list[str]) -> list[Value]:
+    """Every value that the recipe or the command line sets, in the order of the files."""
+    values = flatten(config)
+    found: dict[str, Value] = {}
+    for file in config_files(config_folder, config):
+        for key, line, comment in commented_values(file):
+            if key in values:
+                before = found.pop(key, None)
+                comment = comment or (before.source if before else "")
+                found[key] = Value(key, values[key], f"{file.parent.name}/{file.name}:{line}", comment)
+    for override in overrides:
+        key = override.lstrip("+").split("=", 1)[0]
+        if key in values:
+            found.pop(key, None)
+            found[key] = Value(key, values[key], "command line", "")
+    return list(found.values())

@@ -1,0 +1,60 @@
+"""verl's replay buffer with the two settings that verl 0.9 has no key for (`trainer.v1.sampler.custom_sampler`).
+
+- The polling interval. verl asks its queue every 2 s whether a batch is complete (trainer/ppo/v1/replay_buffer.py:144),
+  so a step of a few seconds on a CPU is rounded up to the next 2 s.
+- `algorithm.filter_groups.max_num_gen_batches`. verl 0.9's trainer ignores it (trainer_base.py:203): with a model that
+  solves every prompt, or none, it would generate for ever.
+
+Dropping the groups of equal outcome is verl's own code. A custom sampler has to hand `algorithm.filter_groups` to it
+(trainer_base.py:162), which is what `trainer.v1.sampler.sampler_kwargs` is for.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+
+class BoundedReplayBuffer(ReplayBuffer):
+    """verl's synchronous ReplayBuffer; see the module. Its `sampler_kwargs` are
+
+    filter_groups     ${algorithm.filter_groups}
+    train_batch_size  ${data.train_batch_size}, prompts
+    poll_interval     seconds
+
+    Raises:
+        RuntimeError (in `sample`): a step has used up its max_num_gen_batches. A generation batch is
+            max_inflight_gen_batches · train_batch_size prompts, what verl has in flight at most.
+    """
+
+    def __init__(self, sampler_kwargs: Any, refill_fn: Callable[[int], int], **kwargs: Any) -> None:
+        groups, prompts = sampler_kwargs.filter_groups, sampler_kwargs.train_batch_size
+        self._refill = refill_fn
+        self._groups = groups
+        self._limit = groups.max_num_gen_batches * groups.max_inflight_gen_batches * prompts
+        self._generated = 0
+        super().__init__(
+            sampler_kwargs=sampler_kwargs,
+            refill_fn=self._refill_within_limit,
+            poll_interval=sampler_kwargs.poll_interval,
+            filter_groups_metric=groups.metric if groups.enable else None,
+            train_batch_size=prompts,
+            gen_batch_size=1,  # the trainer's data loader gives single prompts when it filters (trainer_base.py:728)
+            max_inflight_gen_batches=groups.max_inflight_gen_batches,
+            **kwargs,
+        )
+
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> Any:
+        self._generated = batch_size  # what the trainer itself has asked for
+        return super().sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
+
+    def _refill_within_limit(self, prompts: int) -> int:
+        self._generated += prompts
+        if 0 < self._limit < self._generated:
+            raise RuntimeError(
+                f"algorithm.filter_groups: {self._limit} prompts were generated for one step "
+                f"(max_num_gen_batches={self._groups.max_num_gen_batches}), and still fewer than "
+                f"{self.train_batch_size} of their groups differ in {self._groups.metric!r}. The model solves nearly "
+                "all prompts or nearly none: take other data, or raise max_num_gen_batches (0: no limit)"
+            )
+        return self._refill(prompts)
