@@ -108,11 +108,9 @@ def launch(request: Request, console: Console | None = None) -> int:
 def _launch(request: Request, console: Console) -> int:
     if request.on not in ("", "slurm", "kubernetes"):
         raise RecipeError(f"--on {request.on}: accepted are slurm and kubernetes; without it RAY_ADDRESS decides")
+    prepare_environment(request)
     overrides = complete_overrides(request)
     config = compose(request.config_folder, overrides)
-    if config.recipe.scale == "cpu":
-        # Before verl is imported, which looks for its platform then.
-        os.environ.update(cpu_environment())
     recipe.validate(config)
     if request.dry_run:
         show(request, config, overrides, console)
@@ -132,13 +130,12 @@ def _launch(request: Request, console: Console) -> int:
 
 def complete_overrides(request: Request) -> list[str]:
     """The user's overrides, before them what the launcher itself decides."""
-    own: list[str] = []
+    # Whatever the overrides leave open, so that they can be looked at.
+    placeholders = ["recipe.tiny_model=-"] if _is_cpu(request) else []
+    first = compose(request.config_folder, [*placeholders, *request.overrides])
     # Absolute, since verl's processes have working directories of their own.
-    first = compose(
-        request.config_folder, ["recipe.tiny_model=-", *request.overrides] if _is_cpu(request) else request.overrides
-    )
-    own += [f"recipe.root={Path(first.recipe.root).resolve()}", f"recipe.data={Path(first.recipe.data).resolve()}"]
-    if first.recipe.scale == "cpu":
+    own = [f"recipe.root={Path(first.recipe.root).resolve()}", f"recipe.data={Path(first.recipe.data).resolve()}"]
+    if _is_cpu(request):
         own.append(f"recipe.tiny_model={recipe.TINY_MODEL}")
     if request.loggers:
         unknown = [name for name in request.loggers if name not in recipe.LOGGERS]
@@ -159,6 +156,12 @@ def complete_overrides(request: Request) -> list[str]:
 
 def _is_cpu(request: Request) -> bool:
     return "scale=cpu" in request.overrides
+
+
+def prepare_environment(request: Request) -> None:
+    """The environment of scale=cpu, before anything imports verl (composing does): verl looks for its platform then."""
+    if _is_cpu(request):
+        os.environ.update(cpu_environment())
 
 
 def smoke_folder(root: Path, name: str) -> Path:

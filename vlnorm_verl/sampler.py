@@ -1,17 +1,21 @@
-"""verl's replay buffer with the two settings that verl 0.9 has no key for (`trainer.v1.sampler.custom_sampler`).
+"""verl's replay buffer with two settings and one metric that verl 0.9 lacks (`trainer.v1.sampler.custom_sampler`).
 
 - The polling interval. verl asks its queue every 2 s whether a batch is complete (trainer/ppo/v1/replay_buffer.py:144),
   so a step of a few seconds on a CPU is rounded up to the next 2 s.
 - `algorithm.filter_groups.max_num_gen_batches`. verl 0.9's trainer ignores it (trainer_base.py:203): with a model that
   solves every prompt, or none, it would generate for ever.
+- Outcome rates. The reward functions here say what became of each response ("correct", "no_answer" …); verl puts that
+  into validation dumps, but into no metric of training. Logged as `training/outcome/<class>`, shares of the batch.
 
 Dropping the groups of equal outcome is verl's own code. A custom sampler has to hand `algorithm.filter_groups` to it
 (trainer_base.py:162), which is what `trainer.v1.sampler.sampler_kwargs` is for.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import transfer_queue as tq
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 
@@ -33,6 +37,7 @@ class BoundedReplayBuffer(ReplayBuffer):
         self._groups = groups
         self._limit = groups.max_num_gen_batches * groups.max_inflight_gen_batches * prompts
         self._generated = 0
+        self._outcomes: set[str] = set()  # seen so far
         super().__init__(
             sampler_kwargs=sampler_kwargs,
             refill_fn=self._refill_within_limit,
@@ -46,7 +51,11 @@ class BoundedReplayBuffer(ReplayBuffer):
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> Any:
         self._generated = batch_size  # what the trainer itself has asked for
-        return super().sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
+        batch, metrics = super().sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
+        if partition_id == "train":
+            fields = tq.kv_batch_get(keys=batch.keys, partition_id=partition_id, select_fields=["extra_fields"])
+            metrics |= self._outcome_rates(getattr(extra, "data", extra) for extra in fields["extra_fields"])
+        return batch, metrics
 
     def _refill_within_limit(self, prompts: int) -> int:
         self._generated += prompts
@@ -58,3 +67,10 @@ class BoundedReplayBuffer(ReplayBuffer):
                 "all prompts or nearly none: take other data, or raise max_num_gen_batches (0: no limit)"
             )
         return self._refill(prompts)
+
+    def _outcome_rates(self, extra_fields: Iterable[dict[str, Any]]) -> dict[str, float]:
+        """Shares of the responses whose reward function named an outcome; 0 for a class that is not in this batch."""
+        named = Counter(extra.get("reward_extra_info", {}).get("outcome") for extra in extra_fields)
+        named.pop(None, None)
+        self._outcomes |= named.keys()
+        return {f"training/outcome/{name}": named[name] / named.total() for name in sorted(self._outcomes) if named}
