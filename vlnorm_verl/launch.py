@@ -22,6 +22,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -75,8 +76,8 @@ MAY_CHANGE = (
     "actor_rollout_ref.rollout.gpu_memory_utilization",
     "ray_kwargs.",
 )
-# Not worth sending to a cluster with `ray job submit`.
-NOT_SHIPPED = [".git", ".venv", "runs", "data", "outputs", ".pytest_cache", ".mypy_cache", ".ruff_cache"]
+# Not sent to a cluster with `ray job submit`, beside what .gitignore has (Ray reads it).
+NOT_SHIPPED = ["/runs", "/data", "/docs", "/tests"]
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,9 @@ def _launch(request: Request, console: Console) -> int:
 
 def complete_overrides(request: Request) -> list[str]:
     """The user's overrides, before them what the launcher itself decides."""
-    # Whatever the overrides leave open, so that they can be looked at.
-    placeholders = ["recipe.tiny_model=-"] if _is_cpu(request) else []
-    first = compose(request.config_folder, [*placeholders, *request.overrides])
+    first = compose(request.config_folder, request.overrides)
     # Absolute, since verl's processes have working directories of their own.
     own = [f"recipe.root={Path(first.recipe.root).resolve()}", f"recipe.data={Path(first.recipe.data).resolve()}"]
-    if _is_cpu(request):
-        own.append(f"recipe.tiny_model={recipe.TINY_MODEL}")
     if request.loggers:
         unknown = [name for name in request.loggers if name not in recipe.LOGGERS]
         if unknown:
@@ -272,7 +269,11 @@ def run_here(request: Request, config: DictConfig, overrides: list[str], console
 
 
 def make_tiny_data(config: DictConfig) -> None:
-    """The tiny task's files for scale=cpu, where they are missing. The same for every run."""
+    """The tiny task's files and model for scale=cpu, where they are missing. The same for every run.
+
+    The model is copied beside the data because every node must find it under one path, and the package has another one
+    on each node of a cluster that Ray sends it to.
+    """
     from vlnorm_verl.tiny import boxed, data
 
     def write(path: str, table: list[dict[str, Any]]) -> None:
@@ -280,6 +281,11 @@ def make_tiny_data(config: DictConfig) -> None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             data.write_parquet(table, Path(path))
 
+    if not (model := Path(config.actor_rollout_ref.model.path)).exists():
+        model.parent.mkdir(parents=True, exist_ok=True)
+        temporary = model.with_name(f".{model.name}.{os.getpid()}.tmp")
+        shutil.copytree(recipe.TINY_MODEL, temporary)
+        temporary.rename(model)
     if config.recipe.task == "countdown":
         write(config.data.train_files, data.rows(4096, 0, "train"))
         write(config.data.val_files, data.rows(128, 0, "test"))
@@ -420,7 +426,7 @@ def submit_command(request: Request, config: DictConfig) -> list[str]:
     absolute = [f"recipe.root={config.recipe.root}", f"recipe.data={config.recipe.data}"]
     given = [o for o in request.overrides if not o.startswith(("recipe.root=", "recipe.data="))]
     return [
-        "ray",
+        str(Path(sys.executable).with_name("ray")),
         "job",
         "submit",
         f"--address={os.environ['RAY_ADDRESS']}",

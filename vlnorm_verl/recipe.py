@@ -134,6 +134,7 @@ def validate(config: DictConfig) -> None:
             f"actor_rollout_ref.actor.loss_scale_factor={actor.loss_scale_factor!r} with loss_agg_mode="
             f"{actor.loss_agg_mode!r}: give M in tokens. verl's null takes each micro-batch's own width"
         )
+    check_micro_batches(config)
     unknown = [name for name in config.trainer.logger if name not in Tracking.supported_backend]
     if unknown:
         raise RecipeError(
@@ -142,6 +143,36 @@ def validate(config: DictConfig) -> None:
         )
     if "file" not in config.trainer.logger:
         raise RecipeError("trainer.logger must have `file`: progress, resume and the report read its metrics")
+
+
+def check_micro_batches(config: DictConfig) -> None:
+    """Raises RecipeError for batches that are no whole number of micro-batches: verl finds out in the first step only.
+
+    The assertion is in verl's workers/engine/utils.py.
+    """
+    actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
+    ranks = trainer.nnodes * trainer.n_gpus_per_node
+    batches = {
+        "actor.ppo_micro_batch_size_per_gpu": (
+            actor.use_dynamic_bsz,
+            "a mini-batch of ppo_mini_batch_size",
+            actor.ppo_mini_batch_size,
+            actor.ppo_micro_batch_size_per_gpu,
+        ),
+        "rollout.log_prob_micro_batch_size_per_gpu": (
+            rollout.log_prob_use_dynamic_bsz,
+            "a batch of data.train_batch_size",
+            config.data.train_batch_size,
+            rollout.log_prob_micro_batch_size_per_gpu,
+        ),
+    }
+    for key, (dynamic, what, prompts, micro) in batches.items():
+        if not dynamic and micro and prompts * rollout.n % (ranks * micro):
+            raise RecipeError(
+                f"actor_rollout_ref.{key}={micro}: {what}={prompts} prompts · rollout.n={rollout.n} responses over "
+                f"{ranks} GPUs (trainer.nnodes · n_gpus_per_node) is no whole number of micro-batches. Accepted: "
+                f"a divisor of {prompts * rollout.n / ranks:g}"
+            )
 
 
 def missing_files(config: DictConfig) -> str | None:
