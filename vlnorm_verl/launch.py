@@ -19,8 +19,10 @@ The folder of a run (`recipe.folder`), on a disk that every node sees:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -52,6 +54,7 @@ from vlnorm_verl.running import (
 
 PROJECT = Path(__file__).parent.parent
 SMOKE_STEPS = 2
+RAYJOB_NAME = 47  # characters that KubeRay takes for the name of a RayJob
 # What may change between two starts of one run: how long it is, where it runs, what it prints and keeps.
 MAY_CHANGE = (
     "trainer.total_training_steps",
@@ -187,7 +190,8 @@ def trainer_command(request: Request, overrides: list[str], on_cluster: bool) ->
 
 def cluster_overrides(overrides: list[str]) -> list[str]:
     """What changes on a Ray cluster that exists already: it has its own resources, its workers need our variables."""
-    settings = [
+    settings = ["ray_kwargs.ray_init.address=auto"]
+    settings += [
         f"+ray_kwargs.ray_init.runtime_env.env_vars.{name}='{value}'" for name, value in worker_variables().items()
     ]
     if "scale=cpu" in overrides:
@@ -456,9 +460,11 @@ def rayjob(request: Request, config: DictConfig) -> str:
     """The RayJob manifest of recipes/cluster/rayjob.yaml for this run."""
     text = (request.recipes / "cluster" / "rayjob.yaml").read_text()
     command = shlex.join(["python", "-m", "vlnorm_verl", *same_command(request, request.overrides)])
-    name = config.recipe.name.replace("_", "-").lower()
+    name = re.sub(r"[^a-z0-9]+", "-", f"{config.recipe.name}-seed{config.recipe.seed}".lower())
+    if len(name) > RAYJOB_NAME:
+        name = f"{name[: RAYJOB_NAME - 7].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
     for placeholder, value in {
-        "${NAME}": f"{name}-seed{config.recipe.seed}",
+        "${NAME}": name,
         "${ENTRYPOINT}": json.dumps(command),
         "${WORKERS}": str(config.trainer.nnodes - 1),
         "${GPUS}": str(config.trainer.n_gpus_per_node),

@@ -75,8 +75,11 @@ def probe(mode: str, folder: Path, files: list[str], environment: dict[str, str]
 
     try:
         ray.init(address="auto", runtime_env={"env_vars": environment}, log_to_driver=False, logging_level="warning")
-    except ConnectionError as error:
-        raise ConnectionError(f"RAY_ADDRESS names no living Ray cluster: {error}") from error
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise ConnectionError(
+            f"no living Ray cluster that lets us in ({type(error).__name__}: {_last_line(error)}). A cluster that was "
+            "started with a token wants RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from error
     token = folder / f".probe-{uuid.uuid4().hex}"
     token.touch()
     try:

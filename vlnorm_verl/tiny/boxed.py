@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from vlnorm_verl.rewards import math
+from vlnorm_verl.rewards.math import compute_score as math_score
 from vlnorm_verl.tiny import countdown
 
 _ANSWER = re.compile(r"A:([0-9]{1,2}[-+*][0-9]{1,2})([-+*][0-9]{1,2})\.?$", re.ASCII)
@@ -47,4 +47,4 @@ def compute_score(
     **kwargs: Any,
 ) -> dict[str, Any]:
     """`vlnorm_verl.rewards.math.compute_score` of the rewritten response."""
-    return math.compute_score(data_source, boxed(solution_str), ground_truth, extra_info, **kwargs)
+    return math_score(data_source, boxed(solution_str), ground_truth, extra_info, **kwargs)

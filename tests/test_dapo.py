@@ -1,0 +1,213 @@
+"""DAPO's parts: overlong filtering, soft punishment, and the bound on dynamic sampling, each through verl's own door.
+
+Covered: the estimator against verl's GRPO; what verl's reward manager gives in training and in validation; the replay
+buffer's limit, its settings and its metrics with a stand-in for the queue's contents. Not covered: whole runs with
+them (test_recipes_e2e.py).
+"""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from vlnorm_verl import plugin
+from vlnorm_verl.overlong import ESTIMATOR, LENGTH_KEY, zero_overlong
+
+# ------------------------------------------------------------------------------------------------ overlong filtering
+
+
+def batch(lengths: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards 1, 0, 1, 0 … at the last token, and the mask; [B x T]."""
+    mask = (torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]).float()
+    rewards = torch.zeros(len(lengths), width)
+    for row, length in enumerate(lengths):
+        rewards[row, length - 1] = float(row % 2 == 0)
+    return rewards, mask
+
+
+def estimated(lengths: list[int], width: int, limit: int, std: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ours, verl's GRPO) for one group."""
+    from verl.trainer.ppo import core_algos
+
+    rewards, mask = batch(lengths, width)
+    index = np.array(["a"] * len(lengths), dtype=object)
+    config = OmegaConf.create({"norm_adv_by_std_in_grpo": std, LENGTH_KEY: limit})
+    ours, _ = core_algos.get_adv_estimator_fn(ESTIMATOR)(
+        token_level_rewards=rewards, response_mask=mask, index=index, config=config
+    )
+    grpo, _ = core_algos.compute_grpo_outcome_advantage(rewards, mask, index, norm_adv_by_std_in_grpo=std)
+    return ours, grpo
+
+
+@pytest.mark.parametrize("std", [True, False])
+def test_only_overlong_responses_lose_their_advantage(std: bool) -> None:
+    ours, grpo = estimated([3, 8, 7, 8], width=8, limit=8, std=std)
+    assert torch.equal(ours[[0, 2]], grpo[[0, 2]])  # their group's mean and deviation still count the overlong ones
+    assert not ours[[1, 3]].any()
+    assert grpo[[1, 3]].any()
+
+
+def test_a_batch_narrower_than_the_limit_has_no_overlong_response() -> None:
+    """verl pads to the longest response of the batch: a full row is not an overlong one."""
+    ours, grpo = estimated([3, 6], width=6, limit=8)
+    assert torch.equal(ours, grpo)
+
+
+def test_zeroing_leaves_the_mask_alone() -> None:
+    _, mask = batch([2, 4], 4)
+    before = mask.clone()
+    assert zero_overlong(torch.ones(2, 4), mask, 4).tolist() == [[1.0] * 4, [0.0] * 4]
+    assert torch.equal(mask, before)  # so the response keeps its place in every denominator
+
+
+@pytest.mark.parametrize("length", [None, 0, 9, "8"])
+def test_a_missing_or_wrong_length_is_refused_before_ray(length: Any) -> None:
+    algorithm = OmegaConf.create({"adv_estimator": ESTIMATOR, LENGTH_KEY: length})
+    with pytest.raises(ValueError, match=rf"algorithm\.{LENGTH_KEY}={length!r}.*1 to data\.max_response_length=8"):
+        plugin.check_overlong_filtering(algorithm, 8)
+    algorithm[LENGTH_KEY] = 8
+    plugin.check_overlong_filtering(algorithm, 8)
+
+
+# --------------------------------------------------------------------------------------------------- soft punishment
+
+
+def rewarded(length: int, extra_info: dict[str, Any], result: Any) -> dict[str, Any]:
+    """What the manager gives a response of `length` tokens; limit 8, buffer 4, so the punishment begins at 5."""
+    from tensordict import TensorDict
+    from verl import DataProto
+
+    from vlnorm_verl.soft_punishment import SoftPunishment
+
+    buffer = {"enable": True, "len": 4, "penalty_factor": 1.0, "log": False}
+    config = OmegaConf.create({"reward": {"reward_kwargs": {"max_resp_len": 8, "overlong_buffer_cfg": buffer}}})
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "text")
+
+    async def run() -> dict[str, Any]:
+        manager = SoftPunishment(config, tokenizer, lambda **kwargs: result)
+        data = DataProto(
+            batch=TensorDict(
+                {
+                    "responses": torch.ones(1, length, dtype=torch.long),
+                    "attention_mask": torch.ones(1, 3 + length, dtype=torch.long),
+                },
+                [1],
+            ),
+            non_tensor_batch={
+                "data_source": np.array(["x"], dtype=object),
+                "reward_model": np.array([{"ground_truth": "1"}], dtype=object),
+                "extra_info": np.array([extra_info], dtype=object),
+            },
+        )
+        return await manager.run_single(data)
+
+    return asyncio.run(run())
+
+
+SCORE = {"score": 1.0, "acc": 1.0}
+
+
+@pytest.mark.parametrize(("length", "punished"), [(4, 1.0), (5, 0.75), (6, 0.5), (8, 0.0)])
+def test_length_is_punished_in_training_and_never_in_validation(length: int, punished: float) -> None:
+    assert float(rewarded(length, {"split": "train"}, SCORE)["reward_score"]) == punished
+    validated = rewarded(length, {"split": "test"}, SCORE)
+    assert float(validated["reward_score"]) == 1.0
+    assert validated["reward_extra_info"]["acc"] == 1.0
+
+
+def test_data_without_a_split_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"extra_info\.split"):
+        rewarded(4, {}, SCORE)
+    with pytest.raises(ValueError, match="score"):
+        rewarded(4, {"split": "test"}, 1.0)
+
+
+# -------------------------------------------------------------------------------------------------- dynamic sampling
+
+
+def buffer(refill: Any, **groups: Any) -> Any:
+    from vlnorm_verl.sampler import BoundedReplayBuffer
+
+    filter_groups = {"enable": True, "metric": "acc", "max_inflight_gen_batches": 3, "max_num_gen_batches": 2, **groups}
+    kwargs = {"filter_groups": filter_groups, "train_batch_size": 4, "poll_interval": 0.01}
+    return BoundedReplayBuffer(
+        trainer_mode="sync",
+        trainer_config={},
+        max_off_policy_threshold=8,
+        max_off_policy_strategy="drop",
+        sampler_kwargs=OmegaConf.create(kwargs),
+        refill_fn=refill,
+    )
+
+
+def test_the_buffer_gets_verls_own_filter_settings() -> None:
+    made = buffer(lambda prompts: prompts)
+    assert (made.filter_groups_metric, made.train_batch_size, made.gen_batch_size) == ("acc", 4, 1)
+    assert (made.max_inflight_gen_batches, made.poll_interval) == (3, 0.01)
+    assert buffer(lambda prompts: prompts, enable=False).filter_groups_metric is None
+
+
+class Queue:
+    """The contents of verl's TransferQueue, where every group that was asked for is finished at once, all equal."""
+
+    def __init__(self, acc: list[float]) -> None:
+        self.acc, self.prompts, self.rows = acc, {}, {}
+
+    def add(self, prompts: int) -> int:
+        for _ in range(prompts):
+            uid = f"u{len(self.prompts)}x{id(self)}"
+            self.prompts[uid] = {"is_prompt": True, "status": "finished", "global_steps": 1}
+            for session, acc in enumerate(self.acc):
+                self.rows[f"{uid}_{session}_0"] = {"acc": acc, "outcome": "right" if acc else "wrong"}
+        return prompts
+
+    def kv_list(self, partition_id: str | None = None) -> dict[str, Any]:
+        return {"train": {**self.prompts, **{key: {} for key in self.rows}}}
+
+    def kv_batch_get(self, keys: list[str], partition_id: str, select_fields: list[str]) -> dict[str, Any]:
+        return {"extra_fields": [{"reward_extra_info": self.rows[key]} for key in keys]}
+
+    def kv_clear(self, partition_id: str, keys: list[str]) -> None:
+        for key in keys:
+            self.prompts.pop(key, None)
+            if key in self.rows and key.split("_")[0] not in self.kept:
+                self.rows.pop(key)
+
+    kept: tuple[str, ...] = ()
+
+
+def connected(monkeypatch: pytest.MonkeyPatch, queue: Queue) -> None:
+    import transfer_queue
+
+    for name in ("kv_list", "kv_batch_get", "kv_clear"):
+        monkeypatch.setattr(transfer_queue, name, getattr(queue, name))
+
+
+def test_sampling_ends_loudly_when_no_group_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue(acc=[1.0, 1.0])
+    connected(monkeypatch, queue)
+    asked: list[int] = []
+
+    def refill(prompts: int) -> int:
+        asked.append(prompts)
+        return queue.add(prompts)
+
+    made = buffer(refill)
+    queue.add(4)
+    with pytest.raises(RuntimeError, match=r"24 prompts were generated for one step \(max_num_gen_batches=2\)"):
+        made.sample(global_steps=1, partition_id="train", batch_size=4)
+    assert 4 + sum(asked) <= 24 < 4 + sum(asked) + 12  # 2 batches of 3 · 4; verl has at most 12 in flight
+
+
+def test_a_mixed_batch_is_sampled_with_its_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue(acc=[1.0, 0.0, 0.0, 0.0])
+    connected(monkeypatch, queue)
+    queue.add(4)
+    chosen, metrics = buffer(queue.add).sample(global_steps=1, partition_id="train", batch_size=4)
+    assert len(chosen.keys) == 16
+    assert metrics["training/outcome/right"] == 0.25
+    assert metrics["training/outcome/wrong"] == 0.75
