@@ -211,3 +211,15 @@ def test_a_mixed_batch_is_sampled_with_its_outcomes(monkeypatch: pytest.MonkeyPa
     assert len(chosen.keys) == 16
     assert metrics["training/outcome/right"] == 0.25
     assert metrics["training/outcome/wrong"] == 0.75
+
+
+@pytest.mark.parametrize("partition", ["train", "val"])
+def test_a_failed_rollout_or_reward_ends_the_run(partition: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock verl pads the group's responses away in training, and counts them as wrong in validation."""
+    queue = Queue(acc=[1.0, 0.0])
+    connected(monkeypatch, queue)
+    queue.add(4)
+    next(iter(queue.prompts.values()))["status"] = "failure"
+    monkeypatch.setattr("transfer_queue.kv_list", lambda: {partition: queue.kv_list()["train"]})
+    with pytest.raises(RuntimeError, match=f"1 prompts failed in {partition}"):
+        buffer(queue.add).sample(global_steps=1, partition_id=partition, batch_size=4)

@@ -116,6 +116,20 @@ def test_soft_punishment_on_math(tmp_path: Path, data: Path) -> None:
     assert any(key.startswith("val-core/") and key.endswith("/acc/mean@8") for key in records[-1])
 
 
+@pytest.mark.slow
+def test_a_failing_reward_ends_the_run(tmp_path: Path, data: Path) -> None:
+    """Stock verl would train on without these prompts, and count them as wrong in validation."""
+    reward = tmp_path / "reward.py"
+    reward.write_text("def compute_score(**kwargs):\n    raise OSError('the grader is gone')\n")
+    overrides = ["method=vl_norm", f"reward.custom_reward_function.path={reward}"]
+    done = started(command("countdown.sh", tmp_path / "runs", data, *overrides))
+    assert done.returncode == 1, done.stdout[-3000:]
+    (folder,) = (tmp_path / "runs").iterdir()
+    log = (folder / "train.log").read_text()
+    assert "prompts failed in val" in log
+    assert "the grader is gone" in log
+
+
 # ------------------------------------------------------------------------------------------------------------- crashes
 
 

@@ -219,7 +219,7 @@ def show(request: Request, config: DictConfig, overrides: list[str], console: Co
         table.add_row(value.key, str(value.value), value.place, value.source)
     console.print(table)
     if problem := recipe.missing_files(config):
-        console.print(f"note: {problem}", style="yellow", markup=False)
+        console.print(f"note: {problem}", style="yellow", markup=False, soft_wrap=True)
     console.print(
         "command:",
         shlex.join(trainer_command(request, overrides, bool(os.environ.get("RAY_ADDRESS")))),
@@ -227,7 +227,7 @@ def show(request: Request, config: DictConfig, overrides: list[str], console: Co
         soft_wrap=True,
         highlight=False,
     )
-    console.print(f"{config.recipe.name}: valid", style="green", markup=False)
+    console.print(f"{config.recipe.name}: valid", style="green", markup=False, soft_wrap=True)
 
 
 # --------------------------------------------------------------------------------------------------------- run here
@@ -251,7 +251,9 @@ def state(config: DictConfig) -> str:
 def run_here(request: Request, config: DictConfig, overrides: list[str], console: Console) -> int:
     folder = Path(config.recipe.folder)
     if state(config) == "finished":
-        console.print(f"{config.recipe.name}: finished, step {completed_steps(folder)}; {folder}", markup=False)
+        console.print(
+            f"{config.recipe.name}: finished, step {completed_steps(folder)}; {folder}", markup=False, soft_wrap=True
+        )
         return 0
     if config.recipe.scale == "cpu":
         make_tiny_data(config)
@@ -339,7 +341,7 @@ def check_nodes(config: DictConfig, console: Console) -> None:
             raise RecipeError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
     for report in reports:
         versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-        console.print(f"node {report.node}: {versions or 'no answer'}", markup=False, highlight=False)
+        console.print(f"node {report.node}: {versions or 'no answer'}", markup=False, highlight=False, soft_wrap=True)
     bad = [f"node {report.node}: {problem}" for report in reports for problem in report.problems]
     if bad:
         raise RecipeError("the run cannot work on every node:\n  " + "\n  ".join(bad))
@@ -352,7 +354,7 @@ def _run(request: Request, config: DictConfig, overrides: list[str], console: Co
     command = trainer_command(request, overrides, on_cluster)
     if on_cluster:
         command.append(f"+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH='{metrics.resolve()}'")
-    console.print(f"{config.recipe.name}: {state(config)}; verl's log goes to {log}", markup=False)
+    console.print(f"{config.recipe.name}: {state(config)}; verl's log goes to {log}", markup=False, soft_wrap=True)
     start, status = time.monotonic(), console.status("starting Ray, the actor and the vLLM engines …")
     status.start()
     try:
@@ -362,22 +364,23 @@ def _run(request: Request, config: DictConfig, overrides: list[str], console: Co
                 if line := progress_line(record, steps):
                     console.print(line, markup=False, highlight=False)
     except KeyboardInterrupt:
-        console.print(f"stopped at {state(config)}; the same command goes on from there", markup=False)
+        console.print(f"stopped at {state(config)}; the same command goes on from there", markup=False, soft_wrap=True)
         return 130
     except TrainingFailed as error:
         console.print(
             f"{error} {state(config)}; the same command goes on from there. The end of {log}:",
             style="red",
             markup=False,
+            soft_wrap=True,
         )
-        console.print("".join(last_lines(log)), markup=False, highlight=False)
+        console.print("".join(last_lines(log)), markup=False, highlight=False, soft_wrap=True)
         return 1
     finally:
         status.stop()
     if request.smoke:
         console.print(smoke_table(folder, config))
     else:
-        console.print(f"{config.recipe.name}: {state(config)}; {folder}", markup=False)
+        console.print(f"{config.recipe.name}: {state(config)}; {folder}", markup=False, soft_wrap=True)
     return 0
 
 

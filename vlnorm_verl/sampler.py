@@ -1,4 +1,4 @@
-"""verl's replay buffer with two settings and one metric that verl 0.9 lacks (`trainer.v1.sampler.custom_sampler`).
+"""verl's replay buffer, stricter, with two settings and a metric more (`trainer.v1.sampler.custom_sampler`).
 
 - The polling interval. verl asks its queue every 2 s whether a batch is complete (trainer/ppo/v1/replay_buffer.py:144),
   so a step of a few seconds on a CPU is rounded up to the next 2 s.
@@ -6,6 +6,9 @@
   solves every prompt, or none, it would generate for ever.
 - Outcome rates. The reward functions here say what became of each response ("correct", "no_answer" …); verl puts that
   into validation dumps, but into no metric of training. Logged as `training/outcome/<class>`, shares of the batch.
+- Failures. verl's V1 agent loop catches what a rollout or a reward function raises, and marks the prompt's group as
+  failed (trainer/ppo/v1/agent_loop_tq.py). In training the group's missing responses are then padded away, in validation
+  they count as wrong. Here a failed group ends the run.
 
 Dropping the groups of equal outcome is verl's own code. A custom sampler has to hand `algorithm.filter_groups` to it
 (trainer_base.py:162), which is what `trainer.v1.sampler.sampler_kwargs` is for.
@@ -27,7 +30,7 @@ class BoundedReplayBuffer(ReplayBuffer):
     poll_interval     seconds
 
     Raises:
-        RuntimeError (in `sample`): a step has used up its max_num_gen_batches. A generation batch is
+        RuntimeError (in `sample`): a rollout or its reward failed; or a step has used up its max_num_gen_batches, each
             max_inflight_gen_batches · train_batch_size prompts, what verl has in flight at most.
     """
 
@@ -56,6 +59,15 @@ class BoundedReplayBuffer(ReplayBuffer):
             fields = tq.kv_batch_get(keys=batch.keys, partition_id=partition_id, select_fields=["extra_fields"])
             metrics |= self._outcome_rates(getattr(extra, "data", extra) for extra in fields["extra_fields"])
         return batch, metrics
+
+    def _sync_metadata_from_transfer_queue(self) -> None:
+        super()._sync_metadata_from_transfer_queue()
+        for partition, failed in self.failure_keys.items():
+            if failed:
+                raise RuntimeError(
+                    f"{len(failed)} prompts failed in {partition}: a rollout or the reward function raised an error. "
+                    'verl has logged it as "Error in _run_prompt", and would go on without these prompts'
+                )
 
     def _refill_within_limit(self, prompts: int) -> int:
         self._generated += prompts

@@ -1,0 +1,180 @@
+r"""Answers per second of the rewards, hostile responses, and what an outcome key costs in verl's validation.
+
+    python benchmarks/rewards.py [--answers 1000] [--rounds 5] [--hostile 10000] [--limit-s 0.5]
+
+CountDown against the paper's rule (regular expressions and `eval`); Math with one worker and with one per CPU against
+math-verify called in this process. The sides take turns, round after round, and the medians are shown. Hostile
+responses are tests/hostile.py's: the longest time of one includes the start of a worker, where the one before had to be
+killed, and the kill.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests import hostile
+from tests.test_rewards_countdown import papers_rule
+from vlnorm_verl.rewards import countdown
+from vlnorm_verl.rewards import math as math_reward
+
+console = Console()
+
+
+def countdown_answers(count: int) -> list[tuple[str, countdown.Problem]]:
+    """Responses of about 2,000 characters, half of them correct."""
+    rng = random.Random(0)
+    cases = []
+    for _ in range(count):
+        a, b, c, d = (rng.randint(1, 99) for _ in range(4))
+        problem = countdown.Problem((d, c, b, a), (a + b) * c - d + rng.randint(0, 1))
+        thought = "Try 3 * 7 - 12 = 9, too small.\n" * 60
+        cases.append((f"{thought}<answer> ({a} + {b}) * {c} - {d} </answer>", problem))
+    return cases
+
+
+def math_answers(count: int) -> list[tuple[str, str]]:
+    """(gold, answer) in other words; three of four are equal."""
+    rng = random.Random(0)
+    cases = []
+    for i in range(count):
+        n, m = rng.randint(2, 999), rng.randint(2, 99)
+        gold, answer = (
+            (rf"\frac{{{n}}}{{{m}}}", f"{n}/{m}"),
+            (f"{1000 + n}", f"{1 + n // 1000},{n % 1000:03d}"),
+            (rf"{m}\sqrt{{{n}}}", rf"\sqrt{{{m * m * n}}}"),
+            (rf"({n},{m})", rf"\left({n}, {m}\right)"),
+            (f"x^2+{2 * m}x+{m * m}", f"(x+{m})^2"),
+            (rf"\{{{n},{m}\}}", rf"{m}, {n}"),
+        )[i % 6]
+        cases.append((gold, answer if rng.random() < 0.75 else f"{answer}+1"))
+    return cases
+
+
+def race(title: str, count: int, rounds: int, sides: dict[str, Callable[[], list[bool]]]) -> None:
+    """Run the sides in turn; the first is what the others are compared with."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    verdicts = {}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            verdicts[name] = side()
+            seconds[name].append(time.perf_counter() - start)
+    first = next(iter(sides))
+    table = Table("", "answers / s", "ratio", "least ... most", "correct", title=title)
+    for name in sides:
+        rates = sorted(count / s for s in seconds[name])
+        ratio = statistics.median(a / b for a, b in zip(seconds[first], seconds[name], strict=True))
+        spread = f"{rates[0]:,.0f} ... {rates[-1]:,.0f}"
+        table.add_row(name, f"{statistics.median(rates):,.0f}", f"{ratio:.2f}", spread, f"{sum(verdicts[name])}")
+    console.print(table)
+
+
+def hostile_run(title: str, responses: list[str], threads: int, judge: Callable[[str], str]) -> None:
+    def timed(response: str) -> tuple[str, float]:
+        start = time.perf_counter()
+        outcome = judge(response)
+        return outcome, time.perf_counter() - start
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(threads) as executor:
+        results = list(executor.map(timed, responses))
+    total = time.perf_counter() - start
+    table = Table("outcome", "responses", title=f"{title}: {len(results):,} hostile responses in {total:,.1f} s")
+    for outcome, number in Counter(outcome for outcome, _ in results).most_common():
+        table.add_row(outcome, f"{number:,}")
+    table.add_section()
+    table.add_row("longest time of one", f"{max(s for _, s in results):.3f} s")
+    console.print(table)
+
+
+def validation_run() -> None:
+    """verl's validation metrics of 128 prompts x 8 responses, with and without a number per outcome class."""
+    from verl.trainer.ppo.metric_utils import process_validation_metrics
+
+    rng = random.Random(0)
+    uids = [str(i // 8) for i in range(1024)]
+    keys: dict[str, list[Any]] = {key: [float(rng.random() < 0.5) for _ in uids] for key in ("reward", "score", "acc")}
+    table = Table("numeric keys", "seconds", title="verl's process_validation_metrics, 128 prompts x 8")
+    for more in (0, len(countdown.OUTCOMES)):
+        infos = keys | {f"outcome/{i}": keys["acc"] for i in range(more)}
+        start = time.perf_counter()
+        process_validation_metrics(["task"] * len(uids), uids, infos)
+        table.add_row(str(len(infos)), f"{time.perf_counter() - start:.1f}")
+    console.print(table)
+
+
+def main(
+    answers: Annotated[int, typer.Option(min=1)] = 1000,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    hostile_responses: Annotated[int, typer.Option("--hostile", help="0: none.")] = 10_000,
+    limit_s: Annotated[float, typer.Option(help="Of one hostile Math answer, in seconds.")] = 0.5,
+) -> None:
+    """Print the tables."""
+    from math_verify import parse, verify
+
+    cpus = len(os.sched_getaffinity(0))
+    cases = countdown_answers(answers)
+    race(
+        "CountDown",
+        answers,
+        rounds,
+        {
+            "paper's rule (eval)": lambda: [papers_rule(response, problem) for response, problem in cases],
+            "ours": lambda: [countdown.judge(response, problem) == "correct" for response, problem in cases],
+        },
+    )
+
+    pairs = math_answers(answers)
+    one, many = math_reward.Pool(workers=1), math_reward.Pool(workers=cpus)
+
+    def in_threads(pool: math_reward.Pool, threads: int) -> list[bool]:
+        with ThreadPoolExecutor(threads) as executor:
+            return list(executor.map(lambda pair: pool.compare(*pair) == "correct", pairs))
+
+    in_threads(one, 1)  # the workers start here and not in the first round
+    in_threads(many, cpus)
+    race(
+        "Math",
+        answers,
+        rounds,
+        {
+            "math-verify in this process": lambda: [
+                verify(parse(f"${gold}$"), parse(f"${answer}$")) for gold, answer in pairs
+            ],
+            "ours, 1 worker": lambda: in_threads(one, 1),
+            f"ours, {cpus} workers": lambda: in_threads(many, cpus),
+        },
+    )
+    one.close()
+    many.close()
+
+    if hostile_responses:
+        texts = list(hostile.responses(hostile_responses, 0, "<answer>", "</answer>", hostile.ARITHMETIC))
+        problem = countdown.Problem((1,), 1)
+        hostile_run("CountDown", texts, 1, lambda response: countdown.judge(response, problem))
+        texts = list(hostile.responses(hostile_responses, 0, r"\boxed{", "}", hostile.MATHS))
+        pool = math_reward.Pool(limit_s=limit_s, workers=cpus, max_failure_rate=1)
+        title = f"Math, limit {limit_s:g} s, {cpus} workers"
+        hostile_run(title, texts, cpus, lambda response: math_reward.judge(response, "7", pool))
+        pool.close()
+
+    validation_run()
+
+
+if __name__ == "__main__":
+    typer.run(main)
