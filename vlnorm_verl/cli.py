@@ -91,3 +91,41 @@ def launch(
 
     request = Request(recipes, list(overrides or []), dry_run, smoke, [n for n in logger.split(",") if n], on)
     raise typer.Exit(run(request))
+
+
+@app.command(context_settings={"allow_interspersed_args": True})
+def reproduce(
+    what: Annotated[
+        list[str] | None, typer.Argument(help="Sets of runs; then choices and Hydra overrides, key=value.")
+    ] = None,
+    recipes: Annotated[Path, typer.Option(help="The folder recipes/ of this project.")] = Path("recipes"),
+    list_sets: Annotated[bool, typer.Option("--list", help="Sets, numbers of runs, how far they are.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="How far each run is.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check each run against verl; stop.")] = False,
+    all_sets: Annotated[bool, typer.Option("--all", help="All sets.")] = False,
+    seeds: Annotated[str, typer.Option(help="Seeds of each run: 0,1,2.")] = "",
+    values: Annotated[bool, typer.Option("--values", help="Print every value with its source as Markdown.")] = False,
+) -> None:
+    """Run the paper's experiments by table and figure, one after the other (recipes/manifest.yaml).
+
+    Sets: countdown (table2), math (table3), alpha (table4), dapo (table5), fig2, fig3, all.
+
+    A run that is finished is skipped, one that was begun goes on, one that fails does not end the rest. key=value goes
+    to every run, over the manifest's own: trainer.n_gpus_per_node=4, scale=cpu, or model=3b for that model's runs only.
+
+    Exit code 0 if no run failed (--dry-run: if all are valid), 1 if one did, 2 for a wrong request, 130 after Ctrl-C.
+    """
+    from vlnorm_verl import reproduce as module
+    from vlnorm_verl.recipe import RecipeError
+
+    if values:
+        print(module.values_table(recipes / "config"))
+        raise typer.Exit()
+    names = [word for word in what or [] if "=" not in word] + (["all"] if all_sets else [])
+    overrides = [word for word in what or [] if "=" in word]
+    try:
+        numbers = module.parse_seeds(seeds)
+    except RecipeError as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(module.reproduce(recipes, names, overrides, numbers, list_sets, status, dry_run))

@@ -55,12 +55,11 @@ from vlnorm_verl.running import (
 PROJECT = Path(__file__).parent.parent
 SMOKE_STEPS = 2
 RAYJOB_NAME = 47  # characters that KubeRay takes for the name of a RayJob
-# What may change between two starts of one run: how long it is, where it runs, what it prints and keeps.
+# What may change between two starts of one run: how long it is, where it lies, what it prints and keeps. Not the number
+# of GPUs: verl's FSDP checkpoints are read by as many ranks as wrote them.
 MAY_CHANGE = (
     "trainer.total_training_steps",
     "trainer.total_epochs",
-    "trainer.nnodes",
-    "trainer.n_gpus_per_node",
     "trainer.logger",
     "trainer.save_freq",
     "trainer.test_freq",
@@ -352,6 +351,8 @@ def _run(request: Request, config: DictConfig, overrides: list[str], console: Co
     metrics, log = next_metrics(folder), folder / "train.log"
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     command = trainer_command(request, overrides, on_cluster)
+    if completed_steps(folder):
+        command.append("trainer.val_before_train=false")  # it was validated when it began
     if on_cluster:
         command.append(f"+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH='{metrics.resolve()}'")
     console.print(f"{config.recipe.name}: {state(config)}; verl's log goes to {log}", markup=False, soft_wrap=True)

@@ -7,8 +7,8 @@
 - Outcome rates. The reward functions here say what became of each response ("correct", "no_answer" …); verl puts that
   into validation dumps, but into no metric of training. Logged as `training/outcome/<class>`, shares of the batch.
 - Failures. verl's V1 agent loop catches what a rollout or a reward function raises, and marks the prompt's group as
-  failed (trainer/ppo/v1/agent_loop_tq.py). In training the group's missing responses are then padded away, in validation
-  they count as wrong. Here a failed group ends the run.
+  failed (trainer/ppo/v1/agent_loop_tq.py). In training its missing responses are then padded away, in validation they
+  count as wrong. Here a failed group ends the run.
 
 Dropping the groups of equal outcome is verl's own code. A custom sampler has to hand `algorithm.filter_groups` to it
 (trainer_base.py:162), which is what `trainer.v1.sampler.sampler_kwargs` is for.

@@ -1,0 +1,208 @@
+"""Memory and time of the GPU recipes, worked out on paper: nothing here was measured.
+
+    python benchmarks/resources.py     the table of recipes/README.md, as Markdown
+
+Formulas; P parameters, N GPUs, V vocabulary, T tokens of one micro-batch if all its responses are of full length:
+
+    update, GiB a GPU       16 P/N (fp32 parameters, gradients, Adam's moments: verl loads what it offloads meanwhile)
+                            + embedding and LM head gathered with gradients + two layers gathered
+                            + T · (layer inputs, checkpointed + activations of one layer)
+                            + T · V · 2 bytes (bf16 logits), once (flash-attn's cross entropy works in place) or twice
+    log-probs, GiB a GPU    4 P/N + gathered as above, no gradients, + activations of one layer
+                            + T · V · 2 bytes if torch.compile fuses the entropy, T · V · 10 bytes if not (logits in
+                            bf16, softmax and its product with the logits in fp32)
+    vLLM's cache            (0.8 · GPU − 2 P − 4 GiB) / (2 · layers · KV heads · head size · 2 bytes), full responses
+    host, GiB               12 P offloaded, or the fp32 model at the start (3B: once a GPU, as verl loads a model with
+                            tied embeddings in every process; 7B: once), and 60 to 120 for the processes
+    generation, s           waves · (limit · (2 P / bandwidth + overhead) + KV cache read / bandwidth)
+    update, s               8 P · tokens / (N · peak · MFU); log-probs 2 P · tokens / (N · peak · MFU)
+
+Left out: attention's own FLOPs, offloading (about a second a step), reward, weight sync, checkpoints, validation.
+"""
+
+import sys
+from dataclasses import dataclass
+
+GIB = 2**30
+GPUS = 8
+PROMPTS, MICRO_BATCH, STEPS = 128, 4, 1000
+VLLM_SHARE, VLLM_OVERHEAD_GIB = 0.8, 4.0
+RESERVE_GIB = 5.0  # CUDA contexts, NCCL, what a sleeping vLLM keeps, fragmentation
+ENTROPY_CHUNK_GIB = 5.0  # 2048 tokens · V · 4 bytes · four arrays
+# Assumptions, (favourable, unfavourable)
+LENGTH_SHARE = (1 / 8, 1 / 2)  # mean response length over the limit
+PROMPT_SHARE = 1 / 3  # mean prompt length over its limit
+BANDWIDTH_SHARE = (0.8, 0.5)
+DECODE_OVERHEAD_S = (0.003, 0.010)  # of one token for all running responses
+MFU = (0.4, 0.2)
+DAPO_WAVES = (1, 3)  # generated over kept prompts
+HOST_PROCESSES_GIB = (60, 120)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Qwen2.5, from its config.json."""
+
+    name: str
+    parameters: float
+    layers: int
+    hidden: int
+    intermediate: int
+    kv_heads: int
+    vocabulary: int
+    embeddings: int  # 1 if the LM head is the embedding, else 2
+    head_size: int = 128
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of vLLM's KV cache, for one token."""
+        return 2 * self.layers * self.kv_heads * self.head_size * 2
+
+    @property
+    def embedding_parameters(self) -> int:
+        return self.embeddings * self.vocabulary * self.hidden
+
+    @property
+    def layer_parameters(self) -> float:
+        return (self.parameters - self.embedding_parameters) / self.layers
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory_gib: float
+    bandwidth: float  # bytes a second
+    peak: float  # dense bf16 FLOP/s
+
+
+@dataclass(frozen=True)
+class Recipe:
+    script: str
+    limit: int  # response, tokens
+    prompt: int  # limit, tokens
+    n: int
+    dapo: bool
+
+
+MODELS = [
+    Model("3b", 3.09e9, 36, 2048, 11008, 2, 151_936, 1),
+    Model("7b", 7.62e9, 28, 3584, 18944, 4, 152_064, 2),
+]
+GPU_TYPES = [
+    Gpu("H100 80 GB", 80, 3.35e12, 989e12),
+    Gpu("A100 80 GB", 80, 2.0e12, 312e12),
+    Gpu("A100 40 GB", 40, 1.55e12, 312e12),
+]
+RECIPES = [
+    Recipe("countdown.sh", 3072, 256, 10, False),
+    Recipe("countdown.sh", 8192, 256, 10, False),
+    Recipe("math.sh", 3072, 1024, 10, False),
+    Recipe("math.sh", 8192, 1024, 10, False),
+    Recipe("dapo_countdown.sh", 3072, 256, 8, True),
+    Recipe("dapo_math.sh", 3072, 1024, 8, True),
+]
+# What to change where a recipe does not fit: name, micro-batch, entropy in chunks. The first that fits is printed.
+REMEDIES = [
+    ("yes", 4, False),
+    ("chunk", 4, True),
+    ("micro 2", 2, False),
+    ("chunk, micro 2", 2, True),
+    ("micro 1", 1, False),
+    ("chunk, micro 1", 1, True),
+]
+
+
+def update_gib(model: Model, recipe: Recipe, micro_batch: int) -> tuple[float, float]:
+    """The most that a GPU holds in the update, without RESERVE_GIB."""
+    tokens = micro_batch * (recipe.prompt + recipe.limit)
+    states = 16 * model.parameters / GPUS
+    # bf16 weights and gradients, and the fp32 copy that is reduced
+    gathered = 8 * model.embedding_parameters + 2 * 2 * model.layer_parameters
+    kept = 2 * model.hidden * model.layers
+    one_layer = 2 * (4 * model.intermediate + 10 * model.hidden)
+    logits = 2 * tokens * model.vocabulary
+    rest = states + gathered + tokens * (kept + one_layer)
+    return (rest + logits) / GIB, (rest + 2 * logits) / GIB
+
+
+def log_prob_gib(model: Model, recipe: Recipe, micro_batch: int, chunked: bool) -> tuple[float, float]:
+    """The most that a GPU holds while the old log-probabilities and entropies are computed, without RESERVE_GIB."""
+    tokens = micro_batch * (recipe.prompt + recipe.limit)
+    one_layer = 2 * (4 * model.intermediate + 10 * model.hidden)
+    rest = 4 * model.parameters / GPUS + 2 * model.embedding_parameters + 4 * model.layer_parameters
+    rest += tokens * one_layer
+    low = rest + 2 * tokens * model.vocabulary
+    high = low + (ENTROPY_CHUNK_GIB * GIB if chunked else 8 * tokens * model.vocabulary)
+    return low / GIB, high / GIB
+
+
+def fits(model: Model, recipe: Recipe, gpu: Gpu) -> str:
+    room = gpu.memory_gib - RESERVE_GIB
+    for name, micro_batch, chunked in REMEDIES:
+        worst = max(
+            update_gib(model, recipe, micro_batch)[1],
+            log_prob_gib(model, recipe, micro_batch, chunked)[1],
+        )
+        if worst <= room:
+            return name
+    return "no"
+
+
+def cached_responses(model: Model, recipe: Recipe, gpu: Gpu) -> float:
+    """Responses of full length with their prompts that vLLM's KV cache of one GPU holds."""
+    room = VLLM_SHARE * gpu.memory_gib * GIB - 2 * model.parameters - VLLM_OVERHEAD_GIB * GIB
+    return room / (model.cache_bytes * (recipe.prompt + recipe.limit))
+
+
+def host_gib(model: Model) -> tuple[float, float]:
+    copies = GPUS if model.embeddings == 1 else 1
+    most = max(12, 4 * copies) * model.parameters / GIB
+    return most + HOST_PROCESSES_GIB[0], most + HOST_PROCESSES_GIB[1]
+
+
+def step_seconds(model: Model, recipe: Recipe, gpu: Gpu, case: int) -> float:
+    """One step; case 0 takes the favourable assumptions, 1 the unfavourable ones."""
+    mean, prompt = LENGTH_SHARE[case] * recipe.limit, PROMPT_SHARE * recipe.prompt
+    responses = PROMPTS * recipe.n
+    waves = DAPO_WAVES[case] if recipe.dapo else 1
+    bandwidth = BANDWIDTH_SHARE[case] * gpu.bandwidth
+    decode = 2 * model.parameters / bandwidth + DECODE_OVERHEAD_S[case]
+    # Each new token reads the cache of its response so far: prompt, and half of the response on average.
+    cache_read = responses / GPUS * mean * (prompt + mean / 2) * model.cache_bytes
+    generation = waves * (recipe.limit * decode + cache_read / bandwidth)
+    tokens = responses * (prompt + mean)
+    computing = (8 + 2) * model.parameters * tokens / (GPUS * gpu.peak * MFU[case])
+    return generation + computing
+
+
+def rounded(value: float) -> str:
+    """Two significant figures: nothing here is known better."""
+    return f"{float(f'{value:.2g}'):g}"
+
+
+def between(low: float, high: float) -> str:
+    return rounded(low) if rounded(low) == rounded(high) else f"{rounded(low)}–{rounded(high)}"
+
+
+def table() -> str:
+    fit = [f"{gpu.name}: fits" for gpu in GPU_TYPES]
+    hours = [f"{gpu.name}: hours" for gpu in GPU_TYPES]
+    cached = ["cached responses, 80 GB", "40 GB"]
+    header = ["recipe", "length", "model", "update, GiB", "log-probs, GiB", "host, GiB", *cached, *fit, *hours]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for recipe in RECIPES:
+        for model in MODELS:
+            cells = [recipe.script, str(recipe.limit), model.name]
+            cells.append(between(*update_gib(model, recipe, MICRO_BATCH)))
+            cells.append(between(*log_prob_gib(model, recipe, MICRO_BATCH, chunked=False)))
+            cells.append(between(*host_gib(model)))
+            cells += [rounded(cached_responses(model, recipe, gpu)) for gpu in (GPU_TYPES[0], GPU_TYPES[2])]
+            cells += [fits(model, recipe, gpu) for gpu in GPU_TYPES]
+            for gpu in GPU_TYPES:
+                cells.append(between(*(STEPS * step_seconds(model, recipe, gpu, case) / 3600 for case in (0, 1))))
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table() + "\n")

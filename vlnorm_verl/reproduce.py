@@ -1,0 +1,291 @@
+"""`vlnorm-verl reproduce`: the paper's runs by table and figure, from recipes/manifest.yaml, one after the other.
+
+Each run is a `vlnorm-verl launch` in a process of its own, so that one that fails does not end the rest. Resuming,
+clusters and the folder of a run are the launcher's. Covered here: which runs there are, that all of them are valid
+before the first one starts, and what became of each.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vlnorm_verl import launch, recipe
+from vlnorm_verl.recipe import RecipeError
+from vlnorm_verl.running import STOP_SIGNALS
+
+SOURCES = ("ours", "verl", "paper", "code")  # of a value; see recipes/config/recipe.yaml
+
+
+@dataclass(frozen=True)
+class RunSet:
+    """The runs of one table or figure; each is what one would give to `vlnorm-verl launch`."""
+
+    name: str
+    alias: str
+    title: str
+    paper: str
+    known: str
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    numbering: str
+    sets: dict[str, RunSet]
+
+    def find(self, name: str) -> list[RunSet]:
+        """The set of that name or alias; all of them for `all`.
+
+        Raises:
+            RecipeError: there is none.
+        """
+        if name == "all":
+            return list(self.sets.values())
+        for one in self.sets.values():
+            if name in (one.name, one.alias):
+                return [one]
+        accepted = [*self.sets, *(one.alias for one in self.sets.values() if one.alias), "all"]
+        close = difflib.get_close_matches(name, accepted, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise RecipeError(f"{name!r} is no set of runs.{hint} Accepted: {', '.join(accepted)}")
+
+
+@dataclass(frozen=True)
+class Run:
+    overrides: list[str]
+    name: str
+    folder: Path
+    progress: DictConfig  # what launch.state looks at
+
+    @property
+    def state(self) -> str:
+        return launch.state(self.progress)
+
+
+# ------------------------------------------------------------------------------------------------------ which runs
+
+
+def read_manifest(recipes: Path) -> Manifest:
+    content = yaml.safe_load((recipes / "manifest.yaml").read_text())
+    sets: dict[str, RunSet] = {}
+    for name, entry in content["sets"].items():
+        rows = [overrides for included in entry.get("include", []) for overrides in sets[included].rows]
+        rows += [overrides for row in entry.get("rows", []) for overrides in expand(row)]
+        sets[name] = RunSet(name, entry.get("alias", ""), entry["title"], entry["paper"], entry["known"], rows)
+    return Manifest(content["numbering"], sets)
+
+
+def expand(row: dict[str, Any]) -> list[list[str]]:
+    """The override lists that a row of the manifest stands for: all combinations of its lists."""
+    choices = [[f"{key}={v}" for v in (value if isinstance(value, list) else [value])] for key, value in row.items()]
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def plan(recipes: Path, sets: Iterable[RunSet], seeds: list[int], overrides: list[str]) -> list[Run]:
+    """The runs of the sets, each once: two rows with one folder are one run.
+
+    seeds: empty leaves the recipes' own.
+    overrides: come after those of the manifest, so they win.
+    """
+    seeded = [[f"recipe.seed={seed}"] for seed in seeds] or [[]]
+    runs: dict[Path, Run] = {}
+    for one in sets:
+        for row in one.rows:
+            for seed in seeded:
+                full = [*row, *seed, *overrides]
+                progress = outline(recipes / "config", full)
+                folder = Path(progress.recipe.folder)
+                runs.setdefault(
+                    folder, Run(full, f"{progress.recipe.name}-seed{progress.recipe.seed}", folder, progress)
+                )
+    return list(runs.values())
+
+
+def outline(config_folder: Path, overrides: list[str]) -> DictConfig:
+    """`recipe` and the number of steps of a run, without the rest: to compose a thousand values takes half a second.
+
+    Raises:
+        RecipeError: a choice that there is not.
+    """
+    given = dict(override.split("=", 1) for override in overrides)
+    choices = {group: given.get(group, "gpu" if group == "scale" else "").strip("'\"") for group in recipe.GROUPS}
+    for group, choice in choices.items():
+        accepted = sorted(file.stem for file in (config_folder / group).glob("*.yaml"))
+        if choice not in accepted:
+            raise RecipeError(f"{group}={choice}: accepted are {', '.join(accepted)}")
+    own = [o for o in overrides if o.startswith(("recipe.", "trainer.total_training_steps="))]
+    merged = OmegaConf.merge(_outline_of_choices(config_folder, tuple(choices.items())), OmegaConf.from_dotlist(own))
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+@functools.cache  # --list asks for the same choices again and again
+def _outline_of_choices(config_folder: Path, choices: tuple[tuple[str, str], ...]) -> Any:
+    files = recipe.config_files(config_folder, OmegaConf.create({"recipe": dict(choices)}))
+    parts = [yaml.safe_load(file.read_text()).get("recipe") or {} for file in files]
+    steps = {"trainer": {"total_training_steps": "${recipe.steps}"}}
+    return OmegaConf.merge(steps, *({"recipe": part} for part in parts))
+
+
+# ------------------------------------------------------------------------------------------------------- what is done
+
+
+def reproduce(
+    recipes: Path,
+    names: list[str],
+    overrides: list[str],
+    seeds: list[int],
+    list_sets: bool = False,
+    status: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> int:
+    """Run, check or only list sets of runs. Exit code: 1 if a run is not valid or failed, 2 for a wrong request."""
+    console = console or Console()
+    try:
+        manifest = read_manifest(recipes)
+        sets = list({one.name: one for name in names for one in manifest.find(name)}.values())
+        if list_sets:
+            show_sets(recipes, manifest, sets or list(manifest.sets.values()), seeds, overrides, console)
+            return 0
+        if not sets:
+            raise RecipeError(
+                f"name what to reproduce: {', '.join([*manifest.sets, 'all'])}; --list says what they are"
+            )
+        runs = plan(recipes, sets, seeds, overrides)
+        if status:
+            show_states(runs, {}, console)
+            return 0
+        if not check(recipes, runs, console, need_data=not dry_run):
+            return 1
+        return 0 if dry_run else run_all(recipes, runs, console)
+    except RecipeError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        return 2
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Raises RecipeError if it is not whole numbers with commas; nothing for an empty text."""
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise RecipeError(f"--seeds {text}: give whole numbers with commas, as in 0,1,2") from None
+
+
+def show_sets(
+    recipes: Path, manifest: Manifest, sets: list[RunSet], seeds: list[int], overrides: list[str], console: Console
+) -> None:
+    table = Table("set", "runs", "finished", "begun", "what", "where the runs are known from")
+    folders = set()
+    for one in sets:
+        runs = plan(recipes, [one], seeds, overrides)
+        states = [run.state for run in runs]
+        folders |= {run.folder for run in runs}
+        finished, waiting = states.count("finished"), states.count("not begun")
+        name = f"{one.name}\n({one.alias})" if one.alias else one.name
+        begun = len(states) - finished - waiting
+        table.add_row(name, str(len(states)), str(finished), str(begun), f"{one.title}: {one.paper}", one.known)
+    console.print(table)
+    console.print(f"{manifest.numbering}\n{len(folders)} different runs", highlight=False)
+
+
+def show_states(runs: list[Run], codes: dict[Path, int], console: Console) -> None:
+    """codes: exit codes of the runs that were started just now."""
+    table = Table("run", "state")
+    for run in runs:
+        code = codes.get(run.folder, 0)
+        failed = f"; failed with exit code {code}, see {run.folder}/train.log" if code else ""
+        table.add_row(run.name, run.state + failed)
+    console.print(table)
+    states = [run.state for run in runs]
+    console.print(f"{states.count('finished')} of {len(runs)} runs are finished", highlight=False)
+
+
+def check(recipes: Path, runs: list[Run], console: Console, need_data: bool) -> bool:
+    """Whether verl accepts every run (and its data are here). Prints what it says of the others, each message once."""
+    problems: dict[str, list[str]] = {}
+    missing: dict[str, None] = {}  # as an ordered set
+    for run in track(runs, "checking every run against verl", console=console, transient=True):
+        request = launch.Request(recipes, run.overrides)
+        launch.prepare_environment(request)
+        try:
+            config = recipe.compose(request.config_folder, run.overrides)
+            recipe.validate(config)
+        except RecipeError as error:
+            problems.setdefault(str(error), []).append(run.name)
+            continue
+        if config.recipe.scale != "cpu" and (
+            problem := recipe.missing_files(config)
+        ):  # the launcher makes the tiny data
+            missing[problem] = None
+    for message, names in problems.items():
+        console.print(f"{', '.join(names)}:\n  {message}", style="red", markup=False, soft_wrap=True)
+    need_data &= not os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://"))  # else they are there
+    for message in missing:
+        console.print(message, style="red" if need_data else "yellow", markup=False, soft_wrap=True)
+    valid = len(runs) - sum(map(len, problems.values()))
+    console.print(f"{valid} of {len(runs)} runs are valid", highlight=False)
+    return valid == len(runs) and not (need_data and missing)
+
+
+def run_all(recipes: Path, runs: list[Run], console: Console) -> int:
+    """Run those that are not finished, in order. 1 if any failed, 130 after Ctrl-C."""
+    for end in STOP_SIGNALS:  # `kill` ends the run in order, too
+        signal.signal(end, signal.default_int_handler)
+    codes: dict[Path, int] = {}
+    stopped = False
+    for number, run in enumerate(runs, 1):
+        console.print(f"[{number}/{len(runs)}] {run.name}: {run.state}", markup=False, highlight=False)
+        if run.state == "finished":
+            continue
+        command = [sys.executable, "-m", "vlnorm_verl", "launch", "--recipes", str(recipes), *run.overrides]
+        # A session of its own: Ctrl-C reaches only this process, which hands it on once. Twice would cut its end short.
+        process = subprocess.Popen(command, start_new_session=True)
+        try:
+            codes[run.folder] = process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            codes[run.folder] = process.wait()
+            stopped = True
+            break
+    show_states(runs, codes, console)
+    if stopped:
+        console.print("stopped; the same command goes on from there", highlight=False)
+        return 130
+    return 1 if any(codes.values()) else 0
+
+
+# ------------------------------------------------------------------------------------------- every value, as Markdown
+
+
+def values_table(config_folder: Path) -> str:
+    """Every value of the recipes at scale=gpu with its source, ours first, as Markdown."""
+    rows = []
+    for group in ("", *recipe.GROUPS[:-1], "scale"):
+        for file in sorted((config_folder / group).glob("*.yaml")):
+            if file.name == "cpu.yaml":
+                continue
+            values = recipe.flatten(yaml.safe_load(file.read_text()))
+            for key, _, comment in recipe.commented_values(file):
+                source, _, why = comment.partition(":")
+                if source in SOURCES:
+                    cells = (source, f"`{key}`", f"`{values[key]}`", str(file.relative_to(config_folder)), why.strip())
+                    rows.append((SOURCES.index(source), " | ".join(cell.replace("|", r"\|") for cell in cells)))
+    lines = ["| source | key | value | file | why |", "|---|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {cells} |" for _, cells in sorted(rows, key=lambda row: row[0]))])
