@@ -2,19 +2,11 @@
 # The paper's runs by table and figure, one after the other. The same command again goes on where the last one ended.
 #
 #   bash recipes/reproduce.sh --list               sets, numbers of runs, and how far they are
-#   bash recipes/reproduce.sh fig2                 run a set: countdown|math|alpha|dapo|fig2|fig3|all, or table2 … table5
+#   bash recipes/reproduce.sh fig2                 run a set: countdown|math|alpha|dapo|fig2|fig3|each|all, or table2 … table5
 #   bash recipes/reproduce.sh fig2 --status        how far each of its runs is
 #   bash recipes/reproduce.sh fig2 --dry-run       check each of its runs against verl, no GPU needed
 #   bash recipes/reproduce.sh fig2 --seeds 0,1,2   three seeds of each
 #   bash recipes/reproduce.sh fig2 trainer.n_gpus_per_node=4      choices and Hydra overrides, for each of its runs
 #   bash recipes/reproduce.sh fig2 scale=cpu       the same with a tiny model on this machine's CPU
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-case " $* " in *" scale=cpu "*) bash recipes/install_cpu.sh ;; esac
-python=.venv/bin/python
-[ -x "$python" ] || python=python3
-if ! "$python" -c 'import vlnorm_verl' 2>/dev/null; then
-  echo "$python has no vlnorm_verl. For GPUs: pip install -e '.[gpu,math]'. For this machine's CPU: add scale=cpu" >&2
-  exit 2
-fi
-exec "$python" -m vlnorm_verl reproduce --recipes recipes "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/vlnorm.sh" reproduce --recipes recipes "$@"

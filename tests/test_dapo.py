@@ -187,6 +187,7 @@ def connected(monkeypatch: pytest.MonkeyPatch, queue: Queue) -> None:
         monkeypatch.setattr(transfer_queue, name, getattr(queue, name))
 
 
+@pytest.mark.timeout(60)  # without the bound it goes on for ever
 def test_sampling_ends_loudly_when_no_group_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     queue = Queue(acc=[1.0, 1.0])
     connected(monkeypatch, queue)

@@ -108,7 +108,7 @@ def reproduce(
 ) -> None:
     """Run the paper's experiments by table and figure, one after the other (recipes/manifest.yaml).
 
-    Sets: countdown (table2), math (table3), alpha (table4), dapo (table5), fig2, fig3, all.
+    Sets: countdown (table2), math (table3), alpha (table4), dapo (table5), fig2, fig3, each, all.
 
     A run that is finished is skipped, one that was begun goes on, one that fails does not end the rest. key=value goes
     to every run, over the manifest's own: trainer.n_gpus_per_node=4, scale=cpu, or model=3b for that model's runs only.

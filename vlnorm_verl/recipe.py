@@ -55,7 +55,8 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
         OmegaConf.resolve(config)
         missing = OmegaConf.missing_keys(config.recipe)
     except (HydraException, OmegaConfBaseException) as error:
-        raise RecipeError(str(error)) from error
+        # Hydra lists its whole search path below the accepted choices.
+        raise RecipeError(str(error).split("\n\nConfig search path")[0]) from error
     if missing:
         raise RecipeError(f"not set: {', '.join(f'recipe.{key}' for key in sorted(missing))}")
     for key, accepted in (("method", config.recipe.methods), ("length", config.recipe.lengths)):
