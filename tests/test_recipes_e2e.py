@@ -246,6 +246,17 @@ def cluster(tmp_path: Path) -> Iterator[Callable[..., dict[str, str]]]:
     ray("stop", "--force")
 
 
+MISSING = """
+import sys
+class Missing:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "vlnorm_verl":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Missing)
+"""
+
+
 @pytest.fixture
 def without_package(tmp_path: Path) -> str:
     """A Python that has all libraries of this one, but not this package's editable install."""
@@ -280,7 +291,13 @@ def test_a_ray_job_trains_on_two_nodes(
 def test_a_node_without_the_package_is_named(
     cluster: Callable[..., dict[str, str]], without_package: str, tmp_path: Path, data: Path
 ) -> None:
-    """On the cluster itself (no Ray job) nothing is sent along."""
+    """On the cluster itself (no Ray job) nothing is sent along.
+
+    All nodes of this machine see one disk, and Ray's workers would find the package by the path of the process that
+    starts the run: hence its import is blocked on the second node.
+    """
+    (packages,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    (packages / "sitecustomize.py").write_text(MISSING)
     client = cluster(second_python=without_package)
     arguments = command("countdown.sh", tmp_path / "runs", data, "method=vl_norm", "trainer.nnodes=2")
     done = started(arguments, RAY_ADDRESS=f"127.0.0.1:{PORT}", **client)

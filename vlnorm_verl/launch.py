@@ -395,9 +395,9 @@ def smoke_table(folder: Path, config: DictConfig) -> Table:
         if key in last:
             table.add_row(name, f"{last[key]:.1f} {unit}")
 
-    row("GPU memory, most allocated by the actor", "perf/max_memory_allocated_gb", "GB")
-    row("GPU memory, most reserved by the actor", "perf/max_memory_reserved_gb", "GB")
-    row("host memory", "perf/cpu_memory_used_gb", "GB")
+    row("GPU memory, most allocated by the actor", "actor/perf/max_memory_allocated_gb", "GB")
+    row("GPU memory, most reserved by the actor", "actor/perf/max_memory_reserved_gb", "GB")
+    row("host memory", "actor/perf/cpu_memory_used_gb", "GB")
     row("response length, mean (it grows in training)", "response_length/mean", "tokens")
     for key, name in (
         ("step", "step"),

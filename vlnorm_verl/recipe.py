@@ -56,7 +56,7 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
         missing = OmegaConf.missing_keys(config.recipe)
     except (HydraException, OmegaConfBaseException) as error:
         # Hydra lists its whole search path below the accepted choices.
-        raise RecipeError(str(error).split("\n\nConfig search path")[0]) from error
+        raise RecipeError(str(error).split("\nConfig search path")[0]) from error
     if missing:
         raise RecipeError(f"not set: {', '.join(f'recipe.{key}' for key in sorted(missing))}")
     for key, accepted in (("method", config.recipe.methods), ("length", config.recipe.lengths)):
