@@ -62,7 +62,7 @@ def test_seen_by_ray_workers() -> None:
     done = python(
         f"""
 import ray
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 
 @ray.remote
 def probe():

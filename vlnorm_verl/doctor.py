@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 from dataclasses import dataclass
 
@@ -90,7 +91,9 @@ def plugin_state_in_ray() -> str:
 
     started_here = not ray.is_initialized()
     try:
-        ray.init(log_to_driver=False, include_dashboard=False, ignore_reinit_error=True)
+        # Without an address Ray joins any cluster of this machine, and waits for the last one if that was killed.
+        address = os.environ.get("RAY_ADDRESS") or "local"
+        ray.init(address, log_to_driver=False, include_dashboard=False, ignore_reinit_error=True)
         return str(ray.get(ray.remote(num_cpus=0)(plugin_state).remote(), timeout=120))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
