@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the checks and tests on a CPU.
 #
-#   bash recipes/test.sh           ruff, mypy, the tests and a two-step training run: what CI runs
-#   bash recipes/test.sh slow      the longer training runs: two ranks, resume, a critic, Ctrl-C, a dead rollout engine
+#   bash recipes/test.sh           ruff, mypy, the tests and training runs of two steps: what CI runs (20 minutes)
+#   bash recipes/test.sh slow      longer runs (an hour): two ranks, two nodes, resume, kill -9 of each part, hostile answers
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash recipes/install_cpu.sh

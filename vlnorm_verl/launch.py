@@ -226,6 +226,7 @@ def show(request: Request, config: DictConfig, overrides: list[str], console: Co
         soft_wrap=True,
         highlight=False,
     )
+    console.print("(the same with --cfg job --resolve prints verl's defaults too)", markup=False)
     console.print(f"{config.recipe.name}: valid", style="green", markup=False, soft_wrap=True)
 
 
