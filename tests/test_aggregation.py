@@ -20,6 +20,7 @@ from vlnorm_verl.aggregation import (
     relative_weight_range,
     response_lengths,
     response_weights,
+    token_weight,
 )
 
 M = 64.0
@@ -158,6 +159,7 @@ def test_mini_batch_without_a_valid_token_gives_zero_and_zero_gradient(mode: str
     assert loss.item() == 0.0
     assert torch.equal(losses.grad, torch.zeros_like(losses))
     assert set(mini_batch_statistics(sums.tolist()).values()) == {0.0}
+    assert token_weight(method, sums.tolist(), M) == 0.0
 
 
 def test_bf16_losses_are_weighted_in_float64_and_summed_in_float32() -> None:
@@ -208,9 +210,16 @@ def test_statistics_are_those_of_the_definitions(lengths: list[int], alpha: floa
     assert statistics["length_harmonic_mean"] == pytest.approx(len(valid) / (1 / valid).sum())
     assert statistics["variance_ratio"] == pytest.approx(math.sqrt(valid.mean() * (1 / valid).mean()))
     assert statistics["effective_responses"] == pytest.approx(1 / ((M * x) ** 2).sum())
+    assert token_weight(method, sums.tolist(), M) == pytest.approx((x * valid).sum())
     low, high = relative_weight_range(method, length, sums).tolist()
     assert low == pytest.approx((M * len(valid) * x).min())
     assert high == pytest.approx((M * len(valid) * x).max())
+
+
+@pytest.mark.parametrize("mode", ["grpo_norm", "dapo_norm"])
+def test_the_token_weights_of_means_over_tokens_add_up_to_one(mode: str) -> None:
+    method, lengths = parse_mode(mode), torch.tensor([3, 10, 0, 200])
+    assert token_weight(method, mini_batch_sums(method, lengths).tolist(), M) == pytest.approx(1.0)
 
 
 def test_variance_ratio_is_what_the_closed_forms_predict() -> None:

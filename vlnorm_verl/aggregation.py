@@ -213,13 +213,13 @@ def mini_batch_sums(aggregation: Aggregation, lengths: torch.Tensor) -> torch.Te
         lengths: valid tokens of each response held here, int64 [B]; B may be 0.
 
     Returns:
-        [6] in float64 (float32 on a device without it): Σz, N, ΣL, Σ1/L, Σu, Σu² over the responses with a valid
-        token. Only the first is needed for the loss; the others are for `mini_batch_statistics` and travel in
-        the same all-reduce. Sums of different ranks add.
+        [7] in float64 (float32 on a device without it): Σz, N, ΣL, Σ1/L, Σu, Σu², ΣuL over the responses with a valid
+        token. Only the first is needed for the loss; the others are for `mini_batch_statistics` and `token_weight`, and
+        travel in the same all-reduce. Sums of different ranks add.
     """
     exact = _positive(lengths)
     u = aggregation.u(exact)
-    rows = torch.stack([aggregation.z(exact), torch.ones_like(exact), exact, exact.reciprocal(), u, u * u])
+    rows = torch.stack([aggregation.z(exact), torch.ones_like(exact), exact, exact.reciprocal(), u, u * u, u * exact])
     return torch.where(lengths > 0, rows, 0.0).sum(dim=-1)
 
 
@@ -291,7 +291,7 @@ def mini_batch_statistics(sums: list[float]) -> dict[str, float]:
         effective_responses: (Σx)²/Σx² ≤ N; for VL Norm this is 1/Σ(M x_i)².
         All 0 if no response has a valid token.
     """
-    _, count, tokens, inverse, u, u_squared = sums
+    _, count, tokens, inverse, u, u_squared, _ = sums
     if count == 0:
         return dict.fromkeys(("length_mean", "length_harmonic_mean", "variance_ratio", "effective_responses"), 0.0)
     mean, harmonic = tokens / count, count / inverse
@@ -303,13 +303,27 @@ def mini_batch_statistics(sums: list[float]) -> dict[str, float]:
     }
 
 
+def token_weight(aggregation: Aggregation, sums: list[float], scale: float) -> float:
+    """Σ_i x_i L_i, the sum of the weights of all tokens of one mini-batch; 1 for GRPO Norm and DAPO Norm.
+
+    An aggregated quantity that is a mean over tokens for verl's token-mean, such as the entropy, is one again after
+    division by it.
+
+    Args:
+        aggregation, scale: as in `response_weights`. sums: `mini_batch_sums`, added up over the whole mini-batch.
+    """
+    if sums[0] == 0:
+        return 0.0
+    return sums[6] / (sums[0] * (scale if aggregation.per_token_scale else 1.0))
+
+
 def relative_weight_range(aggregation: Aggregation, lengths: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     """Smallest and largest weight among `lengths`, relative to the mini-batch's mean weight.
 
     Args:
         aggregation: the method.
         lengths: valid tokens of each response, int64 [B]; any part of the mini-batch, such as one rank's.
-        sums: `mini_batch_sums` over the whole mini-batch [6].
+        sums: `mini_batch_sums` over the whole mini-batch [7].
 
     Returns:
         [2]: min and max of N x_i / Σx, which for VL Norm is M N x_i; 1 means equal weights. (inf, 0) for a part

@@ -170,7 +170,7 @@ def _summing_train_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def train_batch(self: Any, data: Any, loss_function: Callable[..., Any]) -> Any:
-        config = getattr(loss_function, "keywords", {}).get("config")
+        config: Any = getattr(loss_function, "keywords", {}).get("config")
         mode = getattr(config, "loss_agg_mode", None)
         if not maths.is_registered(mode):
             return stock(self, data, loss_function)
@@ -189,7 +189,7 @@ def _summing_train_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
                     f"loss_agg_mode={mode!r} had no effect: the loss function never called agg_loss. Use a policy "
                     "loss that aggregates by the mode, or choose one of verl's modes."
                 )
-            outputs["metrics"].update(_mini_batch_metrics(method, lengths, sums))
+            outputs["metrics"].update(_mini_batch_metrics(method, lengths, sums, config.loss_scale_factor))
         return outputs
 
     return train_batch
@@ -212,7 +212,9 @@ def _sum_over_data_parallel_ranks(engine: Any, sums: torch.Tensor) -> torch.Tens
     return sums
 
 
-def _mini_batch_metrics(method: maths.Aggregation, lengths: torch.Tensor, sums: torch.Tensor) -> dict[str, Any]:
+def _mini_batch_metrics(
+    method: maths.Aggregation, lengths: torch.Tensor, sums: torch.Tensor, scale: float
+) -> dict[str, Any]:
     """Metrics under `vl_norm/`; verl adds the role's prefix, so they are logged as `actor/vl_norm/…`."""
     from verl.utils.metric import AggregationType, Metric
 
@@ -225,6 +227,7 @@ def _mini_batch_metrics(method: maths.Aggregation, lengths: torch.Tensor, sums: 
         f"vl_norm/{name}": Metric(AggregationType.MEAN, value)
         for name, value in maths.mini_batch_statistics(values).items()
     }
+    metrics["vl_norm/token_weight"] = Metric(AggregationType.MEAN, maths.token_weight(method, values, scale))
     metrics["vl_norm/weight_min"] = Metric(AggregationType.MIN, low)
     metrics["vl_norm/weight_max"] = Metric(AggregationType.MAX, high)
     return metrics

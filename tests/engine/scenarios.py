@@ -456,6 +456,7 @@ def run_exact(rank: int, ranks: int, port: int, dtype: str, folder: str, out: st
                     "step": step,
                     "all_reduces": all_reduces,
                     "lengths": lengths.tolist(),
+                    "scale": M,
                     "norm": norm,
                     "error": distance / norm if norm else distance,
                     "metrics": {k: v for k, v in metrics.items() if k.startswith(("vl_norm/", "loss"))},
