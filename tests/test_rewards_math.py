@@ -209,9 +209,9 @@ def test_bad_ground_truths_are_refused(value: Any) -> None:
 def test_score_follows_the_outcome() -> None:
     results = [compute_score("any", boxed(a), "0.5", {}, reward_router_address=None) for a in ("1/2", "1/3", "((")]
     assert results == [
-        {"score": 1.0, "acc": 1.0, "outcome": "correct"},
-        {"score": 0.0, "acc": 0.0, "outcome": "wrong"},
-        {"score": 0.0, "acc": 0.0, "outcome": "unparsable"},
+        {"score": 1.0, "acc": 1.0, "outcome": "correct", "validation_set": "any"},
+        {"score": 0.0, "acc": 0.0, "outcome": "wrong", "validation_set": "any"},
+        {"score": 0.0, "acc": 0.0, "outcome": "unparsable", "validation_set": "any"},
     ]
 
 

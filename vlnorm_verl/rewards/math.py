@@ -386,6 +386,7 @@ def compute_score(
 ) -> dict[str, Any]:
     """verl's custom reward (``reward.custom_reward_function``): 1.0 for a correct answer, else 0.0.
 
+    ``validation_set`` names the data set in verl's dumps of validation, which hold several sets without their names.
     verl calls it in threads of its reward workers, as many as it likes; ``workers`` answers are compared at a time.
 
     Args:
@@ -401,4 +402,4 @@ def compute_score(
     pool = _pool(limit_s=limit_s, workers=workers, memory_mib=memory_mib, max_failure_rate=max_failure_rate)
     outcome = judge(solution_str, parse_ground_truth(ground_truth), pool)
     score = float(outcome == "correct")
-    return {"score": score, "acc": score, "outcome": outcome}
+    return {"score": score, "acc": score, "outcome": outcome, "validation_set": data_source}
