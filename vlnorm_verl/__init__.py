@@ -6,8 +6,20 @@ Installing this package is enough: verl finds it through its `verl.plugins` entr
 The names below are the public API; they import no verl.
 """
 
-from vlnorm_verl.aggregation import Aggregation, available, parse_mode, register_aggregation
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlnorm_verl.aggregation import Aggregation, available, parse_mode, register_aggregation
 
 __all__ = ["Aggregation", "__version__", "available", "parse_mode", "register_aggregation"]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """The public names when they are asked for: they import torch, which `vlnorm-verl --help` need not wait for."""
+    if name in __all__:
+        from vlnorm_verl import aggregation
+
+        return getattr(aggregation, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -129,14 +129,11 @@ def next_metrics(folder: Path) -> Path:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """All steps of a run in order; where a resumed run repeats a step, the later one. A cut last line is left out."""
-    by_step: dict[int, Record] = {}
-    for path in sorted(folder.glob("metrics-*.jsonl")):
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                record = json.loads(line)
-                by_step[record["step"]] = record
-    return [by_step[step] for step in sorted(by_step)]
+    """All steps of a run in order, as `report.readers.read_records` joins its starts. A cut last line is left out."""
+    from vlnorm_verl.report.readers import read_records
+
+    records = read_records(sorted(folder.glob("metrics-*.jsonl")), [])
+    return [{"step": step, "data": records[step]} for step in sorted(records)]
 
 
 def validation_accuracies(data: dict[str, float]) -> dict[str, float]:

@@ -1,0 +1,425 @@
+"""The report's figures: what is drawn where, read from matplotlib's artists, and that odd runs are drawn too.
+
+Runs are made here with known curves; the intervals are measures.py's and tested there. Not covered: how it looks.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+
+from vlnorm_verl.report import figures, output
+from vlnorm_verl.report.figures import Drawing
+from vlnorm_verl.report.runs import Run, Validation
+
+AGGREGATIONS = ("grpo_norm", "dapo_norm", "dr_grpo_norm", "dr_grpo", "vl_norm")
+
+
+@pytest.fixture(autouse=True)
+def _style() -> Iterator[None]:
+    import matplotlib.pyplot as plt
+
+    with output.use_style(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    plt.close("all")
+
+
+def run(method: str, accuracies: dict[int, float], seed: int = 0, dumps: bool = True, **options: Any) -> Run:
+    """A run validated at the steps of `accuracies`, with 100 problems × 8 responses of exactly these accuracies."""
+    steps = np.arange(0, max(accuracies, default=0) + 1)
+    generator = np.random.default_rng([seed, *method.encode()])
+    alpha = options.pop("alpha", 1.0 if method == "vl_norm" else None)
+    metrics = {
+        "val-core/set/acc/mean@8": np.array([accuracies.get(int(step), math.nan) for step in steps]),
+        "actor/entropy": 0.2 + generator.random(len(steps)) / 10,
+        "response_length/mean": 100.0 + steps + seed,
+        "response_length/min": 10.0 + generator.random(len(steps)),
+        "response_length/max": 200.0 + steps + 10 * seed,
+        "response_length/clip_ratio": np.full(len(steps), 0.1),
+        "actor/grad_norm": np.exp(generator.normal(size=len(steps))),
+        "critic/score/mean": generator.random(len(steps)),
+    }
+    if method == "vl_norm":
+        metrics |= {
+            "actor/vl_norm/length_mean": 100.0 + steps,
+            "actor/vl_norm/length_harmonic_mean": 50.0 + steps / 2,
+            "actor/vl_norm/variance_ratio": np.full(len(steps), 2**0.5),
+            "actor/vl_norm/effective_responses": 20.0 + generator.random(len(steps)),
+            "actor/vl_norm/weight_min": np.full(len(steps), 0.1),
+            "actor/vl_norm/weight_max": np.full(len(steps), 9.0),
+        }
+    validations = {step: {"set": validation(accuracy)} for step, accuracy in accuracies.items()} if dumps else {}
+    settings = {"family": "dapo", "task": "countdown", "model": "3b", "length": "3072", "scale": "gpu"} | options
+    return Run(
+        folder=Path("runs") / method,
+        name=f"{method}-{seed}",
+        method=method,
+        alpha=alpha,
+        seed=seed,
+        planned_steps=None,
+        steps=steps,
+        metrics=metrics,
+        validations=validations,
+        **settings,
+    )
+
+
+def validation(accuracy: float) -> Validation:
+    correct = np.where(np.arange(100) < round(100 * accuracy), 8, 0)
+    characters = np.arange(1, 801, dtype=np.int32)
+    return Validation([str(index) for index in range(100)], np.full(100, 8), correct, True, characters)
+
+
+def drawn(runs: list[Run], smooth: int = 3) -> dict[str, Drawing]:
+    return {drawing.name: drawing for drawing in figures.drawings(runs, smooth)}
+
+
+def artist(drawing: Drawing, gid: str) -> Any:
+    found = drawing.figure.findobj(lambda one: one.get_gid() == gid)
+    return found[0] if found else None
+
+
+def texts(drawing: Drawing) -> list[str]:
+    return [one.get_text() for one in drawing.figure.findobj(lambda one: hasattr(one, "get_text"))]
+
+
+DAPO = {0: 0.1, 100: 0.4, 200: 0.6, 300: 0.8, 400: 0.7, 500: 0.75}
+OURS = {0: 0.1, 100: 0.7, 200: 0.75, 300: 0.74, 400: 0.8, 500: 0.85}
+
+# ------------------------------------------------------------------------------------------------------------ fig. 2
+
+
+@pytest.mark.parametrize("dumps", [True, False])
+def test_marks_are_where_the_final_accuracy_is_reached_first(dumps: bool) -> None:
+    drawing = drawn([run("dapo", DAPO, dumps=dumps), run("vl_norm", OURS, dumps=dumps)])[
+        "fig2-dapo-countdown-3b-3072-gpu"
+    ]
+    left = drawing.figure.axes[0]
+    assert [line for line in left.get_lines() if list(line.get_ydata()) == [0.75, 0.75]], "no line at DAPO's final"
+    star, own = artist(drawing, "reached"), artist(drawing, "reached-reference")
+    assert (list(star.get_xdata()), list(star.get_ydata())) == ([200], [0.75])
+    assert (list(own.get_xdata()), list(own.get_ydata())) == ([300], [0.8])
+    assert "200 (2.50×)" in texts(drawing)
+    assert "step 200 (2.50×)" in drawing.caption
+    assert "step 300, 1.50 times" in drawing.caption
+
+
+def test_bars_are_the_final_accuracies_and_their_difference() -> None:
+    drawing = drawn([run("dapo", DAPO), run("vl_norm", OURS)])["fig2-dapo-countdown-3b-3072-gpu"]
+    right = drawing.figure.axes[1]
+    assert [bar.get_height() for bar in right.patches] == pytest.approx([0.75, 0.85])
+    assert right.get_ylim()[0] == 0
+    assert right.get_title().startswith("+10.0 points\n[")
+    intervals = [segment for lines in right.collections for segment in lines.get_segments()]
+    for (low, high), height in zip(np.array(intervals)[:, :, 1], (0.75, 0.85), strict=True):
+        assert low < height < high
+
+
+def test_not_reached_is_said() -> None:
+    drawing = drawn([run("dapo", OURS), run("vl_norm", DAPO)])["fig2-dapo-countdown-3b-3072-gpu"]
+    assert artist(drawing, "reached") is None
+    assert "DAPO + VL Norm (α = 1): not reached by step 500" in texts(drawing)
+    assert "did not reach" in drawing.caption
+    assert drawing.figure.axes[1].get_title().startswith("−10.0 points")
+
+
+def test_what_the_untrained_model_has_is_not_reached_by_training() -> None:
+    drawing = drawn([run("dapo", {0: 0.5, 10: 0.4, 20: 0.3}), run("vl_norm", {0: 0.5, 10: 0.2, 20: 0.35})])
+    star = artist(drawing["fig2-dapo-countdown-3b-3072-gpu"], "reached")
+    assert list(star.get_xdata()) == [20]
+
+
+def test_seeds_are_averaged_before_the_mark_is_set() -> None:
+    runs = [run("dapo", {0: 0.1, 10: 0.4, 20: 0.5}, seed) for seed in (0, 1)]
+    runs += [run("vl_norm", {0: 0.1, 10: first, 20: 0.8}, seed) for seed, first in enumerate((0.6, 0.3))]
+    drawing = drawn(runs)["fig2-dapo-countdown-3b-3072-gpu"]
+    assert list(artist(drawing, "reached").get_xdata()) == [20]
+
+
+def test_the_reference_is_dapo_norm_in_the_other_family_or_what_there_is() -> None:
+    runs = [run(method, DAPO, family="aggregation") for method in AGGREGATIONS]
+    name = "fig2-aggregation-countdown-3b-3072-gpu"
+    assert "against DAPO Norm" in drawn(runs)[name].title
+    assert "against Dr. GRPO" in drawn([runs[3], runs[4]])[name].title
+    assert not [name for name in drawn(runs[:4]) if name.startswith("fig2")]
+    assert not [name for name in drawn(runs[4:]) if name.startswith("fig2")]
+
+
+# ------------------------------------------------------------------------------------------------------------ curves
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 4, 5, 20])
+def test_bands_contain_the_mean(seeds: int) -> None:
+    generator = np.random.default_rng(0)
+    series = [(np.arange(5), generator.random(5)) for _ in range(seeds)]
+    curve = figures.over_seeds(series)
+    assert curve is not None
+    table = np.array([values for _, values in series])
+    assert curve.mean == pytest.approx(table.mean(axis=0))
+    assert (curve.low <= curve.mean + 1e-12).all()
+    assert (curve.mean <= curve.high + 1e-12).all()
+    if seeds < 5:
+        assert (curve.low == table.min(axis=0)).all()
+        assert (curve.high == table.max(axis=0)).all()
+    if seeds == 5:
+        half = 2.776 * table.std(axis=0, ddof=1) / math.sqrt(5)  # t of 4 degrees of freedom
+        assert curve.high - curve.mean == pytest.approx(half, rel=1e-3)
+
+
+def test_a_mean_is_over_all_seeds_and_the_rest_is_drawn_apart() -> None:
+    steps = np.array([0, 10, 20, 30])
+    long, short = (steps, np.array([0.0, 0.2, math.nan, 0.8])), (steps[:2], np.array([0.2, 0.4]))
+    curve = figures.over_seeds([long, short])
+    assert curve is not None
+    assert (list(curve.steps), curve.mean.tolist()) == ([0, 10], pytest.approx([0.1, 0.3]))
+    ((beyond, values),) = curve.further
+    assert (list(beyond), list(values)) == ([10, 30], [0.2, 0.8])
+    assert figures.over_seeds([(steps, np.full(4, math.nan))]) is None
+    apart = figures.over_seeds([(steps[:2], np.zeros(2)), (steps[2:], np.ones(2))])
+    assert apart is not None
+    assert (len(apart.steps), len(apart.further)) == (0, 2)
+
+
+def colors(drawing: Drawing) -> dict[str, str]:
+    (legend,) = drawing.figure.legends
+    return {
+        text.get_text(): to_hex(handle.get_color()).upper()
+        for text, handle in zip(legend.get_texts(), legend.get_lines(), strict=True)
+    }
+
+
+def test_a_method_has_one_color_in_all_figures() -> None:
+    runs = [run(method, DAPO, seed, family="aggregation") for method in AGGREGATIONS for seed in (0, 1)]
+    of_figures = [colors(one) for name, one in drawn(runs).items() if not name.startswith(("lengths", "vl-norm"))]
+    assert len(of_figures) == 3
+    for shown in of_figures:
+        for label, color in shown.items():
+            key = next(run.method_key for run in runs if output.method_label(run.method_key) == label)
+            assert color == output.METHOD_COLORS[key.split(":")[0]]
+
+
+def test_grid_has_a_row_for_each_task_and_model_and_a_column_for_each_length() -> None:
+    places = [
+        ("countdown", "3b", "3072"),
+        ("countdown", "3b", "8192"),
+        ("countdown", "7b", "3072"),
+        ("math", "3b", "8192"),
+    ]
+    runs = [
+        run(method, DAPO, family="aggregation", task=task, model=model, length=length)
+        for task, model, length in places
+        for method in ("dapo_norm", "vl_norm")
+    ]
+    drawing = drawn(runs)["fig3-aggregation"]
+    shape = [[axes.get_visible() for axes in drawing.figure.axes[start : start + 2]] for start in (0, 2, 4)]
+    assert shape == [[True, True], [True, False], [False, True]]
+    assert drawing.figure.axes[2].get_title() == "CountDown, 7B, 3072 tokens"
+    lines = [line for line in drawing.figure.axes[0].get_lines() if list(line.get_ydata()) == list(DAPO.values())]
+    assert {to_hex(line.get_color()).upper() for line in lines} == {"#009E73", "#D55E00"}
+
+
+def test_alpha_by_task_is_one_line_of_the_legend() -> None:
+    runs = [run("vl_norm", DAPO, family="aggregation", alpha=1.0)]
+    runs += [run("vl_norm", DAPO, family="aggregation", alpha=0.75, task="math")]
+    drawing = drawn(runs)["fig3-aggregation"]
+    assert list(colors(drawing)) == ["VL Norm"]
+    assert [axes.get_title() for axes in drawing.figure.axes] == [
+        "CountDown, 3B, 3072 tokens, α = 1",
+        "Math, 3B, 3072 tokens, α = 0.75",
+    ]
+
+
+def test_sets_in_one_number_are_called_weighted() -> None:
+    one = run("vl_norm", DAPO, task="math")
+    for sets in one.validations.values():
+        sets["other"] = sets["set"]
+    assert drawn([one])["fig3-dapo"].figure.axes[0].get_ylabel() == "validation weighted Avg@8"
+    assert drawn([run("vl_norm", DAPO)])["fig3-dapo"].figure.axes[0].get_ylabel() == "validation Avg@8"
+
+
+def test_the_tiny_model_is_named_and_never_beside_others() -> None:
+    runs = [run(method, DAPO, scale=scale) for method in ("dapo", "vl_norm") for scale in ("cpu", "gpu")]
+    for name, drawing in drawn(runs).items():
+        assert ("tiny model" in drawing.title) == name.endswith("cpu"), name
+        assert ("3B" in drawing.title) <= name.endswith("gpu")
+
+
+# ------------------------------------------------------------------------------------------- training, lengths, alpha
+
+
+def test_training_shows_each_run_and_the_trailing_mean() -> None:
+    runs = [run("dapo", DAPO, seed) for seed in (0, 1)]
+    drawing = drawn(runs, smooth=20)["training-dapo-countdown-3b-3072-gpu"]
+    assert [axes.get_title() for axes in drawing.figure.axes] == list(figures.TRAINING.values())
+    *raw, smoothed = drawing.figure.axes[0].get_lines()
+    assert [len(line.get_xdata()) for line in raw] == [501, 501]
+    both = np.mean([one.metrics["actor/entropy"] for one in runs], axis=0)
+    assert smoothed.get_ydata()[-1] == pytest.approx(both[-20:].mean())
+    assert "trailing mean of 20 steps" in drawing.caption
+    assert "trailing mean of 11 steps" in drawn(runs, smooth=3)["training-dapo-countdown-3b-3072-gpu"].caption
+
+
+def test_length_bands() -> None:
+    drawing = drawn([run("dapo", DAPO, seed) for seed in (0, 1)])["lengths-dapo-countdown-3b-3072-gpu"]
+    tokens, clipped, characters = drawing.figure.axes
+    (mean,) = tokens.get_lines()
+    assert mean.get_ydata()[[0, -1]] == pytest.approx([100.5, 600.5])
+    (band,) = tokens.collections
+    extent = band.get_paths()[0].get_extents()
+    assert (10 <= extent.y0 <= 11, extent.y1) == (True, 710.0)
+    assert set(clipped.get_lines()[0].get_ydata()) == {0.1}
+    assert characters.get_lines()[0].get_ydata() == pytest.approx(np.full(6, 400.5))
+    outer, inner = (one.get_paths()[0].get_extents() for one in characters.collections)
+    assert (outer.y0, outer.y1) == pytest.approx(tuple(np.quantile(np.arange(1, 801), (0.05, 0.95))))
+    assert (inner.y0, inner.y1) == pytest.approx(tuple(np.quantile(np.arange(1, 801), (0.25, 0.75))))
+    assert characters.get_ylabel() == "characters, validation"
+
+
+def test_own_metrics_of_the_aggregation() -> None:
+    found = drawn([run("dapo", DAPO), run("vl_norm", OURS)])
+    lengths, ratio, _, weights = found["vl-norm-dapo-countdown-3b-3072-gpu"].figure.axes
+    lasts = {line.get_linestyle(): line.get_ydata()[0] for line in lengths.get_lines() if line.get_linewidth() > 1}
+    assert lasts == {"-": 100, "--": 50}
+    assert {round(float(value), 6) for line in ratio.get_lines() for value in line.get_ydata()} == {1.414214}
+    assert weights.get_yscale() == "log"
+    assert not [name for name in drawn([run("dapo", DAPO)]) if name.startswith("vl-norm")]
+
+
+def test_alpha_figure_has_each_alpha_and_the_others_show_the_papers_only() -> None:
+    runs = [
+        run("vl_norm", {**OURS, 500: 0.5 + 0.2 * alpha}, alpha=alpha, family="aggregation") for alpha in (0.25, 0.75, 1)
+    ]
+    runs += [run("dr_grpo_norm", DAPO, family="aggregation")]
+    found = drawn(runs)
+    setting = "aggregation-countdown-3b-3072-gpu"
+    left, right = found[f"alpha-{setting}"].figure.axes
+    assert len({to_hex(line.get_color()) for line in left.get_lines()}) == 3
+    points = {
+        float(line.get_xdata()[0]): float(line.get_ydata()[0])
+        for line in right.get_lines()
+        if len(line.get_xdata()) == 1
+    }
+    assert points == pytest.approx({0.25: 0.55, 0.75: 0.65, 1.0: 0.7, 0.0: 0.75})
+    assert list(colors(found["fig3-aggregation"])) == ["VL Norm (α = 1)", "Dr. GRPO Norm"]
+    assert f"alpha-{setting}" in found["fig3-aggregation"].caption
+    math_runs = [run("vl_norm", OURS, alpha=alpha, task="math") for alpha in (0.75, 1)] + [
+        run("dapo", DAPO, task="math")
+    ]
+    assert "α = 0.75" in drawn(math_runs)["fig2-dapo-math-3b-3072-gpu"].title
+
+
+# --------------------------------------------------------------------------------------------------------- odd runs
+
+
+def without(one: Run, *metrics: str) -> Run:
+    one.metrics = {key: values for key, values in one.metrics.items() if not key.startswith(metrics)}
+    return one
+
+
+ODD = {
+    "no runs": [],
+    "one validation": [run("dapo", {0: 0.1}), run("vl_norm", {0: 0.2})],
+    "one step": [run("dapo", {1: 0.1}), run("vl_norm", {1: 0.2})],
+    "no validation": [run("vl_norm", {})],
+    "no metrics": [without(run("vl_norm", DAPO, dumps=False), "")],
+    "dumps only": [without(run(method, DAPO), "") for method in ("vl_norm", "dapo")],
+    "all zero": [run(method, dict.fromkeys(DAPO, 0.0)) for method in ("vl_norm", "dapo")],
+    "seeds without a common step": [run("vl_norm", {0: 0.1, 10: 0.2}), run("vl_norm", {5: 0.1, 15: 0.3}, 1)],
+    "unknown setting": [run("mine", DAPO, family="", task="", model="", length="", scale="")],
+    "names that are markup": [run(name, DAPO, task="$x_{", model="<b>") for name in ("$a_{x$ b", "_hidden", "a/../b")],
+    "no α": [run("vl_norm", OURS, alpha=None), run("vl_norm", OURS, alpha=0.5), run("dapo", DAPO)],
+    "unpaired sets": [run("vl_norm", OURS, dumps=False), run("dapo", DAPO)],
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_runs_are_drawn(case: str) -> None:
+    found = drawn(ODD[case])
+    assert (case in ("no runs", "no metrics")) == (not found)
+    for drawing in found.values():
+        drawing.figure.draw_without_rendering()  # lays out and reads all text, as writing a file does
+        assert drawing.caption.endswith(".")
+        assert "nan" not in drawing.caption
+
+
+def test_steps_that_lack_a_metric_are_left_out() -> None:
+    one = run("dapo", DAPO)
+    one.metrics["actor/entropy"][1::2] = math.nan
+    one.metrics["actor/grad_norm"][:] = math.nan
+    drawing = drawn([one])["training-dapo-countdown-3b-3072-gpu"]
+    raw, smoothed = drawing.figure.axes[0].get_lines()
+    assert len(raw.get_xdata()) == 251
+    assert np.isfinite(smoothed.get_ydata()).all()
+    assert figures.TRAINING["actor/grad_norm"] not in [
+        axes.get_title() for axes in drawing.figure.axes if axes.get_visible()
+    ]
+
+
+def test_nothing_is_cut_where_runs_stand_at_different_steps() -> None:
+    short, long = {0: 0.1, 10: 0.2}, {0: 0.1, 20: 0.3, 40: 0.9}
+    runs = [run("vl_norm", short), run("grpo_norm", long), run("dapo_norm", short), run("dapo_norm", short, 1)]
+    runs[1].metrics["response_length/clip_ratio"][:] = 0.9
+    for sets in runs[1].validations.values():
+        sets["set"].characters *= 10
+    for drawing in drawn(runs).values():
+        for axes in drawing.figure.axes:
+            (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+            for x, y in (
+                point
+                for line in axes.get_lines()
+                for point in line.get_xydata()
+                if line.get_transform() == axes.transData
+            ):
+                assert left <= x <= right, drawing.name
+                assert bottom <= y <= top, drawing.name
+            for extent in (one.get_datalim(axes.transData) for one in axes.collections):
+                assert left <= extent.x0 <= extent.x1 <= right, drawing.name
+                assert bottom <= extent.y0 <= extent.y1 <= top, drawing.name
+
+
+def test_many_runs_have_one_legend() -> None:
+    runs = [run(method, DAPO, seed, family="aggregation") for method in AGGREGATIONS for seed in range(4)]
+    for name, drawing in drawn(runs).items():
+        if not name.startswith("lengths"):
+            assert len(drawing.figure.legends) == 1
+            assert not [axes for axes in drawing.figure.axes if axes.get_legend()]
+
+
+def test_the_same_runs_give_the_same_bytes() -> None:
+    runs = [run("dapo", DAPO), run("vl_norm", OURS)]
+    one, other = (figures.figures(runs, 3) for _ in range(2))
+    assert [(figure.name, figure.svg, figure.png) for figure in one] == [
+        (figure.name, figure.svg, figure.png) for figure in other
+    ]
+    assert len({figure.name for figure in one}) == len(one) == 5
+
+
+# ------------------------------------------------------------------------------------------------------------- entropy
+
+
+def test_entropies_of_all_methods_are_nats_a_token() -> None:
+    """0.25 nats a token, M = 200, aggregated by verl as each method's weights say."""
+    runs = [run(method, {0: 0.1, 9: 0.2}, family="aggregation") for method in ("dapo_norm", "dr_grpo", "vl_norm")]
+    plain, over_m, ours = runs
+    lengths = over_m.metrics["response_length/mean"]
+    plain.metrics["actor/entropy"] = np.full(10, 0.25)
+    over_m.metrics["actor/entropy"], over_m.scale_factor = 0.25 * lengths / 200, 200.0
+    ours.metrics["actor/entropy"] = np.full(10, 0.25 * 0.3)
+    ours.metrics["actor/vl_norm/token_weight"] = np.full(10, 0.3)
+    for one in runs:
+        found = figures.measures.entropy_per_token(one)
+        assert found is not None
+        np.testing.assert_allclose(found, 0.25)
+    del ours.metrics["actor/vl_norm/token_weight"]
+    assert figures.measures.entropy_per_token(ours) is None
+    (panel, *_) = drawn(runs)["training-aggregation-countdown-3b-3072-gpu"].figure.axes
+    assert {len(line.get_xdata()) for line in panel.lines} == {10}
+    assert {round(float(value), 9) for line in panel.lines for value in line.get_ydata()} == {0.25}

@@ -1,0 +1,359 @@
+"""Estimates of accuracy with 95% intervals: Avg@k, Pass@k, differences, rank correlation. No files, no runs.
+
+Scores are a table [S × P]: S seeds of a method (one training run each), P problems that all of them answered. Problems
+and seeds are both samples, and they are crossed: the same problems for every seed.
+
+| what is given | interval                                                                                            |
+|---------------|-----------------------------------------------------------------------------------------------------|
+| one seed      | bootstrap over problems (a problem's responses stay together), percentiles at Hesterberg's expanded |
+|               | levels; widened where Wilson's interval of the same variance reaches further (rates near 0 or 1)    |
+| several seeds | half² = t²(S−1)·V_S + t²(P−1)·max(0, V_P − V_E), at least t²(P−1)·V_P, by moments of the two-way   |
+|               | table: V_S and V_P are the variances of the means of seeds and of problems over their number, V_E   |
+|               | the rest, which both contain; a rate's interval is of Wilson's form                                 |
+| … with other  | t over the S means, not narrower than the problems alone give (verl draws other problems for each   |
+| problems each | seed where data.val_max_samples is less than the set)                                               |
+| difference    | the same of the per-problem differences, without Wilson's form; see `difference`                    |
+| all 0 or 1    | Clopper-Pearson of P trials, one response to each problem, since nothing can be resampled           |
+
+Why no bootstrap over seeds: percentiles of resampled seeds lie inside the range of the S measured means. Why a t of its
+own for each component (Howe 1974) and not Satterthwaite's degrees of freedom for the sum: with two or three seeds those
+are themselves a guess, and the interval covers 86 to 92% where seeds differ about as much as problems; this one covers
+94 to 99%, since nothing is taken from the seeds' variance that happens to be small. It is wider where seeds do not
+matter: twice with S = 2, by a third with S = 3, by a tenth with S = 5. An interval of one seed holds for that one
+training run, and the tables say "one seed". What still covers too little: rates below 5% on 30 problems (80 to 92%).
+Measured: benchmarks/coverage.py.
+
+Sources: Hesterberg 2015, "What teachers should know about the bootstrap", for the levels; Owen 2007, "The pigeonhole
+bootstrap", for variances in crossed tables; Chen et al. 2021, arXiv 2107.03374, for Pass@k.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import nan
+
+import numpy as np
+
+LEVEL = 0.95
+RESAMPLES = 10_000  # the ends of the interval then have a Monte-Carlo error of 3% of its half width
+RESAMPLING_SEED = 0
+TAIL = (1 - LEVEL) / 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95% interval; `low` and `high` are NaN where there is none. `note`: e.g. "one seed"."""
+
+    value: float
+    low: float = nan
+    high: float = nan
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the seeds of one method scored on the problems of one or more validation sets.
+
+    values: [S, P] score of each problem in each seed, in [0, 1].
+    problems: P identities. Those of one set stand together, sets in the order of `sizes`.
+    sizes: problems of each set; resampling is within a set, and the mean over all problems weights sets by size.
+    seeds: S numbers.
+    """
+
+    values: np.ndarray
+    problems: tuple[str, ...]
+    sizes: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.values.shape != (len(self.seeds), len(self.problems)) or sum(self.sizes) != len(self.problems):
+            raise ValueError(
+                f"values {self.values.shape} do not fit {len(self.seeds)} seeds, {len(self.problems)} problems in sets "
+                f"of {self.sizes}"
+            )
+
+
+# ------------------------------------------------------------------------------------------------- scores of problems
+
+
+def average(n: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Share of correct responses of each problem [P]; its mean is Avg@n."""
+    return np.asarray(correct / n, dtype=np.float64)
+
+
+def pass_at_k(n: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
+    """Unbiased chance that one of k responses is correct, 1 − C(n−c, k) / C(n, k), of each problem [P].
+
+    As a product of k factors, so that no binomial coefficient has to be held.
+
+    Raises:
+        ValueError: k < 1, a problem with fewer than k responses, or counts that are none.
+    """
+    n, correct = np.asarray(n), np.asarray(correct)
+    if k < 1 or (n < k).any():
+        raise ValueError(f"Pass@{k} needs at least {max(k, 1)} responses of each problem; there are {int(n.min())}")
+    if (correct != np.floor(correct)).any() or (correct < 0).any() or (correct > n).any():
+        raise ValueError("Pass@k needs counts of correct responses between 0 and n; these scores are graded")
+    failing = np.ones(n.shape)
+    for i in range(k):
+        failing *= np.maximum(n - correct - i, 0) / (n - i)
+    return 1.0 - failing
+
+
+# ---------------------------------------------------------------------------------------------------------- intervals
+
+
+def mean(scores: Scores) -> Estimate:
+    """Mean over problems and seeds, in [0, 1]."""
+    return _interval(scores.values, scores.sizes, "one seed" if len(scores.seeds) == 1 else "", rate=True)
+
+
+def difference(a: Scores, b: Scores) -> Estimate:
+    """Mean of a minus mean of b over the problems that both have, in [−1, 1].
+
+    Problems are paired. Seeds are paired if both have the same seed numbers (one data order, one start); else they are
+    independent samples and the variance over seeds of both adds. Where one of the two has a single seed, nothing is
+    known of how seeds vary: over problems only, and the note says so.
+
+    Raises:
+        ValueError: no problem in common.
+    """
+    a, b = _on_common_problems(a, b)
+    note = "one seed" if 1 in (len(a.seeds), len(b.seeds)) else ""
+    if a.seeds == b.seeds:
+        return _interval(a.values - b.values, a.sizes, note, rate=False)
+    if note:
+        return _interval((a.values.mean(0) - b.values.mean(0))[None], a.sizes, note, rate=False)
+    return _unpaired(a, b)
+
+
+def mean_over_own_problems(tables: Sequence[Scores]) -> Estimate:
+    """Mean of seeds that each have problems of their own: one Scores of one seed for each."""
+    return _nested([table.values[0] for table in tables], [table.sizes for table in tables], rate=True)
+
+
+def difference_over_own_problems(pairs: Sequence[tuple[Scores, Scores]]) -> Estimate:
+    """The same of a minus b, paired in each seed by the problems of that seed.
+
+    Raises:
+        ValueError: no problem in common in one of them.
+    """
+    shared = [_on_common_problems(a, b) for a, b in pairs]
+    return _nested([(a.values - b.values)[0] for a, b in shared], [a.sizes for a, _ in shared], rate=False)
+
+
+def _nested(values: list[np.ndarray], sizes: list[tuple[int, ...]], rate: bool) -> Estimate:
+    """Seeds and problems vary together: Student's t over the seeds' means, not narrower than the problems alone."""
+    means, note = np.array([one.mean() for one in values]), "other problems in each seed"
+    value, count = float(means.mean()), len(means)
+    if min(map(min, sizes)) < 2:
+        return Estimate(value, note=_joined(note, "a set of one problem"))
+    within = [_over_problems(one, size) for one, size in zip(values, sizes, strict=True)]
+    of_problems = sum(variance for variance, _ in within) / count**2
+    of_seeds = float(means.var(ddof=1)) / count
+    quantile = _t(sum(freedom for _, freedom in within))
+    half = max(_t(count - 1) * of_seeds**0.5, quantile * of_problems**0.5)
+    if half == 0:
+        if rate and value in (0.0, 1.0):
+            return Estimate(value, *_all_alike(value, min(map(len, values))), note)
+        return Estimate(value, note=_joined(note, "the same in every problem"))
+    low, high = _wilson(value, half) if rate else (value - half, value + half)
+    return _cut(value, low, high, note, rate)
+
+
+def over_seeds(values: Sequence[float], low: float = -np.inf, high: float = np.inf) -> Estimate:
+    """Mean of one number per seed with Student's t interval, cut to [low, high]."""
+    numbers = np.asarray(values, dtype=np.float64)
+    value, count = float(numbers.mean()), len(numbers)
+    if count < 2:
+        return Estimate(value, note="one seed")
+    if np.ptp(numbers) == 0:
+        return Estimate(value, note="the same in every seed")
+    half = _t(count - 1) * float(numbers.std(ddof=1)) / count**0.5
+    return Estimate(value, max(low, value - half), min(high, value + half))
+
+
+def rank_correlation(steps: np.ndarray, values: np.ndarray, sizes: tuple[int, ...]) -> Estimate:
+    """Kendall's τ-b between step and mean score of one run, interval over problems.
+
+    The bootstrap gives the standard error only, and the interval is normal around τ: a resampled curve is noisier than
+    the measured one, so its τ lies lower on average and percentiles would too.
+
+    Args:
+        steps: [T] of the validations.
+        values: [T, P] score of each problem at each.
+        sizes: as in Scores.
+    """
+    from scipy.stats import kendalltau, norm
+
+    if len(steps) < 2:
+        return Estimate(nan, note="one validation")
+    value = float(kendalltau(steps, values.mean(1)).statistic)
+    if not np.isfinite(value):
+        return Estimate(nan, note="constant")
+    spread = float(np.nanstd(_kendall(resampled_means(values, sizes))))
+    half = float(norm.isf(TAIL)) * spread
+    return Estimate(value, max(-1.0, value - half), min(1.0, value + half), "one seed")
+
+
+def _kendall(curves: np.ndarray) -> np.ndarray:
+    """τ-b [B] of curves [B, T] against their order, which has no ties; NaN for a constant curve."""
+    length = curves.shape[1]
+    concordant, untied = np.zeros(len(curves)), np.zeros(len(curves))
+    for lag in range(1, length):
+        signs = np.sign(np.round(curves[:, lag:] - curves[:, :-lag], 9))
+        concordant += signs.sum(1)
+        untied += np.abs(signs).sum(1)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(concordant / np.sqrt(untied * (length * (length - 1) / 2)))
+
+
+@functools.lru_cache(maxsize=8)
+def resampling_counts(sizes: tuple[int, ...]) -> np.ndarray:
+    """How often each resample has each problem, float32 [RESAMPLES, P]; one table for all runs on these problems.
+
+    The same table for every run makes differences of resampled means paired.
+    """
+    generator = np.random.default_rng(RESAMPLING_SEED)
+    counts: np.ndarray = np.empty((RESAMPLES, sum(sizes)), dtype=np.float32)
+    start = 0
+    for size in sizes:
+        drawn = generator.integers(size, size=(RESAMPLES, size))
+        drawn += np.arange(RESAMPLES)[:, None] * size
+        block = np.bincount(drawn.ravel(), minlength=RESAMPLES * size).reshape(RESAMPLES, size)
+        counts[:, start : start + size] = block
+        start += size
+    return counts
+
+
+def resampled_means(values: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    """Mean over problems of each row of values [T, P] in each resample, [RESAMPLES, T]."""
+    return np.asarray(resampling_counts(sizes) @ values.T.astype(np.float32) / values.shape[1], dtype=np.float64)
+
+
+def _interval(values: np.ndarray, sizes: tuple[int, ...], note: str, rate: bool) -> Estimate:
+    """Of the mean of values [S, P]: rates in [0, 1], or differences of rates in [−1, 1]."""
+    value = float(values.mean())
+    if min(sizes) < 2:
+        return Estimate(value, note=_joined(note, "a set of one problem"))
+    if np.ptp(values) == 0:
+        if rate and value in (0.0, 1.0):
+            return Estimate(value, *_all_alike(value, values.shape[1]), note)
+        return Estimate(value, note=_joined(note, "the same in every problem"))
+    if len(values) > 1:
+        half = _half_width(values, sizes)
+        low, high = _wilson(value, half) if rate else (value - half, value + half)
+        return _cut(value, low, high, note, rate)
+    variance, freedom = _over_problems(values[0], sizes)
+    tail = _expanded_tail(freedom)
+    means = resampled_means(values, sizes)[:, 0]
+    low, high = float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
+    if rate:
+        ends = _wilson(value, _t(freedom) * variance**0.5)
+        low, high = min(low, ends[0]), max(high, ends[1])
+    return _cut(value, low, high, note, rate)
+
+
+def _cut(value: float, low: float, high: float, note: str, rate: bool) -> Estimate:
+    return Estimate(value, max(0.0 if rate else -1.0, float(low)), min(1.0, float(high)), note)
+
+
+def _t(freedom: float) -> float:
+    from scipy.stats import t
+
+    return float(t.isf(TAIL, freedom))
+
+
+def _wilson(value: float, half: float) -> tuple[float, float]:
+    """Wilson's interval of a rate whose symmetric one is value ± half: of half = t·√(p(1−p)/n), solved for n."""
+    ratio = half**2 / (value * (1 - value))  # t²/n
+    centre, width = value + ratio / 2, float(np.sqrt(half**2 + ratio**2 / 4))
+    return (centre - width) / (1 + ratio), (centre + width) / (1 + ratio)
+
+
+def _expanded_tail(freedom: float) -> float:
+    """Tail probability of the percentile interval that makes up for its narrowness (Hesterberg 2015, equation 8)."""
+    from scipy.stats import norm
+
+    return float(norm.sf(np.sqrt((freedom + 1) / freedom) * _t(freedom)))
+
+
+def _over_problems(values: np.ndarray, sizes: tuple[int, ...]) -> tuple[float, float]:
+    """(variance of the mean of values [P], its degrees of freedom); sets are strata."""
+    parts = np.array([block.var(ddof=1) * len(block) for block in _sets(values, sizes)]) / len(values) ** 2
+    total, squares = float(parts.sum()), float((parts**2 / (np.array(sizes) - 1)).sum())
+    return total, total**2 / squares if squares > 0 else float(sum(sizes) - len(sizes))
+
+
+def _sets(values: np.ndarray, sizes: tuple[int, ...]) -> list[np.ndarray]:
+    return np.split(values, np.cumsum(sizes)[:-1], axis=-1)
+
+
+def _rest(values: np.ndarray, sizes: tuple[int, ...]) -> float:
+    """The part of the variance of the mean of values [S, P] that is neither seeds' nor problems'."""
+    seeds, problems = values.shape
+    total = 0.0
+    for block in _sets(values, sizes):
+        rest = block - block.mean(0) - block.mean(1, keepdims=True) + block.mean()
+        size = block.shape[1]
+        total += float((rest**2).sum()) / ((seeds - 1) * (size - 1)) * size / (seeds * problems**2)
+    return total
+
+
+def _half_width(values: np.ndarray, sizes: tuple[int, ...]) -> float:
+    """Of the interval of the mean of values [S, P] over crossed seeds and problems."""
+    return _joint_half_width(values.mean(0), [values], sizes)
+
+
+def _joint_half_width(of_problems: np.ndarray, samples: list[np.ndarray], sizes: tuple[int, ...]) -> float:
+    """of_problems: [P] whose mean is the estimate; samples: [S, P] each, with seeds independent of each other's."""
+    variance, freedom = _over_problems(of_problems, sizes)
+    rest = sum(_rest(values, sizes) for values in samples)
+    of_seeds = sum(_t(len(v) - 1) ** 2 * float(v.mean(1).var(ddof=1)) / len(v) for v in samples)
+    quantile = _t(freedom) ** 2
+    return float(np.sqrt(max(quantile * variance, of_seeds + quantile * max(0.0, variance - rest))))
+
+
+def _unpaired(a: Scores, b: Scores) -> Estimate:
+    """Difference over the same problems, other seeds."""
+    paired = a.values.mean(0) - b.values.mean(0)
+    value = float(paired.mean())
+    if min(a.sizes) < 2:
+        return Estimate(value, note="a set of one problem")
+    half = _joint_half_width(paired, [a.values, b.values], a.sizes)
+    return _cut(value, value - half, value + half, "", rate=False)
+
+
+def _all_alike(value: float, trials: int) -> tuple[float, float]:
+    """Clopper-Pearson's interval after `trials` equal results: one response to each problem would be such a trial."""
+    end = TAIL ** (1 / trials)
+    return (end, 1.0) if value == 1.0 else (0.0, 1 - end)
+
+
+def _on_common_problems(a: Scores, b: Scores) -> tuple[Scores, Scores]:
+    if a.problems == b.problems and a.sizes == b.sizes:
+        return a, b
+    if len(a.sizes) != len(b.sizes):
+        raise ValueError("the two were not scored on the same validation sets")
+    common, columns_a, columns_b, sizes = [], [], [], []
+    offset_a = offset_b = 0
+    for size_a, size_b in zip(a.sizes, b.sizes, strict=True):
+        where = {problem: offset_b + i for i, problem in enumerate(b.problems[offset_b : offset_b + size_b])}
+        shared = [i for i in range(offset_a, offset_a + size_a) if a.problems[i] in where]
+        common += [a.problems[i] for i in shared]
+        columns_a += shared
+        columns_b += [where[a.problems[i]] for i in shared]
+        sizes.append(len(shared))
+        offset_a, offset_b = offset_a + size_a, offset_b + size_b
+    if not all(sizes):
+        raise ValueError("the two have no problem in common")
+    return (
+        Scores(a.values[:, columns_a], tuple(common), tuple(sizes), a.seeds),
+        Scores(b.values[:, columns_b], tuple(common), tuple(sizes), b.seeds),
+    )
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(note for note in notes if note)

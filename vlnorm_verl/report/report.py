@@ -1,0 +1,86 @@
+"""`vlnorm-verl report`: reads runs, makes tables and figures, writes them.
+
+The parts are the modules beside this one. What is written to DIR:
+
+    report.html                   everything in one file that needs no network
+    tables/                       NAME.md, NAME.csv, NAME.json, NAME.tex
+    figures/                      NAME.png, NAME.svg
+    .validation-counts.msgpack    what a second report reads instead of the dumps
+    .written.json                 what a second report replaces
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+
+from vlnorm_verl.report.output import missing_libraries
+from vlnorm_verl.report.readers import ReportError, read_runs
+from vlnorm_verl.running import write_json
+
+WRITTEN = ".written.json"
+
+
+def build(arguments: list[str], out: Path, smooth: int = 3, console: Console | None = None) -> int:
+    """Write the report of the runs at and below the arguments, each RUN or label=RUN. Exit code: 2 for a wrong request.
+
+    smooth: validations in the trailing mean of curves and of the speed-up, 1 for none.
+    """
+    console = console or Console()
+    try:
+        return _build(arguments, out, smooth, console)
+    except ReportError as error:
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+
+
+def _build(arguments: list[str], out: Path, smooth: int, console: Console) -> int:
+    if smooth < 1:
+        raise ReportError(f"--smooth {smooth}: accepted are whole numbers from 1 (no smoothing)")
+    if problem := missing_libraries():
+        raise ReportError(problem)
+    if out.exists() and not out.is_dir():
+        raise ReportError(f"--out {out}: is a file; accepted is a folder, which is made if it is not there")
+    runs = read_runs(arguments, out)
+
+    from vlnorm_verl.report import tables as tables_module
+    from vlnorm_verl.report.figures import figures as draw
+    from vlnorm_verl.report.output import Figure, Table, print_table, write_figures, write_page, write_tables
+
+    tables = tables_module.tables(runs, smooth)
+    missing = tables_module.missing(tables)
+    with console.status("drawing …"):
+        figures = draw([run for run in runs if len(run.steps)], smooth)
+    write_tables(tables, out / "tables")
+    write_figures(figures, out / "figures")
+    files = [f"tables/{table.name}.{ending}" for table in tables for ending in ("md", "csv", "json", "tex")]
+    files += [f"figures/{figure.name}.{ending}" for figure in figures for ending in ("png", "svg")]
+    _replace(out, files)
+    intro = [
+        f"{len(runs)} runs, read on {datetime.date.today()} by vlnorm-verl {version('vlnorm-verl')}. The last table "
+        "says which, and what was odd.",
+        *missing,
+    ]
+    parts: list[Table | Figure | str] = ["Tables", *tables[:-1]] if tables[:-1] else []
+    parts += ["Figures", *figures] if figures else []
+    write_page(out / "report.html", "VL Norm: report", intro, [*parts, "Runs", tables[-1]])
+    for table in tables:
+        print_table(table, console)
+    for sentence in missing:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"page: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"tables and figures: {out}/tables, {out}/figures", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _replace(out: Path, files: list[str]) -> None:
+    """Remove what an earlier report wrote here and this one has no runs for; remember what this one wrote."""
+    record = out / WRITTEN
+    if record.exists():
+        for name in set(json.loads(record.read_text())["files"]) - set(files):
+            (out / name).unlink(missing_ok=True)
+    write_json(record, {"files": files})
