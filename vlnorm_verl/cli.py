@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from vlnorm_verl.data.cli import data_app
+from vlnorm_verl.lab.cli import lab_app
+from vlnorm_verl.report.cli import report
 
 app = typer.Typer(
     help="VL Norm (arXiv 2509.07558, ΔL Normalization) for stock verl.",
@@ -14,6 +16,8 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(lab_app, name="lab")
+app.command()(report)
 
 
 @app.callback()

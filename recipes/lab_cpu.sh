@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The gradient lab on the tiny model: does variance grow with length, is VL Norm unbiased, which α? Under five minutes.
+#
+#   bash recipes/lab_cpu.sh                  the model before training, and after the quickstart if runs/quickstart has one
+#   bash recipes/lab_cpu.sh runs/other       after another run of verl on the tiny task
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash recipes/install_cpu.sh
+run=${1:-runs/quickstart}
+if [ $# -gt 0 ] && [ ! -d "$run/checkpoints" ]; then
+  echo "$run/checkpoints is not there; accepted: the folder of a run that has saved a checkpoint, or nothing" >&2
+  exit 2
+fi
+# A model this small leaves a second core idle; OpenMP's threads would wait for each other instead.
+export OMP_NUM_THREADS=1
+lab() {
+  .venv/bin/vlnorm-verl lab run "$1" --out "$2" --modules last-qkv --modules all --projection 32768 --pool-prompts 128
+}
+lab vlnorm_verl/tiny/weights runs/lab/before
+folders=(before=runs/lab/before)
+if step=$(cat "$run/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null); then
+  after=runs/lab/$(basename "$run")-step$step
+  lab "$run/checkpoints/global_step_$step" "$after"
+  folders+=("step $step=$after")
+else
+  echo "no checkpoint in $run: only the model before training (bash recipes/quickstart.sh makes one)"
+fi
+.venv/bin/vlnorm-verl lab report "${folders[@]}" --out runs/lab/report

@@ -1,0 +1,103 @@
+"""``vlnorm-verl lab run`` and ``vlnorm-verl lab report``. Light to import: ``vlnorm-verl --help`` reads it."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+lab_app = typer.Typer(
+    help="The gradient lab: does variance grow with length, is VL Norm unbiased, and which α for your model and task?",
+    no_args_is_help=True,
+)
+
+
+@lab_app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="Hub name or folder of a causal LM, or a verl checkpoint's folder.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of this model's rollouts and gradients.")],
+    task: Annotated[str, typer.Option(help="tiny, countdown or math.")] = "tiny",
+    data: Annotated[Path | None, typer.Option(help="Parquet file of `vlnorm-verl data`; not for tiny.")] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(help="Parameters: last-qkv, all, or a regular expression on their names. Again for more."),
+    ] = None,
+    deep_prompts: Annotated[int, typer.Option(help="Prompts with many responses each: how variance grows.")] = 4,
+    deep_responses: Annotated[int, typer.Option(help="Responses to each of them.")] = 128,
+    pool_prompts: Annotated[int, typer.Option(help="Prompts with few responses each: mini-batches.")] = 64,
+    pool_responses: Annotated[int, typer.Option(help="Responses to each of them, as rollout.n.")] = 8,
+    max_response_length: Annotated[
+        int | None, typer.Option(help="Tokens after which a response is cut.", show_default="256 for tiny, else 3072")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of the sampling, as in training.")] = 1.0,
+    engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Responses sampled at a time by transformers.")] = 64,
+    projection: Annotated[
+        int | None,
+        typer.Option(
+            help="Project each gradient to so many numbers; 0: never.", show_default="above 1,000,000 entries"
+        ),
+    ] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the prompts and the sampling.")] = 0,
+    mini_batch: Annotated[int, typer.Option(help="Responses of your optimizer mini-batch: which α for it?")] = 320,
+) -> None:
+    """Sample responses, compute each one's gradient, and say what they tell.
+
+    The same command again goes on where it was stopped. For a run of verl, give …/global_step_N: its checkpoint is
+    merged with verl's own tool. Several models at once: `vlnorm-verl lab report`.
+
+      vlnorm-verl lab run Qwen/Qwen2.5-3B --task countdown --data data/countdown/train.parquet --out lab/3b
+      vlnorm-verl lab run runs/quickstart/checkpoints/global_step_60 --out lab/step60 --modules last-qkv --modules all
+    """
+    from vlnorm_verl.lab import gradients, rollouts, tasks
+    from vlnorm_verl.lab.report import GRADIENTS, build
+    from vlnorm_verl.lab.store import LabError
+    from vlnorm_verl.report.output import missing_libraries
+
+    try:
+        if problem := missing_libraries():
+            raise LabError(problem)
+        design = rollouts.Design(deep_prompts, deep_responses, pool_prompts, pool_responses)
+        longest = max_response_length or (256 if task == "tiny" else 3072)
+        chosen = tasks.load_task(task, data)
+        rollouts.sample(model, chosen, design, seed, temperature, longest, engine, out, batch_size)
+        for choice in modules or [gradients.LAST_QKV]:
+            gradients.compute(out, choice, projection, checkpointing, f"{GRADIENTS}/{folder_of(choice)}")
+        build([str(out)], out / "report", mini_batch, seed)
+    except LabError as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(2) from None
+
+
+def folder_of(modules: str) -> str:
+    """A folder's name for a choice of parameters; the same name for the same choice only."""
+    plain = re.sub(r"[^A-Za-z0-9_]+", "-", modules).strip("-")
+    return modules if plain == modules else f"{plain[:40]}-{zlib.crc32(modules.encode()):08x}"
+
+
+@lab_app.command()
+def report(
+    folders: Annotated[list[str], typer.Argument(help="Folders of `vlnorm-verl lab run`, or NAME=FOLDER.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Where to write the page, tables and figures.")],
+    mini_batch: Annotated[int, typer.Option(help="Responses of your optimizer mini-batch: which α for it?")] = 320,
+    seed: Annotated[int, typer.Option(help="Of the mini-batches that are drawn and of the bootstrap.")] = 0,
+) -> None:
+    """Compare models, such as checkpoints of one run, by their stored gradients.
+
+    vlnorm-verl lab report start=lab/start end=lab/step60 --out lab/report
+    """
+    from vlnorm_verl.lab.report import build
+    from vlnorm_verl.lab.store import LabError
+    from vlnorm_verl.report.output import missing_libraries
+
+    try:
+        if problem := missing_libraries():
+            raise LabError(problem)
+        build(folders, out, mini_batch, seed)
+    except LabError as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(2) from None

@@ -1,0 +1,166 @@
+"""Which model the lab examines: a Hugging Face folder, a name on the hub, or a checkpoint of a verl run.
+
+A checkpoint (`global_step_N`, or `global_step_N/actor`) is merged by verl's own `verl.model_merger` into the lab's
+folder. verl's merger rounds the weights to bfloat16, as verl's GPU rollouts do. Responses are sampled from the rounded
+weights and differentiated at them, so they are on policy.
+
+Covered: FSDP2 checkpoints of any number of ranks; weights that change between sampling and gradients are noticed.
+Not covered: Megatron checkpoints, LoRA adapters, quantised weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlnorm_verl.lab.store import LabError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MERGED = "model"
+MERGED_FROM = "merged_from.json"
+_WEIGHTS = (".safetensors", ".bin")
+_HEAD = 1 << 20  # bytes of each weights file that go into the fingerprint
+
+
+def resolve(model: str, out: Path) -> str:
+    """What transformers and vLLM load for `--model`; merges a verl checkpoint into `out`/model.
+
+    Args:
+        model: a Hugging Face folder, `…/global_step_N` or `…/global_step_N/actor` of a verl run, or a name on the hub.
+        out: the lab's folder.
+
+    Raises:
+        LabError: there is no such model, or verl cannot merge the checkpoint.
+    """
+    path = Path(model).expanduser()
+    record = out / MERGED / MERGED_FROM
+    if not path.exists() and record.is_file():
+        # verl keeps few checkpoints: this one may be gone since it was merged.
+        checkpoint = Path(json.loads(record.read_text(encoding="utf-8"))["checkpoint"])
+        if checkpoint in (path.resolve(), path.resolve() / "actor"):
+            return str(out / MERGED)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return str(path)
+        actor = path / "actor" if (path / "actor").is_dir() else path
+        if (actor / "fsdp_config.json").is_file():
+            return str(_merged(actor, out / MERGED))
+        raise LabError(
+            f"--model {model} holds neither config.json (a Hugging Face folder) nor fsdp_config.json, here or in "
+            "actor/ (an FSDP checkpoint of verl, …/checkpoints/global_step_N)"
+        )
+    if path.exists():
+        raise LabError(f"--model {model} is a file; give the model's folder")
+    # A name on the hub is "owner/name" or "name".
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise LabError(f"--model {model}: there is no such folder")
+    return model
+
+
+def _merged(actor: Path, target: Path) -> Path:
+    """The checkpoint as a Hugging Face folder, merged unless it is there already."""
+    shards = sorted(actor.glob("model_world_size_*_rank_*.pt"))
+    source = {
+        "checkpoint": str(actor.resolve()),
+        "shards": {shard.name: [shard.stat().st_size, shard.stat().st_mtime_ns] for shard in shards},
+    }
+    record = target / MERGED_FROM
+    if record.is_file():
+        there = json.loads(record.read_text(encoding="utf-8"))
+        if there == source:
+            return target
+        raise LabError(
+            f"{target} was merged from {there['checkpoint']} as it was then, not from {actor}: take another --out"
+        )
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    command = ["merge", "--backend", "fsdp", "--local_dir", str(actor), "--target_dir", str(temporary)]
+    try:
+        # A process of its own: verl's imports change other libraries and its merger prints.
+        done = subprocess.run(
+            [sys.executable, "-m", "verl.model_merger", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise LabError(f"--model {actor}: verl cannot merge this checkpoint:\n{done.stdout[-2000:]}")
+        (temporary / MERGED_FROM).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def fingerprint(resolved: str) -> str:
+    """Tells weights apart: of a folder, by each weights file's name, size and first MiB; of a hub name, by its commit.
+
+    The first MiB holds entries of the first tensors, which any training step changes.
+
+    Raises:
+        LabError: a folder without weights, or a name that the hub does not have.
+    """
+    folder = Path(resolved)
+    if not folder.is_dir():
+        return str(getattr(load_config(resolved), "_commit_hash", None))
+    files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS)
+    if not files:
+        raise LabError(f"--model {resolved} has no weights ({' or '.join(f'*{suffix}' for suffix in _WEIGHTS)})")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(_HEAD))
+    return digest.hexdigest()
+
+
+def load_config(resolved: str) -> Any:
+    """transformers' configuration of the model.
+
+    Raises:
+        LabError: transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolved)
+    except (OSError, ValueError) as error:
+        raise LabError(f"--model {resolved} is not a model of transformers: {error}") from error
+
+
+def load_tokenizer(resolved: str) -> PreTrainedTokenizerBase:
+    """
+    Raises:
+        LabError: transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolved)
+    except (OSError, ValueError) as error:
+        raise LabError(f"--model {resolved} has no tokenizer that transformers reads: {error}") from error
+
+
+def load_model(resolved: str) -> PreTrainedModel:
+    """The model in float32, in evaluation mode, on the GPU if there is one.
+
+    Raises:
+        LabError: transformers cannot load it as a causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolved, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise LabError(f"--model {resolved} is not a causal language model of transformers: {error}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -1,0 +1,420 @@
+"""What the lab found, as tables, figures, a page and sentences: `vlnorm-verl lab report`.
+
+    lab.html                  everything on one page, without a network
+    tables/, figures/         Markdown, CSV, JSON, LaTeX; PNG and SVG
+
+Covered: several models (checkpoints of one run) and several choices of parameters side by side. Not covered: what the
+numbers are (analysis.py) and how files look (vlnorm_verl/report/output.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from vlnorm_verl.lab import store
+from vlnorm_verl.lab.analysis import COMPARED, LOST, PAIRS, THIRDS, Analysis, Tradeoff, analyse
+from vlnorm_verl.lab.store import LabError
+from vlnorm_verl.report import output
+from vlnorm_verl.report.estimates import Estimate
+from vlnorm_verl.report.output import Cell, Table, method_label
+
+GRADIENTS = "gradients"  # the folder in a lab's folder that has one folder for each choice of parameters
+SHOWN_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+
+
+def build(
+    folders: Sequence[str], out: Path, mini_batch: int, seed: int, console: Console | None = None
+) -> list[Analysis]:
+    """Analyse the folders of `vlnorm-verl lab run`, and write and print what was found.
+
+    Args:
+        folders: paths, or NAME=PATH to show a folder by another name than its own.
+        out: where to write.
+        mini_batch: responses of the optimizer mini-batch for which an α is wanted.
+        seed: of the mini-batches that are drawn and of the bootstrap.
+
+    Raises:
+        LabError: a folder without gradients, two of one name, or too few responses to say anything.
+    """
+    from vlnorm_verl.lab.figures import figures
+
+    console = console or Console()
+    if mini_batch < 1:
+        raise LabError(f"--mini-batch {mini_batch}: must be 1 or more responses")
+    found = []
+    with console.status("inner products and resampling …") as status:
+        for name, folder in named(folders).items():
+            for gradients in choices(folder):
+                status.update(f"{name}: gradients of {gradients} …")
+                found.append(analyse(store.load(folder, f"{GRADIENTS}/{gradients}"), name, gradients, mini_batch, seed))
+    made = tables(found)
+    drawn = figures(found)
+    verdicts = [verdict(one) for one in of_most_parameters(found)]
+    output.write_tables(made, out / "tables")
+    output.write_figures(drawn, out / "figures")
+    by_name = {figure.name: figure for figure in drawn}
+    parts: list[Table | output.Figure | str] = []
+    for heading, names in SECTIONS.items():
+        inside = [figure for name, figure in by_name.items() if name.startswith(tuple(names))]
+        tables_inside = [table for table in made if table.name in names]
+        if inside or tables_inside:
+            parts += [heading, *inside, *tables_inside]
+    output.write_page(out / "lab.html", "The gradient lab", [*verdicts, *map(described, found)], parts)
+    output.print_table(made[0], console)
+    for text in verdicts:
+        console.print(text, markup=False, highlight=False)
+    console.print(f"{out / 'lab.html'}", markup=False, highlight=False)
+    return found
+
+
+# Names of tables and beginnings of names of figures by the page's headings.
+SECTIONS = {
+    "In short": ["overview", "summary"],
+    "How variance grows with length": ["slopes", "deviations"],
+    "Aggregations: noise and bias, predicted and measured": ["methods"],
+    "Which α": ["alpha"],
+    "What “unbiased” assumes": ["thirds"],
+    "The mean gradient as lengths grow": ["growth"],
+}
+
+
+def named(folders: Sequence[str]) -> dict[str, Path]:
+    """{name: folder}.
+
+    Raises:
+        LabError: a folder that is not there, or a name that stands for two.
+    """
+    result: dict[str, Path] = {}
+    for text in folders:
+        name, equals, path = text.partition("=")
+        folder = Path(path if equals else text)
+        name = name if equals else folder.name
+        if not (folder / store.ROLLOUTS).exists():
+            raise LabError(f"{folder} is no folder of `vlnorm-verl lab run`: it has no {store.ROLLOUTS}")
+        if name in result:
+            raise LabError(f"{name!r} names both {result[name]} and {folder}: give one another name with NAME={folder}")
+        result[name] = folder
+    return result
+
+
+def choices(folder: Path) -> list[str]:
+    """The choices of parameters whose gradients are in a lab's folder."""
+    found = sorted(path.parent.name for path in (folder / GRADIENTS).glob(f"*/{store.SETTINGS}"))
+    if not found:
+        raise LabError(f"{folder} has no gradients; `vlnorm-verl lab run` computes them, and goes on where it stopped")
+    return found
+
+
+def of_most_parameters(found: Sequence[Analysis]) -> list[Analysis]:
+    """Of each model, what the most parameters say: the update is of all of them."""
+    best: dict[str, Analysis] = {}
+    for one in found:
+        if one.name not in best or one.entries > best[one.name].entries:
+            best[one.name] = one
+    return list(best.values())
+
+
+# ---------------------------------------------------------------------------------------------------------- sentences
+
+
+def described(one: Analysis) -> str:
+    """What was sampled and computed."""
+    sketch = f", projected to {one.settings['projection']:,}" if one.settings.get("projection") else ""
+    return (
+        f"{one.name}, {one.gradients} ({one.entries:,} parameters{sketch}): {one.deep[0]} prompts with {one.deep[1]} "
+        f"responses each and {one.prompts} with {len(one.lengths) // one.prompts}; task {one.settings['task']}, "
+        f"temperature {one.settings['temperature']:g}, seed {one.settings['seed']}. Responses of the pool: mean reward "
+        f"{one.reward:.3f}, length {one.lengths.mean():.0f} on average (harmonic {harmonic(one):.0f}), "
+        f"{one.lengths.min()} to {one.lengths.max()} tokens, {one.truncated:.1%} cut."
+    )
+
+
+def harmonic(one: Analysis) -> float:
+    return float(len(one.lengths) / (1 / one.lengths).sum())
+
+
+def interval(one: Estimate, digits: int = 2) -> str:
+    if not math.isfinite(one.value):
+        return f"unknown ({one.note})" if one.note else "unknown"
+    if not math.isfinite(one.low):
+        return f"{one.value:.{digits}f} (no interval: {one.note})" if one.note else f"{one.value:.{digits}f}"
+    return f"{one.value:.{digits}f} [{one.low:.{digits}f}, {one.high:.{digits}f}]"
+
+
+def verdict(one: Analysis) -> str:
+    """Which α to use for this model and task, and how sure that is."""
+    wanted = one.tradeoffs[-1]
+    begin = f"{one.name} ({one.gradients}): "
+    if one.slope:
+        begin += (
+            f"the variance of a response's gradient grows as L^β with β = {interval(one.slope.interval)}. "
+            f"If E[g | L] were the same for every length, α = β would have the least variance. "
+        )
+    if not math.isfinite(wanted.best):
+        return (
+            begin + "Which α has the least error cannot be said: the mean gradient is lost in noise. "
+            "More --pool-prompts would find it."
+        )
+    sentence = (
+        f"For mini-batches of {wanted.responses} responses the mean squared error is least at α = {wanted.best:g}"
+    )
+    low, high = wanted.among
+    if low == high:
+        sentence += ", and no other α on the grid is as good. "
+    else:
+        sentence += f"; from α = {low:g} to {high:g} the data do not tell the difference. "
+    at = wanted.alphas.index(wanted.best)
+    sentence += (
+        f"There bias² is {interval(wanted.bias[at])} and variance {interval(wanted.variance[at])} of the squared norm "
+        "of the mean gradient. "
+    )
+    return begin + sentence + advice(wanted)
+
+
+def advice(wanted: Tradeoff) -> str:
+    """One recommendation: the paper's α where the data allow it, since it is the tested one."""
+    low, high = wanted.among
+    usual = [alpha for alpha in (1.0, 0.75) if low <= alpha <= high]
+    if usual:
+        chosen = min(usual, key=lambda alpha: abs(alpha - wanted.best))
+        return f"Recommended: α = {chosen:g}, the paper's value nearest to the best among those."
+    return f"Recommended: α = {wanted.best:g}; the paper's 0.75 and 1 have a larger error here."
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def tables(found: Sequence[Analysis]) -> list[Table]:
+    """All tables; one without a row is left out."""
+    made = [summary(found), slopes(found), methods(found), alpha(found), thirds(found), growth(found)]
+    return [table for table in made if table.rows]
+
+
+def summary(found: Sequence[Analysis]) -> Table:
+    rows: list[list[Cell]] = []
+    for one in found:
+        for trade in one.tradeoffs:
+            known = math.isfinite(trade.best)
+            at = trade.alphas.index(trade.best) if known else 0
+            rows.append(
+                [
+                    one.name,
+                    one.gradients,
+                    one.slope.interval if one.slope else None,
+                    trade.responses,
+                    f"{trade.best:g} ({trade.among[0]:g} to {trade.among[1]:g})" if known else LOST,
+                    trade.bias[at] if known and not trade.bias[at].note else None,
+                    trade.variance[at] if known and not trade.variance[at].note else None,
+                ]
+            )
+    return Table(
+        "summary",
+        "Which α should I use?",
+        ["model", "gradients", "β", "mini-batch", "best α", "bias²", "variance"],
+        rows,
+        [
+            "β: exponent of the variance with real advantages, all selected parameters. Best α: of least mean squared "
+            "error for mini-batches of so many responses, and those that the data do not tell from it. bias², "
+            "variance: there, in units of the squared norm of the mean gradient; absent if that is lost in noise."
+        ],
+        digits=2,
+    )
+
+
+def slopes(found: Sequence[Analysis]) -> Table:
+    rows: list[list[Cell]] = [
+        [
+            one.name,
+            one.gradients,
+            slope.part,
+            "score only (A = 1)" if slope.score_only else "advantages",
+            slope.log_log,
+            slope.mean,
+            slope.over_prompts,
+            len(slope.points),
+        ]
+        for one in found
+        for slope in one.slopes
+    ]
+    return Table(
+        "slopes",
+        "How ‖g_i − E g_i‖² grows with L_i: exponent β",
+        ["model", "gradients", "part", "g_i", "β, log–log", "β, of the mean", "β, over prompts", "prompts"],
+        rows,
+        [
+            "E g_i of a prompt is the mean of its other responses (leave one out). Log–log: least squares of the "
+            "logarithms, as the paper's Figure 4 shows them. Of the mean: E d = c L^β, a constant for each prompt, "
+            "corrected for the noise of E g_i; this one tells how variances add up, and α = β has the least variance.",
+            "Intervals 95%: bootstrap over the responses of these prompts; over prompts: the single prompts' β, "
+            "t interval, which holds for other prompts of the task.",
+            "β is of this checkpoint: it moves during training.",
+        ],
+        digits=2,
+    )
+
+
+def methods(found: Sequence[Analysis]) -> Table:
+    rows: list[list[Cell]] = [
+        [
+            one.name,
+            one.gradients,
+            method_label(method.mode),
+            method.sum_x,
+            method.scale,
+            method.cosine,
+            method.noise_predicted,
+            method.noise_by_beta,
+            method.noise,
+            method.cv_predicted,
+            method.cv,
+            method.bias,
+        ]
+        for one in found
+        for method in one.methods
+    ]
+    return Table(
+        "methods",
+        "Noise and bias of the aggregated gradient, predicted and measured",
+        [
+            "model",
+            "gradients",
+            "aggregation",
+            "M Σx",
+            "‖E G‖ over Dr. GRPO's",
+            "cosine to Dr. GRPO's",
+            "noise, predicted",
+            "noise, predicted by β",
+            "noise, measured",
+            "CV, predicted",
+            "CV, measured",
+            "bias²",
+        ],
+        rows,
+        [
+            f"Mini-batches of {' or '.join(sorted({str(one.drawn) for one in found}))} responses drawn from the pool, "
+            "with real advantages. G = Σ x_i g_i. M Σx: what the model says of ‖E G‖ over Dr. GRPO's.",
+            "Noise: standard deviation of G for a given Σx, over that of VL Norm with α = 1. Predicted: closed forms "
+            "with variance ∝ L (paper) or ∝ L^β (β of the mean, all selected parameters); they take the lengths as "
+            "given, so the variance of Σx itself, which GRPO Norm and DAPO Norm have, is not in them.",
+            "CV: √(E‖G − E G‖²)/‖E G‖. ‖E G‖ from products of mini-batches that share no prompt. bias²: "
+            "‖E G − E G(Dr. GRPO)‖² over ‖E G(Dr. GRPO)‖²; for GRPO Norm and DAPO Norm it is mostly another scale, "
+            "which a learning rate can make up for.",
+            "Intervals 95%: jackknife over blocks of prompts.",
+        ],
+    )
+
+
+def alpha(found: Sequence[Analysis]) -> Table:
+    rows: list[list[Cell]] = []
+    for one in found:
+        for trade in one.tradeoffs:
+            for value in SHOWN_ALPHAS:
+                at = trade.alphas.index(value)
+                mark = "best" if value == trade.best else ""
+                if not mark and trade.among[0] <= value <= trade.among[1]:
+                    mark = "not told from the best"
+                rows.append(
+                    [
+                        one.name,
+                        one.gradients,
+                        trade.responses,
+                        value,
+                        trade.bias[at],
+                        trade.variance[at],
+                        trade.error[at],
+                        trade.alignment[at],
+                        mark,
+                    ]
+                )
+    return Table(
+        "alpha",
+        "Which α: bias, variance and mean squared error of VL Norm(α)",
+        ["model", "gradients", "mini-batch", "α", "bias²", "variance", "error", "alignment", ""],
+        rows,
+        [
+            "In units of ‖E G‖² of Dr. GRPO Norm (α = 0), which is the mean gradient whatever E[g | L] is. error = "
+            "bias² + variance; the variance is measured on mini-batches drawn from the pool and scaled as 1/size.",
+            "Alignment: E G·E G(α = 0) / √(E‖G‖² ‖E G(α = 0)‖²), at most 1. A factor common to all updates does not "
+            "change it, so it is the one to read under Adam, which rescales.",
+            "The grid of α is finer than the table (0.125). Intervals 95%: jackknife over blocks of prompts.",
+        ],
+    )
+
+
+def thirds(found: Sequence[Analysis]) -> Table:
+    rows: list[list[Cell]] = []
+    for one in found:
+        for third in one.thirds:
+            for a, b in PAIRS:
+                rows.append(
+                    [
+                        one.name,
+                        one.gradients,
+                        third.where,
+                        f"{THIRDS[a]} – {THIRDS[b]}",
+                        f"{third.length[a]:.0f} – {third.length[b]:.0f}",
+                        third.norm[a],
+                        third.norm[b],
+                        third.cosine[a, b],
+                        third.plain[a, b],
+                        f"{third.plain[a, a]:.2f}, {third.plain[b, b]:.2f}",
+                        third.difference[a, b],
+                    ]
+                )
+    return Table(
+        "thirds",
+        "What “unbiased” assumes: E[g | L] by thirds of the lengths",
+        [
+            "model",
+            "gradients",
+            "lengths' thirds",
+            "compared",
+            "mean length",
+            "‖E g‖ of the shorter",
+            "of the longer",
+            "cosine",
+            "plain cosine",
+            "its floor",
+            "difference²",
+        ],
+        rows,
+        [
+            "The theory takes E[g | L] as the same for all lengths: equal norms, cosine 1, difference² 0.",
+            "Norms and cosine without the noise's share (products of different prompts, or of different responses); a "
+            "cosine above 1 is noise. Plain cosine: of the means of two disjoint halves of the data. Its floor: the "
+            "plain cosine of each of the two thirds with itself, which noise alone keeps below 1.",
+            "difference²: squared norm of the difference of the two means over the mean of their squared norms; an "
+            "interval above 0 says that E[g | L] depends on the length. Intervals 95%: jackknife.",
+        ],
+    )
+
+
+def growth(found: Sequence[Analysis]) -> Table:
+    rows: list[list[Cell]] = [
+        [
+            one.name,
+            one.gradients,
+            method_label(mode),
+            length,
+            one.growth.predicted[mode][k],
+            one.growth.measured[mode][k],
+        ]
+        for one in found
+        if one.growth
+        for mode in COMPARED
+        for k, length in enumerate(one.growth.length)
+    ]
+    return Table(
+        "growth",
+        "‖E G‖ over Dr. GRPO's, on prompts with short, middle and long responses",
+        ["model", "gradients", "aggregation", "mean length", "M Σx (predicted)", "measured"],
+        rows,
+        [
+            "GRPO Norm and DAPO Norm make the update smaller as responses grow; Dr. GRPO Norm and VL Norm do not, if "
+            "E[g | L] is the same for all lengths. Measured: the component along Dr. GRPO's E G of the same prompts."
+        ],
+    )

@@ -1,0 +1,270 @@
+"""The lab's folder: rollouts and per-response gradients on disk, and how the analysis reads them.
+
+    rollouts.jsonl            the settings of the sampling in the first line, then one prompt a line with its responses
+    gradients/settings.json   what the gradients are of
+    gradients/000.npy         score gradients of the first prompt's responses, float32 [n, D]; 001.npy …
+    model/                    a verl checkpoint merged to a Hugging Face folder, where one was given
+    vllm.log                  what vLLM printed, where it was the engine
+
+Covered: each file appears whole or not at all; a folder made with other settings is refused with what differs; one
+prompt in memory at a time (gradients are memory-mapped). Not covered: two commands that write one folder at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+ROLLOUTS = "rollouts.jsonl"
+SETTINGS = "settings.json"
+FORMAT = 1  # of both files; raise it when either changes
+
+
+class LabError(ValueError):
+    """A request that the lab cannot meet; the message names the option and what is accepted."""
+
+
+@dataclass
+class Group:
+    """One prompt with its n responses, all sampled from the model whose gradients are stored.
+
+    The score gradient of response i is s_i = Σ_t ∇ log π(o_it | q, o_i<t). On policy the PPO ratio is 1, so the
+    paper's un-normalised gradient is g_i = A_i s_i.
+
+    Args:
+        kind: "deep" (many responses) or "pool" (few, as in training).
+        prompt: its text.
+        lengths: int64 [n], response tokens L_i, the end-of-sequence token counted.
+        rewards: float64 [n].
+        advantages: float64 [n], A_i of GRPO, see `grpo_advantages`.
+        score_gradients: float32 [n, D], s_i (or their projections), memory-mapped.
+        truncated: bool [n], cut at the maximum response length.
+    """
+
+    kind: str
+    prompt: str
+    lengths: np.ndarray
+    rewards: np.ndarray
+    advantages: np.ndarray
+    score_gradients: np.ndarray
+    truncated: np.ndarray
+
+
+@dataclass
+class Stored:
+    """Everything that the lab stored about one model.
+
+    Args:
+        model: as it was given to the sampling.
+        task: name of the task.
+        modules: names of the parameters, in the order of the columns.
+        sizes: number of entries of each; where the gradients are not projected, of its columns too.
+        dimension: D, columns of the score gradients.
+        projected: whether the columns are a CountSketch of the parameters' entries.
+        settings: of sampling and gradients.
+        groups: one for each prompt.
+    """
+
+    model: str
+    task: str
+    modules: list[str]
+    sizes: list[int]
+    dimension: int
+    projected: bool
+    settings: dict[str, Any]
+    groups: list[Group]
+
+
+@dataclass
+class Rollouts:
+    """Responses to one prompt as sampled.
+
+    Args:
+        kind, prompt: as in `Group`.
+        prompt_ids: tokens of the prompt.
+        responses: tokens of each response, the end-of-sequence token included where there is one.
+        rewards: one for each response.
+        truncated: whether a response was cut at the maximum length.
+    """
+
+    kind: str
+    prompt: str
+    prompt_ids: list[int]
+    responses: list[list[int]]
+    rewards: list[float]
+    truncated: list[bool]
+
+
+def grpo_advantages(rewards: np.ndarray) -> np.ndarray:
+    """A_i = (r_i − mean)/(std + 1e-6) over the group, std unbiased, in float32 as verl computes it.
+
+    Source: verl 0.9.1, trainer/ppo/core_algos.py, compute_grpo_outcome_advantage (a group of one has mean 0, std 1).
+
+    Args:
+        rewards: [n], of the responses to one prompt.
+
+    Returns:
+        float64 [n].
+    """
+    import torch
+
+    scores = torch.as_tensor(rewards, dtype=torch.float32)
+    mean, std = (scores.mean(), scores.std()) if len(scores) > 1 else (torch.tensor(0.0), torch.tensor(1.0))
+    advantages: np.ndarray = ((scores - mean) / (std + 1e-6)).double().numpy()
+    return advantages
+
+
+# ---------------------------------------------------------------------------------------------------------- rollouts
+
+
+def read_settings(out: Path) -> dict[str, Any]:
+    """The settings of the sampling.
+
+    Raises:
+        LabError: the folder has no rollouts.
+    """
+    with _open_rollouts(out) as file:
+        settings: dict[str, Any] = json.loads(file.readline())
+    return settings
+
+
+def read_rollouts(out: Path) -> Iterator[Rollouts]:
+    """One prompt after the other.
+
+    Raises:
+        LabError: the folder has no rollouts.
+    """
+    with _open_rollouts(out) as file:
+        file.readline()
+        for line in file:
+            yield Rollouts(**json.loads(line))
+
+
+def rollouts_sha256(out: Path) -> str:
+    """Which rollouts the gradients are of."""
+    digest = hashlib.sha256()
+    with _open_rollouts(out) as file:
+        for line in file:
+            digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def _open_rollouts(out: Path) -> TextIO:
+    path = out / ROLLOUTS
+    if not path.exists():
+        raise LabError(f"{path} is not there: sample rollouts into {out} first")
+    return path.open(encoding="utf-8")
+
+
+def write_rollouts(out: Path, settings: Mapping[str, Any], groups: Iterable[Rollouts]) -> None:
+    """Written whole or not at all; `groups` may be a generator that is still sampling."""
+    with replaced(out / ROLLOUTS) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for line in (settings, *map(asdict, groups)):
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+
+def gradient_path(folder: Path, index: int) -> Path:
+    return folder / f"{index:03d}.npy"
+
+
+def load(out: Path, folder: str = "gradients") -> Stored:
+    """What the lab stored in `out`; gradients are memory-mapped, so nothing large is read here.
+
+    Args:
+        out: the lab's folder.
+        folder: its folder of gradients, where there are several.
+
+    Raises:
+        LabError: rollouts or gradients are missing, or do not belong together.
+    """
+    sampled = read_settings(out)
+    path = out / folder / SETTINGS
+    if not path.exists():
+        raise LabError(f"{path} is not there: compute the gradients of {out} first")
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if settings["rollouts_sha256"] != rollouts_sha256(out):
+        raise LabError(f"{out / folder} has the gradients of other rollouts than {out / ROLLOUTS}: compute them again")
+    dimension = settings["projection"] or sum(settings["sizes"])
+    groups: list[Group] = []
+    missing = 0
+    for index, rollouts in enumerate(read_rollouts(out)):
+        file = gradient_path(out / folder, index)
+        if not file.exists():
+            missing += 1
+            continue
+        gradients = np.load(file, mmap_mode="r")
+        if gradients.shape != (len(rollouts.responses), dimension):
+            raise LabError(f"{file} has the shape {gradients.shape}, not {(len(rollouts.responses), dimension)}")
+        rewards = np.array(rollouts.rewards, dtype=np.float64)
+        groups.append(
+            Group(
+                kind=rollouts.kind,
+                prompt=rollouts.prompt,
+                lengths=np.array([len(response) for response in rollouts.responses], dtype=np.int64),
+                rewards=rewards,
+                advantages=grpo_advantages(rewards),
+                score_gradients=gradients,
+                truncated=np.array(rollouts.truncated, dtype=bool),
+            )
+        )
+    if missing:
+        raise LabError(f"{out / folder} lacks the gradients of {missing} prompts: compute again, which goes on there")
+    return Stored(
+        model=sampled["model"],
+        task=sampled["task"],
+        modules=settings["names"],
+        sizes=settings["sizes"],
+        dimension=dimension,
+        projected=bool(settings["projection"]),
+        settings={**sampled, **settings},
+        groups=groups,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place if the block ends well, and is removed if not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: what a killed call left is overwritten
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def refuse_other(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        LabError: `path` was made with other settings than those asked for.
+    """
+    # JSON turns tuples into lists: compare what would be read again.
+    plain: dict[str, Any] = json.loads(json.dumps(asked))
+    differing = [
+        f"{key}: {_shown(there, key)} there, {_shown(plain, key)} asked for"
+        for key in sorted(there.keys() | plain.keys())
+        if there.get(key) != plain.get(key)
+    ]
+    if differing:
+        raise LabError(
+            f"{path} was made with other settings ({'; '.join(differing)}): take another --out, or delete it"
+        )
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    text = json.dumps(values.get(key), ensure_ascii=False)
+    return text if len(text) <= 120 else f"{text[:117]}..."
