@@ -90,6 +90,7 @@ def stored(groups: list[Group], **settings: Any) -> Stored:
         modules=["model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"],
         sizes=[half, D - half],
         dimension=D,
+        parts={"q_proj": slice(0, half), "k_proj": slice(half, D)},
         projected=False,
         settings={"max_response_length": M, **settings},
         groups=groups,
@@ -227,8 +228,7 @@ def test_the_slope_of_another_part_is_another() -> None:
     for one in groups:
         noise = rng.normal(size=(128, D - D // 2)) * one.lengths[:, None] ** 0.1
         one.score_gradients[:, D // 2 :] = noise
-    parts = analysis.parts_of(stored(groups))
-    assert list(parts) == ["all", "q_proj", "k_proj"]
+    parts = stored(groups).parts
     q, k = (analysis.slope(groups, part, parts[part], True, 0) for part in ("q_proj", "k_proj"))
     assert q is not None
     assert k is not None
@@ -482,17 +482,3 @@ def test_too_few_prompts_are_refused(deep: int, pool: int) -> None:
     groups = [group(rng, "deep", 8) for _ in range(deep)] + [group(rng, "pool", 4) for _ in range(pool)]
     with pytest.raises(LabError, match=f"--deep-prompts {deep}, --pool-prompts {pool}: at least 1 and 4"):
         analysis.analyse(stored(groups), "synthetic", "all", mini_batch=320)
-
-
-def test_layers_are_parts_where_there_are_several() -> None:
-    of = stored([])
-    of.modules = ["model.layers.0.q.weight", "model.layers.1.q.weight", "model.layers.1.k.weight", "lm_head.weight"]
-    of.sizes, of.dimension = [4, 5, 6, 9], 24
-    assert analysis.parts_of(of) == {
-        "all": slice(0, 24),
-        "layer 0": slice(0, 4),
-        "layer 1": slice(4, 15),
-        "other": slice(15, 24),
-    }
-    of.projected = True
-    assert analysis.parts_of(of) == {"all": slice(0, 24)}

@@ -23,7 +23,15 @@ import torch
 import transformers
 
 from vlnorm_verl.lab import models, rollouts, store
-from vlnorm_verl.lab.gradients import CountSketch, _checkpoint, compute, load, score_gradient, select_parameters
+from vlnorm_verl.lab.gradients import (
+    CountSketch,
+    _checkpoint,
+    compute,
+    load,
+    parts_of,
+    score_gradient,
+    select_parameters,
+)
 from vlnorm_verl.lab.rollouts import Design, sample
 from vlnorm_verl.lab.store import LabError, Rollouts, grpo_advantages
 from vlnorm_verl.lab.tasks import load_task
@@ -430,11 +438,42 @@ def test_count_sketch_hashes_by_splitmix64() -> None:
     assert CountSketch(7, seed=5)({"w": gradient}).tolist() == expected
 
 
+PARTS = ("other", "layer 0", "layer 1", "layer 2")
+
+
+def test_parts_are_layers_or_the_modules_of_one() -> None:
+    layer = [
+        "model.layers.7.self_attn.q_proj.weight",
+        "model.layers.7.self_attn.q_proj.bias",
+        "model.layers.7.mlp.up.weight",
+    ]
+    assert parts_of(layer) == {"q_proj": layer[:2], "up": layer[2:]}
+    more = ["wte.weight", *layer, "h.3.attn.c_attn.weight", "model.norm.weight"]
+    assert parts_of(more) == {"other": [more[0], more[-1]], "layer 7": layer, "layer 3": [more[-2]]}
+
+
+def test_short_parts_are_not_projected(sampled: Path, tmp_path: Path) -> None:
+    """Each of the three projections has 9,312 entries; a share of 10,000 holds them, one of 5,000 does not."""
+    shutil.copytree(sampled, tmp_path / "lab")
+    compute(tmp_path / "lab", "last-qkv", 30_000, folder="held")
+    assert np.array_equal(
+        load(tmp_path / "lab", "held").groups[0].score_gradients, load(sampled).groups[0].score_gradients
+    )
+    assert not load(tmp_path / "lab", "held").projected
+    compute(tmp_path / "lab", "last-qkv", 15_000, folder="not")
+    stored = load(tmp_path / "lab", "not")
+    assert stored.projected
+    assert stored.parts["v_proj"] == slice(10_000, 15_000)
+    with pytest.raises(LabError, match="--projection 2: fewer numbers than the 3 parts"):
+        compute(tmp_path / "lab", "last-qkv", 2, folder="fewer")
+
+
 def test_projected_gradients_are_sketches_of_the_whole_ones(sampled: Path, tmp_path: Path, tiny: Any) -> None:
     shutil.copytree(sampled, tmp_path / "lab")
     compute(tmp_path / "lab", "all", 4096, folder="projected")
     stored = load(tmp_path / "lab", "projected")
     assert (stored.projected, stored.dimension, sum(stored.sizes)) == (True, 4096, 337_152)
+    assert stored.parts == {name: slice(1024 * k, 1024 * (k + 1)) for k, name in enumerate(PARTS)}
     raw = list(store.read_rollouts(sampled))[1]
     rows = stored.groups[1].score_gradients
     whole = [
@@ -442,7 +481,9 @@ def test_projected_gradients_are_sketches_of_the_whole_ones(sampled: Path, tmp_p
         for response in raw.responses
     ]
     for row, gradient in zip(rows, whole, strict=True):
-        assert differences(torch.tensor(row), CountSketch(4096)(gradient)) < 1e-5
+        for part, names in parts_of(list(gradient)).items():
+            of_part = CountSketch(1024)({name: gradient[name] for name in names})
+            assert differences(torch.tensor(row[stored.parts[part]]), of_part) < 1e-5
     gram = np.array([[float(flat(a) @ flat(b)) for b in whole] for a in whole])
     norms = np.sqrt(np.diag(gram))
     assert (np.abs(rows @ rows.T - gram) / np.outer(norms, norms)).max() < 4 * math.sqrt(2 / 4096)
@@ -456,7 +497,7 @@ def test_many_entries_are_projected_unless_told_otherwise(sampled: Path, tmp_pat
     shutil.copytree(sampled, tmp_path / "lab")
     for folder, modules, projection, dimension in (
         ("few", "layers.2.self_attn.v_proj", None, 96 * 97),
-        ("many", "last-qkv", None, 128),
+        ("many", "last-qkv", None, 126),
         ("told", "last-qkv", 0, 3 * 96 * 97),
     ):
         compute(tmp_path / "lab", modules, projection, folder=folder)
@@ -512,9 +553,9 @@ def test_a_stopped_call_goes_on_to_the_same_bytes(sampled: Path, tmp_path: Path)
 
 
 def test_gradients_of_other_settings_are_refused(sampled: Path) -> None:
-    with pytest.raises(LabError, match=r"made with other settings \(names: .*; projection: 0 there, 64 asked for"):
+    with pytest.raises(LabError, match=r"made with other settings \(names: .*; parts: .* asked for"):
         compute(sampled, "all", 64)
-    with pytest.raises(LabError, match="projection: 0 there, 64 asked for"):
+    with pytest.raises(LabError, match=r'parts: .*"v_proj": 9312\} there, \{"q_proj": 21'):
         compute(sampled, "last-qkv", 64)
 
 

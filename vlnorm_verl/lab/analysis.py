@@ -25,7 +25,6 @@ Covered: one model at a time. Not covered: gradients off policy (clipping), seve
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -655,7 +654,8 @@ def growth(pool: Responses, modes: Sequence[str], scale: float, seed: int) -> Gr
 class Analysis:
     """All that is said of one model by the gradients of some of its parameters.
 
-    name: of the model. gradients: which parameters. entries: how many numbers. lengths: of the pool's responses.
+    name: of the model. gradients: which parameters. entries: how many numbers, columns: projected to.
+    lengths: of the pool's responses.
     reward: mean of the pool's. truncated: share of its responses that were cut. prompts: of the pool. deep: [prompts,
     responses of each]. drawn: responses of a mini-batch drawn from the pool.
     """
@@ -663,6 +663,7 @@ class Analysis:
     name: str
     gradients: str
     entries: int
+    columns: int
     settings: dict[str, Any]
     lengths: Ints
     reward: float
@@ -682,29 +683,6 @@ class Analysis:
         return next((s for s in self.slopes if s.part == "all" and not s.score_only), None)
 
 
-def parts_of(stored: Stored) -> dict[str, slice]:
-    """Columns of the stored gradients by part: "all" first, then layers, or q, k and v where there is one layer.
-
-    A projection mixes its parameters, so then there is only "all".
-    """
-    parts = {"all": slice(0, stored.dimension)}
-    if stored.projected:
-        return parts
-    layers = [re.search(r"\.(\d+)\.", name) for name in stored.modules]
-    several = len({layer.group(1) if layer else "" for layer in layers}) > 1
-    found: dict[str, slice] = {}
-    end = 0
-    for name, size, layer in zip(stored.modules, stored.sizes, layers, strict=True):
-        start, end = end, end + size
-        part = (
-            (f"layer {layer.group(1)}" if layer else "other") if several else name.rpartition(".")[0].rpartition(".")[2]
-        )
-        if part in found and found[part].stop != start:
-            return parts  # not one range of columns
-        found[part] = slice(found[part].start if part in found else start, end)
-    return parts | found if len(found) > 1 else parts
-
-
 def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: int = 0) -> Analysis:
     """Everything, of one model's stored gradients.
 
@@ -722,10 +700,11 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
             f"--deep-prompts {len(deep)}, --pool-prompts {len(pool)}: at least 1 and 4 are needed; deep ones for how "
             "variance grows with length, the pool for mini-batches"
         )
+    parts = {"all": slice(0, stored.dimension)} | (stored.parts if len(stored.parts) > 1 else {})
     slopes = [
         found
         for score_only in (True, False)
-        for part, columns in parts_of(stored).items()
+        for part, columns in parts.items()
         if (found := slope(deep, part, columns, score_only, seed))
     ]
     beta = next((s.mean.value for s in slopes if s.part == "all" and not s.score_only), math.nan)
@@ -739,6 +718,7 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
         name=name,
         gradients=gradients,
         entries=sum(stored.sizes),
+        columns=stored.dimension,
         settings=stored.settings,
         lengths=of_pool.lengths,
         reward=float(np.mean([group.rewards.mean() for group in pool])),

@@ -9,7 +9,8 @@ layer autograd stops there. Logits are computed at the response's positions alon
 Memory: the model and one gradient of the chosen parameters in float32, about four matrices of response length ×
 vocabulary, one prompt's result. With a projection (CountSketch; Charikar, Chen and Farach-Colton 2002) a gradient is
 stored as K numbers, and no matrix of D × K exists: entry j is added to one of K buckets with a random sign. Inner
-products stay unbiased; their standard deviation is at most √(2/K) of the product of the norms.
+products stay unbiased; their standard deviation is at most √(2/K) of the product of the norms. Each part of the model
+(`parts_of`) has an equal share of the K numbers for itself, so that parts can be told apart afterwards.
 
 Covered: any causal LM of transformers; tied parameters count once; a call that was stopped goes on where it was; a
 folder of other settings is refused. Not covered: several GPUs. On a GPU some sums have no fixed order, so a second run
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["CountSketch", "Group", "Stored", "compute", "load", "score_gradient", "select_parameters"]
+__all__ = ["CountSketch", "Group", "Stored", "compute", "load", "parts_of", "score_gradient", "select_parameters"]
 
 LAST_QKV = "last-qkv"
 ALL = "all"
@@ -65,8 +66,9 @@ def compute(
     Args:
         out: the lab's folder, with rollouts.
         modules: see `select_parameters`.
-        projection: K, numbers to which a gradient with more entries is projected; 0 for none; None for PROJECTION where
-            the chosen parameters have more than PROJECT_ABOVE entries, and none otherwise.
+        projection: K, numbers that a gradient is projected to, of which each part has its share; a part that is not
+            longer stays as it is. 0 for none; None for PROJECTION where the chosen parameters have more than
+            PROJECT_ABOVE entries, and none otherwise.
         checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         folder: of the gradients in `out`; another one for each other choice of modules.
         console: where progress is shown.
@@ -88,17 +90,22 @@ def compute(
         )
     model = models.load_model(resolved)
     chosen = select_parameters(model, modules)
-    sizes = [parameter.numel() for parameter in chosen.values()]
+    parts = parts_of(list(chosen))
+    chosen = {name: chosen[name] for names in parts.values() for name in names}  # the columns of a part together
+    sizes = {name: parameter.numel() for name, parameter in chosen.items()}
     if projection is None:
-        projection = PROJECTION if sum(sizes) > PROJECT_ABOVE else 0
-    elif sum(sizes) <= projection:
-        projection = 0
+        projection = PROJECTION if sum(sizes.values()) > PROJECT_ABOVE else 0
+    share = projection // len(parts) if projection else sum(sizes.values())
+    if share == 0:
+        raise LabError(f"--projection {projection}: fewer numbers than the {len(parts)} parts of the chosen parameters")
+    entries = {part: sum(sizes[name] for name in names) for part, names in parts.items()}
+    widths = {part: min(size, share) for part, size in entries.items()}
     settings = {
         "format": store.FORMAT,
         "rollouts_sha256": store.rollouts_sha256(out),
         "names": list(chosen),
-        "sizes": sizes,
-        "projection": projection,
+        "sizes": list(sizes.values()),
+        "parts": widths,
     }
     path = out / folder / store.SETTINGS
     if path.exists():
@@ -111,11 +118,16 @@ def compute(
         parameter.requires_grad_(True)
     if checkpointing:
         _checkpoint(model)
-    sketch = CountSketch(projection) if projection else None
+    sketches = {part: CountSketch(width) if width < entries[part] else None for part, width in widths.items()}
     counts = [len(rollouts.responses) for rollouts in store.read_rollouts(out)]
     missing = [i for i in range(len(counts)) if not store.gradient_path(out / folder, i).exists()]
-    size = f"{sum(sizes):,}" + (f" projected to {projection:,}" if projection else "")
-    console.print(f"score gradients of {len(chosen)} parameters, {size} entries", markup=False, highlight=False)
+    size, width = sum(entries.values()), sum(widths.values())
+    console.print(
+        f"score gradients of {len(chosen)} parameters, {size:,} entries"
+        + (f" projected to {width:,}" if width < size else ""),
+        markup=False,
+        highlight=False,
+    )
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -129,11 +141,14 @@ def compute(
         for index, rollouts in enumerate(store.read_rollouts(out)):
             if index not in missing:
                 continue
-            rows: np.ndarray = np.empty((counts[index], projection or sum(sizes)), dtype=np.float32)
+            rows: np.ndarray = np.empty((counts[index], width), dtype=np.float32)
             for row, response in enumerate(rollouts.responses):
                 gradient = score_gradient(model, chosen, rollouts.prompt_ids, response, sampled["temperature"])
-                flat = sketch(gradient) if sketch else _flat(gradient.values())
-                rows[row] = flat.cpu().numpy()
+                of_parts = [
+                    sketch(part) if sketch else _flat(part.values())
+                    for part, sketch in (({n: gradient[n] for n in parts[p]}, sketches[p]) for p in parts)
+                ]
+                rows[row] = _flat(of_parts).cpu().numpy()
                 progress.update(bar, advance=1)
             if not np.isfinite(rows).all():
                 raise LabError(f"prompt {index}: a score gradient is not finite; the model overflows in float32")
@@ -223,6 +238,18 @@ def select_parameters(model: torch.nn.Module, modules: str) -> dict[str, torch.n
     parameters = dict(model.named_parameters(remove_duplicate=False))
     identities = {id(parameters[name]) for name in wanted}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in identities}
+
+
+def parts_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """The parameters by part: layers ("layer 3", and "other"), or modules ("q_proj") where there is one layer only."""
+    layers = [match[1] if (match := re.search(r"(?:^|\.)(\d+)\.", name)) else "" for name in names]
+    several = len(set(layers)) > 1
+    parts: dict[str, list[str]] = {}
+    for name, layer in zip(names, layers, strict=True):
+        module = name.rpartition(".")[0].rpartition(".")[2] or name
+        part = module if not several else f"layer {layer}" if layer else "other"
+        parts.setdefault(part, []).append(name)
+    return parts
 
 
 def _last_qkv(names: list[str]) -> set[str]:

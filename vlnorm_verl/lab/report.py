@@ -123,7 +123,7 @@ def of_most_parameters(found: Sequence[Analysis]) -> list[Analysis]:
 
 def described(one: Analysis) -> str:
     """What was sampled and computed."""
-    sketch = f", projected to {one.settings['projection']:,}" if one.settings.get("projection") else ""
+    sketch = f", projected to {one.columns:,}" if one.columns < one.entries else ""
     return (
         f"{one.name}, {one.gradients} ({one.entries:,} parameters{sketch}): {one.deep[0]} prompts with {one.deep[1]} "
         f"responses each and {one.prompts} with {len(one.lengths) // one.prompts}; task {one.settings['task']}, "

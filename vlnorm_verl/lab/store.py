@@ -65,10 +65,11 @@ class Stored:
     Args:
         model: as it was given to the sampling.
         task: name of the task.
-        modules: names of the parameters, in the order of the columns.
-        sizes: number of entries of each; where the gradients are not projected, of its columns too.
+        modules: names of the parameters.
+        sizes: number of entries of each.
         dimension: D, columns of the score gradients.
-        projected: whether the columns are a CountSketch of the parameters' entries.
+        parts: {part of the model: its columns}, see `gradients.parts_of`.
+        projected: whether some columns are a CountSketch of the parameters' entries.
         settings: of sampling and gradients.
         groups: one for each prompt.
     """
@@ -78,6 +79,7 @@ class Stored:
     modules: list[str]
     sizes: list[int]
     dimension: int
+    parts: dict[str, slice]
     projected: bool
     settings: dict[str, Any]
     groups: list[Group]
@@ -195,7 +197,8 @@ def load(out: Path, folder: str = "gradients") -> Stored:
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if settings["rollouts_sha256"] != rollouts_sha256(out):
         raise LabError(f"{out / folder} has the gradients of other rollouts than {out / ROLLOUTS}: compute them again")
-    dimension = settings["projection"] or sum(settings["sizes"])
+    ends = np.cumsum([0, *settings["parts"].values()]).tolist()
+    dimension = ends[-1]
     groups: list[Group] = []
     missing = 0
     for index, rollouts in enumerate(read_rollouts(out)):
@@ -226,7 +229,8 @@ def load(out: Path, folder: str = "gradients") -> Stored:
         modules=settings["names"],
         sizes=settings["sizes"],
         dimension=dimension,
-        projected=bool(settings["projection"]),
+        parts=dict(zip(settings["parts"], map(slice, ends, ends[1:]), strict=True)),
+        projected=dimension < sum(settings["sizes"]),
         settings={**sampled, **settings},
         groups=groups,
     )
