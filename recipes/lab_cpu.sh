@@ -3,10 +3,12 @@
 #
 #   bash recipes/lab_cpu.sh                  the model before training, and after the quickstart if runs/quickstart has one
 #   bash recipes/lab_cpu.sh runs/other       after another run of verl on the tiny task
+#   bash recipes/lab_cpu.sh runs/other out   and into another folder than runs/lab
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash recipes/install_cpu.sh
 run=${1:-runs/quickstart}
+out=${2:-runs/lab}
 if [ $# -gt 0 ] && [ ! -d "$run/checkpoints" ]; then
   echo "$run/checkpoints is not there; accepted: the folder of a run that has saved a checkpoint, or nothing" >&2
   exit 2
@@ -16,13 +18,13 @@ export OMP_NUM_THREADS=1
 lab() {
   .venv/bin/vlnorm-verl lab run "$1" --out "$2" --modules last-qkv --modules all --projection 32768 --pool-prompts 128
 }
-lab vlnorm_verl/tiny/weights runs/lab/before
-folders=(before=runs/lab/before)
+lab vlnorm_verl/tiny/weights "$out/before"
+folders=("before=$out/before")
 if step=$(cat "$run/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null); then
-  after=runs/lab/$(basename "$run")-step$step
+  after="$out/$(basename "$run")-step$step"
   lab "$run/checkpoints/global_step_$step" "$after"
   folders+=("step $step=$after")
 else
   echo "no checkpoint in $run: only the model before training (bash recipes/quickstart.sh makes one)"
 fi
-.venv/bin/vlnorm-verl lab report "${folders[@]}" --out runs/lab/report
+.venv/bin/vlnorm-verl lab report "${folders[@]}" --out "$out/report"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from vlnorm_verl.lab.cli import folder_of
 from vlnorm_verl.lab.store import LabError
 from vlnorm_verl.report.estimates import Estimate
 
+RECIPE = Path(__file__).parent.parent / "recipes" / "lab_cpu.sh"
 MODEL = Path(__file__).parent.parent / "vlnorm_verl" / "tiny" / "weights"
 SMALL = ["--deep-prompts=2", "--deep-responses=12", "--pool-prompts=16", "--pool-responses=4"]
 FEW = [*SMALL, "--max-response-length=160", "--mini-batch=64", "--projection=4096"]
@@ -104,6 +106,35 @@ def test_a_choice_of_parameters_has_a_folder_of_its_own() -> None:
     names = {folder_of(text) for text in (r"layers\.\d+", r"layers\.d+", "layers..d+", "../../x")}
     assert len(names) == 4
     assert all("/" not in name and "." not in name for name in names)
+
+
+# ------------------------------------------------------------------------------------------------------------ recipe
+
+
+def recipe(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", str(RECIPE), *map(str, arguments)], capture_output=True, text=True, timeout=580)
+
+
+def test_the_recipe_refuses_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
+    done = recipe(tmp_path)
+    assert done.returncode == 2
+    assert f"{tmp_path}/checkpoints is not there; accepted:" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_recipe_measures_before_and_after_a_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trained = subprocess.run(
+        ["bash", str(RECIPE.with_name("quickstart.sh")), "--steps=2", f"--out={run}"], capture_output=True, timeout=580
+    )
+    assert trained.returncode == 0
+    done = recipe(run, tmp_path / "lab")
+    assert done.returncode == 0, done.stderr
+    summary = read(tmp_path / "lab" / "report", "summary")
+    assert {row["model"] for row in summary} == {"before", "step 2"}
+    assert {row["gradients"] for row in summary} == {"last-qkv", "all"}
+    slopes = read(tmp_path / "lab" / "report", "slopes")
+    assert {"q_proj", "k_proj", "v_proj", "layer 0", "layer 1", "layer 2"} <= {row["part"] for row in slopes}
 
 
 # ---------------------------------------------------------------------------------------------------------- sentences
