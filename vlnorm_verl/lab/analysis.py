@@ -11,13 +11,13 @@ Two kinds of groups are read (see `store.Group`):
 
 How noise is kept out of the answers:
 
-- ‖E G‖² and every product of means is an average of inner products of mini-batches that share no prompt. The plug-in
-  ‖mean‖² would be too large by the variance of the mean, and a coefficient of variation with it too small or, with few
-  mini-batches, too large.
+- ‖E G‖² and every product of means is an average of products of mini-batches that share no prompt. The plug-in
+  ‖mean‖² is too large by the variance of the mean.
 - ‖g_i − E g_i‖² takes the mean of the other responses (leave one out). What their noise adds is taken off before β is
   fitted to the mean of the deviations (`unbiased_deviations`).
 - Intervals are 95%: bootstrap of the responses for β, else a jackknife that leaves out a block of prompts at a time.
-  Where a mean is not distinguishable from noise the result is NaN with a note, never a number.
+  An unbiased estimate of a squared norm can be negative. Where one that is divided by is, in the estimate or in a
+  replicate of the jackknife, the result is NaN with a note.
 
 Covered: one model at a time. Not covered: gradients off policy (clipping), several updates, Adam.
 """
@@ -44,7 +44,7 @@ LEAST_VARIANCE = "vl_norm:1"
 COMPARED = ("grpo_norm", "dapo_norm", REFERENCE, "vl_norm:0.5", "vl_norm:0.75", LEAST_VARIANCE)
 THIRDS = ("short", "middle", "long")
 BLOCKS = 16  # of prompts (or responses), for the jackknife
-ROUNDS = 64  # in each, every prompt of the pool is in at most one mini-batch
+ROUNDS = 64  # of dealing the pool's prompts out into mini-batches
 RESAMPLES = 500
 LOST = "lost in noise"
 BETAS = np.linspace(-2.0, 5.0, 141)  # where β is looked for
@@ -175,7 +175,7 @@ class Slope:
 
     log_log: exponent of Figure 4's points, bootstrap over the responses of these prompts.
     mean: exponent of the mean (`mean_slopes`), the same bootstrap. α = this β has the least variance.
-    over_prompts: mean of the single prompts' `each`, t interval over prompts: for other prompts of the task.
+    over_prompts: mean of the single prompts' `each`, t interval: for the mean β of the task's prompts.
     each: exponents of the mean of the single prompts.
     points: (L, d) of each prompt, d by leave-one-out.
     """
@@ -190,9 +190,10 @@ class Slope:
 
     @property
     def interval(self) -> Estimate:
-        """`mean` with the wider of the two intervals: what other prompts of the task can be expected to have."""
-        wider = max((self.mean, self.over_prompts), key=lambda one: np.nan_to_num(one.high - one.low))
-        return Estimate(self.mean.value, wider.low, wider.high)
+        """`mean` with the half width of the wider of the two intervals."""
+        half = max(float(np.nan_to_num(one.high - one.low)) / 2 for one in (self.mean, self.over_prompts))
+        known = half > 0 and math.isfinite(self.mean.value)
+        return Estimate(self.mean.value, self.mean.value - half, self.mean.value + half) if known else self.mean
 
 
 def slope(groups: Sequence[Group], part: str, columns: slice, score_only: bool, seed: int) -> Slope | None:
@@ -273,7 +274,7 @@ def jackknife(values: Floats, log: bool = False) -> list[Estimate]:
     results = []
     for value, middle, width in zip(values[0], scaled[0], half, strict=True):
         if not np.isfinite(middle) or not np.isfinite(width):
-            results.append(Estimate(float(value), note=LOST))
+            results.append(Estimate(math.nan, note=LOST))
             continue
         low, high = float(middle - width), float(middle + width)
         results.append(Estimate(float(value), *((math.exp(low), math.exp(high)) if log else (low, high))))
@@ -288,14 +289,22 @@ def _root(values: Floats) -> Floats:
 # ------------------------------------------------------------------------------------------- mini-batches from the pool
 
 
-def draw_mini_batches(prompts: int, size: int, seed: int, rounds: int = ROUNDS) -> Bools:
-    """Which prompts are in which mini-batch: bool [R, prompts].
+def factor(products: Floats) -> Floats:
+    """F [N, r] with F Fᵀ = products [N, N]: each gradient in the r ≤ N dimensions that all of them span."""
+    values, vectors = np.linalg.eigh(products)
+    kept = values > 1e-12 * max(values[-1], 0.0)
+    return np.asarray(vectors[:, kept] * np.sqrt(values[kept]))
 
-    Each round deals all prompts out into mini-batches of `size` prompts, so that every prompt is used nearly as often.
+
+def draw_mini_batches(prompts: int, size: int, seed: int) -> Bools:
+    """Which prompts are in which mini-batch: bool [R, prompts], ROUNDS rounds one after the other.
+
+    Each round deals all prompts out into mini-batches of `size` prompts, so that every prompt is used nearly as often
+    and no two mini-batches of a round share one.
     """
     rng = np.random.default_rng(seed)
     rows = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         order = rng.permutation(prompts)
         for first in range(0, prompts - size + 1, size):
             row: Bools = np.zeros(prompts, dtype=bool)
@@ -304,8 +313,8 @@ def draw_mini_batches(prompts: int, size: int, seed: int, rounds: int = ROUNDS) 
     return np.array(rows)
 
 
-def weights(mode: str, lengths: Ints, members: Bools, scale: float) -> Floats:
-    """M·x_i of each response in each mini-batch, float64 [R, N]; 0 where it is not a member.
+def weights(mode: str, lengths: Ints, members: Bools, scale: float) -> tuple[Floats, Floats]:
+    """M·x_i of each response in each mini-batch, and its z(L_i), float64 [R, N]; 0 where it is not a member.
 
     Args:
         mode: as in verl's config, `vl_norm:0.75`.
@@ -318,7 +327,8 @@ def weights(mode: str, lengths: Ints, members: Bools, scale: float) -> Floats:
     aggregation = parse_mode(mode)
     exact = torch.as_tensor(lengths, dtype=torch.float64)
     u, z = aggregation.u(exact).numpy(), aggregation.z(exact).numpy()
-    return members * u / (members @ z)[:, None] * (1.0 if aggregation.per_token_scale else scale)
+    x = members * u / (members @ z)[:, None] * (1.0 if aggregation.per_token_scale else scale)
+    return x, members * z
 
 
 class MiniBatches:
@@ -329,7 +339,7 @@ class MiniBatches:
         Args:
             pool: responses of P prompts, numbered from 0.
             modes: what to compare; `REFERENCE` must be one of them.
-            size: prompts of a mini-batch, at most P/2, so that there are mini-batches without a prompt in common.
+            size: prompts of a mini-batch, at most P/2, so that a round has two or more.
             scale: M, tokens.
         """
         self.modes, self.size, self.pool = list(modes), size, pool
@@ -339,24 +349,58 @@ class MiniBatches:
                 f"mini-batches of {size} prompts from {self.prompts}: accepted are 1 to {self.prompts // 2}"
             )
         self.members = draw_mini_batches(self.prompts, size, seed)
-        self.apart = (self.members.astype(np.float64) @ self.members.T == 0).astype(np.float64)  # share no prompt
         of_response = self.members[:, pool.prompts]
-        self.x = {mode: weights(mode, pool.lengths, of_response, scale) for mode in self.modes}
-        reference = self.x[REFERENCE] @ pool.products
-        rows = kept(blocks_of(self.prompts)).astype(int) @ self.members.T == self.size
-        # [1 + blocks, modes, 4]: E Σx, E‖G‖², ‖E G‖² and E G·E G(reference), for each row of `kept`, from mini-batches
-        # whose prompts are all kept; the last two from pairs that share no prompt.
-        self.moments = np.full((len(rows), len(self.modes), 4), np.nan)
-        w = rows.astype(np.float64)
-        batches, pairs = w.sum(axis=1), ((w @ self.apart) * w).sum(axis=1)
-        if pairs.min() == 0:
-            return
-        for k, x in enumerate(self.x.values()):
-            own = x @ pool.products @ x.T
-            self.moments[:, k, 0] = w @ x.sum(axis=1) / batches
-            self.moments[:, k, 1] = w @ np.diag(own) / batches
-            self.moments[:, k, 2] = ((w @ (own * self.apart)) * w).sum(axis=1) / pairs
-            self.moments[:, k, 3] = ((w @ (reference @ x.T * self.apart)) * w).sum(axis=1) / pairs
+        both = {mode: weights(mode, pool.lengths, of_response, scale) for mode in self.modes}
+        self.x = {mode: x for mode, (x, _) in both.items()}
+        self._factor = factor(pool.products)
+        self._block = blocks_of(self.prompts)[pool.prompts]
+        gradients = {mode: self._gradients(x, z) for mode, (x, z) in both.items()}
+        # [1 + blocks, modes, 4]: E Σx, E‖G‖², ‖E G‖² and E G·E G(reference); of everything, then without the responses
+        # of one block of prompts at a time.
+        self.moments = np.stack(
+            [
+                [self._averages(*one, reference[1]) for one, reference in zip(of, gradients[REFERENCE], strict=True)]
+                for of in gradients.values()
+            ],
+            axis=1,
+        )
+
+    def _gradients(self, x: Floats, z: Floats) -> list[tuple[Floats, Floats]]:
+        """(Σx [R], G [R, r]) of the mini-batches: with everything, then without one block at a time.
+
+        A mini-batch without a block is the same draw with that block's part of x taken out and Σ_j z_j made up for, so
+        that the replicates differ by the data alone and not by what was drawn. NaN if nothing of it is left.
+        """
+        whole = x @ self._factor
+        found = [(x.sum(axis=1), whole)]
+        for name in np.unique(self._block):
+            at = self._block == name
+            left = z.sum(axis=1) - z[:, at].sum(axis=1)
+            up = np.divide(z.sum(axis=1), left, out=np.full_like(left, np.nan), where=left > 1e-9 * z.sum(axis=1))
+            part = x[:, at]
+            found.append(((x.sum(axis=1) - part.sum(axis=1)) * up, (whole - part @ self._factor[at]) * up[:, None]))
+        return found
+
+    def _averages(self, sums: Floats, g: Floats, reference: Floats) -> Floats:
+        """E Σx, E‖G‖², ‖E G‖², E G·E G(reference); the last two over pairs of mini-batches of one round."""
+        there = np.isfinite(sums)
+        g, reference = np.where(there[:, None], g, 0.0), np.where(there[:, None], reference, 0.0)
+
+        def of_pairs(a: Floats, b: Floats) -> float:
+            """Σ over pairs r ≠ s of one round of a_r·b_s, from the rounds' totals."""
+            totals = [v.reshape(ROUNDS, -1, v.shape[1]).sum(axis=1) for v in (a, b)]
+            return float((totals[0] * totals[1]).sum() - (a * b).sum())
+
+        count = there.reshape(ROUNDS, -1).sum(axis=1)
+        pairs = (count * (count - 1)).sum()
+        return np.array(
+            [
+                sums[there].mean(),
+                (g * g).sum() / there.sum(),
+                of_pairs(g, g) / pairs if pairs else math.nan,
+                of_pairs(g, reference) / pairs if pairs else math.nan,
+            ]
+        )
 
     def row(self, mode: str) -> int:
         return self.modes.index(mode)
@@ -382,7 +426,9 @@ class Method:
     noise, noise_predicted, noise_by_beta: standard deviation of G for a given sum of weights, over that of VL Norm with
         α = 1: measured; by the closed forms (variance ∝ L); by variance ∝ L^β with the measured β.
     cv, cv_predicted: coefficient of variation of G, √(E‖G − E G‖²)/‖E G‖.
-    bias: ‖E G − E G(Dr. GRPO)‖² in units of ‖E G(Dr. GRPO)‖², without the noise's share, so it can be negative.
+    variance: E‖G − E G‖² in units of ‖E G(Dr. GRPO)‖².
+    bias: ‖E G − E G(Dr. GRPO)‖² in the same units, without the noise's share, so it can be negative; by the model it is
+        (sum_x − 1)².
     """
 
     mode: str
@@ -394,6 +440,7 @@ class Method:
     noise_by_beta: float
     cv: Estimate
     cv_predicted: float
+    variance: Estimate
     bias: Estimate
 
 
@@ -413,10 +460,11 @@ def compare(batches: MiniBatches, modes: Sequence[str], beta: float) -> list[Met
         return _relative((m[:, 2] - 2 * m[:, 3] + m[reference, 2])[chosen], m[reference, 2])
 
     scale = batches.estimate(lambda m: _relative(m[chosen, 3], m[reference, 2]))
-    cosine = batches.estimate(lambda m: m[chosen, 3] / _root(m[chosen, 2] * m[reference, 2]))
+    cosine = batches.estimate(lambda m: m[chosen, 3] / (_root(m[chosen, 2]) * _root(m[reference, 2])))
     noises = batches.estimate(noise, log=True)
     cv = batches.estimate(lambda m: _root(variance(m)[chosen]) / _root(m[chosen, 2]), log=True)
     biases = batches.estimate(bias)
+    variances = batches.estimate(lambda m: _relative(variance(m)[chosen], m[reference, 2]), log=True)
     mean_square = batches.moments[0, reference, 2]  # ‖μ‖²
     per_token = (np.diag(batches.pool.products).mean() - mean_square) / batches.pool.lengths.mean()  # V
     predicted = {mode: batches.predicted_noise(mode, 1.0) for mode in modes}
@@ -432,6 +480,7 @@ def compare(batches: MiniBatches, modes: Sequence[str], beta: float) -> list[Met
             noise_by_beta=by_beta[mode] / by_beta[LEAST_VARIANCE],
             cv=cv[k],
             cv_predicted=math.sqrt(per_token / mean_square) * predicted[mode] if mean_square > 0 else math.nan,
+            variance=variances[k],
             bias=biases[k],
         )
         for k, mode in enumerate(modes)
@@ -450,20 +499,25 @@ def _relative(values: Floats, unit: Floats) -> Floats:
 class Tradeoff:
     """Bias, variance and mean squared error of VL Norm(α) about Dr. GRPO's E G, in units of ‖E G(Dr. GRPO)‖².
 
-    alphas [K]. bias: as `Method.bias`. variance, error: of a mini-batch of `responses` responses, the variance scaled
-    from the mini-batches drawn as 1/size. best: the α of least error. among: the least and largest α whose error the
-    data do not tell from the best one's. alignment: E G·E G(Dr. GRPO) / √(E‖G‖² ‖E G(Dr. GRPO)‖²), which no factor
-    common to all updates changes, so it is the one to read under Adam; 1 is an update without noise.
+    alphas [K]. bias, scale, cosine: as in `Method`, of the mini-batches drawn: VL Norm normalises within a mini-batch,
+    so the part of the bias that is between prompts grows with the mini-batch, a little. variance, error: of a
+    mini-batch of `responses` responses, the variance scaled from those drawn as 1/size. best: the α of least error; NaN
+    where ‖E G(Dr. GRPO)‖² is not above 0 by its interval. among: the least and largest α whose error the data do not
+    tell from the best one's. alignment: E G·E G(Dr. GRPO) / √(E‖G‖² ‖E G(Dr. GRPO)‖²), which no factor common to all
+    updates changes; 1 is an update without noise. best_aligned: the α of the largest.
     """
 
     responses: int
     alphas: Sequence[float]
     bias: list[Estimate]
+    scale: list[Estimate]
+    cosine: list[Estimate]
     variance: list[Estimate]
     error: list[Estimate]
     alignment: list[Estimate]
     best: float
     among: tuple[float, float]
+    best_aligned: float
 
 
 def tradeoff(batches: MiniBatches, responses_of_batch: int) -> Tradeoff:
@@ -486,21 +540,27 @@ def tradeoff(batches: MiniBatches, responses_of_batch: int) -> Tradeoff:
         bias, variance = parts(m)
         return bias + variance
 
-    errors = error(batches.moments[0])
-    best = int(np.argmin(errors))
+    def alignment(m: Floats) -> Floats:
+        return m[rows, 3] / (_root(m[rows, 2] + parts(m)[1]) * _root(m[reference, 2]))
+
+    best = int(np.argmin(error(batches.moments[0])))
     # Differences in their own unit: the reference's norm, common to all, is the noisiest number here.
     behind = batches.estimate(lambda m: error(m) - error(m)[best])
     alike = [a for a, one in zip(ALPHAS, behind, strict=True) if a == ALPHAS[best] or not one.low > 0]
-    known = batches.moments[0, reference, 2] > 0
+    known = batches.estimate(lambda m: m[[reference], 2])[0].low > 0
+    aligned = batches.estimate(alignment)
     return Tradeoff(
         responses=responses_of_batch,
         alphas=ALPHAS,
         bias=batches.estimate(lambda m: _relative(parts(m)[0], m[reference, 2])),
-        variance=batches.estimate(lambda m: _relative(parts(m)[1], m[reference, 2])),
-        error=batches.estimate(lambda m: _relative(error(m), m[reference, 2])),
-        alignment=batches.estimate(lambda m: m[rows, 3] / (_root(m[rows, 2] + parts(m)[1]) * _root(m[reference, 2]))),
+        scale=batches.estimate(lambda m: _relative(m[rows, 3], m[reference, 2])),
+        cosine=batches.estimate(lambda m: m[rows, 3] / (_root(m[rows, 2]) * _root(m[reference, 2]))),
+        variance=batches.estimate(lambda m: _relative(parts(m)[1], m[reference, 2]), log=True),
+        error=batches.estimate(lambda m: _relative(error(m), m[reference, 2]), log=True),
+        alignment=aligned,
         best=ALPHAS[best] if known else math.nan,
         among=(min(alike), max(alike)) if known else (math.nan, math.nan),
+        best_aligned=max(zip(ALPHAS, aligned, strict=True), key=lambda one: one[1].value)[0] if known else math.nan,
     )
 
 
@@ -537,12 +597,16 @@ PAIRS = ((0, 1), (1, 2), (0, 2))
 def thirds(of: Responses, within: bool, seed: int) -> Thirds | None:
     """E[g | third] from products of different prompts, or (`within`) of different responses of one prompt.
 
-    None where a third is empty: lengths that hardly differ.
+    None where there are fewer than three lengths. Prompts with fewer are left out.
     """
-    third: Ints = np.zeros(len(of.lengths), dtype=np.int64)
+    third: Ints = np.full(len(of.lengths), -1)
     scopes = [of.prompts == p for p in np.unique(of.prompts)] if within else [np.ones(len(third), dtype=bool)]
     for scope in scopes:
-        edges = np.quantile(of.lengths[scope], [1 / 3, 2 / 3])
+        distinct = np.unique(of.lengths[scope])
+        if len(distinct) < 3:
+            continue
+        # Where many responses were cut at one length, those are the long third.
+        edges = np.minimum(np.quantile(of.lengths[scope], [1 / 3, 2 / 3]), distinct[[-3, -2]])
         third[scope] = np.searchsorted(edges, of.lengths[scope], side="left")
     onehot = (third[:, None] == np.arange(3)).astype(np.float64)  # [N, 3]
     if onehot.sum(axis=0).min() < 2:
@@ -616,33 +680,40 @@ def _half_cosines(
 
 @dataclass(frozen=True)
 class Growth:
-    """‖E G‖ of each method over Dr. GRPO's, on prompts with short, middle and long responses.
+    """‖E G‖ of each method on prompts with short, middle and long responses, in units of Dr. GRPO's over all prompts.
 
-    length: mean length of each class of prompts. measured: {mode: one for each class}: component along Dr. GRPO's E G
-    of the same class. predicted: {mode: E Σ M x_i}.
+    length: mean length of each class of prompts. norm: {mode: measured, one for each class}. predicted: {mode: E Σ M
+    x_i}, which is the norm if E g is the same for all prompts and lengths. along: {mode: component along Dr. GRPO's E G
+    of the same class, in units of its length}: what the weights alone change.
     """
 
     length: list[float]
-    measured: dict[str, list[Estimate]]
+    norm: dict[str, list[Estimate]]
     predicted: dict[str, list[float]]
+    along: dict[str, list[Estimate]]
 
 
-def growth(pool: Responses, modes: Sequence[str], scale: float, seed: int) -> Growth | None:
-    """None if the pool has fewer than 12 prompts: four in each class are the least to draw from."""
+def growth(pool: Responses, modes: Sequence[str], scale: float, unit: float, seed: int) -> Growth | None:
+    """None if the pool has fewer than 12 prompts: four in each class are the least to draw from.
+
+    unit: ‖E G‖² of Dr. GRPO over the whole pool; taken as known.
+    """
     prompts = int(pool.prompts.max()) + 1
     if prompts < 12:
         return None
     means = np.bincount(pool.prompts, weights=pool.lengths) / np.bincount(pool.prompts)
-    result = Growth([], {mode: [] for mode in modes}, {mode: [] for mode in modes})
+    result = Growth([], {mode: [] for mode in modes}, {mode: [] for mode in modes}, {mode: [] for mode in modes})
     for chosen in np.array_split(np.argsort(means, kind="stable"), 3):
         part = pool.of(np.isin(pool.prompts, chosen))
         part = Responses(np.unique(part.prompts, return_inverse=True)[1], part.lengths, part.products)
         batches = MiniBatches(part, modes, max(1, len(chosen) // 4), scale, seed)
         reference = batches.row(REFERENCE)
-        measured = batches.estimate(lambda m, r=reference: _relative(m[:, 3], m[r, 2]))  # type: ignore[misc]
+        norms = batches.estimate(lambda m: _root(m[:, 2] / unit if unit > 0 else m[:, 2] * np.nan), log=True)
+        along = batches.estimate(lambda m, r=reference: _relative(m[:, 3], m[r, 2]))  # type: ignore[misc]
         result.length.append(float(part.lengths.mean()))
         for k, mode in enumerate(modes):
-            result.measured[mode].append(measured[k])
+            result.norm[mode].append(norms[k])
+            result.along[mode].append(along[k])
             result.predicted[mode].append(float(batches.x[mode].sum(axis=1).mean()))
     return result
 
@@ -654,10 +725,10 @@ def growth(pool: Responses, modes: Sequence[str], scale: float, seed: int) -> Gr
 class Analysis:
     """All that is said of one model by the gradients of some of its parameters.
 
-    name: of the model. gradients: which parameters. entries: how many numbers, columns: projected to.
-    lengths: of the pool's responses.
-    reward: mean of the pool's. truncated: share of its responses that were cut. prompts: of the pool. deep: [prompts,
-    responses of each]. drawn: responses of a mini-batch drawn from the pool.
+    name: of the model. gradients: which parameters. entries: how many numbers; columns: projected to so many. lengths:
+    of the pool's responses. reward: mean of the pool's. truncated: share of its responses that were cut. prompts: of
+    the pool; speaking: those of them whose rewards differ, so that they have advantages. deep: [prompts, responses of
+    each]. drawn: responses of a mini-batch drawn from the pool.
     """
 
     name: str
@@ -669,6 +740,7 @@ class Analysis:
     reward: float
     truncated: float
     prompts: int
+    speaking: int
     deep: tuple[int, int]
     slopes: list[Slope]
     methods: list[Method]
@@ -711,7 +783,7 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
     of_pool, of_deep = responses(pool), responses(deep)
     scale = float(stored.settings["max_response_length"])
     modes = list(dict.fromkeys([*COMPARED, *map(mode_of, ALPHAS)]))
-    size = max(1, len(pool) // 8)
+    size = max(1, len(pool) // 4)
     batches = MiniBatches(of_pool, modes, size, scale, seed)
     drawn = round(size * len(of_pool.lengths) / len(pool))
     return Analysis(
@@ -724,11 +796,12 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
         reward=float(np.mean([group.rewards.mean() for group in pool])),
         truncated=float(np.mean([group.truncated.mean() for group in pool])),
         prompts=len(pool),
+        speaking=sum(bool(group.advantages.any()) for group in pool),
         deep=(len(deep), len(deep[0].lengths)),
         slopes=slopes,
         methods=compare(batches, COMPARED, beta),
         drawn=drawn,
         tradeoffs=[tradeoff(batches, responses_) for responses_ in dict.fromkeys((drawn, mini_batch))],
         thirds=[t for t in (thirds(of_pool, False, seed), thirds(of_deep, True, seed)) if t],
-        growth=growth(of_pool, COMPARED, scale, seed),
+        growth=growth(of_pool, COMPARED, scale, batches.moments[0, batches.row(REFERENCE), 2], seed),
     )

@@ -96,27 +96,32 @@ def overview(main: Sequence[Analysis]) -> Figure:
         "overview",
         "In short",
         "Left: squared deviation of a response's gradient from its prompt's mean (the other responses) against its "
-        "length, one colour a prompt; black: means of bins, line: fitted to the mean, β with its interval. Middle: "
-        "standard deviation of the aggregated gradient for a given sum of weights, over that of VL Norm with α = 1; "
-        "crosses: closed forms with variance ∝ L, plus signs: ∝ L^β. Right: bias², variance and their sum in units of "
-        "‖E G‖²; band: 95% interval of the sum; shaded: α that the data do not tell from the best.",
+        "length, one colour a prompt, on their common level; black: means of bins, line: fitted to the mean, β with "
+        "its interval. Middle: standard deviation of the aggregated gradient for a given sum of weights, over that of "
+        "VL Norm with α = 1; crosses: closed forms with variance ∝ L, plus signs: ∝ L^β. Right: bias², variance and "
+        "their sum in units of ‖E G‖²; band: 95% interval of the sum; shaded: α that the data do not tell from the "
+        "best.",
     )
 
 
 def draw_deviations(axes: Axes, slope: Slope) -> None:
-    for k, (lengths, d) in enumerate(slope.points):
+    beta = slope.interval
+    exponent = beta.value if math.isfinite(beta.value) else 1.0
+    # β is fitted with a constant for each prompt; for bins and one line the prompts are put on their common level.
+    constants = [(d / lengths**exponent).mean() for lengths, d in slope.points]
+    level = float(np.exp(np.mean(np.log(constants))))
+    levelled = [(lengths, d * level / c) for (lengths, d), c in zip(slope.points, constants, strict=True)]
+    for k, (lengths, d) in enumerate(levelled):
         axes.plot(lengths, d, ".", color=PROMPT_COLORS[k % len(PROMPT_COLORS)], alpha=0.35, markersize=3)
-    x = np.concatenate([lengths for lengths, _ in slope.points])
-    # On one level, since each prompt has its own.
-    y = np.concatenate([d for _, d in slope.points])
+    x = np.concatenate([lengths for lengths, _ in levelled])
+    y = np.concatenate([d for _, d in levelled])
     edges = np.unique(np.quantile(x, np.linspace(0, 1, BINS + 1)))
     bins = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, len(edges) - 2)
     means = [(x[bins == b].mean(), y[bins == b].mean()) for b in range(len(edges) - 1) if (bins == b).any()]
     axes.plot(*zip(*means, strict=True), "ko", markersize=4)
-    beta = slope.interval
     if math.isfinite(beta.value):
         line = np.geomspace(x.min(), x.max(), 50)
-        axes.plot(line, (y / x**beta.value).mean() * line**beta.value, color="black", linewidth=1.2)
+        axes.plot(line, level * line**beta.value, color="black", linewidth=1.2)
         known = f" [{beta.low:.2f}, {beta.high:.2f}]" if math.isfinite(beta.low) else ""
         axes.text(0.03, 0.97, f"β = {beta.value:.2f}{known}", transform=axes.transAxes, va="top")
     axes.set(xscale="log", yscale="log", xlabel="response length, tokens", ylabel="‖g − E g‖²")
@@ -139,8 +144,9 @@ def deviations(one: Analysis) -> Figure:
         f"deviations-{stem(one.name)}-{stem(one.gradients)}",
         f"‖g_i − E g_i‖² against L_i: {one.name}, {one.gradients}",
         f"The paper's Figure 4 on {one.deep[0]} prompts with {one.deep[1]} responses each, one colour a prompt; E g_i "
-        "is the mean of the prompt's other responses. Black: means of bins; line: fitted to the mean, β with the wider "
-        "of its two 95% intervals. A prompt whose responses all have one reward has no advantages and is left out.",
+        "is the mean of the prompt's other responses. Prompts are put on their common level. Black: means of bins; "
+        "line: fitted to the mean, β with the wider of its two 95% intervals. A prompt whose responses all have one "
+        "reward has no advantages and is left out.",
     )
 
 
@@ -221,8 +227,8 @@ def alpha(main: Sequence[Analysis]) -> Figure:
         "alpha",
         "Which α",
         "VL Norm(α) about the mean gradient of Dr. GRPO Norm (α = 0). Line: α of least error; shaded: those that the "
-        "data do not tell from it; grey band: 95% interval of the error. A larger mini-batch has less variance and the "
-        "same bias, so it wants a smaller α if E[g | L] depends on the length.",
+        "data do not tell from it; grey band: 95% interval of the error. A larger mini-batch has less variance and no "
+        "less bias, so it wants a smaller α if E[g | L] depends on the length.",
     )
 
 
@@ -271,18 +277,19 @@ def growth(main: Sequence[Analysis]) -> Figure:
             x = np.array(one.growth.length) * 1.02 ** (k - len(COMPARED) / 2)
             color, marker = color_of(mode), method_marker(mode)
             panel.plot(x, one.growth.predicted[mode], color=color, linewidth=0.9, alpha=0.8)
-            for at, measured in zip(x, one.growth.measured[mode], strict=True):
+            for at, measured in zip(x, one.growth.norm[mode], strict=True):
                 bar(panel, at, measured, fmt=marker, color=color)
             panel.plot([], [], marker=marker, color=color, label=method_label(mode))
         panel.set(xscale="log", yscale="log", xlabel="mean response length of the prompts, tokens", title=title(one))
-        panel.set_ylabel("‖E G‖ over Dr. GRPO's")
+        panel.set_ylabel("‖E G‖ over Dr. GRPO's on all prompts")
         lines = [value for mode in COMPARED for value in one.growth.predicted[mode]]
-        panel.set_ylim(min(lines) / 4, max(lines) * 3)  # an interval may reach down to 0
+        panel.set_ylim(min(lines) / 6, max(lines) * 6)  # an interval may reach down to 0
     canvas.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(shown))
     return render(
         canvas,
         "growth",
         "The mean gradient as lengths grow",
-        "Prompts with short, middle and long responses. Lines: M Σx, what the weights alone do; markers: measured, 95% "
-        "intervals. GRPO Norm and DAPO Norm shrink the update as responses grow.",
+        "Prompts with short, middle and long responses. Lines: M Σx, what the weights do if E g is the same for all; "
+        "markers: measured, 95% intervals, none where a norm is lost in noise. GRPO Norm and DAPO Norm shrink the "
+        "update as responses grow.",
     )

@@ -9,8 +9,8 @@ layer autograd stops there. Logits are computed at the response's positions alon
 Memory: the model and one gradient of the chosen parameters in float32, about four matrices of response length ×
 vocabulary, one prompt's result. With a projection (CountSketch; Charikar, Chen and Farach-Colton 2002) a gradient is
 stored as K numbers, and no matrix of D × K exists: entry j is added to one of K buckets with a random sign. Inner
-products stay unbiased; their standard deviation is at most √(2/K) of the product of the norms. Each part of the model
-(`parts_of`) has an equal share of the K numbers for itself, so that parts can be told apart afterwards.
+products stay unbiased; their standard deviation is at most √(2/K) of the product of the norms. Each of the P parts of
+the model (`parts_of`) has K/P numbers for itself, so that parts can be told apart: √(2P/K) for products of one part.
 
 Covered: any causal LM of transformers; tied parameters count once; a call that was stopped goes on where it was; a
 folder of other settings is refused. Not covered: several GPUs. On a GPU some sums have no fixed order, so a second run
@@ -43,7 +43,7 @@ __all__ = ["CountSketch", "Group", "Stored", "compute", "load", "parts_of", "sco
 LAST_QKV = "last-qkv"
 ALL = "all"
 PROJECT_ABOVE = 1_000_000  # entries; beyond it gradients are projected unless told otherwise
-PROJECTION = 65_536  # to so many: inner products within 0.6% of the product of the norms
+PROJECTION = 65_536  # to so many
 
 # <layers>.<number>.<…>.<projection>.<weight or bias>: separate as in Qwen and Llama, or fused as in GPT-NeoX or GPT-2.
 _SEPARATE = ("q_proj", "k_proj", "v_proj")

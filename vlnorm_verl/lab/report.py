@@ -49,8 +49,15 @@ def build(
     with console.status("inner products and resampling …") as status:
         for name, folder in named(folders).items():
             for gradients in choices(folder):
+                if missing := store.missing_gradients(folder, f"{GRADIENTS}/{gradients}"):
+                    console.print(
+                        f"{name}: {gradients} left out, {missing} prompts have no gradients yet", markup=False
+                    )
+                    continue
                 status.update(f"{name}: gradients of {gradients} …")
                 found.append(analyse(store.load(folder, f"{GRADIENTS}/{gradients}"), name, gradients, mini_batch, seed))
+    if not found:
+        raise LabError("no complete gradients; `vlnorm-verl lab run` goes on where it stopped")
     made = tables(found)
     drawn = figures(found)
     verdicts = [verdict(one) for one in of_most_parameters(found)]
@@ -126,7 +133,8 @@ def described(one: Analysis) -> str:
     sketch = f", projected to {one.columns:,}" if one.columns < one.entries else ""
     return (
         f"{one.name}, {one.gradients} ({one.entries:,} parameters{sketch}): {one.deep[0]} prompts with {one.deep[1]} "
-        f"responses each and {one.prompts} with {len(one.lengths) // one.prompts}; task {one.settings['task']}, "
+        f"responses each and {one.prompts} with {len(one.lengths) // one.prompts}, of which {one.speaking} have "
+        f"rewards that differ; task {one.settings['task']}, "
         f"temperature {one.settings['temperature']:g}, seed {one.settings['seed']}. Responses of the pool: mean reward "
         f"{one.reward:.3f}, length {one.lengths.mean():.0f} on average (harmonic {harmonic(one):.0f}), "
         f"{one.lengths.min()} to {one.lengths.max()} tokens, {one.truncated:.1%} cut."
@@ -149,40 +157,43 @@ def verdict(one: Analysis) -> str:
     """Which α to use for this model and task, and how sure that is."""
     wanted = one.tradeoffs[-1]
     begin = f"{one.name} ({one.gradients}): "
-    if one.slope:
+    if one.slope and math.isfinite(one.slope.mean.value):
         begin += (
             f"the variance of a response's gradient grows as L^β with β = {interval(one.slope.interval)}. "
             f"If E[g | L] were the same for every length, α = β would have the least variance. "
         )
     if not math.isfinite(wanted.best):
         return (
-            begin + "Which α has the least error cannot be said: the mean gradient is lost in noise. "
-            "More --pool-prompts would find it."
+            begin + "Which α has the least error cannot be said: the mean gradient is lost in noise. Of "
+            f"{one.prompts} prompts of the pool {one.speaking} have rewards that differ; more --pool-prompts of that "
+            "kind would find it."
         )
-    sentence = (
-        f"For mini-batches of {wanted.responses} responses the mean squared error is least at α = {wanted.best:g}"
-    )
-    low, high = wanted.among
-    if low == high:
-        sentence += ", and no other α on the grid is as good. "
-    else:
-        sentence += f"; from α = {low:g} to {high:g} the data do not tell the difference. "
     at = wanted.alphas.index(wanted.best)
-    sentence += (
-        f"There bias² is {interval(wanted.bias[at])} and variance {interval(wanted.variance[at])} of the squared norm "
-        "of the mean gradient. "
+    sentence = (
+        f"For mini-batches of {wanted.responses} responses the mean squared error is least at α = {wanted.best:g}: "
+        f"bias² {interval(wanted.bias[at])} and variance {interval(wanted.variance[at])} of the squared norm of the "
+        f"mean gradient. Alignment, which no common factor changes, is largest at α = {wanted.best_aligned:g}. "
     )
     return begin + sentence + advice(wanted)
 
 
 def advice(wanted: Tradeoff) -> str:
-    """One recommendation: the paper's α where the data allow it, since it is the tested one."""
+    """One recommendation: the paper's α where the data allow it, since it is the tested one; none if α = 0 is as "
+    "good."""
     low, high = wanted.among
+    if low == 0:
+        return (
+            f"No recommendation: from α = 0 to {high:g} the data do not tell the errors apart, so they do not show "
+            "that any α beats Dr. GRPO Norm (α = 0) here; more --pool-prompts would tell more."
+        )
+    if low == high:
+        return f"Recommended: α = {wanted.best:g}; every other α on the grid has a larger error."
+    found = f"From α = {low:g} to {high:g} the data do not tell the errors apart. "
     usual = [alpha for alpha in (1.0, 0.75) if low <= alpha <= high]
     if usual:
         chosen = min(usual, key=lambda alpha: abs(alpha - wanted.best))
-        return f"Recommended: α = {chosen:g}, the paper's value nearest to the best among those."
-    return f"Recommended: α = {wanted.best:g}; the paper's 0.75 and 1 have a larger error here."
+        return found + f"Recommended: α = {chosen:g}, the paper's value nearest to the best among those."
+    return found + f"Recommended: α = {wanted.best:g}; the paper's 0.75 and 1 have a larger error here."
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -207,19 +218,21 @@ def summary(found: Sequence[Analysis]) -> Table:
                     one.slope.interval if one.slope else None,
                     trade.responses,
                     f"{trade.best:g} ({trade.among[0]:g} to {trade.among[1]:g})" if known else LOST,
-                    trade.bias[at] if known and not trade.bias[at].note else None,
-                    trade.variance[at] if known and not trade.variance[at].note else None,
+                    f"{trade.best_aligned:g}" if known else LOST,
+                    trade.bias[at] if known else None,
+                    trade.variance[at] if known else None,
                 ]
             )
     return Table(
         "summary",
         "Which α should I use?",
-        ["model", "gradients", "β", "mini-batch", "best α", "bias²", "variance"],
+        ["model", "gradients", "β", "mini-batch", "best α", "by alignment", "bias²", "variance"],
         rows,
         [
             "β: exponent of the variance with real advantages, all selected parameters. Best α: of least mean squared "
-            "error for mini-batches of so many responses, and those that the data do not tell from it. bias², "
-            "variance: there, in units of the squared norm of the mean gradient; absent if that is lost in noise."
+            "error for mini-batches of so many responses, and those that the data do not tell from it; by alignment: "
+            "see the table on α. bias², variance: there, in units of the squared norm of the mean gradient; absent if "
+            "that is lost in noise."
         ],
         digits=2,
     )
@@ -249,8 +262,8 @@ def slopes(found: Sequence[Analysis]) -> Table:
             "E g_i of a prompt is the mean of its other responses (leave one out). Log–log: least squares of the "
             "logarithms, as the paper's Figure 4 shows them. Of the mean: E d = c L^β, a constant for each prompt, "
             "corrected for the noise of E g_i; this one tells how variances add up, and α = β has the least variance.",
-            "Intervals 95%: bootstrap over the responses of these prompts; over prompts: the single prompts' β, "
-            "t interval, which holds for other prompts of the task.",
+            "Intervals 95%: bootstrap over the responses of these prompts; over prompts: mean of the single prompts' "
+            "β, t interval, for the mean β of the task's prompts (a single other prompt varies more).",
             "β is of this checkpoint: it moves during training.",
         ],
         digits=2,
@@ -271,6 +284,8 @@ def methods(found: Sequence[Analysis]) -> Table:
             method.noise,
             method.cv_predicted,
             method.cv,
+            method.variance,
+            (method.sum_x - 1) ** 2,
             method.bias,
         ]
         for one in found
@@ -284,25 +299,28 @@ def methods(found: Sequence[Analysis]) -> Table:
             "gradients",
             "aggregation",
             "M Σx",
-            "‖E G‖ over Dr. GRPO's",
+            "along Dr. GRPO's E G",
             "cosine to Dr. GRPO's",
             "noise, predicted",
             "noise, predicted by β",
             "noise, measured",
             "CV, predicted",
             "CV, measured",
-            "bias²",
+            "variance",
+            "bias², predicted",
+            "bias², measured",
         ],
         rows,
         [
             f"Mini-batches of {' or '.join(sorted({str(one.drawn) for one in found}))} responses drawn from the pool, "
-            "with real advantages. G = Σ x_i g_i. M Σx: what the model says of ‖E G‖ over Dr. GRPO's.",
+            "with real advantages. G = Σ x_i g_i. M Σx: what the model says of ‖E G‖ over Dr. GRPO's; beside it the "
+            "component of E G along Dr. GRPO's, in units of its length, measured.",
             "Noise: standard deviation of G for a given Σx, over that of VL Norm with α = 1. Predicted: closed forms "
             "with variance ∝ L (paper) or ∝ L^β (β of the mean, all selected parameters); they take the lengths as "
             "given, so the variance of Σx itself, which GRPO Norm and DAPO Norm have, is not in them.",
-            "CV: √(E‖G − E G‖²)/‖E G‖. ‖E G‖ from products of mini-batches that share no prompt. bias²: "
-            "‖E G − E G(Dr. GRPO)‖² over ‖E G(Dr. GRPO)‖²; for GRPO Norm and DAPO Norm it is mostly another scale, "
-            "which a learning rate can make up for.",
+            "CV: √(E‖G − E G‖²)/‖E G‖. ‖E G‖ from products of mini-batches that share no prompt. Variance E‖G − E G‖² "
+            "and bias² ‖E G − E G(Dr. GRPO)‖² in units of ‖E G(Dr. GRPO)‖²; predicted: (M Σx − 1)². For GRPO Norm and "
+            "DAPO Norm it is mostly another scale, which a learning rate can make up for.",
             "Intervals 95%: jackknife over blocks of prompts.",
         ],
     )
@@ -323,6 +341,8 @@ def alpha(found: Sequence[Analysis]) -> Table:
                         one.gradients,
                         trade.responses,
                         value,
+                        trade.scale[at],
+                        trade.cosine[at],
                         trade.bias[at],
                         trade.variance[at],
                         trade.error[at],
@@ -333,13 +353,28 @@ def alpha(found: Sequence[Analysis]) -> Table:
     return Table(
         "alpha",
         "Which α: bias, variance and mean squared error of VL Norm(α)",
-        ["model", "gradients", "mini-batch", "α", "bias²", "variance", "error", "alignment", ""],
+        [
+            "model",
+            "gradients",
+            "mini-batch",
+            "α",
+            "along α = 0",
+            "cosine to α = 0",
+            "bias²",
+            "variance",
+            "error",
+            "alignment",
+            "",
+        ],
         rows,
         [
             "In units of ‖E G‖² of Dr. GRPO Norm (α = 0), which is the mean gradient whatever E[g | L] is. error = "
-            "bias² + variance; the variance is measured on mini-batches drawn from the pool and scaled as 1/size.",
+            "bias² + variance. Both are measured on mini-batches drawn from the pool; for another size the variance "
+            "is scaled as 1/size, and the bias is taken as it is (VL Norm normalises within a mini-batch, so that of "
+            "larger ones is somewhat larger). Along, cosine: of E G and E G(α = 0).",
             "Alignment: E G·E G(α = 0) / √(E‖G‖² ‖E G(α = 0)‖²), at most 1. A factor common to all updates does not "
-            "change it, so it is the one to read under Adam, which rescales.",
+            "change it, so it is the one to read where updates are normalised; Adam's scaling of each coordinate is "
+            "not in any of these numbers.",
             "The grid of α is finer than the table (0.125). Intervals 95%: jackknife over blocks of prompts.",
         ],
     )
@@ -399,9 +434,10 @@ def growth(found: Sequence[Analysis]) -> Table:
             one.name,
             one.gradients,
             method_label(mode),
-            length,
+            f"{length:.0f}",
             one.growth.predicted[mode][k],
-            one.growth.measured[mode][k],
+            one.growth.norm[mode][k],
+            one.growth.along[mode][k],
         ]
         for one in found
         if one.growth
@@ -410,11 +446,13 @@ def growth(found: Sequence[Analysis]) -> Table:
     ]
     return Table(
         "growth",
-        "‖E G‖ over Dr. GRPO's, on prompts with short, middle and long responses",
-        ["model", "gradients", "aggregation", "mean length", "M Σx (predicted)", "measured"],
+        "‖E G‖ on prompts with short, middle and long responses",
+        ["model", "gradients", "aggregation", "mean length", "M Σx (predicted)", "‖E G‖, measured", "along Dr. GRPO's"],
         rows,
         [
-            "GRPO Norm and DAPO Norm make the update smaller as responses grow; Dr. GRPO Norm and VL Norm do not, if "
-            "E[g | L] is the same for all lengths. Measured: the component along Dr. GRPO's E G of the same prompts."
+            "In units of Dr. GRPO Norm's ‖E G‖ over the whole pool. Predicted: what the weights do if E g is the same "
+            "for all prompts and lengths: GRPO Norm and DAPO Norm make the update smaller as responses grow. Along: "
+            "component along Dr. GRPO's E G of the same prompts, in units of its length, so 1 for Dr. GRPO by "
+            "definition."
         ],
     )

@@ -180,6 +180,11 @@ def gradient_path(folder: Path, index: int) -> Path:
     return folder / f"{index:03d}.npy"
 
 
+def missing_gradients(out: Path, folder: str) -> int:
+    """How many prompts of the rollouts have no gradients in `folder` yet."""
+    return sum(not gradient_path(out / folder, index).exists() for index, _ in enumerate(read_rollouts(out)))
+
+
 def load(out: Path, folder: str = "gradients") -> Stored:
     """What the lab stored in `out`; gradients are memory-mapped, so nothing large is read here.
 
