@@ -82,7 +82,7 @@ def write_run(
     return folder
 
 
-def read_one(folder: Path, **arguments: Any) -> Run:
+def read_one(folder: Path | str, **arguments: Any) -> Run:
     (run,) = read_runs([str(folder)], **arguments)
     return run
 
@@ -186,7 +186,7 @@ def test_the_table_of_real_runs(tmp_path: Path) -> None:
 def test_rows_of_the_tiny_model_never_stand_beside_the_papers_values(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / scale, curve={1: 0.5}, recipe={"scale": scale}) for scale in ("cpu", "gpu")]
     rows = {row["model"]: row for row in made(read_runs(list(map(str, runs))), "countdown")}
-    assert rows["tiny, recipe of 3b"]["paper's Avg@8"] == "tiny model, not the paper's"
+    assert rows["tiny (3b)"]["paper's Avg@8"] == "tiny model, not the paper's"
     assert rows["3b"]["paper's Avg@8"] == "0.847 [second-hand, of v1]"
     assert rows["3b"]["paper's Pass@8"] == "0.938 [second-hand, of v1]"
 
@@ -234,22 +234,38 @@ def test_null_is_nan_and_what_is_no_number_is_ignored(tmp_path: Path) -> None:
     np.testing.assert_array_equal(metrics["e"], [1.5, np.nan, np.nan])
 
 
-def test_of_a_step_that_a_resumed_run_repeats_the_later_counts(tmp_path: Path) -> None:
+def test_what_a_run_logged_after_the_step_it_is_resumed_from_is_left_out(tmp_path: Path) -> None:
     folder = write_run(tmp_path, curve={0: 0.1})
     trained = {"training__global_step": 1}
     (folder / "metrics-000.jsonl").write_text("".join(record(s, loss=1.0, old=1.0, **trained) for s in range(1, 31)))
     (folder / "metrics-001.jsonl").write_text(
         record(20, **{"val-core__set__acc__mean@8": 0.5}) + "".join(record(s, loss=2.0, **trained) for s in (21, 22))
     )
-    (folder / "metrics-002.jsonl").write_text(record(22, loss=3.0, **trained) + record(31, loss=3.0, **trained))
+    (folder / "metrics-002.jsonl").write_text("")
+    (folder / "metrics-003.jsonl").write_text(record(22, loss=3.0, **trained) + record(23, loss=3.0, **trained))
     run = read_one(folder)
     at = {int(step): i for i, step in enumerate(run.steps)}
-    assert run.steps.tolist() == list(range(1, 32))
-    assert [run.metrics["loss"][at[s]] for s in (19, 20, 21, 22, 23, 30, 31)] == [1, 1, 2, 3, 1, 1, 3]
+    assert run.steps.tolist() == list(range(1, 24))
+    assert [run.metrics["loss"][at[s]] for s in (19, 20, 21, 22, 23)] == [1, 1, 2, 3, 3]
     assert run.metrics["val-core/set/acc/mean@8"][at[20]] == 0.5  # a validation before going on adds to its step
-    assert np.isnan(run.metrics["old"][at[21]])  # a trained step is replaced whole
+    assert np.isnan(run.metrics["old"][at[22]])  # a trained step is replaced whole
     assert run.metrics["old"][at[20]] == 1.0
-    assert "metrics-001.jsonl: repeats steps 20 to 22, which replace the earlier ones" in run.notes
+    assert run.notes[:1] == ["metrics-001.jsonl: starts again at step 20; 10 later steps of the earlier start left out"]
+    assert not any("metrics-003" in note for note in run.notes)
+
+
+def test_a_run_that_starts_over_has_nothing_of_its_first_start(tmp_path: Path) -> None:
+    dumps = {step: {"p": [step > 5] * 8, "q": [1] * 8} for step in (0, 5, 10)}
+    folder = write_run(tmp_path, dumps=dumps, planned=10)
+    (folder / "metrics-001.jsonl").write_text(
+        "".join(json.dumps({"step": step, "data": accuracy(0.5)}) + "\n" for step in (0, 5))
+    )
+    run = read_one(folder)
+    assert run.steps.tolist() == [0, 5]
+    assert sorted(run.validations) == [0, 5]
+    assert measures.final_accuracy([run]).value == 0.5
+    assert "metrics-001.jsonl: starts again at step 0; 2 later steps of the earlier start left out" in run.notes
+    assert "validation dumps of steps 10, after its last record, left out" in run.notes
 
 
 def test_two_records_of_one_step_in_one_start_are_one(tmp_path: Path) -> None:
@@ -316,6 +332,35 @@ def test_a_label_is_the_method_and_several_seeds_are_counted(tmp_path: Path) -> 
     assert read_runs([f"vl_norm:0.5={tmp_path}/x.jsonl"])[0].method_key == "vl_norm:0.5"
 
 
+def test_a_label_of_several_runs_only_names_those_that_say_their_method(tmp_path: Path) -> None:
+    for method in ("vl_norm:1.0", "dapo_norm"):
+        write_run(tmp_path / "runs", method, curve={10: 0.5})
+    runs = read_runs([f"mine={tmp_path}/runs"])
+    assert [(run.name, run.method_key) for run in runs] == [
+        ("mine/dapo_norm-0", "dapo_norm"),
+        ("mine/vl_norm-1.0-0", "vl_norm:1"),
+    ]
+    assert not any("left out" in row["notes"] for row in made(runs, "inputs"))
+    alone = read_one(f"grpo_norm={tmp_path}/runs/dapo_norm-0")
+    assert (alone.name, alone.method_key) == ("grpo_norm", "grpo_norm")
+    for name in ("x", "y"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"step": 5, "data": accuracy(0.5)}) + "\n")
+    (tmp_path / "runs").rename(tmp_path / ".hidden")
+    assert [run.method_key for run in read_runs([f"dr_grpo={tmp_path}"])] == ["dr_grpo", "dr_grpo"]
+
+
+def test_several_experiments_in_one_folder_share_no_configuration_and_no_dumps(tmp_path: Path) -> None:
+    """verl's file logger writes PROJECT/EXPERIMENT.jsonl; PROJECT's dumps are the last experiment's."""
+    folder = write_run(tmp_path, dumps={10: {"p": [1] * 8, "q": [0] * 8}})
+    (folder / "metrics-000.jsonl").rename(folder / "a.jsonl")
+    assert read_one(folder).method_key == "vl_norm:1"
+    (folder / "b.jsonl").write_text((folder / "a.jsonl").read_text())
+    for argument in (folder, folder / "a.jsonl"):
+        for run in read_runs([str(argument)]):
+            assert (run.method_key, run.validations, run.planned_steps) == (run.name, {}, None)
+            assert "several runs' *.jsonl in its folder: configuration and dumps there not used" in run.notes
+
+
 def test_a_path_with_an_equals_sign_needs_no_label(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "lr=1", curve={1: 0.5})
     assert read_one(folder).method_key == "vl_norm:1"
@@ -340,6 +385,23 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert build([str(SAMPLES)], tmp_path / "out", smooth=0, console=quiet()) == 2
     assert build([str(SAMPLES)], tmp_path / "file", console=quiet()) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nothing can be made")
+def test_a_folder_that_cannot_be_made_is_refused_before_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlnorm_verl.report.report.read_runs", lambda *_: pytest.fail("read"))
+    console = Console(record=True, file=open(os.devnull, "w"), width=400)  # noqa: SIM115
+    assert build([str(SAMPLES)], Path("/proc/nope"), console=console) == 2
+    assert "--out /proc/nope: cannot be made" in console.export_text()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"files": 3}', "\xff"])
+def test_a_broken_record_of_what_was_written_is_none(content: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", curve={1: 0.5, 2: 0.6})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".written.json").write_text(content, encoding="latin-1")
+    assert build([str(folder)], tmp_path / "out", console=quiet()) == 0
+    assert "tables/countdown.csv" in json.loads((tmp_path / "out" / ".written.json").read_text())["files"]
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -481,7 +543,7 @@ def test_equal_prompts_with_other_answers_are_other_problems(tmp_path: Path) -> 
 
 def test_a_dump_that_is_being_written(tmp_path: Path) -> None:
     dumps = {1: {f"p{i}": [1, 0] * 4 for i in range(5)}}
-    folder = write_run(tmp_path, curve={1: 0.5}, dumps=dumps)
+    folder = write_run(tmp_path, curve={1: 20 / 39}, dumps=dumps)
     file = folder / "validation" / "1.jsonl"
     text = file.read_text()
     file.write_text(text[: text.rindex('"output"')])
@@ -493,9 +555,15 @@ def test_a_dump_that_is_being_written(tmp_path: Path) -> None:
     assert measures.final_pass([run]).note == "one seed; 4 of 5 problems"
 
 
-def test_a_dump_that_does_not_agree_with_verls_metrics_is_noted(tmp_path: Path) -> None:
-    run = read_one(write_run(tmp_path, curve={1: 0.6}, dumps={1: {"p": [1, 0], "q": [1, 0]}}))
-    assert "validation/1.jsonl: its accuracy is 0.5000, verl logged 0.6000 at that step" in run.notes
+def test_a_dump_that_does_not_agree_with_verls_metrics_is_not_used(tmp_path: Path) -> None:
+    dumps = {step: {"p": [1, 0] * 4, "q": [1, 0] * 4} for step in (1, 2)}
+    run = read_one(write_run(tmp_path, curve={1: 0.5, 2: 0.6}, dumps=dumps))
+    assert "validation/2.jsonl: its accuracy is 0.5000, verl logged 0.6000 at that step: not used" in run.notes
+    assert not any("no validation dump" in note for note in run.notes)
+    assert sorted(run.validations) == [1]
+    found = measures.final_accuracy([run])
+    assert (found.value, np.isnan(found.low), found.note) == (0.6, True, "no dumps")
+    assert measures.final_pass([run]) is None
 
 
 def test_graded_scores_have_an_average_but_no_pass(tmp_path: Path) -> None:
@@ -514,6 +582,7 @@ def test_counts_are_kept_until_a_dump_changes(tmp_path: Path) -> None:
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     kept = read_one(folder, cache_folder=tmp_path / "out")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    (folder / "metrics-000.jsonl").write_text(json.dumps({"step": 1, "data": accuracy(1.0)}) + "\n")
     changed = read_one(folder, cache_folder=tmp_path / "out")
     found = [run.validations[1]["set"].correct.sum() for run in (before, kept, changed)]
     assert found == [2, 2, 4]
@@ -648,25 +717,78 @@ def test_a_difference_that_cannot_be_paired_has_no_interval(tmp_path: Path) -> N
     vl = read_runs([str(write_run(tmp_path, seed=seed, dumps={10: dumps[seed]})) for seed in (0, 1)])
     one = read_one(write_run(tmp_path, "grpo_norm", seed=2, dumps={10: random_dump(2, 0.5)}))
     bare = read_one(write_run(tmp_path, "dapo_norm", curve={10: 0.25}))
-    for other in (one, bare):
+    for other, ours, note in ((one, vl, "not paired"), (bare, vl[:1], "not paired; 1 of 2 seeds")):
         found = measures.difference(vl, [other])
-        assert found.value == pytest.approx(measures.final_accuracy(vl).value - measures.final_accuracy([other]).value)
-        assert (np.isnan(found.low), found.note) == (True, "not paired")
+        expected = measures.final_accuracy(ours).value - measures.final_accuracy([other]).value
+        assert found.value == pytest.approx(expected)
+        assert (np.isnan(found.low), found.note) == (True, note)
     assert measures.final_accuracy(vl).note == "other problems in each seed"
     assert measures.final_pass(vl).note == "other problems in each seed"
 
 
-def test_an_unfinished_run_is_marked(tmp_path: Path) -> None:
+def test_a_difference_is_of_the_seeds_that_both_have(tmp_path: Path) -> None:
+    vl = read_runs([str(write_run(tmp_path, seed=s, dumps={10: random_dump(s, 0.6)})) for s in (0, 1, 2)])
+    other = read_runs(
+        [str(write_run(tmp_path, "dapo_norm", seed=s, dumps={10: random_dump(9 + s, 0.4)})) for s in (1, 2)]
+    )
+    found, same = measures.difference(vl, other), measures.difference(vl[1:], other)
+    assert (found.value, found.low, found.high) == (same.value, same.low, same.high)
+    assert (found.note, same.note) == ("2 of 3 seeds", "")
+    apart = measures.difference(vl[:1], other)
+    assert (apart.note, np.isfinite(apart.low)) == ("one seed", True)
+
+
+def test_a_seed_that_is_not_as_far_is_not_in_the_final_values(tmp_path: Path) -> None:
     folders = [
-        write_run(tmp_path, curve={400: 0.4, 450: 0.5}),
-        write_run(tmp_path, seed=1, curve={400: 0.4}),
-        write_run(tmp_path, "grpo_norm", curve={1000: 0.6}),
+        write_run(tmp_path, dumps={400: random_dump(0, 0.4), 450: random_dump(1, 0.5)}),
+        write_run(tmp_path, seed=1, dumps={400: random_dump(2, 0.1)}),
+        write_run(tmp_path, "grpo_norm", dumps={400: random_dump(3, 0.3), 1000: random_dump(4, 0.6)}),
     ]
     runs = read_runs(list(map(str, folders)))
-    assert [row["step"] for row in made(runs, "countdown")] == ["1000", "400–450 of 1000"]
+    grpo, vl = made(runs, "countdown")
+    alone = made([runs[0]], "countdown")[0]
+    for column in ("Avg@8", "Pass@8", "monotonicity"):
+        assert vl[column] == alone[column]
+    assert (grpo["step"], vl["step"]) == ("1000", "450 of 1000")
+    assert (grpo["seeds"], vl["seeds"]) == (1, "1 of 2")
     text = foot(runs, "countdown")
     assert "Not finished: vl_norm-1.0-0 (450 of 1000), vl_norm-1.0-1 (400 of 1000)." in text
-    assert "rows stand at different steps (400, 450, 1000)" in text
+    assert "Not as far as another seed of its row, so not in the row's values: vl_norm-1.0-1 (step 400)." in text
+    assert "rows stand at different steps (450, 1000)" in text
+    # Both were validated at step 400, where seed 0 is in both.
+    gap = np.mean(list(random_dump(0, 0.4).values())) - np.mean(list(random_dump(3, 0.3).values()))
+    assert grpo["VL Norm minus this"].value == pytest.approx(gap)
+    assert grpo["VL Norm minus this"].note == "one seed; at step 400; 1 of 2 seeds"
+
+
+def test_without_a_step_in_common_there_is_no_difference(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, curve={10: 0.5}), write_run(tmp_path, "grpo_norm", curve={15: 0.5})]
+    grpo, _ = made(read_runs(list(map(str, folders))), "countdown")
+    assert np.isnan(grpo["VL Norm minus this"].value)
+    assert grpo["VL Norm minus this"].note == "no validated step in common"
+
+
+def test_accuracies_that_are_not_avg_at_8_are_not_called_so(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, curve={10: 0.5})
+    data = {"val-core/set/reward/mean@1": 0.25, "val-core/set/reward/best@8/mean": 0.75}
+    (folder / "metrics-000.jsonl").write_text(json.dumps({"step": 10, "data": data}) + "\n")
+    (row,) = made([run := read_one(folder)], "countdown")
+    assert row["Avg@1"].value == 0.25
+    assert row["verl's best@8"] == 0.75
+    assert "Not Avg@8 of verl's acc: vl_norm-1.0-0: mean@1 of reward." in foot([run], "countdown")
+    eight = read_one(write_run(tmp_path / "8", "dapo_norm", curve={10: 0.5}))
+    assert "Avg@k" in made([run, eight], "countdown")[0]
+    assert "Not Avg@8" not in foot([eight], "countdown")
+
+
+def test_the_vl_norm_that_others_are_compared_with() -> None:
+    of_paper, other = Setting("aggregation", "math", "3b", "3072", "gpu"), Setting("", "x", "", "", "")
+    keys = ["dapo_norm", "vl_norm:0.5", "vl_norm:0.75", "vl_norm:1", "vl_norm"]
+    assert measures.main_vl_norm(of_paper, keys) == "vl_norm:0.75"
+    assert measures.main_vl_norm(of_paper, ["vl_norm:0.5", "vl_norm:1"]) is None
+    assert measures.main_vl_norm(other, keys) == "vl_norm:1"
+    assert measures.main_vl_norm(other, keys[:3]) == "vl_norm:0.75"
+    assert measures.main_vl_norm(other, ["dapo_norm", "vl_norm"]) is None
 
 
 def test_which_table_a_run_belongs_to_is_what_its_recipe_says(tmp_path: Path) -> None:
@@ -700,8 +822,8 @@ def test_monotonicity_is_kendalls_tau_over_the_validations(tmp_path: Path) -> No
     tau = (concordant - (10 - concordant - tied)) / np.sqrt(10 * (10 - tied))
     run = read_one(write_run(tmp_path, curve=curve))
     assert measures.monotonicity([run]).value == pytest.approx(tau)
-    assert measures.monotonicity([run]).note == "one seed, no dumps"
-    falling = read_one(write_run(tmp_path, seed=1, curve={0: 0.9, 1: 0.5}))
+    assert measures.monotonicity([run]).note == "one seed; no dumps"
+    falling = read_one(write_run(tmp_path, seed=1, curve={0: 0.9, 100: 0.7, 200: 0.5}))
     found = measures.monotonicity([run, falling])
     assert found.value == pytest.approx((tau - 1) / 2)
     assert (found.low, found.high) == (-1, 1)
@@ -712,6 +834,21 @@ def test_monotonicity_of_one_seed_has_an_interval_over_problems(tmp_path: Path) 
     found = measures.monotonicity([read_one(write_run(tmp_path, dumps=dumps))])
     assert found.note == "one seed"
     assert found.low < found.value <= found.high
+
+
+@pytest.mark.parametrize(
+    ("dumps", "note"),
+    [
+        ({0: [0, 0, 1], 1: [0, 1, 1]}, "one seed; two validations"),
+        ({0: [0], 1: [1], 2: [1]}, "one seed; a set of one problem"),
+        ({0: [0, 0], 1: [1, 1], 2: [1, 1]}, "one seed; the same in every resample"),
+    ],
+)
+def test_a_monotonicity_without_an_interval_says_why(dumps: dict[int, list[int]], note: str, tmp_path: Path) -> None:
+    named = {step: {f"p{i}": [right] * 8 for i, right in enumerate(found)} for step, found in dumps.items()}
+    found = measures.monotonicity([read_one(write_run(tmp_path, dumps=named))])
+    assert found.value > 0
+    assert (np.isnan(found.low), found.note) == (True, note)
 
 
 def test_the_papers_count_and_first_hit_against_first_hit(tmp_path: Path) -> None:
@@ -727,7 +864,8 @@ def test_the_papers_count_and_first_hit_against_first_hit(tmp_path: Path) -> Non
     assert raw["first hit / first hit"].value == pytest.approx(2.0)
     assert raw["last step / first hit"].note == "one seed"
     assert np.isnan(raw["last step / first hit"].low)
-    assert raw["paper"] == "2.67 [paper, Fig. 2]"
+    assert raw["paper's first hit"] == "375 (2.67×) [paper, Fig. 2]"
+    assert rows[0] == raw, "what VL Norm reaches comes first"
     back = next(row for row in rows if row["curve"] == "raw" and row["method"] == "DAPO")
     assert (back["first hit"], back["first hit / first hit"], back["seeds reached"]) == ("not reached",) * 2 + (
         "0 of 1",
@@ -746,9 +884,10 @@ def test_smoothing_treats_both_curves_and_the_target_alike(tmp_path: Path) -> No
 def test_a_speed_up_over_seeds_is_a_t_interval_of_logarithms(tmp_path: Path) -> None:
     folders = []
     for seed, hit in enumerate((20, 40, 40)):
+        final = 0.6 if seed == 2 else 0.5
         rising = {step: 0.9 if step >= hit else 0.1 for step in (20, 40, 80)}
-        folders.append(write_run(tmp_path, seed=seed, curve=rising))
-        folders.append(write_run(tmp_path, "dapo_norm", seed=seed, curve={20: 0.1, 40: 0.2, 80: 0.5}))
+        folders.append(write_run(tmp_path, seed=seed, curve=rising, planned=80))
+        folders.append(write_run(tmp_path, "dapo_norm", seed=seed, curve={20: 0.1, 40: 0.2, 80: final}, planned=80))
     runs = read_runs(list(map(str, folders)))
     vl, dapo = [[run for run in runs if run.method == method] for method in ("vl_norm", "dapo_norm")]
     found = measures.speed_up(vl, dapo, 1)
@@ -757,16 +896,37 @@ def test_a_speed_up_over_seeds_is_a_t_interval_of_logarithms(tmp_path: Path) -> 
     assert found.by_last.value == pytest.approx(np.exp(logs.mean()))
     assert found.by_last.low == pytest.approx(np.exp(logs.mean() - half), rel=1e-5)
     assert found.by_last.high == pytest.approx(np.exp(logs.mean() + half), rel=1e-5)
-    never = read_one(write_run(tmp_path / "x", seed=2, curve={20: 0.1, 80: 0.2}))
+    never = read_one(write_run(tmp_path / "x", seed=2, curve={20: 0.1, 80: 0.2}, planned=80))
     partly = measures.speed_up([*vl[:2], never], dapo, 1)
     assert (partly.reached, partly.pairs) == (2, 3)
     assert np.isnan(partly.by_last.low)
     assert partly.by_last.note == "of the 2 seeds that reached"
+    # Steps and ratios are of the same two seeds.
+    assert (partly.target, partly.first, partly.reference_last) == (0.5, 30, 80)
+    assert partly.by_last.value == pytest.approx(np.exp(logs[:2].mean()))
+    assert measures.speed_up([vl[0], never], dapo[::2], 1).by_last.note == "of the seed that reached"
+
+
+def test_an_unfinished_run_is_neither_a_target_nor_out_of_reach(tmp_path: Path) -> None:
+    done = read_one(write_run(tmp_path, "dapo_norm", curve={0: 0.1, 50: 0.5, 100: 0.6}, planned=100))
+    begun = read_one(write_run(tmp_path, curve={0: 0.1, 50: 0.2}, planned=100))
+    rows = [row for row in made([done, begun], "speedup") if row["curve"] == "raw"]
+    assert [row["method"] for row in rows] == ["VL Norm (α = 1)", "DAPO Norm"]
+    assert [rows[0][key] for key in ("first hit", *tables.RATIOS)] == ["not yet (step 50)"] * 3
+    assert rows[0]["its own first hit"] == "100"
+    assert rows[1]["target"].note == "the reference is not finished (step 50 of 100)"
+    assert np.isnan(rows[1]["target"].value)
+    assert [rows[1][key] for key in ("its last step", "its own first hit", "first hit", *tables.RATIOS)] == [None] * 5
+    other = read_one(write_run(tmp_path, "dapo_norm", seed=1, curve={0: 0.1, 50: 0.5}, planned=100))
+    ours = [read_one(write_run(tmp_path / "x", seed=s, curve={0: 0.1, 50: 0.7, 100: 0.8}, planned=100)) for s in (0, 1)]
+    found = measures.speed_up(ours, [done, other], 1)
+    assert (found.pairs, found.reached, found.first) == (1, 1, 50)
+    assert found.note == "the reference is not finished (step 50 of 100) in 1 of 2 seeds, which are left out"
 
 
 def test_a_target_that_was_met_before_training_gives_no_ratio(tmp_path: Path) -> None:
     run = read_one(write_run(tmp_path, curve={0: 0.5, 10: 0.6}))
-    reference = read_one(write_run(tmp_path, "dapo_norm", curve={0: 0.5, 10: 0.4}))
+    reference = read_one(write_run(tmp_path, "dapo_norm", curve={0: 0.5, 10: 0.4}, planned=10))
     found = measures.speed_up([run], [reference], 1)
     assert found.by_last is None
     assert found.note == "the target was met before training"
@@ -796,6 +956,18 @@ def test_the_papers_values_are_given_to_their_setting_only() -> None:
     assert paper.cell(at, "vl_norm:0.5", "avg@8") == "not found"
     assert paper.cell(at._replace(length="8192"), "vl_norm:1", "avg@8") == "not found"
     assert paper.cell(at._replace(scale="cpu"), "vl_norm:1", "avg@8") == "tiny model, not the paper's"
+
+
+def test_the_foot_says_where_the_papers_values_were_read_and_what_concerns_its_rows(tmp_path: Path) -> None:
+    three = read_one(write_run(tmp_path / "3b", "grpo_norm", curve={10: 0.5}))
+    seven = read_one(write_run(tmp_path / "7b", curve={10: 0.5}, recipe={"model": "7b"}))
+    tiny = read_one(write_run(tmp_path / "tiny", curve={10: 0.5}, recipe={"model": "7b", "scale": "cpu"}))
+    texts = [foot([run], "countdown") for run in (three, seven, tiny)]
+    assert ["CountDown 7B: in the paper's table GRPO Norm" in text for text in texts] == [False, True, False]
+    assert ["entropy under VL Norm: between 0.1 and 0.2" in text for text in texts] == [False, True, False]
+    assert ["a digest of the paper's first version" in text for text in texts] == [True, False, False]
+    dapo = read_one(write_run(tmp_path / "d", "dapo", curve={1000: 0.5}, recipe={"family": "dapo"}))
+    assert "the length is that of the authors' scripts [code]" in foot([dapo], "dapo")
 
 
 def test_an_estimate_is_what_the_tables_hold(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from vlnorm_verl.report import figures, output
+from vlnorm_verl.report import figures, output, tables
 from vlnorm_verl.report.figures import Drawing
 from vlnorm_verl.report.runs import Run, Validation
 
@@ -106,7 +106,7 @@ def test_marks_are_where_the_final_accuracy_is_reached_first(dumps: bool) -> Non
     assert [line for line in left.get_lines() if list(line.get_ydata()) == [0.75, 0.75]], "no line at DAPO's final"
     star, own = artist(drawing, "reached"), artist(drawing, "reached-reference")
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([200], [0.75])
-    assert (list(own.get_xdata()), list(own.get_ydata())) == ([300], [0.8])
+    assert (list(own.get_xdata()), list(own.get_ydata())) == ([300], [0.75])
     assert "200 (2.50×)" in texts(drawing)
     assert "step 200 (2.50×)" in drawing.caption
     assert "step 300, 1.50 times" in drawing.caption
@@ -126,22 +126,52 @@ def test_bars_are_the_final_accuracies_and_their_difference() -> None:
 def test_not_reached_is_said() -> None:
     drawing = drawn([run("dapo", OURS), run("vl_norm", DAPO)])["fig2-dapo-countdown-3b-3072-gpu"]
     assert artist(drawing, "reached") is None
-    assert "DAPO + VL Norm (α = 1): not reached by step 500" in texts(drawing)
-    assert "did not reach" in drawing.caption
+    assert "DAPO + VL Norm (α = 1): not reached" in texts(drawing)
+    assert "has not reached DAPO's final accuracy (not reached)" in drawing.caption
     assert drawing.figure.axes[1].get_title().startswith("−10.0 points")
 
 
-def test_what_the_untrained_model_has_is_not_reached_by_training() -> None:
+def test_a_target_that_the_untrained_model_meets_is_not_marked() -> None:
     drawing = drawn([run("dapo", {0: 0.5, 10: 0.4, 20: 0.3}), run("vl_norm", {0: 0.5, 10: 0.2, 20: 0.35})])
-    star = artist(drawing["fig2-dapo-countdown-3b-3072-gpu"], "reached")
-    assert list(star.get_xdata()) == [20]
+    one = drawing["fig2-dapo-countdown-3b-3072-gpu"]
+    assert artist(one, "reached") is artist(one, "reached-reference") is None
+    assert "the target was met before training" in one.caption
 
 
-def test_seeds_are_averaged_before_the_mark_is_set() -> None:
+def test_marks_are_the_speed_up_tables() -> None:
     runs = [run("dapo", {0: 0.1, 10: 0.4, 20: 0.5}, seed) for seed in (0, 1)]
     runs += [run("vl_norm", {0: 0.1, 10: first, 20: 0.8}, seed) for seed, first in enumerate((0.6, 0.3))]
     drawing = drawn(runs)["fig2-dapo-countdown-3b-3072-gpu"]
-    assert list(artist(drawing, "reached").get_xdata()) == [20]
+    table = next(table for table in tables.tables(runs, 3) if table.name == "speedup")
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    assert list(artist(drawing, "reached").get_xdata()) == [float(row["first hit"])] == [15]
+    assert list(artist(drawing, "reached-reference").get_xdata()) == [float(row["its own first hit"])] == [20]
+    assert f"15 ({row['last step / first hit'].value:.2f}×)" in texts(drawing)
+
+
+def test_marks_at_one_step_are_both_seen() -> None:
+    drawing = drawn([run("dapo", DAPO), run("vl_norm", {**DAPO, 500: 0.8})])["fig2-dapo-countdown-3b-3072-gpu"]
+    star, own = artist(drawing, "reached"), artist(drawing, "reached-reference")
+    assert list(star.get_xdata()) == list(own.get_xdata()) == [300]
+    assert own.get_markersize() > star.get_markersize() + 2
+    assert own.get_zorder() < star.get_zorder()
+
+
+def test_bars_and_difference_are_at_the_last_step_of_both() -> None:
+    one = drawn([run("dapo", DAPO), run("vl_norm", {0: 0.1, 100: 0.7, 200: 0.9})])["fig2-dapo-countdown-3b-3072-gpu"]
+    right = one.figure.axes[1]
+    assert [bar.get_height() for bar in right.patches] == pytest.approx([0.6, 0.9])
+    assert right.get_title().startswith("+30.0 points\n[")
+    assert right.get_ylabel() == "accuracy at step 200"
+    assert "at step 200, the last that both were validated at (one seed; at step 200)" in one.caption
+
+
+def test_a_reference_that_is_not_finished_is_no_target() -> None:
+    dapo = run("dapo", DAPO)
+    dapo.planned_steps = 1000
+    one = drawn([dapo, run("vl_norm", OURS)])["fig2-dapo-countdown-3b-3072-gpu"]
+    assert artist(one, "reached") is None
+    assert "no first hit is marked: DAPO is not finished (step 500 of 1000)." in one.caption
 
 
 def test_the_reference_is_dapo_norm_in_the_other_family_or_what_there_is() -> None:
@@ -222,6 +252,12 @@ def test_grid_has_a_row_for_each_task_and_model_and_a_column_for_each_length() -
     shape = [[axes.get_visible() for axes in drawing.figure.axes[start : start + 2]] for start in (0, 2, 4)]
     assert shape == [[True, True], [True, False], [False, True]]
     assert drawing.figure.axes[2].get_title() == "CountDown, 7B, 3072 tokens"
+    drawing.figure.draw_without_rendering()
+    for axes in (drawing.figure.axes[0], drawing.figure.axes[2], drawing.figure.axes[5]):
+        assert axes.get_ylabel()
+        assert any(label.get_visible() and label.get_text() for label in axes.get_yticklabels())
+    assert not any(label.get_visible() for label in drawing.figure.axes[1].get_yticklabels())
+    assert [bool(axes.get_xlabel()) for axes in drawing.figure.axes if axes.get_visible()] == [False, False, True, True]
     lines = [line for line in drawing.figure.axes[0].get_lines() if list(line.get_ydata()) == list(DAPO.values())]
     assert {to_hex(line.get_color()).upper() for line in lines} == {"#009E73", "#D55E00"}
 

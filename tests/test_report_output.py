@@ -424,3 +424,9 @@ def test_a_large_figure_is_put_in_as_png(figure: Figure, tmp_path: Path) -> None
 
 def test_the_same_input_gives_the_same_page(table: Table, figure: Figure, tmp_path: Path) -> None:
     assert write(tmp_path / "a", table, figure)[0] == write(tmp_path / "b", table, figure)[0]
+
+
+def test_a_column_may_have_decimals_of_its_own() -> None:
+    cells: list[output.Cell] = [0.12345, Estimate(2.6666, 1.5, 3.0)]
+    one = Table("t", "T", ["a", "b"], [cells], digits_of={"b": 2})
+    assert "| 0.123 | 2.67 [1.50, 3.00] |" in output.to_markdown(one)

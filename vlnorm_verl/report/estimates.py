@@ -194,6 +194,8 @@ def rank_correlation(steps: np.ndarray, values: np.ndarray, sizes: tuple[int, ..
     if not np.isfinite(value):
         return Estimate(nan, note="constant")
     spread = float(np.nanstd(_kendall(resampled_means(values, sizes))))
+    if not spread > 1e-9:
+        return Estimate(value, note="one seed; the same in every resample")
     half = float(norm.isf(TAIL)) * spread
     return Estimate(value, max(-1.0, value - half), min(1.0, value + half), "one seed")
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vlnorm_verl.report import measures, paper
+from vlnorm_verl.report import measures
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.output import (
     METHOD_COLORS,
@@ -142,13 +142,12 @@ def _label(key: str, family: str) -> str:
 def _accuracy_name(runs: Iterable[Run]) -> str:
     """Avg@8, or what the runs were validated with; several sets in one number are weighted."""
     runs = list(runs)
-    counts = {
-        int(n) for run in runs for metric in run.metrics for n in re.findall(r"^val-core/.+/acc/mean@(\d+)$", metric)
-    }
-    for sets in (sets for run in runs for sets in run.validations.values()):
-        counts |= {int(one.n.max()) for one in sets.values() if len(one.n)}
+    variables, counts = measures.accuracies_of(runs)
     weighted = any(len(measures.validation_sets([run])) > 1 for run in runs)
-    return ("weighted " if weighted else "") + (f"Avg@{counts.pop()}" if len(counts) == 1 else "Avg@k")
+    of = f" of {', '.join(sorted(variables))}" if variables - {"acc"} else ""
+    return figure_text(
+        ("weighted " if weighted else "") + (f"Avg@{counts.pop()}" if len(counts) == 1 else "Avg@k") + of
+    )
 
 
 def _is_vl_norm(key: str) -> bool:
@@ -160,13 +159,11 @@ def _alpha(runs: list[Run]) -> float | None:
 
 
 def _compared(setting: Setting, methods: Methods) -> tuple[Methods, str]:
-    """The methods with VL Norm at one α (the paper's for the task, else the largest), and the caption's word on it."""
-    variants = {key: runs for key, runs in methods.items() if _is_vl_norm(key)}
+    """The methods with VL Norm at one α, `measures.main_vl_norm`'s, and the caption's word on it."""
+    variants = [key for key in methods if _is_vl_norm(key)]
     if len(variants) < 2:
         return methods, ""
-    wanted = paper.alpha(setting.task)
-    own = next((key for key, runs in variants.items() if _alpha(runs) == wanted and wanted is not None), None)
-    chosen = own or max(variants, key=lambda key: (_alpha(variants[key]) is not None, _alpha(variants[key]) or 0.0))
+    chosen = measures.main_vl_norm(setting, variants)
     kept = {key: runs for key, runs in methods.items() if key == chosen or key not in variants}
     return kept, f" VL Norm at other α: figure {_name('alpha', *setting)}."
 
@@ -344,11 +341,12 @@ def draw_reached(setting: Setting, methods: Methods) -> Drawing | None:
 
     Left, accuracy over steps, a line at the reference's final accuracy, a filled mark where VL Norm is there first and
     an open one where the reference itself was: its last step flatters whoever is compared with it, since curves are
-    flat at the end. Right, both final accuracies and their difference.
+    flat at the end. Both are the speed-up table's, unsmoothed. Right, both accuracies at the last step that both were
+    validated at, and their difference.
     """
     methods, aside = _compared(setting, methods)
     curves = {key: curve for key, runs in methods.items() if (curve := _accuracy(runs)) and (curve.steps > 0).any()}
-    ours = next(filter(_is_vl_norm, curves), None)
+    ours = measures.main_vl_norm(setting, curves)
     others = [key for key in curves if not _is_vl_norm(key)]
     if ours is None or not others:
         return None
@@ -358,70 +356,65 @@ def draw_reached(setting: Setting, methods: Methods) -> Drawing | None:
     for key in (reference, ours):
         _draw_curve(left, curves[key], key)
     name = _label(reference, setting.family)
-    target = float(curves[reference].mean[-1])
-    left.axhline(target, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-    words = _mark_first_hits(left, curves[reference], curves[ours], target, reference, ours, setting.family)
+    found = measures.speed_up(methods[ours], methods[reference], 1)
+    target, words = None, "no accuracy to reach yet."
+    if found is not None and found.pairs:
+        target = found.target
+        left.axhline(target, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        words = _mark_first_hits(left, found, reference, ours, setting.family)
+    elif found is not None:
+        words = f"no first hit is marked: {found.note.replace('the reference', name)}."
     _from_step_0(left)
     accuracy = _accuracy_name(run for key in (reference, ours) for run in methods[key])
     left.set_ylabel(f"validation {accuracy}")
-    left.set_title(f"dashed: {name}'s final accuracy, {target:.3f}", loc="left")
-    _draw_final(right, [(key, methods[key]) for key in (reference, ours)], setting.family)
+    if target is not None:
+        left.set_title(f"dashed: {name}'s final accuracy, {target:.3f}", loc="left")
+    where = _draw_final(right, [(key, methods[key]) for key in (reference, ours)], setting.family)
     title = _titled(f"{_label(ours, setting.family)} against {name}", setting)
     figure.suptitle(title)
     _legend(figure, _entries((reference, ours), setting.family), width)
     caption = (
-        f"Left: {accuracy} on validation prompts over training; {words} Right: accuracy at the last validation, its "
+        f"Left: {accuracy} on validation prompts over training; {words} Right: accuracy {where}, its "
         "95% interval, and the difference in points; where there is one seed, the interval is over problems only."
         f"{_band_words(curves[key] for key in (reference, ours))}{aside}"
     )
     return Drawing(figure, _name("fig2", *setting), title, caption)
 
 
-def _mark_first_hits(
-    axes: Axes, reference: Curve, ours: Curve, target: float, reference_key: str, key: str, family: str
-) -> str:
-    """Both marks with their labels; returns the caption's words."""
-    last = int(reference.steps[-1])
-    # A target that the untrained model meets isn't reached by training.
-    own, hit = (
-        measures.first_hit(curve.steps[curve.steps > 0], curve.mean[curve.steps > 0], target)
-        for curve in (reference, ours)
-    )
+def _mark_first_hits(axes: Axes, found: measures.SpeedUp, reference_key: str, key: str, family: str) -> str:
+    """Both marks with their labels, on the line at the target; returns the caption's words."""
     name, our_name = _label(reference_key, family), _label(key, family)
     axes.set_ylim(bottom=axes.get_ylim()[0])
-    if own is not None:
-        _mark(
-            axes, reference, own, f"{own}", 22, color=method_color(reference_key), marker="o", gid="reached-reference"
-        )
-    own_words = f"the open mark is where {name} itself was first there, step {own}" if own is not None else ""
-    if hit is None:
+    own = f"{found.reference_first:.6g}"
+    # Larger than the star and behind it, so that both are seen where they coincide.
+    _mark(axes, found.reference_first, found.target, own, 22, method_color(reference_key), "o", "reached-reference")
+    own_words = f"the open mark is where {name} itself was first there, step {own}"
+    seeds = f" in {found.reached} of {found.pairs} seeds" if found.reached < found.pairs else ""
+    note = f" ({found.note.replace('the reference', name)})" if found.note else ""
+    if found.first is None or found.by_last is None or found.by_first is None:
+        what = "not reached" if found.waiting is None else f"not yet, at step {found.waiting}"
         axes.text(
-            0.5,
-            0.04,
-            f"{our_name}: not reached by step {int(ours.steps[-1])}",
-            transform=axes.transAxes,
-            ha="center",
-            color=method_color(key),
-        )
-        return f"{our_name} did not reach {name}'s final accuracy by step {int(ours.steps[-1])}; {own_words}."
-    ratio = f" ({last / hit:.2f}×)"
-    _mark(axes, ours, hit, f"{hit}{ratio}", 6, color=method_color(key), marker="*", gid="reached")
-    fair = f", {own / hit:.2f} times that of {our_name}" if own is not None else ""
+            0.5, 0.04, f"{our_name}: {what}", transform=axes.transAxes, ha="center", color=method_color(key)
+        )  # fmt: skip
+        return f"{our_name} has not reached {name}'s final accuracy ({what}); {own_words}{note}."
+    hit, ratio = f"{found.first:.6g}", f" ({found.by_last.value:.2f}×)"
+    _mark(axes, found.first, found.target, f"{hit}{ratio}", 6, method_color(key), "*", "reached")
     return (
-        f"the star is where {our_name} first reaches the final accuracy of {name}, step {hit}{ratio}, the factor being "
-        f"the last step of {name}, {last}, over it; {own_words}{fair}. Both are read from the curves drawn, "
-        "unsmoothed."
+        f"the star is where {our_name} first reaches the final accuracy of {name}, step {hit}{ratio}{seeds}, the "
+        f"factor being the last step of {name}, {found.reference_last:.6g}, over it; {own_words}, "
+        f"{found.by_first.value:.2f} times that of {our_name}. Each seed's own curve is read, unsmoothed, at its "
+        f"validations, and the mean over seeds marked, as in the table of the speed-up{note}."
     )
 
 
-def _mark(axes: Axes, curve: Curve, step: int, label: str, above: int, *, color: str, marker: str, gid: str) -> None:
-    """A mark on the curve, filled if it is a star, a line down to the axis and the label `above` points over it."""
-    height, bottom = float(curve.mean[curve.steps == step][0]), axes.get_ylim()[0]
-    fill, edge, size = (color, "white", 14) if marker == "*" else ("white", color, 9)
+def _mark(axes: Axes, step: float, height: float, label: str, above: int, color: str, marker: str, gid: str) -> None:
+    """A filled star or an open circle, a line down to the axis and the label `above` points over it."""
+    bottom, star = axes.get_ylim()[0], marker == "*"
+    fill, edge, size = (color, "white", 12) if star else ("none", color, 16)
     axes.vlines([step], bottom, height, color=color, linewidth=0.8, linestyle=":")
-    axes.plot([step], [height], marker, ms=size, mfc=fill, mec=edge, zorder=5, gid=gid)
+    axes.plot([step], [height], marker, ms=size, mfc=fill, mec=edge, mew=0.8 if star else 1.6, zorder=5 + star, gid=gid)
     # At the axis no curve is in the way, except at the very left.
-    right = step > 0.75 * curve.steps[-1]
+    right = step > 0.75 * axes.dataLim.x1
     axes.annotate(
         label,
         (step, bottom),
@@ -429,8 +422,8 @@ def _mark(axes: Axes, curve: Curve, step: int, label: str, above: int, *, color:
         textcoords="offset points",
         ha="right" if right else "left",
         color=color,
-        fontweight="bold" if marker == "*" else "normal",
-        zorder=6,
+        fontweight="bold" if star else "normal",
+        zorder=7,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
     )
 
@@ -442,8 +435,10 @@ def _final(runs: list[Run]) -> Estimate:
     return final
 
 
-def _draw_final(axes: Axes, methods: list[tuple[str, list[Run]]], family: str) -> None:
-    finals = [_final(runs) for _, runs in methods]
+def _draw_final(axes: Axes, methods: list[tuple[str, list[Run]]], family: str) -> str:
+    """Both bars at one step if there is such a step; returns the words for which."""
+    step = measures.common_step(methods[0][1], methods[1][1])
+    finals = [(measures.accuracy_at(runs, step) if step is not None else None) or _final(runs) for _, runs in methods]
     tops = [0.0]
     for index, ((key, _), final) in enumerate(zip(methods, finals, strict=True)):
         hatch = "" if _is_vl_norm(key) else "//"
@@ -455,7 +450,7 @@ def _draw_final(axes: Axes, methods: list[tuple[str, list[Run]]], family: str) -
         axes.annotate(f"{final.value:.3f}", (index, top), xytext=(0, 3), textcoords="offset points", ha="center")
         tops.append(top)
     difference = measures.difference(methods[1][1], methods[0][1])
-    if difference is not None:
+    if difference is not None and np.isfinite(difference.value):
         words = f"{100 * difference.value:+.1f} points"
         if np.isfinite(difference.low) and np.isfinite(difference.high):
             words += f"\n[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
@@ -464,7 +459,12 @@ def _draw_final(axes: Axes, methods: list[tuple[str, list[Run]]], family: str) -
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set(ylim=(0, 1.15 * max(tops) or 1), xlim=(-0.6, len(methods) - 0.4))
-    axes.set_ylabel("final accuracy")
+    if step is None:
+        axes.set_ylabel("final accuracy")
+        return "of each at its last validation, since they have none at one step"
+    axes.set_ylabel(f"accuracy at step {step}")
+    note = f" ({difference.note})" if difference is not None and difference.note else ""
+    return f"at step {step}, the last that both were validated at{note}"
 
 
 # ------------------------------------------------------------------------------------------------- the paper's Fig. 3
@@ -495,7 +495,8 @@ def draw_accuracies(settings: dict[Setting, Methods]) -> Drawing | None:
     width = max(6.4, 4.2 * len(lengths))
     figure, grid = _subplots(len(panels), len(lengths), width, 0.9 + 2.6 * len(panels), sharey="row")
     drawn: list[Curve] = []
-    for row, (place, axes_row) in enumerate(zip(sorted(panels), grid, strict=True)):
+    places = sorted(panels)
+    for row, (place, axes_row) in enumerate(zip(places, grid, strict=True)):
         for length, axes in zip(lengths, axes_row, strict=True):
             if length not in panels[place]:
                 axes.set_visible(False)
@@ -507,9 +508,10 @@ def draw_accuracies(settings: dict[Setting, Methods]) -> Drawing | None:
             own = next((f", α = {curve_alpha:g}" for key in curves if (curve_alpha := ours.get(key)) is not None), "")
             axes.set_title(figure_text(_setting_title(setting)) + (own if len(ours) > 1 else ""))
             _from_step_0(axes)
-            if row < len(panels) - 1:
+            if any(length in panels[below] for below in places[row + 1 :]):
                 axes.set_xlabel("")
-            if axes is axes_row[0] or lengths[0] not in panels[place]:
+            if length == next(one for one in lengths if one in panels[place]):
+                axes.tick_params(labelleft=True)  # a shared axis has them in the first column, which may be empty
                 runs = (run for key in curves for run in settings[setting][key])
                 axes.set_ylabel(f"validation {_accuracy_name(runs)}")
     family = {"aggregation": "loss aggregations", "dapo": "full DAPO"}.get(first.family, first.family)

@@ -1,21 +1,22 @@
 """What the report measures of runs: final accuracy, differences, monotonicity, speed-up. Tables and figures use it.
 
-"Runs" of a function are the seeds of one method in one setting (a value of `grouped`). Final is a run's last
-validation, also where the run is not finished; accuracies over several validation sets are weighted by their number of
-problems.
+"Runs" of a function are the seeds of one method in one setting (a value of `grouped`). Final is the last step at which
+any of them was validated, also where it is not their last; a seed that is not as far is left out (`final_runs`). A
+difference is at the last step at which both methods were. Accuracies over several validation sets are weighted by
+their number of problems.
 
 Covered: runs with dumps (intervals over problems) and runs with verl's metrics alone (intervals over seeds only).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from math import nan
 
 import numpy as np
 
-from vlnorm_verl.report import estimates
+from vlnorm_verl.report import estimates, paper
 from vlnorm_verl.report.estimates import (
     Estimate,
     Scores,
@@ -24,7 +25,7 @@ from vlnorm_verl.report.estimates import (
     pass_at_k,
     rank_correlation,
 )
-from vlnorm_verl.report.readers import accuracy_columns
+from vlnorm_verl.report.readers import Logged, logged_accuracies, value_at
 from vlnorm_verl.report.runs import Run, Setting, Validation
 
 K = 8  # of Pass@k, the paper's
@@ -64,15 +65,20 @@ def of_seed(runs: Sequence[Run], seed: int) -> Run | None:
 
 def validation_sets(runs: Sequence[Run]) -> list[str]:
     """Names of the validation sets of these runs, sorted."""
-    names = {name for run in runs for name in accuracy_columns(run.metrics)}
+    names = {name for run in runs for name in logged_accuracies(run.metrics)}
     names |= {name for run in runs for sets in run.validations.values() for name in sets}
     return sorted(names)
 
 
 def validated_steps(run: Run) -> list[int]:
     """Steps with a validation that verl logged; of a run without any such metric, those with a dump."""
-    logged = {int(s) for column in accuracy_columns(run.metrics).values() for s in run.steps[np.isfinite(column)]}
+    logged = {int(s) for one in logged_accuracies(run.metrics).values() for s in run.steps[np.isfinite(one.values)]}
     return sorted(logged or run.validations)
+
+
+def unfinished(run: Run) -> bool:
+    """Whether its last validation is before its planned end; of a run without a planned end that is not known."""
+    return run.planned_steps is not None and max(validated_steps(run), default=0) < run.planned_steps
 
 
 def set_sizes(run: Run) -> dict[str, int]:
@@ -89,24 +95,23 @@ def accuracy_curve(run: Run, name: str | None = None) -> tuple[np.ndarray, np.nd
 
     verl's own value where it is logged, else the dump's. Empty for several sets of unknown size.
     """
-    metrics, names = accuracy_columns(run.metrics), validation_sets([run]) if name is None else [name]
+    logged, names = logged_accuracies(run.metrics), validation_sets([run]) if name is None else [name]
     sizes = set_sizes(run)
     if len(names) > 1 and not all(one in sizes for one in names):
         return np.empty(0, dtype=np.int64), np.empty(0)
     weights = np.array([sizes.get(one, 1) for one in names], dtype=np.float64)
     steps, values = [], []
     for step in validated_steps(run):
-        of_sets = [_accuracy_at(run, metrics, step, one) for one in names]
+        of_sets = [_accuracy_at(run, logged, step, one) for one in names]
         if of_sets and np.isfinite(of_sets).all():
             steps.append(step)
             values.append(float(weights @ of_sets / weights.sum()))
     return np.array(steps, dtype=np.int64), np.array(values)
 
 
-def _accuracy_at(run: Run, metrics: dict[str, np.ndarray], step: int, name: str) -> float:
-    at = int(np.searchsorted(run.steps, step))
-    if name in metrics and at < len(run.steps) and run.steps[at] == step and np.isfinite(metrics[name][at]):
-        return float(metrics[name][at])
+def _accuracy_at(run: Run, logged: dict[str, Logged], step: int, name: str) -> float:
+    if name in logged and (own := value_at(run, logged[name].values, step)) is not None:
+        return own
     validation = run.validations.get(step, {}).get(name)
     return nan if validation is None else float(average(validation.n, validation.correct).mean())
 
@@ -151,15 +156,32 @@ def first_hit(steps: np.ndarray, values: np.ndarray, target: float) -> int | Non
     return int(steps[reached[0]]) if len(reached) else None
 
 
-# ----------------------------------------------------------------------------------------------- at the last validation
+# ------------------------------------------------------------------------------------------------------- at one step
 
 
-def final_steps(runs: Sequence[Run]) -> list[int]:
-    return [steps[-1] for run in runs if (steps := validated_steps(run))]
+def final_step(runs: Sequence[Run]) -> int | None:
+    """The last step at which any of these runs was validated."""
+    return max((steps[-1] for run in runs if (steps := validated_steps(run))), default=None)
 
 
-def scores(runs: Sequence[Run], measure: Measure = average, name: str | None = None) -> Scores | None:
-    """Of each run's last validation, on the problems that all runs have.
+def at_step(runs: Sequence[Run], step: int | None) -> list[Run]:
+    """Those of the runs that were validated at a step."""
+    return [run for run in runs if step in validated_steps(run)]
+
+
+def final_runs(runs: Sequence[Run]) -> list[Run]:
+    """Those of the runs that final values are of."""
+    return at_step(runs, final_step(runs))
+
+
+def common_step(runs: Sequence[Run], reference: Sequence[Run]) -> int | None:
+    """The last step at which a run of each side was validated."""
+    steps, other = ({step for run in side for step in validated_steps(run)} for side in (runs, reference))
+    return max(steps & other, default=None)
+
+
+def scores(runs: Sequence[Run], step: int, measure: Measure = average, name: str | None = None) -> Scores | None:
+    """Of each run's validation at a step, on the problems that all runs have.
 
     None if a run has no dump of it, or if less than half of a run's problems are in all (verl draws another part of the
     validation set for each seed if data.val_max_samples is less than all). Problems for which the measure is not
@@ -173,8 +195,7 @@ def scores(runs: Sequence[Run], measure: Measure = average, name: str | None = N
         return None
     tables: list[dict[str, dict[str, float]]] = []
     for run in runs:
-        steps = validated_steps(run)
-        found = run.validations.get(steps[-1], {}) if steps else {}
+        found = run.validations.get(step, {})
         if any(one not in found for one in names):
             return None
         tables.append({one: _by_problem(found[one], measure) for one in names})
@@ -207,24 +228,35 @@ def _by_problem(validation: Validation, measure: Measure) -> dict[str, float]:
 
 def final_accuracy(runs: Sequence[Run], name: str | None = None) -> Estimate | None:
     """Avg@n of the last validation; None without a validation or, over several sets, without their sizes."""
-    table = scores(runs, average, name)
+    step = final_step(runs)
+    return None if step is None else accuracy_at(runs, step, name)
+
+
+def accuracy_at(runs: Sequence[Run], step: int, name: str | None = None) -> Estimate | None:
+    """The same at a step, of the runs that were validated there."""
+    runs = at_step(runs, step)
+    table = scores(runs, step, average, name)
     if table is not None:
         return _noted(estimates.mean(table), table, runs, name)
-    if (own := _over_own_problems(runs, average, name)) is not None:
+    if (own := _over_own_problems(runs, step, average, name)) is not None:
         return own
-    finals = [float(curve[1][-1]) for run in runs if len((curve := accuracy_curve(run, name))[0])]
-    if not finals:
+    curves = [accuracy_curve(run, name) for run in runs]
+    values = [float(found[steps == step][0]) for steps, found in curves if step in steps]
+    if not values:
         return None
-    found = over_seeds(finals, 0.0, 1.0)
-    return Estimate(found.value, found.low, found.high, "no dumps, over seeds only" if len(finals) > 1 else "no dumps")
+    found = over_seeds(values, 0.0, 1.0)
+    return replace(found, note="no dumps, over seeds only" if len(values) > 1 else "no dumps")
 
 
 def final_pass(runs: Sequence[Run], name: str | None = None) -> Estimate | None:
     """Unbiased Pass@8 of the last validation; None without dumps of 0/1 scores and eight responses."""
+    step, runs = final_step(runs), final_runs(runs)
+    if step is None:
+        return None
     try:
-        table = scores(runs, pass_at_8, name)
+        table = scores(runs, step, pass_at_8, name)
         return (
-            _over_own_problems(runs, pass_at_8, name)
+            _over_own_problems(runs, step, pass_at_8, name)
             if table is None
             else _noted(estimates.mean(table), table, runs, name)
         )
@@ -232,8 +264,8 @@ def final_pass(runs: Sequence[Run], name: str | None = None) -> Estimate | None:
         return None
 
 
-def _over_own_problems(runs: Sequence[Run], measure: Measure, name: str | None) -> Estimate | None:
-    tables = [table for run in runs if (table := scores([run], measure, name)) is not None]
+def _over_own_problems(runs: Sequence[Run], step: int, measure: Measure, name: str | None) -> Estimate | None:
+    tables = [table for run in runs if (table := scores([run], step, measure, name)) is not None]
     return estimates.mean_over_own_problems(tables) if len(tables) == len(runs) > 1 else None
 
 
@@ -244,33 +276,54 @@ def _noted(estimate: Estimate, table: Scores, runs: Sequence[Run], name: str | N
     most = sum(max(size.get(one, 0) for size in sizes) for one in names)
     if len(table.problems) == most:
         return estimate
-    note = "; ".join(filter(None, [estimate.note, f"{len(table.problems)} of {most} problems"]))
-    return Estimate(estimate.value, estimate.low, estimate.high, note)
+    return _with_note(estimate, f"{len(table.problems)} of {most} problems")
+
+
+def _with_note(estimate: Estimate, *notes: str) -> Estimate:
+    return replace(estimate, note="; ".join(filter(None, [estimate.note, *notes])))
 
 
 def difference(runs: Sequence[Run], reference: Sequence[Run], name: str | None = None) -> Estimate | None:
-    """Final accuracy of `runs` minus that of `reference`; None if one has none or they share no problem.
+    """Accuracy of `runs` minus that of `reference` at the last step that both have; None without accuracies there.
 
-    Paired as far as there are dumps of the same problems; else the plain difference, without an interval.
+    Paired as far as there are dumps of the same problems; else the plain difference, without an interval. Seeds that
+    both have are the ones compared, if there is any. The note names the step where it is not the last of both, and how
+    many seeds it is of where that is not all.
     """
-    a, b = scores(runs, average, name), scores(reference, average, name)
+    step = common_step(runs, reference)
+    if step is None:
+        return Estimate(nan, note="no validated step in common")
+    notes = [] if final_step(runs) == final_step(reference) == step else [f"at step {step}"]
+    every = {run.seed for run in [*runs, *reference]}
+    runs, reference = at_step(runs, step), at_step(reference, step)
+    shared = {run.seed for run in runs} & {run.seed for run in reference}
+    if shared:
+        runs, reference = ([run for run in side if run.seed in shared] for side in (runs, reference))
+        if shared != every:
+            notes.append(f"{len(shared)} of {len(every)} seeds")
+    found = _difference_at(runs, reference, step, name)
+    return None if found is None else _with_note(found, *notes)
+
+
+def _difference_at(runs: Sequence[Run], reference: Sequence[Run], step: int, name: str | None) -> Estimate | None:
+    a, b = scores(runs, step, average, name), scores(reference, step, average, name)
     if a is not None and b is not None:
         try:
             return estimates.difference(a, b)
         except ValueError:
             return None
-    if (own := _own_difference(runs, reference, name)) is not None:
+    if (own := _own_difference(runs, reference, step, name)) is not None:
         return own
-    one, other = final_accuracy(runs, name), final_accuracy(reference, name)
+    one, other = accuracy_at(runs, step, name), accuracy_at(reference, step, name)
     return None if one is None or other is None else Estimate(one.value - other.value, note="not paired")
 
 
-def _own_difference(runs: Sequence[Run], reference: Sequence[Run], name: str | None) -> Estimate | None:
+def _own_difference(runs: Sequence[Run], reference: Sequence[Run], step: int, name: str | None) -> Estimate | None:
     """Over seeds that have each their own problems; None if not every seed is on both sides with a dump."""
     pairs = []
     for run in runs:
         other = of_seed(reference, run.seed)
-        a, b = scores([run], average, name), scores([other] if other else [], average, name)
+        a, b = scores([run], step, average, name), scores([other] if other else [], step, average, name)
         if a is None or b is None:
             return None
         pairs.append((a, b))
@@ -285,58 +338,73 @@ def _own_difference(runs: Sequence[Run], reference: Sequence[Run], name: str | N
 def own_best(runs: Sequence[Run]) -> float | None:
     """verl's best@8/mean at the last validation, mean over seeds and, by size, over validation sets.
 
-    It is a bootstrap with replacement of the eight responses, and lies below the unbiased Pass@8.
+    Of the variable that the accuracy is of. It is a bootstrap with replacement of the eight responses, and lies below
+    the unbiased Pass@8.
     """
-    found = []
-    for run in runs:
-        steps, names, sizes = validated_steps(run), validation_sets([run]), set_sizes(run)
-        if not steps or (len(names) > 1 and not all(name in sizes for name in names)):
+    step, found = final_step(runs), []
+    for run in final_runs(runs):
+        names, sizes, logged = validation_sets([run]), set_sizes(run), logged_accuracies(run.metrics)
+        if step is None or (len(names) > 1 and not all(name in sizes for name in names)):
             return None
-        at = int(np.searchsorted(run.steps, steps[-1]))
-        columns = [run.metrics.get(f"val-core/{name}/acc/best@{K}/mean") for name in names]
-        if at == len(run.steps) or any(column is None for column in columns):
+        columns = [
+            run.metrics.get(f"val-core/{name}/{logged[name].variable}/best@{K}/mean") if name in logged else None
+            for name in names
+        ]
+        values = [None if column is None else value_at(run, column, step) for column in columns]
+        known = [value for value in values if value is not None]
+        if len(known) < len(names):
             return None
-        values = [column[at] for column in columns if column is not None]
-        found.append(float(np.average(values, weights=[sizes.get(name, 1) for name in names])))
-    return float(np.mean(found)) if found and np.isfinite(found).all() else None
+        found.append(float(np.average(known, weights=[sizes.get(name, 1) for name in names])))
+    return float(np.mean(found)) if found else None
+
+
+def accuracies_of(runs: Sequence[Run]) -> tuple[set[str], set[int]]:
+    """What the runs' accuracies are means of: variables of the reward, and numbers of responses to a problem."""
+    logged = [one for run in runs for one in logged_accuracies(run.metrics).values()]
+    counts = {one.n for one in logged}
+    for sets in (sets for run in runs for sets in run.validations.values()):
+        counts |= {int(one.n.max()) for one in sets.values() if len(one.n)}
+    return {one.variable for one in logged}, counts
 
 
 def monotonicity(runs: Sequence[Run]) -> Estimate | None:
     """Kendall's τ-b between step and accuracy over the validations of each run, mean over seeds.
 
-    Interval: over seeds; for one seed over problems.
+    Interval: over seeds; for one seed over problems; none with two validations, where τ is −1 or 1 whatever they are.
     """
     from scipy.stats import kendalltau
 
+    runs = final_runs(runs)
     curves = [accuracy_curve(run) for run in runs]
     if not curves or any(len(steps) < 2 for steps, _ in curves):
         return None
-    if len(runs) > 1:
-        # Rounded, so that accuracies that are equal but for their last bit are ties.
-        found = [float(kendalltau(steps, np.round(values, 9)).statistic) for steps, values in curves]
-        return over_seeds(found, -1.0, 1.0) if np.isfinite(found).all() else None
-    steps, values = curves[0]
-    tau = float(kendalltau(steps, np.round(values, 9)).statistic)
-    if not np.isfinite(tau):
+    # Rounded, so that accuracies that are equal but for their last bit are ties.
+    found = [float(kendalltau(steps, np.round(values, 9)).statistic) for steps, values in curves]
+    if not np.isfinite(found).all():
         return None
+    one_seed = "one seed" if len(runs) == 1 else ""
+    if min(len(steps) for steps, _ in curves) < 3:
+        return _with_note(Estimate(float(np.mean(found)), note=one_seed), "two validations")
+    if len(runs) > 1:
+        return over_seeds(found, -1.0, 1.0)
+    steps = curves[0][0]
     table = _over_steps(runs[0], steps)
-    if table is None:
-        return Estimate(tau, note="one seed, no dumps")
-    found_over_problems = rank_correlation(steps, *table)
-    return Estimate(tau, found_over_problems.low, found_over_problems.high, "one seed")
+    if isinstance(table, str):
+        return _with_note(Estimate(found[0], note=one_seed), table)
+    return replace(rank_correlation(steps, *table), value=found[0])
 
 
-def _over_steps(run: Run, steps: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]] | None:
-    """(scores [T, P] of the problems that every validation has, sizes of the sets)."""
+def _over_steps(run: Run, steps: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]] | str:
+    """(scores [T, P] of the problems that every validation has, sizes of the sets), or why there is no such table."""
     names = validation_sets([run])
     if any(name not in run.validations.get(int(step), {}) for step in steps for name in names):
-        return None
+        return "no dumps" if not run.validations else "not every validation has a dump"
     blocks, sizes = [], []
     for name in names:
         tables = [_by_problem(run.validations[int(step)][name], average) for step in steps]
         shared = sorted(set.intersection(*map(set, tables)))
         if len(shared) < 2:
-            return None
+            return "a set of one problem" if max(map(len, tables)) == 1 else "other problems in each validation"
         blocks.append(np.array([[table[problem] for problem in shared] for table in tables]))
         sizes.append(len(shared))
     return np.concatenate(blocks, axis=1), tuple(sizes)
@@ -351,8 +419,9 @@ class Reach:
 
     target: float
     reference_last: int
-    reference_first: int | None
+    reference_first: int
     first: int | None
+    last: int
     above_start: bool  # whether the target was not met already by the validation before the first step
 
 
@@ -370,64 +439,93 @@ def reach(run: Run, reference: Run, smooth: int) -> Reach | None:
     target = float(reference_values[-1])
     begun, reference_begun = steps > 0, reference_steps > 0
     starts = [*values[~begun], *reference_values[~reference_begun]]
+    reference_first = first_hit(reference_steps[reference_begun], reference_values[reference_begun], target)
+    assert reference_first is not None  # its last value is the target
     return Reach(
         target=target,
         reference_last=int(reference_steps[-1]),
-        reference_first=first_hit(reference_steps[reference_begun], reference_values[reference_begun], target),
+        reference_first=reference_first,
         first=first_hit(steps[begun], values[begun], target),
+        last=int(steps[-1]),
         above_start=all(start < target for start in starts),
     )
 
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """A method against a reference over their seeds; steps and target are means over seeds that reached."""
+    """A method against a reference over their seeds.
+
+    pairs: seeds that can be compared: the reference is finished, and its final accuracy was not there before training.
+    reached: how many of them reached it. All values are means over these, or over all pairs where none did; NaN
+    without any pair.
+    waiting: the last validation of the pair that is the least far of those that may still reach it.
+    """
 
     pairs: int
     reached: int
     target: float
     reference_last: float
-    reference_first: float | None
+    reference_first: float
     first: float | None
     by_last: Estimate | None  # the paper's count: reference's last step / first hit
     by_first: Estimate | None  # reference's first hit / first hit
+    waiting: int | None
     note: str
 
 
 def speed_up(runs: Sequence[Run], reference: Sequence[Run], smooth: int) -> SpeedUp | None:
     """Ratios are geometric means over seeds, with a t interval of their logarithms where every seed reached.
 
-    Seeds are paired by number if any is in both, else in their order: independent samples may be paired at will.
+    Seeds are paired by number if any is in both, else in their order: independent samples may be paired at will. None
+    if no pair has validations after the first step.
     """
-    note = ""
+    notes = []
     if {run.seed for run in runs} & {run.seed for run in reference}:
         pairs = [(run, other) for run in runs if (other := of_seed(reference, run.seed)) is not None]
     else:
         pairs = list(zip(runs, reference, strict=False))
-        note = "other seeds"
-    found = [one for run, other in pairs if (one := reach(run, other, smooth)) is not None]
+        notes.append("other seeds")
+    found = [(run, other, one) for run, other in pairs if (one := reach(run, other, smooth)) is not None]
     if not found:
         return None
-    reached = [one for one in found if one.first is not None]
-    usable = [one for one in reached if one.above_start and one.reference_first is not None]
-    if not all(one.above_start for one in found):
-        note = "; ".join(filter(None, [note, "the target was met before training"]))
-    complete = len(usable) == len(found)
+    finished = [entry for entry in found if not unfinished(entry[1])]
+    if len(finished) < len(found):
+        steps = {max(validated_steps(other)) for _, other, _ in found if unfinished(other)}
+        planned = max(other.planned_steps or 0 for _, other, _ in found)
+        where = f"step {_span(steps)} of {planned}"
+        notes.append(f"the reference is not finished ({where})" + (_of_seeds(finished, found) if finished else ""))
+    usable = [entry for entry in finished if entry[2].above_start]
+    if len(usable) < len(finished):
+        notes.append("the target was met before training" + (_of_seeds(usable, finished) if usable else ""))
+    reached = [one for _, _, one in usable if one.first is not None]
+    waiting = [one.last for run, _, one in usable if one.first is None and unfinished(run)]
+    shown = reached or [one for _, _, one in usable]
+    firsts = [one.first for one in reached if one.first is not None]
+    complete = len(reached) == len(usable)
     return SpeedUp(
-        pairs=len(found),
+        pairs=len(usable),
         reached=len(reached),
-        target=float(np.mean([one.target for one in found])),
-        reference_last=float(np.mean([one.reference_last for one in found])),
-        reference_first=_mean_or_none([one.reference_first for one in found if one.reference_first is not None]),
-        first=_mean_or_none([one.first for one in reached if one.first is not None]),
-        by_last=_ratio([one.reference_last / one.first for one in usable if one.first], complete),
-        by_first=_ratio([(one.reference_first or nan) / one.first for one in usable if one.first], complete),
-        note=note,
+        target=_mean([one.target for one in shown]),
+        reference_last=_mean([one.reference_last for one in shown]),
+        reference_first=_mean([one.reference_first for one in shown]),
+        first=_mean(firsts) if firsts else None,
+        by_last=_ratio([one.reference_last / one.first for one in reached if one.first], complete),
+        by_first=_ratio([one.reference_first / one.first for one in reached if one.first], complete),
+        waiting=min(waiting, default=None),
+        note="; ".join(notes),
     )
 
 
-def _mean_or_none(values: list[int]) -> float | None:
-    return float(np.mean(values)) if values else None
+def _span(steps: set[int]) -> str:
+    return str(min(steps)) if len(steps) == 1 else f"{min(steps)}–{max(steps)}"
+
+
+def _of_seeds(left: Sequence[object], every: Sequence[object]) -> str:
+    return f" in {len(every) - len(left)} of {len(every)} seeds, which are left out"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else nan
 
 
 def _ratio(ratios: list[float], complete: bool) -> Estimate | None:
@@ -436,5 +534,27 @@ def _ratio(ratios: list[float], complete: bool) -> Estimate | None:
     found = over_seeds(np.log(ratios).tolist())
     value = float(np.exp(found.value))
     if not complete:
-        return Estimate(value, note=f"of the {len(ratios)} seeds that reached")
+        return Estimate(value, note=f"of the {'seed' if len(ratios) == 1 else f'{len(ratios)} seeds'} that reached")
     return Estimate(value, float(np.exp(found.low)), float(np.exp(found.high)), found.note)
+
+
+# ---------------------------------------------------------------------------------------------------- which VL Norm
+
+
+def main_vl_norm(setting: Setting, method_keys: Iterable[str]) -> str | None:
+    """The VL Norm that other methods of a setting are compared with.
+
+    With the task's α in the paper's settings, and none if that was not run; elsewhere with α = 1 if there is one, else
+    with the largest.
+    """
+    found = {alpha: key for key in method_keys if (alpha := alpha_of(key)) is not None}
+    of_paper = paper.has(setting)
+    own = paper.alpha(setting.task) if of_paper else 1.0
+    if own in found:
+        return found[own]
+    return None if of_paper or not found else found[max(found)]
+
+
+def alpha_of(method_key: str) -> float | None:
+    method, _, number = method_key.partition(":")
+    return float(number) if method == "vl_norm" and number else None

@@ -73,6 +73,7 @@ class Table:
         rows: [R][C] cells. None and NaN print as "–"; an Estimate as "0.615 [0.598, 0.632]", its note below the table.
         foot: sentences below the table: definitions, caveats.
         digits: decimals of a float.
+        digits_of: the same of single columns, by heading.
 
     Raises:
         ValueError: `name` is no file stem, or a row hasn't one cell for each column.
@@ -84,6 +85,7 @@ class Table:
     rows: list[list[Cell]]
     foot: list[str] = field(default_factory=list)
     digits: int = 3
+    digits_of: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -130,20 +132,21 @@ def _letters(index: int) -> str:
 def _layout(table: Table) -> _Layout:
     marks: dict[str, str] = {}
 
-    def show(cell: Cell) -> _Shown:
+    def show(cell: Cell, digits: int) -> _Shown:
         if cell is None:
             return _Shown(ABSENT, numeric=True)
         if isinstance(cell, Estimate):
             interval = ""
             if not (math.isnan(cell.low) or math.isnan(cell.high)):
-                interval = f"[{_number(cell.low, table.digits)}, {_number(cell.high, table.digits)}]"
+                interval = f"[{_number(cell.low, digits)}, {_number(cell.high, digits)}]"
             mark = marks.setdefault(cell.note, _letters(len(marks))) if cell.note else ""
-            return _Shown(_number(cell.value, table.digits), interval, mark, numeric=True)
+            return _Shown(_number(cell.value, digits), interval, mark, numeric=True)
         if isinstance(cell, Real):
-            return _Shown(_number(cell, table.digits), numeric=True)
+            return _Shown(_number(cell, digits), numeric=True)
         return _Shown(_one_line(str(cell)))
 
-    cells = [[show(cell) for cell in row] for row in table.rows]
+    digits = [table.digits_of.get(column, table.digits) for column in table.columns]
+    cells = [[show(cell, of) for cell, of in zip(row, digits, strict=True)] for row in table.rows]
     # A word among numbers ("not reached") leaves a column one of numbers.
     numeric = [
         any(isinstance(row[index], (Real, Estimate)) for row in table.rows) for index in range(len(table.columns))

@@ -7,9 +7,15 @@
 | what the run is      | config.yaml (launcher), settings.json (quickstart), .hydra/config.yaml, wandb's own config |
 | validation responses | validation/STEP.jsonl, else the configuration's trainer.validation_data_dir                |
 
-A step that a resumed run repeats: the later start's record replaces the earlier one, except that a record which holds
-a validation only (verl validates before it goes on) is merged into it. A step that the later start has not reached
-again keeps the earlier record, so the tail of a run that was set back is its old one until it is trained again.
+A later start goes on from the step of its first record. What earlier starts logged after that step is of weights that
+were given up: it is left out, also where the later start has not come as far again, and so are the dumps after the last
+step that is left. The step itself has the later start's record, except that a record which holds a validation only
+(verl validates before it goes on) is merged into the earlier one.
+
+A configuration and dumps are those of all runs whose metrics are in one folder (metrics-NNN.jsonl are starts of one
+run). verl's file logger puts all experiments of a project into one folder: several *.jsonl there have neither.
+
+A dump whose accuracy is not what verl logged at its step is not used: verl's number stands, without an interval.
 
 Covered: a cut last line, corrupt lines, missing metrics, runs that are being written. Not covered: runs on a tracking
 server, and dumps of several validation sets whose reward does not write a `validation_set` field.
@@ -22,9 +28,9 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -41,6 +47,7 @@ STOCK_METHODS = {
     "token-mean": "dapo_norm",
     "seq-mean-token-sum-norm": "dr_grpo_norm",
 }
+STARTS = re.compile(r"metrics-\d+\.jsonl")
 VALIDATION_METRIC = re.compile(r"val-core/(?P<set>.+)/(?P<variable>[^/]+)/mean@(?P<n>\d+)")
 NOTED_LINES = 3  # corrupt lines of a file that are named one by one
 CACHE_FILE = ".validation-counts.msgpack"
@@ -56,13 +63,19 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one run. kind: "jsonl", "tensorboard", "wandb", or "empty" (a configuration without metrics)."""
+    """Files of one run. kind: "jsonl", "tensorboard", "wandb", or "empty" (a configuration without metrics).
+
+    label: of label=RUN; `alone`: RUN is this run only, so the label is its method whatever its configuration says.
+    shared: other runs' metrics are in the folder too, so its configuration and dumps may be another's.
+    """
 
     kind: str
     folder: Path
     files: list[Path]
     name: str
     label: str = ""
+    alone: bool = False
+    shared: bool = False
 
 
 def split_label(argument: str) -> tuple[str, Path]:
@@ -88,13 +101,15 @@ def find(arguments: list[str]) -> list[Source]:
                 "*.jsonl of verl's file logger, a tensorboard folder, an offline wandb folder or *.wandb file; each "
                 "also as label=PATH"
             )
-        for source in _search(path):
+        sources = list(_search(path))
+        alone = len(sources) == 1
+        for source in sources:
             name = source.name
             if label:
-                name = label if source.folder == path or path.is_file() else f"{label}/{source.name}"
+                name = label if alone else f"{label}/{source.name}"
             found.setdefault(
                 (source.kind, source.folder.resolve(), source.files[0].name if source.files else ""),
-                Source(source.kind, source.folder, source.files, name, label),
+                replace(source, name=name, label=label, alone=alone),
             )
     return list(found.values())
 
@@ -104,7 +119,8 @@ def _search(path: Path) -> Iterator[Source]:
         if path.suffix == ".wandb":
             yield Source("wandb", path.parent, [path], path.parent.name)
         elif path.suffix == ".jsonl" and _is_metrics(path):
-            yield Source("jsonl", path.parent, [path], path.stem)
+            plain = _plain_logs(path.parent, sorted(file.name for file in path.parent.glob("*.jsonl")))
+            yield Source("jsonl", path.parent, [path], path.stem, shared=path in plain and len(plain) > 1)
         elif ".tfevents." in path.name:
             yield Source("tensorboard", path.parent, [path], path.parent.name)
         return
@@ -119,12 +135,12 @@ def _search(path: Path) -> Iterator[Source]:
 
 def _sources(folder: Path, names: list[str]) -> Iterator[Source]:
     name = folder.resolve().name
-    if starts := [folder / n for n in names if re.fullmatch(r"metrics-\d+\.jsonl", n)]:
+    if starts := [folder / n for n in names if STARTS.fullmatch(n)]:
         yield Source("jsonl", folder, starts, name)
         return
-    plain = [folder / n for n in names if n.endswith(".jsonl") and _is_metrics(folder / n)]
+    plain = _plain_logs(folder, names)
     for file in plain:
-        yield Source("jsonl", folder, [file], file.stem)
+        yield Source("jsonl", folder, [file], file.stem, shared=len(plain) > 1)
     if plain:
         return
     events = [folder / n for n in names if ".tfevents." in n]
@@ -135,6 +151,11 @@ def _sources(folder: Path, names: list[str]) -> Iterator[Source]:
             yield Source("wandb", folder, [folder / n], name)
     if not events and ("settings.json" in names or _is_recipe(folder, names)):
         yield Source("empty", folder, [], name)
+
+
+def _plain_logs(folder: Path, names: list[str]) -> list[Path]:
+    """Files of verl's file logger under another name than the launcher's: each a run."""
+    return [folder / n for n in names if n.endswith(".jsonl") and not STARTS.fullmatch(n) and _is_metrics(folder / n)]
 
 
 def _is_metrics(path: Path) -> bool:
@@ -191,15 +212,22 @@ class Lines:
 
 
 def read_records(files: Iterable[Path], notes: list[str]) -> Records:
-    """{step: metrics} of the starts of one run, in their order. Values are what JSON gave: numbers, None, others."""
+    """{step: metrics} of the starts of one run, in their order. Values are what JSON gave: numbers, None, others.
+
+    Of what an earlier start logged, the steps up to a later one's first are kept; see the module.
+    """
     records: Records = {}
     for path in files:
         start: Records = {}
         for record in Lines(path, _RECORD, notes):
             start.setdefault(record.step, {}).update(record.data)
-        repeated = sorted(start.keys() & records.keys())
-        if repeated:
-            notes.append(f"{path.name}: repeats steps {repeated[0]} to {repeated[-1]}, which replace the earlier ones")
+        first = next(iter(start), None)
+        given_up = [] if first is None else [step for step in records if step > first]
+        for step in given_up:
+            del records[step]
+        if given_up:
+            steps = "1 later step" if len(given_up) == 1 else f"{len(given_up)} later steps"
+            notes.append(f"{path.name}: starts again at step {first}; {steps} of the earlier start left out")
         for step, data in start.items():
             trained = "training/global_step" in data
             records[step] = data if trained or step not in records else {**records[step], **data}
@@ -605,37 +633,63 @@ def attach_validations(run: Run, dumps: dict[int, _Dump], cache: DumpCache) -> N
             "validation_set tells it)"
         )
     for step, sets in run.validations.items():
-        for name, validation in sets.items():
-            run.notes += _disagreements(run, step, name, validation)
+        run.notes += [note for validation in sets.values() for note in _uneven(step, validation)]
+        for name in list(sets):
+            if note := _disagreement(run, step, name, sets[name]):
+                run.notes.append(note)
+                del sets[name]
+    run.validations = {step: sets for step, sets in run.validations.items() if sets}
 
 
-def _disagreements(run: Run, step: int, name: str, validation: Validation) -> list[str]:
+def _uneven(step: int, validation: Validation) -> list[str]:
     notes, where = [], f"validation/{step}.jsonl"
     usual = int(np.median(validation.n))
     if (fewer := int((validation.n < usual).sum())) > 0:
         notes.append(f"{where}: {fewer} of {len(validation.n)} problems have fewer than {usual} responses")
     if (more := int((validation.n > usual).sum())) > 0:
         notes.append(f"{where}: {more} problems have more than {usual} responses (the same prompt more than once?)")
-    own = accuracy_columns(run.metrics).get(name)
-    at = np.searchsorted(run.steps, step)
-    if own is not None and at < len(run.steps) and run.steps[at] == step and np.isfinite(own[at]):
-        # Over responses, a prompt that is in the set twice counts twice, as verl does; over problems, a problem whose
-        # responses are not all there still counts once.
-        measured = float(validation.correct.sum() / validation.n.sum())
-        if min(abs(measured - own[at]), abs(float((validation.correct / validation.n).mean()) - own[at])) > 1e-5:
-            notes.append(f"{where}: its accuracy is {measured:.4f}, verl logged {own[at]:.4f} at that step")
     return notes
 
 
-def accuracy_columns(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _disagreement(run: Run, step: int, name: str, validation: Validation) -> str:
+    """Why this dump is not that of verl's logged accuracy; "" if it is, or if verl logged none."""
+    logged = logged_accuracies(run.metrics).get(name)
+    own = None if logged is None else value_at(run, logged.values, step)
+    if own is None:
+        return ""
+    # Over responses, a prompt that is in the set twice counts twice, as verl does; over problems, a problem whose
+    # responses are not all there still counts once.
+    measured = float(validation.correct.sum() / validation.n.sum())
+    if min(abs(measured - own), abs(float((validation.correct / validation.n).mean()) - own)) <= 1e-5:
+        return ""
+    return f"validation/{step}.jsonl: its accuracy is {measured:.4f}, verl logged {own:.4f} at that step: not used"
+
+
+def value_at(run: Run, column: np.ndarray, step: int) -> float | None:
+    """A metric's value at a step; None where there is none."""
+    at = int(np.searchsorted(run.steps, step))
+    there = at < len(run.steps) and run.steps[at] == step and np.isfinite(column[at])
+    return float(column[at]) if there else None
+
+
+class Logged(NamedTuple):
+    """verl's mean@n of one validation set: of which variable of the reward, of how many responses, values [T]."""
+
+    variable: str
+    n: int
+    values: np.ndarray
+
+
+def logged_accuracies(metrics: dict[str, np.ndarray]) -> dict[str, Logged]:
     """{validation set: verl's mean@n over steps}; of `acc` where there is one, else of what verl calls core."""
-    found: dict[str, tuple[bool, int, np.ndarray]] = {}
+    found: dict[str, Logged] = {}
     for key, column in metrics.items():
         if match := VALIDATION_METRIC.fullmatch(key):
-            candidate = (match["variable"] == "acc", int(match["n"]), column)
-            if match["set"] not in found or candidate[:2] > found[match["set"]][:2]:
-                found[match["set"]] = candidate
-    return {name: column for name, (_, _, column) in found.items()}
+            one = Logged(match["variable"], int(match["n"]), column)
+            other = found.get(match["set"])
+            if other is None or (one.variable == "acc", one.n) > (other.variable == "acc", other.n):
+                found[match["set"]] = one
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- all
@@ -661,7 +715,7 @@ def read_runs(arguments: list[str], cache_folder: Path | None = None, console: C
     for source in sources:
         run, folder = _read(source)
         runs.append(run)
-        dumps.append({int(f.stem): f for f in folder.glob("*.jsonl") if f.stem.isdigit()} if folder else {})
+        dumps.append(_dumps(run, folder) if folder else {})
     read: dict[Path, _Dump] = {}
     files = [file for found in dumps for file in found.values()]
     waiting = sum(file.stat().st_size for file in files if cache.get(file) is None)
@@ -683,15 +737,26 @@ def read_runs(arguments: list[str], cache_folder: Path | None = None, console: C
     cache.save()
     for run, found in zip(runs, dumps, strict=True):
         attach_validations(run, {step: read[file] for step, file in found.items()}, cache)
-        _note_missing(run, bool(found))
+        _note_missing(run, set(found))
     _number_seeds(runs)
     return runs
+
+
+def _dumps(run: Run, folder: Path) -> dict[int, Path]:
+    """{step: dump} up to the run's last record, beyond which a dump is of a start that was given up or not logged."""
+    found = {int(f.stem): f for f in folder.glob("*.jsonl") if f.stem.isdigit()}
+    last = int(run.steps[-1]) if len(run.steps) else max(found, default=0)
+    if beyond := sorted(step for step in found if step > last):
+        run.notes.append(f"validation dumps of steps {', '.join(map(str, beyond))}, after its last record, left out")
+    return {step: file for step, file in found.items() if step <= last}
 
 
 def _read(source: Source) -> tuple[Run, Path | None]:
     """A run without its validations, and the folder of its dumps if there is one."""
     notes: list[str] = []
-    identity = identify(source.folder)
+    identity = Identity() if source.shared else identify(source.folder)
+    if source.shared:
+        notes.append("several runs' *.jsonl in its folder: configuration and dumps there not used")
     records: Records = {}
     if source.kind == "jsonl":
         records = read_records(source.files, notes)
@@ -704,7 +769,7 @@ def _read(source: Source) -> tuple[Run, Path | None]:
         notes.append("no metrics yet" if source.kind == "empty" else "no step in its metrics")
     steps, metrics = columns(records)
     method, alpha = identity.method, identity.alpha
-    if source.label:
+    if source.label and (source.alone or not method):
         method, alpha = parse_method(source.label)
     elif not method:
         method = source.name
@@ -728,7 +793,7 @@ def _read(source: Source) -> tuple[Run, Path | None]:
         notes=identity.notes + notes,
         scale_factor=identity.scale_factor,
     )
-    return run, folder if folder.is_dir() else None
+    return run, folder if folder.is_dir() and not source.shared else None
 
 
 UNKNOWN_SEED = -1
@@ -745,16 +810,15 @@ def _number_seeds(runs: list[Run]) -> None:
             run.notes.append(f"its seed is not known: counted as seed {run.seed}")
 
 
-def _note_missing(run: Run, has_dumps: bool) -> None:
+def _note_missing(run: Run, dumped: set[int]) -> None:
     if not len(run.steps):
         return
-    if not accuracy_columns(run.metrics) and not run.validations:
+    accuracies = logged_accuracies(run.metrics)
+    if not accuracies and not run.validations:
         run.notes.append("no validation")
-    elif not has_dumps:
+    elif not dumped:
         run.notes.append("no validation dumps: no intervals over problems")
     else:
-        validated = {
-            int(step) for column in accuracy_columns(run.metrics).values() for step in run.steps[np.isfinite(column)]
-        }
-        if run.validations and (missing := sorted(validated - run.validations.keys())):
+        validated = {int(step) for one in accuracies.values() for step in run.steps[np.isfinite(one.values)]}
+        if missing := sorted(validated - dumped):
             run.notes.append(f"no validation dump of steps {', '.join(map(str, missing))}")

@@ -12,14 +12,16 @@ The parts are the modules beside this one. What is written to DIR:
 from __future__ import annotations
 
 import datetime
-import json
+import os
 from importlib.metadata import version
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 
 from vlnorm_verl.report.output import missing_libraries
 from vlnorm_verl.report.readers import ReportError, read_runs
+from vlnorm_verl.report.runs import Run
 from vlnorm_verl.running import write_json
 
 WRITTEN = ".written.json"
@@ -45,7 +47,7 @@ def _build(arguments: list[str], out: Path, smooth: int, console: Console) -> in
         raise ReportError(problem)
     if out.exists() and not out.is_dir():
         raise ReportError(f"--out {out}: is a file; accepted is a folder, which is made if it is not there")
-    runs = read_runs(arguments, out)
+    runs = _read(arguments, out)
 
     from vlnorm_verl.report import tables as tables_module
     from vlnorm_verl.report.figures import figures as draw
@@ -77,10 +79,38 @@ def _build(arguments: list[str], out: Path, smooth: int, console: Console) -> in
     return 0
 
 
+def _read(arguments: list[str], out: Path) -> list[Run]:
+    """The runs; `out` is made before, since reading may take long, and not left behind for a wrong request."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReportError(f"--out {out}: cannot be made ({error.strerror}); accepted is a folder to write to") from None
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise ReportError(f"--out {out}: cannot be written to; accepted is a folder to write to")
+    try:
+        return read_runs(arguments, out)
+    except ReportError:
+        for folder in made:
+            folder.rmdir()
+        raise
+
+
 def _replace(out: Path, files: list[str]) -> None:
     """Remove what an earlier report wrote here and this one has no runs for; remember what this one wrote."""
     record = out / WRITTEN
-    if record.exists():
-        for name in set(json.loads(record.read_text())["files"]) - set(files):
-            (out / name).unlink(missing_ok=True)
+    for name in set(_written(record)) - set(files):
+        (out / name).unlink(missing_ok=True)
     write_json(record, {"files": files})
+
+
+def _written(record: Path) -> list[str]:
+    """What an earlier report wrote; nothing if its record is missing or broken."""
+    try:
+        return msgspec.json.decode(record.read_bytes(), type=_Written).files
+    except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
+        return []
+
+
+class _Written(msgspec.Struct):
+    files: list[str]

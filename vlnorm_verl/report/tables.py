@@ -7,6 +7,7 @@ foot how its columns are defined and which of its rows cannot be compared as the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 
 from vlnorm_verl.report import measures, paper
 from vlnorm_verl.report.estimates import Estimate
@@ -35,6 +36,7 @@ METHODS = (
 )
 MATH_SETS = {"aime2024": "AIME2024", "amc": "AMC", "math500": "MATH500", "minerva": "Minerva"}
 DIFFERENCE = "VL Norm minus this"
+RATIOS = ("last step / first hit", "first hit / first hit")
 
 ACCURACY = (
     "Avg@8: share of correct responses, mean over problems, at a run's last validation. Brackets: 95% interval, over "
@@ -65,7 +67,7 @@ def tables(runs: Sequence[Run], smooth: int) -> list[Table]:
         _alpha(groups),
         _comparison("dapo", {g: r for g, r in groups.items() if g[0].family == "dapo"}, with_task=True),
         _speed_up(groups, smooth),
-        _comparison("runs", {g: r for g, r in groups.items() if not _in_paper(g[0])}, with_task=True),
+        _comparison("runs", {g: r for g, r in groups.items() if not paper.has(g[0])}, with_task=True),
     ]
     return [table for table in made if table is not None] + [inputs(runs)]
 
@@ -87,13 +89,8 @@ def _validated(runs: Sequence[Run]) -> bool:
     return any(measures.validated_steps(run) for run in runs)
 
 
-def _in_paper(setting: Setting) -> bool:
-    return setting.family in ("aggregation", "dapo") and setting.task in ("countdown", "math")
-
-
 def _alpha_of(group: Group) -> float | None:
-    method, _, number = group[1].partition(":")
-    return float(number) if method == "vl_norm" and number else None
+    return measures.alpha_of(group[1])
 
 
 def _is_main(group: Group, task: str) -> bool:
@@ -117,40 +114,37 @@ def _ordered(groups: Groups) -> Groups:
 
 
 def reference(groups: Groups, setting: Setting) -> Group | None:
-    """VL Norm in a setting: with the task's α; on other tasks with α = 1 if there is one, else with the largest."""
-    found = {alpha: group for group in groups if group[0] == setting and (alpha := _alpha_of(group)) is not None}
-    own = paper.alpha(setting.task) if _in_paper(setting) else 1.0
-    if own in found:
-        return found[own]
-    return None if _in_paper(setting) or not found else found[max(found)]
+    """VL Norm in a setting, as `measures.main_vl_norm` chooses it."""
+    key = measures.main_vl_norm(setting, [key for of, key in groups if of == setting])
+    return None if key is None else (setting, key)
 
 
 # ------------------------------------------------------------------------------------------------------------ cells
 
 
 def _model(setting: Setting) -> str:
-    return f"tiny, recipe of {setting.model}" if setting.scale == "cpu" and _in_paper(setting) else setting.model
+    return f"tiny ({setting.model})" if setting.scale == "cpu" and paper.has(setting) else setting.model
 
 
 def _length(setting: Setting) -> str:
-    return f"tiny, recipe of {setting.length}" if setting.scale == "cpu" and _in_paper(setting) else setting.length
+    return f"tiny ({setting.length})" if setting.scale == "cpu" and paper.has(setting) else setting.length
 
 
 def _label(group: Group) -> str:
     return method_label(group[1], group[0].family)
 
 
-def _seeds(runs: Sequence[Run]) -> int:
-    return sum(bool(measures.validated_steps(run)) for run in runs)
+def _seeds(runs: Sequence[Run]) -> Cell:
+    """How many there are; "1 of 2" if not all are as far as the one that is furthest."""
+    there, used = len(_with_validation(runs)), len(measures.final_runs(runs))
+    return there if used == there else f"{used} of {there}"
 
 
 def _step(runs: Sequence[Run]) -> str:
-    """ "1000", "450 of 1000", "400–450 of 1000"; of the last validations."""
-    steps = measures.final_steps(runs)
-    low, high = min(steps), max(steps)
-    text = str(high) if low == high else f"{low}–{high}"
+    """ "1000", "450 of 1000"; of the last validation."""
+    step = measures.final_step(runs) or 0
     planned = max((run.planned_steps or 0 for run in runs), default=0)
-    return text if low >= planned else f"{text} of {planned}"
+    return str(step) if step >= planned else f"{step} of {planned}"
 
 
 def _difference(groups: Groups, group: Group) -> Cell:
@@ -166,34 +160,46 @@ def _with_validation(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if measures.validated_steps(run)]
 
 
+def _average(groups: Groups) -> str:
+    """The accuracies' heading: Avg@8, or of how many responses they are."""
+    _, counts = measures.accuracies_of([run for runs in groups.values() for run in runs])
+    return f"Avg@{next(iter(counts))}" if len(counts) == 1 else "Avg@k"
+
+
 def _caveats(groups: Groups) -> list[str]:
     """What a reader has to know before comparing the rows."""
     feet = []
     runs = [run for found in groups.values() for run in found]
     unfinished = [
-        f"{run.name} ({_step([run])})"
-        for run in runs
-        if measures.validated_steps(run) and run.planned_steps and measures.final_steps([run])[0] < run.planned_steps
+        f"{run.name} ({_step([run])})" for run in runs if measures.validated_steps(run) and measures.unfinished(run)
     ]
     if unfinished:
         feet.append(f"Not finished: {', '.join(unfinished)}.")
     waiting = [run.name for run in runs if not measures.validated_steps(run)]
     if waiting:
         feet.append(f"Without a validation, left out: {', '.join(waiting)}.")
+    behind = [
+        f"{run.name} (step {max(steps)})"
+        for found in groups.values()
+        for run in found
+        if (steps := measures.validated_steps(run)) and max(steps) < (measures.final_step(found) or 0)
+    ]
+    if behind:
+        feet.append(f"Not as far as another seed of its row, so not in the row's values: {', '.join(behind)}.")
     for setting in dict.fromkeys(setting for setting, _ in groups):
-        steps = {step for group, found in groups.items() if group[0] == setting for step in measures.final_steps(found)}
-        if len(steps) > 1:
+        at = {step for found in _only(groups, setting).values() if (step := measures.final_step(found)) is not None}
+        if len(at) > 1:
             where = ", ".join(filter(None, (_model(setting), _length(setting))))
             feet.append(
-                f"{where or 'These runs'}: rows stand at different steps ({', '.join(map(str, sorted(steps)))}); the "
-                "differences compare them as they stand."
+                f"{where or 'These runs'}: rows stand at different steps ({', '.join(map(str, sorted(at)))}); a "
+                "difference is at the last step that both have."
             )
-    if any(group[0].scale == "cpu" and _in_paper(group[0]) for group in groups):
+    if any(group[0].scale == "cpu" and paper.has(group[0]) for group in groups):
         feet.append(
             "Rows of the tiny model were trained on a CPU on a task of their own with this recipe's method; they are "
             "not comparable with the paper's."
         )
-    if any(group[0].scale != "cpu" and _in_paper(group[0]) for group in groups):
+    if any(group[0].scale != "cpu" and paper.has(group[0]) for group in groups):
         feet.append(
             "The paper's values are of arXiv 2509.07558; the label says where each was read, “not found” that it could "
             "not be."
@@ -212,51 +218,44 @@ def _comparison(name: str, groups: Groups, with_task: bool = False) -> Table | N
     """Rows model × length × method with what the paper has for CountDown; `with_task`: and the task."""
     if not groups:
         return None
-    of_paper = name != "runs"
-    columns = [*(["task"] if with_task else []), "model", "length", "method", "Avg@8", DIFFERENCE, "Pass@8"]
+    of_paper = {"countdown": ("avg@8", "", "pass@8"), "dapo": ("accuracy", "vl_norm_minus_this", "")}.get(
+        name, ("",) * 3
+    )
+    headings = {"avg@8": "paper's Avg@8", "pass@8": "paper's Pass@8", "accuracy": "paper's accuracy"}
+    headings["vl_norm_minus_this"] = f"paper's {DIFFERENCE}"
+    columns = [*(["task"] if with_task else []), "model", "length", "method"]
+    for measured, known in zip((_average(groups), DIFFERENCE, "Pass@8"), of_paper, strict=True):
+        columns += [measured, headings[known]] if known else [measured]
     columns += ["verl's best@8", "monotonicity", "seeds", "step"]
-    if of_paper:
-        columns += (
-            ["paper's Avg@8", "paper's Pass@8"]
-            if name == "countdown"
-            else ["paper's accuracy", f"paper's {DIFFERENCE}"]
-        )
     rows: list[list[Cell]] = []
     for group, all_runs in groups.items():
         setting, runs = group[0], _with_validation(all_runs)
         row: list[Cell] = [setting.task] if with_task else []
-        row += [_model(setting), _length(setting), _label(group), measures.final_accuracy(runs)]
-        row += [_difference(groups, group), measures.final_pass(runs), measures.own_best(runs)]
-        row += [measures.monotonicity(runs), _seeds(runs), _step(runs)]
-        if name == "countdown":
-            row += [paper.cell(setting, group[1], metric) for metric in ("avg@8", "pass@8")]
-        elif of_paper:
-            row += [paper.cell(setting, group[1], metric) for metric in ("accuracy", "vl_norm_minus_this")]
-        rows.append(row)
+        row += [_model(setting), _length(setting), _label(group)]
+        values: list[Cell] = [measures.final_accuracy(runs), _difference(groups, group), measures.final_pass(runs)]
+        for value, known in zip(values, of_paper, strict=True):
+            row += [value, paper.cell(setting, group[1], known)] if known else [value]
+        rows.append([*row, measures.own_best(runs), measures.monotonicity(runs), _seeds(runs), _step(runs)])
     feet = [ACCURACY, PAIRED, PASS, MONOTONICITY]
     if any(len(measures.validation_sets(runs)) > 1 for runs in groups.values()):
         feet.append(WEIGHTED)
-    feet += _caveats(groups) + (paper.remarks("countdown") if name == "countdown" else [])
+    feet += [*_caveats(groups), *paper.sources(groups, of_paper)]
+    feet += paper.remarks(groups) if name == "countdown" else []
     title = TITLES.get(name, "Runs outside of the paper's settings")
-    return Table(name, title, columns, rows, [*feet, *_responses(groups)])
+    return Table(name, title, columns, rows, [*feet, *_other_accuracies(groups)])
 
 
-def _responses(groups: Groups) -> list[str]:
-    """A sentence where a validation has another number of responses than the columns' eight."""
-    numbers = {
-        int(n)
-        for runs in groups.values()
-        for run in runs
-        for sets in run.validations.values()
-        for validation in sets.values()
-        for n in (validation.n.min(), validation.n.max())
-    } - {measures.K}
-    if not numbers:
+def _other_accuracies(groups: Groups) -> list[str]:
+    """A sentence where a run's accuracies are not means of eight responses' `acc`."""
+    found = []
+    for run in (run for runs in groups.values() for run in _with_validation(runs)):
+        variables, counts = measures.accuracies_of([run])
+        if variables - {"acc"} or counts != {measures.K}:
+            what = f" of {', '.join(sorted(variables))}" if variables - {"acc"} else ""
+            found.append(f"{run.name}: mean@{', '.join(map(str, sorted(counts)))}{what}")
+    if not found:
         return []
-    return [
-        f"Validations with {', '.join(map(str, sorted(numbers)))} responses for a problem: Avg@8 is over all of them, "
-        "Pass@8 over the problems that have eight."
-    ]
+    return [f"Not Avg@8 of verl's acc: {'; '.join(found)}. Pass@8 is over the problems that have eight responses."]
 
 
 def _math(groups: Groups) -> Table | None:
@@ -264,38 +263,31 @@ def _math(groups: Groups) -> Table | None:
         return None
     found = {name for runs in groups.values() for name in measures.validation_sets(runs)}
     names = [*MATH_SETS, *sorted(found - MATH_SETS.keys())]
-    columns = [
-        "model",
-        "length",
-        "method",
-        *(MATH_SETS.get(name, name) for name in names),
-        "weighted Avg@8",
-        DIFFERENCE,
-    ]
-    columns += ["weighted Pass@8", "verl's best@8", "monotonicity", "seeds", "step", "paper's weighted Avg@8"]
+    columns = ["model", "length", "method", *(MATH_SETS.get(name, name) for name in names)]
+    columns += [f"weighted {_average(groups)}", "paper's weighted Avg@8", DIFFERENCE, "weighted Pass@8"]
+    columns += ["verl's best@8", "monotonicity", "seeds", "step"]
     rows: list[list[Cell]] = []
     for group, all_runs in groups.items():
         setting, runs = group[0], _with_validation(all_runs)
         row: list[Cell] = [_model(setting), _length(setting), _label(group)]
         row += [measures.final_accuracy(runs, name) for name in names]
-        row += [measures.final_accuracy(runs), _difference(groups, group), measures.final_pass(runs)]
-        row += [measures.own_best(runs), measures.monotonicity(runs), _seeds(runs), _step(runs)]
-        rows.append([*row, paper.cell(setting, group[1], "avg@8")])
+        row += [measures.final_accuracy(runs), paper.cell(setting, group[1], "avg@8"), _difference(groups, group)]
+        row += [measures.final_pass(runs), measures.own_best(runs), measures.monotonicity(runs)]
+        rows.append([*row, _seeds(runs), _step(runs)])
     feet = [ACCURACY, WEIGHTED, PAIRED, PASS, MONOTONICITY]
     if any(len(measures.set_sizes(run)) < len(measures.validation_sets([run])) for g in groups.values() for run in g):
         feet.append(
-            "Where the dumps do not say which validation set a response is of, each set's number is verl's own, "
-            "without an interval over problems, and there is no weighted average."
+            "Where no dump that can be used says which validation set a response is of, each set's number is verl's "
+            "own, without an interval over problems, and there is no weighted average."
         )
-    return Table(
-        "math", TITLES["math"], columns, rows, [*feet, *_caveats(groups), *paper.remarks("math"), *_responses(groups)]
-    )
+    feet += [*_caveats(groups), *paper.sources(groups, ("avg@8",)), *paper.remarks(groups)]
+    return Table("math", TITLES["math"], columns, rows, [*feet, *_other_accuracies(groups)])
 
 
 def _alpha(groups: Groups) -> Table | None:
     """VL Norm in the settings that have it with another α than the task's, or with several."""
     own = {
-        g: r for g, r in groups.items() if g[0].family == "aggregation" and _in_paper(g[0]) and _alpha_of(g) is not None
+        g: r for g, r in groups.items() if g[0].family == "aggregation" and paper.has(g[0]) and _alpha_of(g) is not None
     }
     chosen: Groups = {}
     for setting in dict.fromkeys(setting for setting, _ in own):
@@ -304,26 +296,15 @@ def _alpha(groups: Groups) -> Table | None:
             chosen |= of_setting
     if not chosen:
         return None
-    columns = [
-        "task",
-        "model",
-        "length",
-        "α",
-        "Avg@8",
-        "task's α minus this",
-        "Pass@8",
-        "monotonicity",
-        "seeds",
-        "step",
-    ]
+    columns = ["task", "model", "length", "α", _average(chosen), "paper's Avg@8", "task's α minus this", "Pass@8"]
     rows: list[list[Cell]] = []
     for group, all_runs in chosen.items():
         setting, runs = group[0], _with_validation(all_runs)
         rows.append(
             [
                 setting.task, _model(setting), _length(setting), f"{_alpha_of(group):g}", measures.final_accuracy(runs),
-                _difference(chosen, group), measures.final_pass(runs), measures.monotonicity(runs), _seeds(runs),
-                _step(runs), paper.cell(setting, group[1], "avg@8"),
+                paper.cell(setting, group[1], "avg@8"), _difference(chosen, group), measures.final_pass(runs),
+                measures.monotonicity(runs), _seeds(runs), _step(runs),
             ]
         )  # fmt: skip
     alphas = ", ".join(f"{task} {paper.alpha(task):g}" for task in ("countdown", "math"))
@@ -334,62 +315,70 @@ def _alpha(groups: Groups) -> Table | None:
         PASS,
         MONOTONICITY,
     ]
-    return Table("alpha", TITLES["alpha"], [*columns, "paper's Avg@8"], rows, [*feet, *_caveats(chosen)])
+    feet += [*_caveats(chosen), *paper.sources(chosen, ("avg@8",)), *_other_accuracies(chosen)]
+    return Table("alpha", TITLES["alpha"], [*columns, "monotonicity", "seeds", "step"], rows, feet)
 
 
 def _speed_up(groups: Groups, smooth: int) -> Table | None:
     """VL Norm against each other method of its setting, and each of those against VL Norm; raw and smoothed."""
     columns = ["task", "model", "length", "method", "reaches the final accuracy of", "curve", "target"]
-    columns += ["its last step", "its own first hit", "first hit", "last step / first hit", "first hit / first hit"]
+    columns += ["its last step", "its own first hit", "first hit", "paper's first hit", *RATIOS, "seeds reached"]
+    pairs: list[tuple[Group, Group]] = []
+    for setting in dict.fromkeys(setting for setting, _ in groups):
+        if vl := reference(groups, setting):
+            pairs += [(vl, other) for other in _only(groups, setting) if other != vl]
+    pairs += [(other, vl) for vl, other in pairs]
     rows: list[list[Cell]] = []
     used: Groups = {}
-    for setting in dict.fromkeys(setting for setting, _ in groups):
-        vl = reference(groups, setting)
-        others = [group for group in _only(groups, setting) if group != vl]
-        for pair in [(vl, other) for other in others] + [(other, vl) for other in others]:
-            if vl is None:
-                continue
-            one, other = pair[0] or vl, pair[1] or vl
-            for window in dict.fromkeys((1, smooth)):
-                found = measures.speed_up(_with_validation(groups[one]), _with_validation(groups[other]), window)
-                if found is not None:
-                    used |= {one: groups[one], other: groups[other]}
-                    rows.append(_speed_up_row(one, other, window, found))
+    for one, other in pairs:
+        for window in dict.fromkeys((1, smooth)):
+            found = measures.speed_up(_with_validation(groups[one]), _with_validation(groups[other]), window)
+            if found is not None:
+                used |= {one: groups[one], other: groups[other]}
+                rows.append(_speed_up_row(one, other, window, found))
     if not rows:
         return None
     feet = [
         f"Target: the reference's accuracy at its last validation; of the smoothed curve, of its trailing mean over "
         f"{smooth} validations. First hit: the first validation at the target or above, of a run's own curve; both "
         "methods are treated alike. Steps are means over seeds, ratios geometric means over seeds with Student's t "
-        "interval of their logarithm; no interval where a seed did not reach.",
+        "interval of their logarithm; no interval where a seed did not reach. All of a row is of the seeds that "
+        "reached; where none did, target and the reference's steps are of all that can be compared.",
         "Last step / first hit is the paper's count (its 1000 / 375). It flatters whoever reaches a plateau, since the "
         "reference too had reached its own final accuracy before its last step: first hit / first hit does not.",
         "Steps are those with a validation, so a first hit is known to one validation's distance.",
         *_caveats(used),
+        *paper.sources(used, ("first_hit", "speed_up")),
+        *_other_accuracies(used),
     ]
-    return Table("speedup", TITLES["speedup"], [*columns, "seeds reached", "paper"], rows, feet, digits=2)
+    return Table("speedup", TITLES["speedup"], columns, rows, feet, digits_of=dict.fromkeys(RATIOS, 2))
 
 
 def _speed_up_row(one: Group, other: Group, window: int, found: measures.SpeedUp) -> list[Cell]:
     setting = one[0]
-    note = found.note
-
-    def ratio(value: Estimate | None) -> Cell:
-        if value is None:
-            return "–" if found.reached else "not reached"
-        return Estimate(value.value, value.low, value.high, "; ".join(filter(None, [value.note, note])))
-
-    own = paper.known(setting, one[1].partition(":")[0], "speed_up")
-    is_papers = own is not None and other[1] == "dapo"
-    known = f"{own.value} [{own.label}]" if own is not None and is_papers else paper.NOT_FOUND
+    if not found.pairs:
+        instead: Cell = None
+    else:
+        instead = "not reached" if found.waiting is None else f"not yet (step {found.waiting})"
     return [
         setting.task, _model(setting), _length(setting), _label(one), _label(other),
-        "raw" if window == 1 else f"mean of {window}", Estimate(found.target), f"{found.reference_last:g}",
-        "–" if found.reference_first is None else f"{found.reference_first:g}",
-        "not reached" if found.first is None else f"{found.first:g}", ratio(found.by_last), ratio(found.by_first),
-        f"{found.reached} of {found.pairs}",
-        paper.TINY if setting.scale == "cpu" else known,
+        "raw" if window == 1 else f"mean of {window}", Estimate(found.target, note=found.note),
+        _mean_step(found.reference_last), _mean_step(found.reference_first),
+        instead if found.first is None else _mean_step(found.first), _papers_first_hit(one, other),
+        found.by_last or instead, found.by_first or instead, f"{found.reached} of {found.pairs}",
     ]  # fmt: skip
+
+
+def _mean_step(step: float) -> Cell:
+    return None if isnan(step) else f"{step:.6g}"
+
+
+def _papers_first_hit(one: Group, other: Group) -> str:
+    """ "375 (2.67×) [paper, Fig. 2]": when VL Norm reaches DAPO's final accuracy, and the paper's count of it."""
+    hit, ratio = (paper.known(*one, metric) for metric in ("first_hit", "speed_up"))
+    if one[0].scale == "cpu" or hit is None or ratio is None or other[1] != "dapo":
+        return paper.TINY if one[0].scale == "cpu" else paper.NOT_FOUND
+    return f"{hit.value} ({ratio.value}×) [{hit.label}]"
 
 
 def inputs(runs: Sequence[Run]) -> Table:
