@@ -94,7 +94,7 @@ def overview(main: Sequence[Analysis]) -> Figure:
     return render(
         canvas,
         "overview",
-        "In short",
+        "Growth of variance, noise of the aggregations, error against α",
         "Left: squared deviation of a response's gradient from its prompt's mean (the other responses) against its "
         "length, one colour a prompt, on their common level; black: means of bins, line: fitted to the mean, β with "
         "its interval. Middle: standard deviation of the aggregated gradient for a given sum of weights, over that of "
