@@ -16,7 +16,8 @@ fi
 # A model this small leaves a second core idle; OpenMP's threads would wait for each other instead.
 export OMP_NUM_THREADS=1
 lab() {
-  .venv/bin/vlnorm-verl lab run "$1" --out "$2" --modules last-qkv --modules all --projection 32768 --pool-prompts 128
+  .venv/bin/vlnorm-verl lab run "$1" --out "$2" --modules last-qkv --modules all --projection 32768 \
+    --pool-prompts 128 --no-report
 }
 lab vlnorm_verl/tiny/weights "$out/before"
 folders=("before=$out/before")

@@ -44,6 +44,7 @@ def run(
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
     seed: Annotated[int, typer.Option(help="Of the prompts and the sampling.")] = 0,
     mini_batch: Annotated[int, typer.Option(help="Responses of your optimizer mini-batch: which α for it?")] = 320,
+    analyse: Annotated[bool, typer.Option("--report/--no-report", help="Also write OUT/report.")] = True,
 ) -> None:
     """Sample responses, compute each one's gradient, and say what they tell.
 
@@ -67,7 +68,8 @@ def run(
         rollouts.sample(model, chosen, design, seed, temperature, longest, engine, out, batch_size)
         for choice in modules or [gradients.LAST_QKV]:
             gradients.compute(out, choice, projection, checkpointing, f"{GRADIENTS}/{folder_of(choice)}")
-        build([str(out)], out / "report", mini_batch, seed)
+        if analyse:
+            build([str(out)], out / "report", mini_batch, seed)
     except LabError as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(2) from None

@@ -283,9 +283,9 @@ def _near(pattern: str, names: list[str]) -> list[str]:
 class CountSketch:
     """Projects gradients to K numbers: entry j of a parameter is added to bucket h(j) with sign σ(j).
 
-    h and σ are a hash (splitmix64) of the parameter's name and j, computed where the gradient is and never stored: the
-    same on every device, in every process and for every chunk size. The chosen parameters' sketches add up, so the
-    result does not depend on their order.
+    h and σ are a hash (splitmix64) of the parameter's name and j, computed where the gradient is: the same on every
+    device, in every process and for every chunk size. Those of the first `chunk` entries are kept, of more they are
+    computed anew for each gradient. The chosen parameters' sketches add up, so the result does not depend on their order.
 
     Args:
         size: K.
@@ -297,6 +297,7 @@ class CountSketch:
         self.size = size
         self.seed = seed
         self.chunk = chunk
+        self._kept: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
         """
@@ -312,10 +313,20 @@ class CountSketch:
         sketch = torch.zeros(self.size, dtype=first.dtype, device=first.device)
         for name, gradient in gradients.items():
             for start, part in self._parts(gradient.reshape(-1)):
-                hashed = self._hash(name, start, part)
-                # The lowest bit is the sign, the others choose the bucket.
-                sketch.index_add_(0, _shift(hashed, 1) % self.size, torch.where(hashed % 2 == 0, part, -part))
+                bucket, sign = self._buckets(name, start, part)
+                sketch.index_add_(0, bucket, part * sign)
         return sketch
+
+    def _buckets(self, name: str, start: int, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """h(j) and σ(j) of the entries of a chunk."""
+        if (name, start) in self._kept:
+            return self._kept[name, start]
+        hashed = self._hash(name, start, part)
+        # The lowest bit is the sign, the others choose the bucket.
+        found = _shift(hashed, 1) % self.size, (1 - 2 * (hashed % 2)).to(part.dtype)
+        if sum(len(bucket) for bucket, _ in self._kept.values()) + len(part) <= self.chunk:
+            self._kept[name, start] = found
+        return found
 
     def _parts(self, flat: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         for start in range(0, len(flat), self.chunk):
