@@ -285,7 +285,7 @@ class CountSketch:
 
     h and σ are a hash (splitmix64) of the parameter's name and j, computed where the gradient is: the same on every
     device, in every process and for every chunk size. Those of the first `chunk` entries are kept, of more they are
-    computed anew for each gradient. The chosen parameters' sketches add up, so the result does not depend on their order.
+    computed anew for each gradient. The sketches of the chosen parameters add up, so their order does not matter.
 
     Args:
         size: K.
