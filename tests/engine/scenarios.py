@@ -4,7 +4,11 @@
 
 runs every scenario below in one process group and writes FILE as JSON: one row per optimizer step with the relative
 error of the whole gradient vector. tests/test_engine.py asserts on it. With --stock it runs verl's own modes and
-writes a hash of the gradient instead (tests/test_plugin.py compares runs with and without the plugin).
+writes a hash of the gradient instead (tests/test_plugin.py compares runs with and without the plugin). With --native it
+runs VL Norm of a verl that knows the mode by itself, a patched one (tests/test_patches.py).
+
+It runs on verl 0.7.1, 0.8.0, 0.9.0 and 0.9.1. Releases before 0.9.0 find no plugin by themselves: set
+VERL_USE_EXTERNAL_MODULES=vlnorm_verl.verl_entry.
 
 The reference shares nothing with the project but the model's weights: transformers' model on one unpadded response
 at a time, the clipped loss written out here, weights by numpy from paper §1.
@@ -28,10 +32,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.engine import older_verl
+
 # verl reads these at import.
 from vlnorm_verl import cpu
 
-os.environ.update(cpu.cpu_environment(threads=1))
+os.environ.update(older_verl.environment() if older_verl.needed() else cpu.cpu_environment(threads=1))
 
 import numpy as np
 import torch
@@ -89,6 +95,12 @@ def scenarios(ranks: int) -> list[Scenario]:
     ]
     if ranks > 1:
         out += [Scenario("sabotage: rank-local sum", sabotage="rank")]
+    if not older_verl.takes_nested_data():
+        for scenario in out:
+            scenario.padded = True
+            # Without remove_padding verl 0.7.1 attends to no token beyond the padded width of the response, in any mode
+            # (workers/engine/fsdp/transformer_impl.py:967): the prompt has to fit into it as well.
+            scenario.width = 60
     return out
 
 
@@ -294,7 +306,7 @@ def make_worker(folder: str, dtype: str) -> Any:
                 use_torch_compile=False,
                 use_dynamic_bsz=False,
                 micro_batch_size_per_gpu=1,
-                wrap_policy={"min_num_params": 0},
+                wrap_policy={"min_num_params": 0, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]},
             ),
             # A learning rate of 0 keeps the weights where the reference was taken, over every optimizer step.
             optimizer_config=FSDPOptimizerConfig(lr=0.0, clip_grad=1e30),
@@ -378,6 +390,8 @@ def start_rank(rank: int, ranks: int, port: int, dtype: str, folder: str) -> tup
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    if older_verl.needed():
+        older_verl.start_process_group()
 
     torch_dtype = getattr(torch, dtype)
     if dtype == "float64":
@@ -402,21 +416,28 @@ def train(worker: Any, scenario: Scenario, data: TensorDict) -> dict[str, float]
     return {k: float(np.mean(v.values if hasattr(v, "values") else v)) for k, v in metrics.items()}
 
 
-def run_stock(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str) -> None:
-    """verl's own modes: gradient hashes and metrics."""
+def plugin_is_active() -> bool:
     from verl.trainer.ppo import core_algos
 
+    return hasattr(core_algos.agg_loss, "__wrapped__")
+
+
+def run_stock(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str) -> None:
+    """verl's own modes: gradient hashes and metrics."""
     _, rows, worker, mine = start_rank(rank, ranks, port, dtype, folder)
     results = []
     for mode in STOCK_MODES:
+        if mode == "token-sum" and not older_verl.has_token_sum():
+            continue
         scenario = Scenario("stock", mode, micro=4, masked=(1, 4, 15), entropy_coeff=0.1, kl_coef=0.2)
+        scenario.padded = not older_verl.takes_nested_data()
         with recording(worker.engine) as steps:
             metrics = train(worker, scenario, make_data(rows, scenario, mine))
         results.append(
             {
                 "scenario": scenario.name,
                 "mode": mode,
-                "plugin": hasattr(core_algos.agg_loss, "__wrapped__"),
+                "plugin": plugin_is_active(),
                 "gradient_sha256": hashlib.sha256(steps[0][0].numpy().tobytes()).hexdigest(),
                 "metrics": {k: v for k, v in metrics.items() if not k.startswith(("perf/", "mfu"))},
             }
@@ -430,12 +451,13 @@ def finish(rank: int, results: list[dict[str, Any]], out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def run_exact(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str) -> None:
+def run_exact(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str, native: bool = False) -> None:
     """Our modes: relative error of the gradient."""
     reference, rows, worker, mine = start_rank(rank, ranks, port, dtype, folder)
     gradients: dict[tuple[float, float], torch.Tensor] = {}
     results = []
-    for scenario in scenarios(ranks):
+    chosen = [s for s in scenarios(ranks) if not native or (s.mode.startswith("vl_norm") and not s.sabotage)]
+    for scenario in chosen:
         key = (scenario.entropy_coeff, scenario.kl_coef)
         if key not in gradients:
             gradients[key] = response_gradients(reference, rows, scenario)
@@ -470,20 +492,34 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--dtype", choices=["float32", "float64"], required=True)
     parser.add_argument("--stock", action="store_true", help="verl's own modes instead")
+    parser.add_argument(
+        "--native", action="store_true", help="vl_norm of verl itself; fails where the plugin is active"
+    )
+    parser.add_argument(
+        "--load", metavar="MODULE", help="a module to import after verl, such as one that registers a mode"
+    )
     parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     importlib.import_module("verl")
-    # With VERL_USE_EXTERNAL_PLUGINS=none the plugin is off, but the CPU still has to be a platform.
-    cpu.register()
+    if older_verl.needed():
+        older_verl.prepare()
+    else:
+        # With VERL_USE_EXTERNAL_PLUGINS=none the plugin is off, but the CPU still has to be a platform.
+        cpu.register()
+    older_verl.unpad_without_flash_attn()
     # Imported once, before forking: each process would spend longer on it than on its gradients.
     importlib.import_module("verl.workers.engine_workers")
+    if args.load:
+        importlib.import_module(args.load)
+    if args.native and plugin_is_active():
+        parser.error("--native: the plugin is active; switch it off by VERL_USE_EXTERNAL_PLUGINS=none")
 
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
-            run_stock if args.stock else run_exact,
+            run_stock if args.stock else functools.partial(run_exact, native=args.native),
             (args.ranks, port, args.dtype, folder, args.out),
             nprocs=args.ranks,
             start_method="fork",
