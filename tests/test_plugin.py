@@ -4,6 +4,8 @@ Covered: discovery and switch, load failures, configuration checks on verl's rea
 mini-batch, verl's own modes bit for bit. Not covered: gradients of our modes (test_engine.py), training (test_e2e.py).
 """
 
+import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -15,6 +17,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+from vlnorm_verl import plugin
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -97,20 +101,85 @@ def test_load_failure_is_heard_and_stops_a_run_that_asks_for_vl_norm() -> None:
     assert done.stdout.startswith("ValueError Invalid loss_agg_mode: vl_norm"), done.stdout + done.stderr
 
 
-def test_a_release_without_a_name_that_is_needed_is_heard_and_refused() -> None:
-    done = python(
-        """
+RENAME = """
 import dataclasses, verl
 from vlnorm_verl import plugin
-name = "verl.trainer.ppo.core_algos"
-plugin._PATCHES[name] = dataclasses.replace(plugin._PATCHES[name], name="renamed_agg_loss")
+plugin.NAMES = tuple(
+    dataclasses.replace(n, {changes}) if n.name == "agg_loss" and n.needed else n for n in plugin.NAMES
+)
 """
-        + ASK_FOR_VL_NORM
-    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "lacking"),
+    [
+        ("name='renamed_agg_loss'", "core_algos.renamed_agg_loss (an if/elif over verl's modes"),
+        ("parameters=('loss_mat', 'weights')", "weights of verl.trainer.ppo.core_algos.agg_loss"),
+    ],
+)
+def test_a_release_without_a_name_that_is_needed_is_heard_and_refused(changes: str, lacking: str) -> None:
+    done = python(RENAME.format(changes=changes) + ASK_FOR_VL_NORM)
     assert "WARNING" in done.stderr
-    assert "core_algos.renamed_agg_loss" in done.stderr
+    assert lacking in done.stderr
     assert done.stdout.startswith("RuntimeError"), done.stdout
-    assert "renamed_agg_loss" in done.stdout
+    assert lacking in done.stdout
+    # and verl's own agg_loss is as it was
+    assert python(RENAME.format(changes=changes) + IS_ACTIVE).stdout.strip() == "stock"
+
+
+def test_every_name_of_the_table_is_in_the_installed_release() -> None:
+    """The trainers' names as well, which are looked at only when a run imports them."""
+    importlib.import_module("verl")
+    trainers_of_other_releases = {"verl.trainer.main_ppo_sync"}
+    for module in {name.module for name in plugin.NAMES} - trainers_of_other_releases:
+        importlib.import_module(module)
+    assert plugin.lacking() == []
+    assert set(plugin._outcome) == {name.module for name in plugin.NAMES} - trainers_of_other_releases
+
+
+def test_an_unknown_release_is_warned_of(compose: Any, caplog: pytest.LogCaptureFixture) -> None:
+    import verl
+
+    validate(compose(*actor(loss_agg_mode="vl_norm")))
+    assert "has not been tested with verl" not in caplog.text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verl, "__version__", "0.10.0.dev")
+        validate(compose(*actor(loss_agg_mode="vl_norm")))
+    assert "has not been tested with verl 0.10.0.dev (tested: 0.7.1, 0.8.0, 0.9.0, 0.9.1)" in caplog.text
+
+
+def test_a_trainer_that_verl_runs_as_main_gets_the_entropy_metric_too(tmp_path: Path) -> None:
+    """verl 0.8.0 runs its V1 trainer as `python -m verl.trainer.main_ppo_sync`; Ray pickles its class by value."""
+    package = tmp_path / "verl_like"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "trainer.py").write_text(
+        """
+import cloudpickle, dataclasses, pickle, subprocess, sys
+import torch, verl
+from verl.trainer.ppo.core_algos import agg_loss
+from vlnorm_verl import plugin
+
+class Trainer:
+    def entropy(self):
+        mask = torch.tensor([[1, 0], [1, 1]])
+        return agg_loss(loss_mat=mask.double(), loss_mask=mask, loss_agg_mode="vl_norm", loss_scale_factor=1).item()
+
+plugin.NAMES += (plugin.VerlName("verl_like.trainer", "agg_loss", plugin.ENTROPY, plugin._whole_batch),)
+plugin._patch_main()
+code = "import pickle, sys; import verl; print(pickle.load(sys.stdin.buffer)().entropy())"
+subprocess.run([sys.executable, "-c", code], input=cloudpickle.dumps(Trainer), check=True)
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "verl_like.trainer"],
+        env={**os.environ, "VERL_PLATFORM": "cpu", "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    # (1·1 + 1/2·2) / (1 + 1/2)
+    assert float(done.stdout) == pytest.approx(4 / 3), done.stderr[-2000:]
 
 
 # --------------------------------------------------------------------------------------------------- configuration
@@ -200,6 +269,52 @@ def test_run_with_a_critic_validates(compose: Any) -> None:
     validate(config, use_critic=True)
 
 
+def test_critic_of_a_release_without_m_is_refused_if_there_is_one(compose: Any) -> None:
+    """CriticConfig has loss_scale_factor since verl 0.9.0 (workers/config/critic.py)."""
+    from omegaconf import open_dict
+
+    for mode, estimator, refused in (("vl_norm", "gae", True), ("vl_norm", "grpo", False), ("grpo_norm", "gae", False)):
+        config = compose(*actor(loss_agg_mode=mode), f"algorithm.adv_estimator={estimator}")
+        with open_dict(config):
+            del config.critic.loss_scale_factor
+        with pytest.raises(ValueError, match="critic of verl") if refused else contextlib.nullcontext():
+            plugin.check_config(config)
+        assert config.actor_rollout_ref.actor.loss_scale_factor == 77
+
+
+def test_a_users_policy_loss_is_tried(compose: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Registered by a module of the user's; one that ignores the mode is refused, one that cannot be tried is left."""
+    from verl.trainer.ppo import core_algos
+
+    def good(*, log_prob: Any, response_mask: Any, loss_agg_mode: str, **_: Any) -> Any:
+        return core_algos.agg_loss(log_prob, response_mask, loss_agg_mode), {}
+
+    def fixed(*, log_prob: Any, response_mask: Any, **_: Any) -> Any:
+        return core_algos.agg_loss(log_prob, response_mask, "token-mean"), {}
+
+    def own(*, log_prob: Any, **_: Any) -> Any:
+        return log_prob.mean(), {}
+
+    def broken(**_: Any) -> Any:
+        raise KeyError("needs more")
+
+    losses = {"users_good": good, "users_fixed": fixed, "users_own": own, "users_broken": broken}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, loss in losses.items():
+            patch.setitem(core_algos.POLICY_LOSS_REGISTRY, name, loss)
+        config = {
+            name: compose(*actor(loss_agg_mode="vl_norm"), f"actor_rollout_ref.actor.policy_loss.loss_mode={name}")
+            for name in (*losses, "known_to_workers_only")
+        }
+        for name in ("users_good", "users_broken", "known_to_workers_only"):
+            plugin.check_config(config[name])
+        assert "'users_broken' could not be tried before the run (KeyError: 'needs more')" in caplog.text
+        with pytest.raises(ValueError, match=r"a mode of its own.*users_broken, users_good, vanilla"):
+            plugin.check_config(config["users_fixed"])
+        with pytest.raises(ValueError, match="never calls agg_loss"):
+            plugin.check_config(config["users_own"])
+
+
 def test_trainer_that_skips_validation_is_checked_by_run_ppo(compose: Any) -> None:
     """fully_async_policy starts by run_ppo alone (experimental/fully_async_policy/fully_async_main.py:238)."""
     import verl  # noqa: F401
@@ -232,9 +347,12 @@ def test_critic_alone_gets_m_too(compose: Any) -> None:
         (actor(loss_agg_mode="vl_norm", loss_scale_factor="-5"), ["loss_scale_factor=-5", "positive"]),
         (
             [*actor(loss_agg_mode="vl_norm"), "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean"],
-            ["geo_mean", "gspo"],
+            ["'geo_mean'", "never calls agg_loss", "Accepted: bypass_mode, cispo, clip_cov,", "gspo", "vanilla."],
         ),
-        ([*actor(loss_agg_mode="vl_norm"), "actor_rollout_ref.actor.policy_loss.loss_mode=sapo"], ["sapo", "vanilla"]),
+        (
+            [*actor(loss_agg_mode="vl_norm"), "actor_rollout_ref.actor.policy_loss.loss_mode=sapo"],
+            ["a mode of its own", "vanilla"],
+        ),
         (
             [*actor(loss_agg_mode="vl_norm"), "+trainer.use_legacy_worker_impl=enable"],
             ["use_legacy_worker_impl", "disable"],
@@ -283,18 +401,18 @@ def test_a_loss_with_a_mode_of_its_own_is_refused_in_a_mini_batch() -> None:
     import verl  # noqa: F401
     from verl.trainer.ppo.core_algos import agg_loss
 
-    from vlnorm_verl import parse_mode, plugin
+    from vlnorm_verl import parse_mode
 
     one = torch.ones(1, 2)
-    with plugin._in_mini_batch(plugin._MiniBatch("vl_norm", parse_mode("vl_norm"), torch.tensor(0.5), dp_size=2)):
+    with plugin._in_mini_batch(plugin._MiniBatch("vl_norm", parse_mode("vl_norm"), torch.tensor(0.5), 2, scale=4.0)):
         with pytest.raises(ValueError, match="whatever the mode"):
             agg_loss(one, one, "seq-mean-token-mean")
         with pytest.raises(RuntimeError, match="global_batch_info"):
-            agg_loss(one, one, "vl_norm", loss_scale_factor=2)  # dp_size forgotten
-        with pytest.raises(ValueError, match="loss_scale_factor"):
-            agg_loss(one, one, "vl_norm", dp_size=2)
+            agg_loss(one, one, "vl_norm", dp_size=1)
         # x = (1/M) · L^-1 / Σz = 1/2 · 1/2 / 0.5; times the token sum 2, times dp_size 2
         assert agg_loss(one, one, "vl_norm", dp_size=2, loss_scale_factor=2).item() == pytest.approx(2.0)
+        # a loss that hands neither on: both are the mini-batch's
+        assert agg_loss(one, one, "vl_norm").item() == pytest.approx(1.0)
     with pytest.raises(RuntimeError, match="whole mini-batch"):  # nothing is left over
         agg_loss(one, one, "vl_norm", loss_scale_factor=2)
 

@@ -1,21 +1,8 @@
 """Puts the aggregations of `vlnorm_verl.aggregation` into stock verl. The only module that knows verl's insides.
 
-Names of verl that are touched, and why (files of verl 0.9.1; nothing else of verl is replaced). One thing is added:
-the advantage estimator of `vlnorm_verl.overlong`, through verl's own register_adv_est.
-
-| name                                               | why                                                      |
-|----------------------------------------------------|----------------------------------------------------------|
-| trainer/ppo/core_algos.py  agg_loss                | an if/elif over verl's modes: ours are answered before   |
-| workers/config/actor.py  ActorConfig.__post_init__ | its allow-list of modes: ours are checked and let through|
-| workers/engine/base.py  BaseEngine.train_batch     | sees a rank's whole optimizer mini-batch before it is    |
-|                                                    | split: the place of the one all-reduce                   |
-| utils/config.py  validate_config                   | sees the whole config on the driver before Ray starts:   |
-|                                                    | refuses what cannot be exact, fills M                    |
-| trainer/main_ppo.py  run_ppo                       | the same for fully_async_policy, which starts by it      |
-|                                                    | without validate_config                                  |
-| trainer/ppo/ray_trainer.py  agg_loss               | the driver's `actor/entropy` metric over the whole       |
-| trainer/ppo/v1/trainer_base.py  agg_loss           | rollout batch, with no mini-batch around it              |
-| experimental/separation/ray_trainer.py  agg_loss   |                                                          |
+`NAMES` below is the one table of verl's names that are relied on, and why; those with a `wrap` are replaced, nothing
+else of verl is. One thing is added: the advantage estimator of `vlnorm_verl.overlong`, by verl's own register_adv_est.
+Files and lines are verl 0.9.1's unless said; verl 0.7.1, 0.8.0 and 0.9.0 have the same names, trainers excepted.
 
 How a weight gets from the mini-batch to the loss: `train_batch` sums z(L) over the rank's mini-batch, all-reduces
 it over the data-parallel ranks and holds it in a context variable while verl runs its micro-batches. Every
@@ -23,9 +10,12 @@ aggregation inside (policy loss, entropy, KL, value loss; also of policy losses 
 there. `agg_loss` outside such a context has no mini-batch to sum over and raises: it never sums over a
 micro-batch instead.
 
-Each patch is applied when verl imports the module (wrapt's post-import hooks), so that loading the plugin costs
-nothing in processes that never train. A patch that fails is logged as a WARNING and leaves stock verl as it was;
-a config that asks for one of our modes is then refused with the reason.
+Each wrapper is put in place when verl imports the module (wrapt's post-import hooks), so that loading the plugin costs
+nothing in processes that never train. What a release lacks is logged as a WARNING and leaves stock verl as it was;
+a config that asks for one of our modes is then refused with the names that are missing.
+
+A verl that knows `vl_norm` by itself (patched by patches/, or a later release) is left to it: the plugin then only
+checks the configuration, fills M, and says so.
 """
 
 from __future__ import annotations
@@ -33,12 +23,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import logging
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import wrapt
@@ -50,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 MODE_KEY = "actor_rollout_ref.actor.loss_agg_mode"
 SCALE_KEY = "actor_rollout_ref.actor.loss_scale_factor"
+CORE_ALGOS = "verl.trainer.ppo.core_algos"
 STOCK_MODES = (
     "token-mean",
     "token-sum",
@@ -57,11 +51,12 @@ STOCK_MODES = (
     "seq-mean-token-mean",
     "seq-mean-token-sum-norm",
 )
-# Policy losses of verl that do not aggregate by `loss_agg_mode`, and what they do instead.
-_IGNORES_MODE = {
-    "geo_mean": "it averages over responses by itself and never calls agg_loss",
-    "sapo": "it aggregates by seq-mean-token-mean whatever the mode",
-}
+# Releases that the exactness tests were run on (recipes/test_releases.sh). Others are tried, with a warning.
+TESTED_RELEASES = ("0.7.1", "0.8.0", "0.9.0", "0.9.1")
+
+
+class IgnoresMode(ValueError):
+    """A policy loss that does not aggregate by `loss_agg_mode`."""
 
 
 @dataclass
@@ -72,81 +67,102 @@ class _MiniBatch:
     aggregation: maths.Aggregation
     total: torch.Tensor  # Σ_j z(L_j) over all micro-batches and data-parallel ranks, scalar
     dp_size: int
+    scale: float | None  # M
     aggregated: bool = False  # whether agg_loss was called for it
 
 
 _mini_batch: ContextVar[_MiniBatch | None] = ContextVar("vlnorm_verl_mini_batch", default=None)
 
-# What became of each patch: module name -> None if applied, else the reason. Modules not imported yet are absent.
+# What became of each module of NAMES that verl has imported: None if all is there, else what is lacking.
 _outcome: dict[str, str | None] = {}
 _registered = False
+_native = False  # whether the installed verl knows vl_norm by itself; set when verl imports core_algos
 
 
 # ---------------------------------------------------------------------------------------------------- aggregation
 
 
+def is_ours(mode: object) -> TypeGuard[str]:
+    """Whether this package answers for the mode: it is registered here, and verl does not know it by itself."""
+    if not maths.is_registered(mode):
+        return False
+    importlib.import_module(CORE_ALGOS)
+    return not (_native and mode.partition(":")[0] == "vl_norm")
+
+
 def _extended_agg_loss(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """verl's `agg_loss` with the registered aggregations (trainer/ppo/core_algos.py)."""
+    global _native
+    signature = inspect.signature(stock)
+    _native = _knows_vl_norm(stock)
 
     @functools.wraps(stock)
-    def agg_loss(
-        loss_mat: torch.Tensor,
-        loss_mask: torch.Tensor,
-        loss_agg_mode: str,
-        dp_size: int = 1,
-        batch_num_tokens: int | None = None,
-        global_batch_size: int | None = None,
-        loss_scale_factor: float | None = None,
-    ) -> torch.Tensor:
-        mini_batch = _mini_batch.get()
-        if not maths.is_registered(loss_agg_mode):
+    def agg_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
+        given = signature.bind(*args, **kwargs).arguments
+        mode, mini_batch = given["loss_agg_mode"], _mini_batch.get()
+        if not is_ours(mode):
             if mini_batch is not None:
-                raise ValueError(
-                    f"{MODE_KEY}={mini_batch.mode!r}, but the policy loss aggregates by {loss_agg_mode!r} whatever "
+                raise IgnoresMode(
+                    f"{MODE_KEY}={mini_batch.mode!r}, but the policy loss aggregates by {mode!r} whatever "
                     "the mode. Choose a policy_loss.loss_mode that uses loss_agg_mode, or set that mode."
                 )
-            return stock(
-                loss_mat,
-                loss_mask,
-                loss_agg_mode,
-                dp_size,
-                batch_num_tokens,
-                global_batch_size,
-                loss_scale_factor,
-            )
-        if mini_batch is None or mini_batch.mode != loss_agg_mode:
+            return stock(*args, **kwargs)
+        if mini_batch is None or mini_batch.mode != mode:
             raise RuntimeError(
-                f"loss_agg_mode={loss_agg_mode!r} was asked for outside of an optimizer mini-batch of this mode: the "
+                f"loss_agg_mode={mode!r} was asked for outside of an optimizer mini-batch of this mode: the "
                 "weights need a sum over the whole mini-batch, and a micro-batch does not have it. Train through "
                 "BaseEngine.train_batch with a loss function that carries the actor's config "
                 "(functools.partial(loss, config=actor_config), as verl's workers do), or choose one of verl's modes."
             )
+        # A loss may leave out dp_size and M (the value loss up to verl 0.8.0, users' own): the mini-batch has them.
+        dp_size = given.get("dp_size", mini_batch.dp_size)
         if dp_size != mini_batch.dp_size:
             raise RuntimeError(
-                f"loss_agg_mode={loss_agg_mode!r}: the loss was called with dp_size={dp_size} on "
-                f"{mini_batch.dp_size} data-parallel ranks; a policy loss must pass **config.global_batch_info on."
+                f"loss_agg_mode={mode!r}: the loss was called with dp_size={dp_size} on {mini_batch.dp_size} "
+                "data-parallel ranks; pass **config.global_batch_info on, or no dp_size."
             )
+        scale = given.get("loss_scale_factor")
         mini_batch.aggregated = True
-        loss = maths.aggregate(loss_mat, loss_mask, mini_batch.aggregation, mini_batch.total, loss_scale_factor)
+        loss = maths.aggregate(
+            given["loss_mat"],
+            given["loss_mask"],
+            mini_batch.aggregation,
+            mini_batch.total,
+            mini_batch.scale if scale is None else scale,
+        )
         # FSDP and Megatron average gradients over the data-parallel ranks; the mini-batch's loss is their sum.
         return loss * dp_size
 
     return agg_loss
 
 
-def _whole_batch_agg_loss(agg_loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _knows_vl_norm(stock: Callable[..., torch.Tensor]) -> bool:
+    """Whether verl's own agg_loss has the mode: a tree patched by patches/, or a later release."""
+    one = torch.ones(1, 1)
+    try:
+        stock(one, one, "vl_norm", loss_scale_factor=1.0)
+    except ValueError as error:
+        return "Invalid loss_agg_mode" not in str(error)
+    return True
+
+
+def whole_batch_agg_loss(
+    loss_mat: torch.Tensor, loss_mask: torch.Tensor, loss_agg_mode: str, **kwargs: Any
+) -> torch.Tensor:
     """`agg_loss` for the driver's entropy metric: the batch given is the whole one, so its sum is the sum."""
+    from verl.trainer.ppo.core_algos import agg_loss
 
-    @functools.wraps(agg_loss)
-    def whole_batch(loss_mat: torch.Tensor, loss_mask: torch.Tensor, loss_agg_mode: str, **kwargs: Any) -> torch.Tensor:
-        if not maths.is_registered(loss_agg_mode):
-            return agg_loss(loss_mat=loss_mat, loss_mask=loss_mask, loss_agg_mode=loss_agg_mode, **kwargs)
-        method = maths.parse_mode(loss_agg_mode)
-        total = maths.mini_batch_sums(method, maths.response_lengths(loss_mask))[0]
-        with _in_mini_batch(_MiniBatch(loss_agg_mode, method, total, dp_size=1)):
-            return agg_loss(loss_mat=loss_mat, loss_mask=loss_mask, loss_agg_mode=loss_agg_mode, **kwargs)
+    if not is_ours(loss_agg_mode):
+        return agg_loss(loss_mat=loss_mat, loss_mask=loss_mask, loss_agg_mode=loss_agg_mode, **kwargs)
+    method = maths.parse_mode(loss_agg_mode)
+    total = maths.mini_batch_sums(method, maths.response_lengths(loss_mask))[0]
+    with _in_mini_batch(_MiniBatch(loss_agg_mode, method, total, dp_size=1, scale=None)):
+        return agg_loss(loss_mat=loss_mat, loss_mask=loss_mask, loss_agg_mode=loss_agg_mode, **kwargs)
 
-    return whole_batch
+
+def _whole_batch(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    # One function of this module, not a closure: Ray pickles the trainer of verl 0.8.0's __main__ with it, by name.
+    return whole_batch_agg_loss
 
 
 @contextlib.contextmanager
@@ -172,15 +188,16 @@ def _summing_train_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
     def train_batch(self: Any, data: Any, loss_function: Callable[..., Any]) -> Any:
         config: Any = getattr(loss_function, "keywords", {}).get("config")
         mode = getattr(config, "loss_agg_mode", None)
-        if not maths.is_registered(mode):
+        if not is_ours(mode):
             return stock(self, data, loss_function)
 
+        scale = getattr(config, "loss_scale_factor", None)  # the critic's config has none up to verl 0.8.0
         method = maths.parse_mode(mode)
         # Not `loss_mask`: verl's rollout correction takes tokens out of `response_mask` only.
         lengths = maths.response_lengths(data["response_mask"])
         sums = maths.mini_batch_sums(method, lengths)
         sums = _sum_over_data_parallel_ranks(self, sums)
-        mini_batch = _MiniBatch(mode, method, sums[0], self.get_data_parallel_size())
+        mini_batch = _MiniBatch(mode, method, sums[0], self.get_data_parallel_size(), scale)
         with _in_mini_batch(mini_batch):
             outputs = stock(self, data, loss_function)
         if self.is_mp_src_rank_with_outputs():
@@ -189,7 +206,7 @@ def _summing_train_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
                     f"loss_agg_mode={mode!r} had no effect: the loss function never called agg_loss. Use a policy "
                     "loss that aggregates by the mode, or choose one of verl's modes."
                 )
-            outputs["metrics"].update(_mini_batch_metrics(method, lengths, sums, config.loss_scale_factor))
+            outputs["metrics"].update(_mini_batch_metrics(method, lengths, sums, scale))
         return outputs
 
     return train_batch
@@ -213,7 +230,7 @@ def _sum_over_data_parallel_ranks(engine: Any, sums: torch.Tensor) -> torch.Tens
 
 
 def _mini_batch_metrics(
-    method: maths.Aggregation, lengths: torch.Tensor, sums: torch.Tensor, scale: float
+    method: maths.Aggregation, lengths: torch.Tensor, sums: torch.Tensor, scale: float | None
 ) -> dict[str, Any]:
     """Metrics under `vl_norm/`; verl adds the role's prefix, so they are logged as `actor/vl_norm/…`."""
     from verl.utils.metric import AggregationType, Metric
@@ -227,7 +244,7 @@ def _mini_batch_metrics(
         f"vl_norm/{name}": Metric(AggregationType.MEAN, value)
         for name, value in maths.mini_batch_statistics(values).items()
     }
-    metrics["vl_norm/token_weight"] = Metric(AggregationType.MEAN, maths.token_weight(method, values, scale))
+    metrics["vl_norm/token_weight"] = Metric(AggregationType.MEAN, maths.token_weight(method, values, scale or 1.0))
     metrics["vl_norm/weight_min"] = Metric(AggregationType.MIN, low)
     metrics["vl_norm/weight_max"] = Metric(AggregationType.MAX, high)
     return metrics
@@ -247,15 +264,28 @@ def _checked_post_init(stock: Callable[[Any], None]) -> Callable[[Any], None]:
             return
         check_mode(mode)
         check_scale(self.loss_scale_factor)
-        check_policy_loss(mode, self.policy_loss)
+        check_rejection(mode, self.policy_loss)
+        if not is_ours(mode):
+            _say_left_to_verl()
+            stock(self)
+            return
         # The stock check of everything else ends with an allow-list of verl's modes, so it is shown one of those.
         object.__setattr__(self, "loss_agg_mode", STOCK_MODES[0])
         try:
             stock(self)
         finally:
             object.__setattr__(self, "loss_agg_mode", mode)
+        check_policy_loss(self)
 
     return __post_init__
+
+
+@functools.cache
+def _say_left_to_verl() -> None:
+    logger.warning(
+        "This verl has loss_agg_mode=vl_norm itself: vlnorm-verl leaves the aggregation to it (there are no vl_norm/ "
+        "metrics then), checks the configuration, and sets loss_scale_factor where it is null."
+    )
 
 
 def check_mode(mode: str, key: str = MODE_KEY) -> None:
@@ -272,17 +302,67 @@ def check_scale(scale: float | None, key: str = SCALE_KEY) -> None:
         )
 
 
-def check_policy_loss(mode: str, policy_loss: Any) -> None:
-    """Raises ValueError for a policy loss whose aggregation would not be the mode's."""
-    loss_mode = policy_loss.get("loss_mode", "vanilla")
-    key = "actor_rollout_ref.actor.policy_loss.loss_mode"
-    if loss_mode in _IGNORES_MODE:
+def check_policy_loss(actor: Any) -> None:
+    """Try the policy loss of an ActorConfig on two short responses.
+
+    Raises:
+        ValueError: it does not aggregate by `loss_agg_mode`, so that the mode would have no effect; the message names
+            those that do.
+    """
+    name = actor.policy_loss.get("loss_mode", "vanilla")
+    registry = importlib.import_module(CORE_ALGOS).POLICY_LOSS_REGISTRY
+    if name not in registry:
+        return  # registered by a module that only workers import; the first mini-batch tells
+    try:
+        problem = policy_loss_problem(name, actor)
+    except Exception as error:  # a user's loss may need more than the trial gives it; the first mini-batch tells
+        logger.warning("policy loss %r could not be tried before the run (%s: %s)", name, type(error).__name__, error)
+        return
+    if problem:
         raise ValueError(
-            f"{key}={loss_mode!r} cannot be used with {MODE_KEY}={mode!r}: {_IGNORES_MODE[loss_mode]}. "
-            "Accepted: a policy loss that aggregates by the mode, such as vanilla, gspo, gpg, dppo_tv, cispo."
+            f"actor_rollout_ref.actor.policy_loss.loss_mode={name!r} cannot be used with "
+            f"{MODE_KEY}={actor.loss_agg_mode!r}: {problem}. Accepted: {', '.join(accepted_policy_losses(actor))}."
         )
+
+
+def accepted_policy_losses(actor: Any) -> list[str]:
+    """The registered policy losses that aggregate by the mode of an ActorConfig, sorted."""
+    accepted = []
+    for name in sorted(importlib.import_module(CORE_ALGOS).POLICY_LOSS_REGISTRY):
+        with contextlib.suppress(Exception):  # it needs settings of its own, and may be right with them
+            if policy_loss_problem(name, actor):
+                continue
+        accepted.append(name)
+    return accepted
+
+
+def policy_loss_problem(name: str, actor: Any) -> str | None:
+    """What keeps a registered policy loss from aggregating by the mode of an ActorConfig; None: nothing."""
+    method = maths.parse_mode(actor.loss_agg_mode)
+    mask = torch.tensor([[1, 1], [1, 0]])
+    total = maths.mini_batch_sums(method, maths.response_lengths(mask))[0]
+    mini_batch = _MiniBatch(actor.loss_agg_mode, method, total, dp_size=1, scale=1.0)
+    log_prob = torch.full((2, 2), -1.0)
+    try:
+        with _in_mini_batch(mini_batch), torch.random.fork_rng(devices=[]):
+            importlib.import_module(CORE_ALGOS).get_policy_loss_fn(name)(
+                old_log_prob=log_prob,
+                log_prob=log_prob.clone().requires_grad_(),
+                advantages=torch.tensor([[1.0, 1.0], [-1.0, -1.0]]),
+                response_mask=mask.bool(),
+                loss_agg_mode=actor.loss_agg_mode,
+                config=actor,
+                rollout_is_weights=None,
+            )
+    except IgnoresMode:
+        return "it aggregates by a mode of its own, whatever loss_agg_mode is"
+    return None if mini_batch.aggregated else "it never calls agg_loss"
+
+
+def check_rejection(mode: str, policy_loss: Any) -> None:
+    """Raises ValueError for a bypass-mode policy loss that rejects tokens inside the micro-batch."""
     correction = policy_loss.get("rollout_correction", None)
-    if loss_mode == "bypass_mode" and correction is not None and correction.get("rollout_rs", None):
+    if policy_loss.get("loss_mode") == "bypass_mode" and correction is not None and correction.get("rollout_rs", None):
         _refuse_rejection_in_loss(mode, correction.get("rollout_rs"))
 
 
@@ -301,12 +381,13 @@ def check_config(config: Any) -> None:
         ValueError: a key has a value that cannot be trained exactly; the message names both and what is accepted.
         RuntimeError: a patch that the mode needs did not apply to the installed verl.
     """
+    _patch_main()
     actor, critic, horizon = config.actor_rollout_ref.actor, config.critic, config.data.max_response_length
     check_overlong_filtering(config.algorithm, horizon)
     if actor.loss_agg_mode not in STOCK_MODES:
         check_mode(actor.loss_agg_mode)
         check_scale(actor.get("loss_scale_factor"))
-        check_policy_loss(actor.loss_agg_mode, actor.policy_loss)
+        check_rejection(actor.loss_agg_mode, actor.policy_loss)
         correction = config.algorithm.get("rollout_correction") or {}
         if correction.get("bypass_mode") and correction.get("rollout_rs"):
             _refuse_rejection_in_loss(actor.loss_agg_mode, correction.get("rollout_rs"))
@@ -318,11 +399,49 @@ def check_config(config: Any) -> None:
             )
         fill_scale(actor, horizon)
         warn_of_sorted_mini_batches(actor, config.data.train_batch_size)
+        warn_of_untested_release()
+        if is_ours(actor.loss_agg_mode):
+            check_policy_loss(_actor_config(actor))
     # verl's critic inherits the actor's mode by interpolation, and CriticConfig accepts any string.
     if critic.loss_agg_mode not in STOCK_MODES:
         check_mode(critic.loss_agg_mode, "critic.loss_agg_mode")
-        check_scale(critic.get("loss_scale_factor"), "critic.loss_scale_factor")
-        fill_scale(critic, horizon)
+        if "loss_scale_factor" in critic:
+            check_scale(critic.get("loss_scale_factor"), "critic.loss_scale_factor")
+            fill_scale(critic, horizon)
+        elif maths.parse_mode(critic.loss_agg_mode).per_token_scale and _uses_critic(config):
+            raise ValueError(
+                f"critic.loss_agg_mode={critic.loss_agg_mode!r} needs M, and the critic of verl {_verl_version()} "
+                "has no loss_scale_factor. Accepted: verl's own modes, such as token-mean, and grpo_norm, dapo_norm"
+            )
+
+
+def _actor_config(actor: Any) -> Any:
+    """The ActorConfig of a run's config. Not every trainer makes one before Ray starts, and Hydra wraps its errors."""
+    stock = actor.copy()
+    stock.loss_agg_mode = STOCK_MODES[0]
+    made = importlib.import_module("verl.utils.config").omega_conf_to_dataclass(stock)
+    object.__setattr__(made, "loss_agg_mode", actor.loss_agg_mode)
+    return made
+
+
+def _uses_critic(config: Any) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # verl warns that there is none; it will again when it asks itself
+        return bool(importlib.import_module("verl.trainer.ppo.utils").need_critic(config))
+
+
+def _verl_version() -> str:
+    return str(importlib.import_module("verl").__version__)
+
+
+def warn_of_untested_release() -> None:
+    if _verl_version() not in TESTED_RELEASES:
+        logger.warning(
+            "vlnorm-verl has not been tested with verl %s (tested: %s). Every name that it relies on is there; whether "
+            "gradients are exact is not known.",
+            _verl_version(),
+            ", ".join(TESTED_RELEASES),
+        )
 
 
 def _checking_config(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -382,35 +501,84 @@ def fill_scale(role: Any, max_response_length: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Patch:
-    owner: str  # class in the module, or "" for the module itself
-    name: str
-    wrap: Callable[[Any], Any]
+class VerlName:
+    """A name of verl that is relied on."""
+
+    module: str
+    name: str  # a name of the module, or Class.attribute
+    why: str
+    wrap: Callable[[Any], Any] | None = None  # makes what replaces it
+    parameters: tuple[str, ...] = ()  # that it must take
+    # Whether every run of ours needs it. The others belong to single trainers, which not every release has.
+    needed: bool = True
 
 
-_PATCHES: dict[str, _Patch] = {
-    "verl.trainer.ppo.core_algos": _Patch("", "agg_loss", _extended_agg_loss),
-    "verl.workers.config.actor": _Patch("ActorConfig", "__post_init__", _checked_post_init),
-    "verl.workers.engine.base": _Patch("BaseEngine", "train_batch", _summing_train_batch),
-    "verl.utils.config": _Patch("", "validate_config", _checking_config),
-    "verl.trainer.main_ppo": _Patch("", "run_ppo", _checking_config),
-    "verl.trainer.ppo.ray_trainer": _Patch("", "agg_loss", _whole_batch_agg_loss),
-    "verl.trainer.ppo.v1.trainer_base": _Patch("", "agg_loss", _whole_batch_agg_loss),
-    "verl.experimental.separation.ray_trainer": _Patch("", "agg_loss", _whole_batch_agg_loss),
-}
-# Without these no run of ours can train; the others belong to single trainers and workers.
-_NEEDED = ("verl.trainer.ppo.core_algos", "verl.workers.engine.base")
+ENGINE, METRIC = "verl.workers.engine.base", "verl.utils.metric"
+ENTROPY = "the driver's actor/entropy metric, over the whole rollout batch with no mini-batch around it"
+
+NAMES = (
+    VerlName(
+        CORE_ALGOS,
+        "agg_loss",
+        "an if/elif over verl's modes: ours are answered before it",
+        _extended_agg_loss,
+        ("loss_mat", "loss_mask", "loss_agg_mode", "dp_size", "loss_scale_factor"),
+    ),
+    VerlName(CORE_ALGOS, "POLICY_LOSS_REGISTRY", "names the policy losses that are accepted"),
+    VerlName(CORE_ALGOS, "get_policy_loss_fn", "the policy loss is tried before the run"),
+    VerlName(CORE_ALGOS, "register_adv_est", "adds overlong filtering"),
+    VerlName(CORE_ALGOS, "get_adv_estimator_fn", "tells whether that was done"),
+    VerlName(
+        "verl.workers.config.actor",
+        "ActorConfig.__post_init__",
+        "has an allow-list of modes: ours are checked and let through",
+        _checked_post_init,
+    ),
+    VerlName(
+        ENGINE,
+        "BaseEngine.train_batch",
+        "sees a rank's whole optimizer mini-batch before it is split: the place of the one all-reduce",
+        _summing_train_batch,
+        ("data", "loss_function"),
+    ),
+    VerlName(ENGINE, "BaseEngine.get_data_parallel_group", "the ranks to sum over"),
+    VerlName(ENGINE, "BaseEngine.get_data_parallel_size", "undoes the averaging of gradients"),
+    VerlName(ENGINE, "BaseEngine.is_mp_src_rank_with_outputs", "the ranks that return metrics"),
+    VerlName("verl.utils.device", "get_device_id", "where the sum is all-reduced"),
+    VerlName(METRIC, "Metric", "how a metric is combined over mini-batches and ranks"),
+    VerlName(METRIC, "AggregationType", "the same"),
+    VerlName(
+        "verl.utils.config",
+        "validate_config",
+        "sees the whole config before workers start: refuses what cannot be exact, fills M",
+        _checking_config,
+        ("config",),
+    ),
+    VerlName("verl.utils.config", "omega_conf_to_dataclass", "makes the actor's config, which is then checked"),
+    VerlName(
+        "verl.trainer.main_ppo",
+        "run_ppo",
+        "the same as validate_config, for fully_async_policy, which calls only this",
+        _checking_config,
+        ("config",),
+        needed=False,
+    ),
+    VerlName("verl.trainer.ppo.ray_trainer", "agg_loss", ENTROPY, _whole_batch, needed=False),
+    VerlName("verl.trainer.ppo.v1.trainer_base", "agg_loss", ENTROPY, _whole_batch, needed=False),  # since 0.9.0
+    VerlName("verl.trainer.main_ppo_sync", "agg_loss", ENTROPY, _whole_batch, needed=False),  # 0.8.0's V1 trainer
+    VerlName("verl.experimental.separation.ray_trainer", "agg_loss", ENTROPY, _whole_batch, needed=False),
+)
 
 
 def register() -> None:
-    """Arrange for every patch above to be applied as soon as verl imports its module. May be called again."""
+    """Have every name above checked and wrapped as soon as verl imports its module. May be called again."""
     global _registered
     if _registered:
         return
     _registered = True
-    for module_name in _PATCHES:
+    for module_name in dict.fromkeys(name.module for name in NAMES):
         wrapt.register_post_import_hook(_apply, module_name)
-    wrapt.register_post_import_hook(_register_estimator, "verl.trainer.ppo.core_algos")
+    wrapt.register_post_import_hook(_register_estimator, CORE_ALGOS)
 
 
 def _register_estimator(core_algos: ModuleType) -> None:
@@ -421,26 +589,62 @@ def _register_estimator(core_algos: ModuleType) -> None:
 
 
 def _apply(module: ModuleType) -> None:
-    patch = _PATCHES[module.__name__]
+    """Check the names of a module that verl has just imported; wrap them if all are as expected, else none."""
+    names = [name for name in NAMES if name.module == module.__name__]
+    lacking = [problem for name in names if (problem := _problem(module, name))]
     try:
-        owner = getattr(module, patch.owner) if patch.owner else module
-        setattr(owner, patch.name, patch.wrap(getattr(owner, patch.name)))
-        _outcome[module.__name__] = None
+        if not lacking:
+            for name in names:
+                _wrap(module, name)
     except Exception as error:  # the import of verl must go on; whoever asks for our modes is told in require_installed
-        what = ".".join(filter(None, (module.__name__, patch.owner, patch.name)))
-        reason = f"{what}: {type(error).__name__}: {error}"
-        _outcome[module.__name__] = reason
-        logger.warning("vlnorm-verl cannot extend this release of verl (%s)", reason)
+        lacking = [f"{module.__name__}: {type(error).__name__}: {error}"]
+    _outcome[module.__name__] = "; ".join(lacking) or None
+    if lacking:
+        logger.warning("vlnorm-verl cannot extend this release of verl: it lacks %s", "; ".join(lacking))
+
+
+def _problem(module: ModuleType, name: VerlName) -> str | None:
+    found: Any = module
+    for part in name.name.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        return f"{name.module}.{name.name} ({name.why})"
+    missing = [p for p in name.parameters if p not in inspect.signature(found).parameters]
+    return f"{', '.join(missing)} of {name.module}.{name.name} ({name.why})" if missing else None
+
+
+def _wrap(module: ModuleType, name: VerlName) -> None:
+    if name.wrap is not None:
+        *owners, attribute = name.name.split(".")
+        owner = functools.reduce(getattr, owners, module)
+        setattr(owner, attribute, name.wrap(getattr(owner, attribute)))
+
+
+def _patch_main() -> None:
+    """verl 0.8.0 runs its V1 trainer as __main__ (python -m verl.trainer.main_ppo_sync), which no import hook sees."""
+    main = sys.modules["__main__"]
+    run_as = getattr(getattr(main, "__spec__", None), "name", None)
+    for name in NAMES:
+        if name.module == run_as and name.wrap is _whole_batch:
+            _wrap(main, name)
+
+
+def lacking() -> list[str]:
+    """What the installed verl lacks of the names that every run needs, and what else was found lacking on the way."""
+    needed = dict.fromkeys(name.module for name in NAMES if name.needed)
+    for module_name in needed:
+        try:
+            importlib.import_module(module_name)
+        except ImportError as error:
+            _outcome[module_name] = f"{module_name} ({error})"
+    not_patched = [f"{module_name} not patched" for module_name in needed if module_name not in _outcome]
+    return [reason for reason in _outcome.values() if reason] + not_patched
 
 
 def require_installed(mode: str) -> None:
-    """Raises RuntimeError if a patch that every run needs did not apply to the installed verl."""
-    for module_name in _NEEDED:
-        importlib.import_module(module_name)
-    failed = [reason for reason in _outcome.values() if reason]
-    missing = [name for name in _NEEDED if name not in _outcome]
-    if failed or missing:
+    """Raises RuntimeError if a name that every run needs is not there, or the plugin is not loaded."""
+    if missing := lacking():
         raise RuntimeError(
             f"{MODE_KEY}={mode!r} is not available: vlnorm-verl did not get into the installed verl "
-            f"({'; '.join(failed + [f'{name} not patched' for name in missing])}). Run `vlnorm-verl doctor`."
+            f"{_verl_version()}, which lacks: {'; '.join(missing)}. Run `vlnorm-verl doctor`."
         )

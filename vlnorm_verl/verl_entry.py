@@ -1,4 +1,7 @@
-"""The module that verl imports in every process (entry point `vlnorm` of the group `verl.plugins`).
+"""The module that verl imports in every process (entry point `vlnorm` of the group `verl.plugins`, since verl 0.9.0).
+
+Older releases know no entry points; VERL_USE_EXTERNAL_MODULES=vlnorm_verl.verl_entry has them import it as well, if it
+is set on every node before `ray start`.
 
 verl discards what an entry point loads, so importing this module is the registration. verl also logs a plugin
 that fails to load at DEBUG only (verl/__init__.py), where nobody sees it: hence the WARNING here. After a
