@@ -282,6 +282,54 @@ def test_critic_of_a_release_without_m_is_refused_if_there_is_one(compose: Any) 
         assert config.actor_rollout_ref.actor.loss_scale_factor == 77
 
 
+@pytest.mark.parametrize(
+    ("role", "release", "engine", "words"),
+    [
+        ("torchtitan", "0.9.1", {"context_parallel_size": 2}, "context_parallel_size=2"),
+        ("torchtitan", "0.9.1", {"data_parallel_replicate_size": 2}, "data_parallel_shard_size > 1"),
+        ("torchtitan", "0.9.1", {"data_parallel_replicate_size": 2, "data_parallel_shard_size": 2}, None),
+        ("megatron", "0.8.0", {"dynamic_context_parallel": True}, "dynamic_context_parallel=true"),
+        ("megatron", "0.9.0", {"dynamic_context_parallel": True}, None),
+        ("megatron", "0.8.0", {"context_parallel_size": 2, "vanilla_mbridge": False}, "context_parallel_size=2"),
+        ("megatron", "0.8.0", {"context_parallel_size": 2, "vanilla_mbridge": True}, None),
+        ("megatron", "0.7.1", {"override_transformer_config": {"calculate_per_token_loss": True}}, "per_token_loss"),
+        ("megatron", "0.9.1", {"context_parallel_size": 2, "vanilla_mbridge": False}, None),
+        ("fsdp2", "0.7.1", {}, None),
+    ],
+)
+def test_layouts_of_engines_that_cannot_be_exact_are_refused(
+    caplog: pytest.LogCaptureFixture, role: str, release: str, engine: dict[str, Any], words: str | None
+) -> None:
+    """docs/engines.md has the reasons; keys as in verl's trainer/config/engine/*.yaml."""
+    import verl
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create({"strategy": role, "loss_agg_mode": "vl_norm", role: engine})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verl, "__version__", release)
+        with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
+            plugin.check_engine(config, "critic")
+    warned = release == "0.9.1" and engine.get("context_parallel_size") == 2 and role == "megatron"
+    assert ("too large by the factor" in caplog.text) == warned
+
+
+def test_megatron_and_torchtitan_of_verls_own_config_are_checked() -> None:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        for name, override in (
+            ("ppo_megatron_trainer", ["actor_rollout_ref.actor.megatron.context_parallel_size=2"]),
+            ("ppo_trainer", ["model_engine=torchtitan", "actor_rollout_ref.actor.torchtitan.context_parallel_size=2"]),
+        ):
+            config = hydra_compose(name, [*override, "actor_rollout_ref.actor.loss_agg_mode=vl_norm"])
+            release = "0.8.0" if "megatron" in name else "0.9.1"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("verl.__version__", release)
+                with pytest.raises(ValueError, match=r"actor_rollout_ref\.actor.*context_parallel_size=2"):
+                    plugin.check_config(config)
+
+
 def test_a_users_policy_loss_is_tried(compose: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Registered by a module of the user's; one that ignores the mode is refused, one that cannot be tried is left."""
     from verl.trainer.ppo import core_algos

@@ -397,6 +397,7 @@ def check_config(config: Any) -> None:
                 f"trainer.use_legacy_worker_impl={legacy!r} cannot be used with {MODE_KEY}="
                 f"{actor.loss_agg_mode!r}: the legacy actor has no mini-batch sum. Accepted: disable"
             )
+        check_engine(actor, "actor_rollout_ref.actor")
         fill_scale(actor, horizon)
         warn_of_sorted_mini_batches(actor, config.data.train_batch_size)
         warn_of_untested_release()
@@ -405,6 +406,7 @@ def check_config(config: Any) -> None:
     # verl's critic inherits the actor's mode by interpolation, and CriticConfig accepts any string.
     if critic.loss_agg_mode not in STOCK_MODES:
         check_mode(critic.loss_agg_mode, "critic.loss_agg_mode")
+        check_engine(critic, "critic")
         if "loss_scale_factor" in critic:
             check_scale(critic.get("loss_scale_factor"), "critic.loss_scale_factor")
             fill_scale(critic, horizon)
@@ -412,6 +414,61 @@ def check_config(config: Any) -> None:
             raise ValueError(
                 f"critic.loss_agg_mode={critic.loss_agg_mode!r} needs M, and the critic of verl {_verl_version()} "
                 "has no loss_scale_factor. Accepted: verl's own modes, such as token-mean, and grpo_norm, dapo_norm"
+            )
+
+
+def check_engine(role: Any, key: str) -> None:
+    """Refuse layouts of an engine in which gradients are not reduced as its data-parallel size says (docs/engines.md).
+
+    Args:
+        role: the run's config of the actor or the critic. key: what it is called there.
+
+    Raises:
+        ValueError: names the key, the value and what is accepted.
+    """
+
+    def refuse(name: str, why: str, accepted: str) -> None:
+        raise ValueError(
+            f"{key}.{name} cannot be used with {key}.loss_agg_mode={role.loss_agg_mode!r} and verl {_verl_version()}: "
+            f"{why}. Accepted: {accepted}"
+        )
+
+    strategy = role.get("strategy")
+    engine = role.get(strategy) or {} if strategy in ("torchtitan", "megatron") else {}
+    if strategy == "torchtitan":
+        if engine.get("context_parallel_size", 1) > 1:
+            refuse(
+                f"torchtitan.context_parallel_size={engine.context_parallel_size}",
+                "its ranks are given different responses but are not counted as data-parallel",
+                "1",
+            )
+        if engine.get("data_parallel_replicate_size", 1) > 1 and engine.get("data_parallel_shard_size", 1) == 1:
+            refuse(
+                f"torchtitan.data_parallel_replicate_size={engine.data_parallel_replicate_size}",
+                "with data_parallel_shard_size=1 gradients of the replicas are added, not averaged",
+                "1, or data_parallel_shard_size > 1",
+            )
+    if strategy == "megatron":
+        context, override = engine.get("context_parallel_size", 1), engine.get("override_transformer_config") or {}
+        bridge = context > 1 and engine.get("use_mbridge", True) and not engine.get("vanilla_mbridge", True)
+        per_token = bool(override.get("calculate_per_token_loss", bridge))  # what Megatron-Bridge sets by itself
+        if _verl_version().startswith(("0.7.", "0.8.")):
+            if engine.get("dynamic_context_parallel"):
+                refuse("megatron.dynamic_context_parallel=true", "replicated responses are counted again", "false")
+            if per_token:
+                refuse(
+                    f"megatron.context_parallel_size={context}",
+                    "with calculate_per_token_loss, which Megatron-Bridge sets, gradients are added, not averaged",
+                    "1, or vanilla_mbridge=true and no override_transformer_config.calculate_per_token_loss",
+                )
+        elif per_token and context > 1:
+            logger.warning(
+                "%s.megatron.context_parallel_size=%d with calculate_per_token_loss: verl counts up to %d tokens of "
+                "each micro-batch too few: gradients of every loss_agg_mode are too large by the factor T/(T - those "
+                "not counted), T the tokens of the mini-batch. The weights of responses are right.",
+                key,
+                context,
+                context - 1,
             )
 
 
