@@ -535,3 +535,9 @@ def test_a_stop_reaches_the_run_and_ends_the_set(monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 1
     assert (tmp_path / "interrupted").read_text() == "once\n"
     assert "the same command goes on from there" in output
+
+
+def test_recipes_need_the_v1_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", {"verl": "0.8.0"}.get)
+    with pytest.raises(recipe.RecipeError, match=r"the installed verl is 0\.8\.0: .* 0\.9\.0 and later"):
+        recipe.compose(CONFIG, [])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.metadata
 import io
 import re
 import warnings
@@ -48,6 +49,12 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
     Raises:
         RecipeError: an unknown choice or key, a value that cannot be resolved, or a combination that is no recipe.
     """
+    release = importlib.metadata.version("verl")
+    if release.startswith(("0.7.", "0.8.")):
+        raise RecipeError(
+            f"the installed verl is {release}: recipes are written for the V1 trainer of verl 0.9.0 and later. "
+            "loss_agg_mode=vl_norm itself works in runs of your own (docs/support.md)"
+        )
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_folder.resolve()), version_base=None):
