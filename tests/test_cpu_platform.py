@@ -1,15 +1,20 @@
 """The CPU platform: inactive unless asked for, never auto-detected, every patch fits the installed verl and vLLM."""
 
+import asyncio
+import datetime
 import importlib
 import importlib.metadata
 import inspect
+import math
 import os
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 import vlnorm_verl.cpu as cpu
 from vlnorm_verl.cpu import PatchError, patches, vllm_plugin, zygote
@@ -79,9 +84,20 @@ import os, torch
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
 initialize()
 torch.distributed.all_reduce(torch.ones(1))
-torch.distributed.destroy_process_group()
 from verl.workers.engine.fsdp import transformer_impl
 assert transformer_impl.CPUOffloadPolicy(pin_memory=True).pin_memory is False
+from verl.utils.fsdp_utils import fsdp2_sharded_load_from_cpu as load, fsdp2_sharded_save_to_cpu as save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+model = fully_shard(torch.nn.Linear(3, 2), mesh=init_device_mesh("cpu", (1,)))
+before = [p.full_tensor().clone() for p in model.parameters()]
+kept = save(model)
+with torch.no_grad():
+    for p in model.parameters():
+        p.add_(1)  # as an optimizer step does
+load(model, *kept)
+assert all(torch.equal(p.full_tensor(), old) for p, old in zip(model.parameters(), before, strict=True))
+torch.distributed.destroy_process_group()
 """,
         **cpu.cpu_environment(),
     )
@@ -123,6 +139,49 @@ def test_environment_is_complete() -> None:
     assert environment["VERL_PLATFORM"] == "cpu"
     assert environment["OMP_NUM_THREADS"] == "3"
     assert all(isinstance(value, str) for value in environment.values())
+
+
+# ---------------------------------------------------------------- weights between processes
+
+
+def test_weights_travel_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two actor ranks and two rollout workers, a thread each, called in the order of verl's manager; two updates."""
+    from vlnorm_verl.cpu import checkpoint_engine
+
+    monkeypatch.setattr(checkpoint_engine.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(checkpoint_engine, "TIMEOUT", datetime.timedelta(seconds=30))
+    engine_class = checkpoint_engine.CheckpointEngineRegistry.get("gloo")
+    actors = [engine_class(bucket_size=0, is_master=rank == 0) for rank in range(2)]
+    rollouts = [engine_class(bucket_size=0) for _ in range(2)]
+
+    async def received(engine) -> dict[str, torch.Tensor]:
+        return {name: weight async for name, weight in engine.receive_weights()}
+
+    with ThreadPoolExecutor(4) as pool:
+        for update in (1.0, 2.0):
+            sent = {
+                "matrix": torch.arange(6.0).view(2, 3).T * update,  # not contiguous
+                "half": torch.tensor([update, math.nan], dtype=torch.bfloat16),
+                "scalar": torch.tensor(update),
+            }
+            metadata = [engine.prepare() for engine in actors + rollouts]
+            for_actors, for_rollouts = engine_class.build_topology(2, 2, metadata)
+            joins = []
+            for engines, arguments in ((actors, for_actors), (rollouts, for_rollouts)):
+                for rank, engine in enumerate(engines):
+                    own = {name: values[rank] for name, values in arguments.items()}
+                    joins.append(pool.submit(engine.init_process_group, **own))
+            [join.result(60) for join in joins]
+            sends = [pool.submit(asyncio.run, engine.send_weights(iter(sent.items()))) for engine in actors]
+            gets = [pool.submit(asyncio.run, received(engine)) for engine in rollouts]
+            assert [send.result(60) for send in sends] == [{}, {}]
+            for get in gets:
+                weights = get.result(60)
+                assert list(weights) == list(sent)
+                for name, weight in sent.items():
+                    torch.testing.assert_close(weights[name], weight, rtol=0, atol=0, equal_nan=True)
+            for engine in actors + rollouts:
+                engine.finalize()
 
 
 # ---------------------------------------------------------------- watchdog

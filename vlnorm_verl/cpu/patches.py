@@ -67,6 +67,22 @@ def critic_attention(module: ModuleType) -> None:
     module.load_valuehead_model = load  # type: ignore[attr-defined]
 
 
+def copied_shards(module: ModuleType) -> None:
+    """utils/fsdp_utils.py:1180 keeps a model's weights for later by `.cpu()`, which copies nothing on a CPU.
+
+    The trainers that take several optimizer steps between two weight syncs (separate_async, fully_async_policy) put
+    them back to compute old log-probabilities; they would be the current weights.
+    """
+    original = _original(module, "fsdp2_sharded_save_to_cpu")
+
+    @functools.wraps(original)
+    def save(model: Any) -> Any:
+        shards, spec = original(model)
+        return {name: (shard.clone(), shard_spec) for name, (shard, shard_spec) in shards.items()}, spec
+
+    module.fsdp2_sharded_save_to_cpu = save  # type: ignore[attr-defined]
+
+
 def vllm_distribution_name() -> None:
     """third_party/vllm/__init__.py:35 and workers/rollout/vllm_rollout/__init__.py:28 ask for "vllm"'s version.
 
@@ -110,6 +126,7 @@ AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "verl.utils.distributed": one_gloo_backend,
     "verl.workers.engine.fsdp.transformer_impl": unpinned_offload,
     "verl.utils.model": critic_attention,
+    "verl.utils.fsdp_utils": copied_shards,
     "verl.workers.rollout.vllm_rollout.vllm_rollout": watchdog,
     "verl.workers.rollout.vllm_rollout.vllm_async_server": watchdog_server,
 }
