@@ -232,18 +232,24 @@ def test_mode_alone_is_enough(compose: Any, mode: str) -> None:
     assert (actor_config.loss_agg_mode, actor_config.loss_scale_factor) == (mode, 77)
 
 
+SEPARATE = "trainer.v1.trainer_mode=separate_async"
+
+
 @pytest.mark.parametrize(
     ("overrides", "warned"),
     [
         (["data.train_batch_size=8", *actor(ppo_mini_batch_size="4")], True),
         (["data.train_batch_size=8", *actor(ppo_mini_batch_size="4", shuffle="true")], False),
         (["data.train_batch_size=8", *actor(ppo_mini_batch_size="8")], False),
+        (["data.train_batch_size=8", *actor(ppo_mini_batch_size="4"), SEPARATE], False),
+        (["data.train_batch_size=0", *actor(ppo_mini_batch_size="4"), "+async_training.require_batches=2"], True),
+        (["data.train_batch_size=0", *actor(ppo_mini_batch_size="4"), "+async_training.require_batches=1"], False),
     ],
 )
 def test_mini_batches_sorted_by_length_are_warned_of(
     compose: Any, caplog: pytest.LogCaptureFixture, overrides: list[str], warned: bool
 ) -> None:
-    validate(compose(*actor(loss_agg_mode="vl_norm"), *overrides))
+    plugin.check_config(compose(*actor(loss_agg_mode="vl_norm"), *overrides))
     assert ("actor.shuffle=true" in caplog.text) == warned
 
 

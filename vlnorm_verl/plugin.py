@@ -35,6 +35,7 @@ from typing import Any, TypeGuard
 
 import torch
 import wrapt
+from omegaconf import OmegaConf, open_dict
 
 from vlnorm_verl import aggregation as maths
 from vlnorm_verl import overlong
@@ -215,11 +216,12 @@ def _summing_train_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
 def _sum_over_data_parallel_ranks(engine: Any, sums: torch.Tensor) -> torch.Tensor:
     from verl.utils.device import get_device_id
 
-    group = engine.get_data_parallel_group()
-    if group is None and engine.get_data_parallel_size() > 1:
+    group, size = engine.get_data_parallel_group(), engine.get_data_parallel_size()
+    ranks = 1 if group is None else torch.distributed.get_world_size(group)
+    if ranks != size:
         raise RuntimeError(
-            f"{type(engine).__name__} has {engine.get_data_parallel_size()} data-parallel ranks and no process group "
-            "for them: the mini-batch sum of loss_agg_mode cannot be made. Choose one of verl's modes."
+            f"{type(engine).__name__} has {size} data-parallel ranks, and a process group of {ranks} for them: the "
+            "mini-batch sum of loss_agg_mode cannot be made. Choose one of verl's modes."
         )
     device = torch.device(get_device_id())
     sums = sums.to(device, maths.weight_dtype(device.type))
@@ -399,7 +401,7 @@ def check_config(config: Any) -> None:
             )
         check_engine(actor, "actor_rollout_ref.actor")
         fill_scale(actor, horizon)
-        warn_of_sorted_mini_batches(actor, config.data.train_batch_size)
+        warn_of_sorted_mini_batches(actor, config)
         warn_of_untested_release()
         if is_ours(actor.loss_agg_mode):
             check_policy_loss(_actor_config(actor))
@@ -434,7 +436,7 @@ def check_engine(role: Any, key: str) -> None:
         )
 
     strategy = role.get("strategy")
-    engine = role.get(strategy) or {} if strategy in ("torchtitan", "megatron") else {}
+    engine: Any = role.get(strategy) or {} if strategy in ("torchtitan", "megatron") else {}
     if strategy == "torchtitan":
         if engine.get("context_parallel_size", 1) > 1:
             refuse(
@@ -512,14 +514,20 @@ def _checking_config(stock: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def warn_of_sorted_mini_batches(actor: Any, train_batch_size: int) -> None:
+def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
     """Warn where the mini-batches of a rollout batch will hold responses of similar lengths each.
 
     verl keeps the order of the rollout batch unless told to shuffle. The V1 trainer's replay buffer returns responses
     in the order in which they were finished (trainer/ppo/v1/replay_buffer.py), the V0 trainer's `_balance_batch` sorts
     each rank's share by length (trainer/ppo/ray_trainer.py:1240). Both put short responses into the first mini-batch.
+    V1 separate_async is not asked: it draws each mini-batch by itself (trainer/ppo/v1/trainer_base.py:549), whatever
+    `shuffle` is.
     """
-    if actor.ppo_mini_batch_size < train_batch_size and not actor.get("shuffle"):
+    if OmegaConf.select(config, "trainer.v1.trainer_mode") == "separate_async":
+        return
+    mini_batches = OmegaConf.select(config, "async_training.require_batches")  # of fully_async_policy
+    several = mini_batches > 1 if mini_batches else actor.ppo_mini_batch_size < config.data.train_batch_size
+    if several and not actor.get("shuffle"):
         logger.warning(
             "actor_rollout_ref.actor.shuffle=false with several optimizer mini-batches a rollout batch: verl orders "
             "responses by when they were finished, so each mini-batch holds responses of similar lengths, and "
@@ -547,8 +555,6 @@ def check_overlong_filtering(algorithm: Any, max_response_length: int) -> None:
 
 def fill_scale(role: Any, max_response_length: int) -> None:
     """M = the run's maximum response length where `loss_scale_factor` is null; verl's critic inherits the actor's."""
-    from omegaconf import open_dict
-
     if role.get("loss_scale_factor") is None:
         with open_dict(role):
             role.loss_scale_factor = max_response_length

@@ -15,7 +15,7 @@ at a time, the clipped loss written out here, weights by numpy from paper §1.
 
 Exercised: TrainingWorker.train_mini_batch (mini-batches, shuffling, epochs), BaseEngine.train_batch, FSDP2 sharding
 and gradient reduction, static and dynamic micro-batches, nested (V1) and padded (V0) data, entropy and KL terms,
-masked rows, an empty rank, an empty mini-batch. Not exercised: CUDA kernels, Ulysses, other engines, Ray.
+masked and rejected rows, an empty rank, an empty mini-batch. Not exercised: CUDA kernels, Ulysses, other engines, Ray.
 """
 
 import argparse
@@ -66,6 +66,7 @@ class Scenario:
     entropy_coeff: float = 0.0
     kl_coef: float = 0.0
     masked: tuple[int, ...] = ()
+    rejected: tuple[int, ...] = ()  # no response_mask, but a loss_mask: what verl's rollout correction leaves
     sabotage: str = ""
     tags: list[str] = field(default_factory=list)
 
@@ -83,6 +84,8 @@ def scenarios(ranks: int) -> list[Scenario]:
             Scenario("entropy and KL", mode, entropy_coeff=0.1, kl_coef=0.2),
             Scenario("3 rows masked", mode, masked=(1, 4, 15)),
             Scenario("3 rows masked, padded, dynamic", mode, masked=(1, 4, 15), padded=True, micro=None, tokens=60),
+            Scenario("3 rows rejected", mode, rejected=(0, 6, 12)),
+            Scenario("3 rows rejected, padded", mode, rejected=(0, 6, 12), padded=True),
             *([Scenario("first rank empty", mode, masked=tuple(range(per_rank)))] if ranks > 1 else []),
         ]
     out += [Scenario("other methods", mode) for mode in ("vl_norm:2", "grpo_norm", "dapo_norm", "dr_grpo_norm")]
@@ -102,6 +105,16 @@ def scenarios(ranks: int) -> list[Scenario]:
             # (workers/engine/fsdp/transformer_impl.py:967): the prompt has to fit into it as well.
             scenario.width = 60
     return out
+
+
+def native_scenarios(ranks: int) -> list[Scenario]:
+    """Those that a verl with the mode of its own can run; few of them for each α, on which only weights depend."""
+    for_every_alpha = ("micro-batches of 2", "3 rows masked")
+    return [
+        s
+        for s in scenarios(ranks)
+        if not s.sabotage and (s.mode == "vl_norm" or (s.mode.startswith("vl_norm:") and s.name in for_every_alpha))
+    ]
 
 
 STOCK_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -211,6 +224,7 @@ def make_data(rows: Rows, scenario: Scenario, mine: range) -> TensorDict:
     from verl.workers.utils.padding import left_right_2_no_padding
 
     masks = [torch.full((LENGTHS[i],), int(i not in scenario.masked)) for i in mine]
+    response_masks = [mask * int(i not in scenario.rejected) for i, mask in zip(mine, masks, strict=True)]
     columns = {"old_log_probs": rows.old, "ref_log_prob": rows.ref, "advantages": rows.advantages}
     meta = {
         "temperature": 1.0,
@@ -247,7 +261,9 @@ def make_data(rows: Rows, scenario: Scenario, mine: range) -> TensorDict:
         } | {k: torch.stack([right(v[i]) for i in mine]) for k, v in columns.items()}
         data = TensorDict(tensors, batch_size=[len(mine)])
         tu.assign_non_tensor(data, **meta)
-        return left_right_2_no_padding(data)
+        data = left_right_2_no_padding(data)  # makes the loss mask
+        data["response_mask"] = torch.stack([right(m) for m in response_masks])
+        return data
 
     nest = functools.partial(torch.nested.as_nested_tensor, layout=torch.jagged)
     nested = {
@@ -255,7 +271,7 @@ def make_data(rows: Rows, scenario: Scenario, mine: range) -> TensorDict:
         "position_ids": nest([torch.arange(len(rows.ids[i])) for i in mine]),
         "prompts": nest([rows.ids[i][:PROMPT] for i in mine]),
         "responses": nest([rows.ids[i][PROMPT:] for i in mine]),
-        "response_mask": nest(masks),
+        "response_mask": nest(response_masks),
         "loss_mask": nest([torch.cat([torch.zeros(PROMPT, dtype=m.dtype), m]) for m in masks]),
         "row_id": row_id,
     } | {k: nest([v[i] for i in mine]) for k, v in columns.items()}
@@ -456,8 +472,7 @@ def run_exact(rank: int, ranks: int, port: int, dtype: str, folder: str, out: st
     reference, rows, worker, mine = start_rank(rank, ranks, port, dtype, folder)
     gradients: dict[tuple[float, float], torch.Tensor] = {}
     results = []
-    chosen = [s for s in scenarios(ranks) if not native or (s.mode.startswith("vl_norm") and not s.sabotage)]
-    for scenario in chosen:
+    for scenario in native_scenarios(ranks) if native else scenarios(ranks):
         key = (scenario.entropy_coeff, scenario.kl_coef)
         if key not in gradients:
             gradients[key] = response_gradients(reference, rows, scenario)
@@ -467,7 +482,7 @@ def run_exact(rank: int, ranks: int, port: int, dtype: str, folder: str, out: st
             everyone: list[list[int]] = [[] for _ in range(ranks)]
             torch.distributed.all_gather_object(everyone, own)
             used = [i for part in everyone for i in part]
-            lengths = np.array([0 if i in scenario.masked else LENGTHS[i] for i in used])
+            lengths = np.array([0 if i in scenario.masked + scenario.rejected else LENGTHS[i] for i in used])
             x = torch.from_numpy(weights(scenario.mode, lengths)).to(gradient.dtype)
             expected = x @ gradients[key][used]
             distance, norm = (gradient - expected).norm().item(), expected.norm().item()
