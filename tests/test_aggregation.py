@@ -5,12 +5,14 @@ Not covered: anything of verl (test_engine.py has the real engine).
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlnorm_verl import Aggregation, available, parse_mode, register_aggregation
 from vlnorm_verl.aggregation import (
@@ -329,3 +331,52 @@ def test_with_four_updates_per_rollout_batch_the_authors_step_size_wobbles_and_o
     )
     assert 0.01 < theirs.std() < 0.15
     torch.testing.assert_close(ours, torch.ones(4, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------------- memory
+
+
+class LargeTensors(TorchDispatchMode):
+    """Collects the types of the tensors of at least `entries` entries that operators return."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.entries = entries
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.entries:
+                self.dtypes.add(tensor.dtype)
+        return result
+
+
+def peak_bytes(call: Any) -> int:
+    """Most memory that torch held at once during `call`, above what it held before; inside of operators too."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_temporary_of_batch_by_length_is_wider_than_float32(dtype: torch.dtype) -> None:
+    """Forward and backward, with the bool mask that verl's losses pass."""
+    losses = torch.randn(64, 512, dtype=dtype, requires_grad=True)
+    lengths = torch.randint(1, 513, (64,))
+    mask = torch.arange(512) < lengths[:, None]
+    method = parse_mode("vl_norm:0.75")
+    total = mini_batch_sums(method, lengths)[0]
+    seen = LargeTensors(losses.numel())
+    with seen:
+        aggregate(losses, mask, method, total, 512.0).backward()
+    assert dtype in seen.dtypes
+    assert seen.dtypes <= {dtype, torch.bool, torch.float32}
+    # One copy of the losses, or one of the mask, at 4 bytes an entry; the half byte is for all that is [B].
+    losses32 = losses.detach().float()
+    assert peak_bytes(lambda: aggregate(losses32, mask, method, total, 512.0)) < 4.5 * losses.numel()

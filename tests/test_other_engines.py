@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.scenarios import LENGTHS, PROMPT, ROWS
+from tests.engine.batch import LENGTHS, PROMPT, ROWS
 
 REPOSITORY = Path(__file__).parent.parent
 TOLERANCE = 1e-12

@@ -18,16 +18,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.engine import older_verl
 from vlnorm_verl import plugin
 
 REPOSITORY = Path(__file__).parent.parent
+# verl 0.7.1 and 0.8.0 have no platforms.
+PLATFORM = {} if older_verl.needed() else {"VERL_PLATFORM": "cpu"}
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,
-        env={**os.environ, "VERL_PLATFORM": "cpu", **env},
+        env={**os.environ, **PLATFORM, **env},
         capture_output=True,
         text=True,
         timeout=180,
@@ -173,7 +176,7 @@ subprocess.run([sys.executable, "-c", code], input=cloudpickle.dumps(Trainer), c
     )
     done = subprocess.run(
         [sys.executable, "-m", "verl_like.trainer"],
-        env={**os.environ, "VERL_PLATFORM": "cpu", "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"},
+        env={**os.environ, **PLATFORM, "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"},
         capture_output=True,
         text=True,
         timeout=180,

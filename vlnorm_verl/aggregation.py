@@ -134,7 +134,9 @@ def _unknown_mode_message(mode: str, key: str, also_accepted: Iterable[str]) -> 
     nearest = [plain[hit] for hit in difflib.get_close_matches(wanted, plain, n=2, cutoff=0.6)]
     hint = f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
     return (
-        f"{key}={mode!r} is not known.{hint} Accepted: {', '.join(accepted)}; vl_norm:<α> with 0 ≤ α ≤ {ALPHA_MAX:g}."
+        # verl's own words first, which its tests ask for
+        f"Invalid loss_agg_mode: {key}={mode!r} is not known.{hint} "
+        f"Accepted: {', '.join(accepted)}; vl_norm:<α> with 0 ≤ α ≤ {ALPHA_MAX:g}."
     )
 
 
@@ -188,7 +190,9 @@ def response_lengths(response_mask: torch.Tensor) -> torch.Tensor:
         int64 [B].
     """
     if not response_mask.is_nested:
-        return response_mask.sum(dim=-1, dtype=torch.int64)
+        # torch casts all of the mask to the sum's type first: 4 bytes an entry of a bool mask are better than 8.
+        narrow = torch.int32 if response_mask.dtype == torch.bool else torch.int64
+        return response_mask.sum(dim=-1, dtype=narrow).to(torch.int64)
     # A running sum over the packed values needs no padded copy and no host sync.
     running = torch.nn.functional.pad(response_mask.values().cumsum(0, dtype=torch.int64), (1, 0))
     offsets = response_mask.offsets()
@@ -272,7 +276,7 @@ def aggregate(
     lengths = response_lengths(loss_mask)
     weights = response_weights(aggregation, lengths, total.to(loss_mat.device), scale)
     result_dtype = torch.promote_types(loss_mat.dtype, torch.float32)
-    masked = torch.where(loss_mask.bool(), loss_mat, 0.0)  # [B, T], the only temporary of this size
+    masked = torch.where(loss_mask.bool(), loss_mat, 0.0)  # [B, T] in the dtype of the losses
     response_losses = masked.sum(dim=-1, dtype=result_dtype)  # [B]
     return (weights * response_losses.to(weights.dtype)).sum().to(result_dtype)
 

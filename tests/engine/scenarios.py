@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine import older_verl
+from tests.engine.batch import CLIP_C, CLIP_HIGH, CLIP_LOW, LENGTHS, PROMPT, ROWS, VOCAB, M
 
 # verl reads these at import.
 from vlnorm_verl import cpu
@@ -42,14 +43,6 @@ os.environ.update(older_verl.environment() if older_verl.needed() else cpu.cpu_e
 import numpy as np
 import torch
 from tensordict import TensorDict
-
-M = 48.0
-ROWS = 16
-PROMPT = 5
-# Spread over more than 10x, so that a wrong sum cannot pass for rounding.
-LENGTHS = [2, 3, 30, 5, 44, 7, 2, 13, 3, 21, 4, 40, 6, 2, 9, 17]
-CLIP_LOW, CLIP_HIGH, CLIP_C = 0.2, 0.3, 3.0
-VOCAB = 31
 
 
 @dataclass
@@ -406,13 +399,13 @@ def start_rank(rank: int, ranks: int, port: int, dtype: str, folder: str) -> tup
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    if older_verl.needed():
-        older_verl.start_process_group()
 
     torch_dtype = getattr(torch, dtype)
     if dtype == "float64":
         allow_float64()
     reference = make_model(f"{folder}/{rank}", torch_dtype)
+    if older_verl.needed():
+        older_verl.start_process_group()  # after the model is saved: in a group, transformers 5.24 saves on rank 0 only
     rows = make_rows(reference, torch_dtype)
     worker = make_worker(f"{folder}/{rank}", dtype)
     # Autocast knows no float64; with the parameters in the wanted type there is nothing to cast.
