@@ -1,0 +1,412 @@
+"""What vl_norm costs: verl's actor update against token-mean, and the aggregation alone against verl's own modes.
+
+    python benchmarks/update_cost.py [--part update|aggregation|both] [--rounds 40] [--out FILE]
+
+Run it with nothing else on the machine. Every round runs each mode twice, in a random order and then in the reverse
+order (ABBA), so that a drift of the machine's speed cancels; a round gives one ratio for each mode, and the median of
+the rounds' ratios is reported with a 95% bootstrap interval over rounds.
+
+update: verl's TrainingWorker.train_mini_batch on the FSDP2 engine of the CPU stack, one rank, float32, nested data as
+the V1 trainer makes it; one optimizer step a call. "token-mean again" is the same mode a second time: what the
+measurement cannot tell apart from 1. CPU seconds of the process are reported beside wall seconds.
+
+aggregation: `agg_loss` as the policy loss calls it (a bool mask, inside the mini-batch), forward and forward with
+backward. Temporaries are measured once for each mode: every tensor of batch × length that an operator returns, by its
+type, and the peak of all memory allocated above what was there before, which has in it what operators allocate inside.
+"""
+
+import datetime
+import functools
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import psutil
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vlnorm_verl.cpu import cpu_environment
+from vlnorm_verl.quickstart import MODEL_FOLDER
+
+ROOT = Path(__file__).parent.parent
+WARM_UP = 2  # calls of each mode before the rounds: lazy initialisation, the optimizer's state
+PACKAGES = ("verl", "torch", "transformers", "tensordict", "numpy", "vlnorm-verl")
+TARGETS = {"update": 1.01, "aggregation": 2.0}
+M = 256.0  # loss_scale_factor, tokens; costs the same whatever its value
+
+Seconds = dict[str, float]
+
+
+# -------------------------------------------------------------------------------------------------------- measuring
+
+
+def clocks() -> Seconds:
+    return {"wall": time.perf_counter(), "cpu": time.process_time()}
+
+
+def measure(arms: dict[str, Callable[[], Callable[[], None]]], rounds: int, seed: int) -> list[dict[str, Seconds]]:
+    """Seconds of each arm in each round. An arm prepares a call outside of the clock and returns it."""
+    order, shuffle = list(arms), random.Random(seed).shuffle
+    for name in order * WARM_UP:
+        arms[name]()()
+    out = []
+    for _ in track(range(rounds), "measuring …", console=Console(stderr=True), transient=True):
+        shuffle(order)
+        total: dict[str, Seconds] = {name: {"wall": 0.0, "cpu": 0.0} for name in arms}
+        for name in [*order, *reversed(order)]:
+            call = arms[name]()
+            start = clocks()
+            call()
+            end = clocks()
+            for clock in start:
+                total[name][clock] += (end[clock] - start[clock]) / 2
+        out.append(total)
+    return out
+
+
+def summary(rounds: list[dict[str, Seconds]], reference: str, seed: int) -> dict[str, Any]:
+    """Median seconds of each arm, and the median of its ratio to `reference` in the same round, with 95% interval."""
+    generator, out = np.random.default_rng(seed), {}
+    for name in rounds[0]:
+        row: dict[str, Any] = {}
+        for clock in ("wall", "cpu"):
+            row[f"{clock}_s"] = statistics.median(r[name][clock] for r in rounds)
+            ratios = np.array([r[name][clock] / r[reference][clock] for r in rounds])
+            draws = np.median(generator.choice(ratios, (10_000, len(ratios))), axis=1)
+            low, high = np.quantile(draws, [0.025, 0.975])
+            row[f"{clock}_ratio"] = {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}
+        out[name] = row
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------- update
+
+
+def make_worker(model: Path, micro: int) -> Any:
+    """verl's actor worker in this process, one rank. The learning rate is 0: every round does the same work."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+    from verl.workers.engine_workers import TrainingWorker
+
+    types = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32")
+    worker = TrainingWorker(
+        TrainingWorkerConfig(
+            model_type="language_model",
+            model_config=HFModelConfig(
+                path=str(model),
+                load_tokenizer=False,
+                use_remove_padding=False,
+                enable_gradient_checkpointing=False,
+                override_config={"attn_implementation": "sdpa"},
+            ),
+            engine_config=FSDPEngineConfig(
+                strategy="fsdp2",
+                model_dtype="fp32",
+                mixed_precision=types,
+                use_torch_compile=False,
+                use_dynamic_bsz=False,
+                micro_batch_size_per_gpu=micro,
+            ),
+            optimizer_config=FSDPOptimizerConfig(lr=0.0),
+            checkpoint_config=CheckpointConfig(),
+            profiler_config=None,
+        )
+    )
+    worker.reset()
+    return worker
+
+
+def make_batch(responses: int, length: int, micro: int, vocabulary: int, seed: int) -> Callable[[], Any]:
+    """A maker of one and the same mini-batch; train_mini_batch takes keys out of what it is given.
+
+    Lengths are spread from 8 to `length` tokens, log-uniformly: many short responses, few long ones, as in RLVR.
+    """
+    import torch
+    from verl.utils import tensordict_utils as tu
+
+    generator, prompt = torch.Generator().manual_seed(seed), 24
+    shortest = min(8, length)
+    spread = torch.rand(responses, generator=generator)
+    lengths = (shortest * (length / shortest) ** spread).round().long()
+    lengths[0] = length
+    nest = functools.partial(torch.nested.as_nested_tensor, layout=torch.jagged)
+
+    def normal(n: int) -> Any:
+        return torch.randn(n, generator=generator)
+
+    sizes = lengths.tolist()
+    ids = [torch.randint(2, vocabulary, (prompt + n,), generator=generator) for n in sizes]
+    # Log-probabilities of a policy that knows little: ratios around 1, so that all branches of the loss are taken.
+    old = [-float(np.log(vocabulary)) + 0.2 * normal(n) for n in sizes]
+    tensors = {
+        "input_ids": nest(ids),
+        "position_ids": nest([torch.arange(prompt + n) for n in sizes]),
+        "prompts": nest([row[:prompt] for row in ids]),
+        "responses": nest([row[prompt:] for row in ids]),
+        "response_mask": nest([torch.ones(n, dtype=torch.long) for n in sizes]),
+        "loss_mask": nest([torch.cat([torch.zeros(prompt), torch.ones(n)]).long() for n in sizes]),
+        "old_log_probs": nest(old),
+        "advantages": nest([normal(1).expand(n).contiguous() for n in sizes]),
+    }
+    meta = {
+        "temperature": 1.0,
+        "global_batch_size": responses,
+        "mini_batch_size": responses,
+        "epochs": 1,
+        "seed": seed,
+        "dataloader_kwargs": {"shuffle": False},
+        "calculate_entropy": False,
+        "use_dynamic_bsz": False,
+        "micro_batch_size_per_gpu": micro,
+        "pad_token_id": 0,
+    }
+    return lambda: tu.get_tensordict(tensor_dict=dict(tensors), non_tensor_dict=dict(meta))
+
+
+def measure_update(model: Path, responses: int, length: int, micro: int, rounds: int, seed: int) -> dict[str, Any]:
+    from transformers import AutoConfig
+    from verl.workers.config import FSDPActorConfig
+    from verl.workers.utils.losses import ppo_loss
+
+    worker = make_worker(model, micro)
+    batch = make_batch(responses, length, micro, AutoConfig.from_pretrained(model).vocab_size, seed)
+
+    def arm(mode: str) -> Callable[[], Callable[[], None]]:
+        config = FSDPActorConfig(
+            strategy="fsdp2",
+            rollout_n=1,
+            ppo_micro_batch_size_per_gpu=micro,
+            loss_agg_mode=mode,
+            loss_scale_factor=M,
+        )
+
+        def prepare() -> Callable[[], None]:
+            worker.set_loss_fn(functools.partial(ppo_loss, config=config))
+            data = batch()
+            return lambda: check(worker.train_mini_batch(data), mode)
+
+        return prepare
+
+    modes = {"token-mean": "token-mean", "token-mean again": "token-mean", "vl_norm": "vl_norm"}
+    measured = measure({name: arm(mode) for name, mode in modes.items()}, rounds, seed)
+    lengths = batch()["responses"].offsets().diff().tolist()
+    return {
+        "model_parameters": sum(p.numel() for p in worker.engine.module.parameters()),
+        "responses": responses,
+        "micro_batch": micro,
+        "response_tokens": {"sum": sum(lengths), "min": min(lengths), "max": max(lengths)},
+        "modes": summary(measured, "token-mean", seed),
+        "rounds": measured,
+    }
+
+
+def check(output: Any, mode: str) -> None:
+    """An update that did not do its work would be quick."""
+    from verl.utils import tensordict_utils as tu
+
+    metrics = tu.get(output, "metrics")
+    if ("vl_norm/variance_ratio" in metrics) != (mode == "vl_norm") or not np.all(np.isfinite(metrics["grad_norm"])):
+        raise RuntimeError(f"loss_agg_mode={mode} did not train as it should: {sorted(metrics)}")
+
+
+# ------------------------------------------------------------------------------------------------------ aggregation
+
+
+def measure_aggregation(batch: int, length: int, rounds: int, seed: int) -> dict[str, Any]:
+    import torch
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    from vlnorm_verl import aggregation, plugin
+
+    generator = torch.Generator().manual_seed(seed)
+    losses = torch.randn(batch, length, generator=generator).requires_grad_()
+    lengths = torch.randint(1, length + 1, (batch,), generator=generator)
+    # verl's ppo_loss and value_loss make the mask bool (workers/utils/losses.py:93, 184).
+    mask = torch.arange(length) < lengths[:, None]
+    method = aggregation.parse_mode("vl_norm")
+    total = aggregation.mini_batch_sums(method, lengths)[0]
+
+    def call(mode: str, backward: bool) -> None:
+        ours = plugin._in_mini_batch(plugin._MiniBatch(mode, method, total, dp_size=1, scale=M))
+        with ours if mode == "vl_norm" else nullcontext(), torch.set_grad_enabled(backward):
+            loss = agg_loss(losses, mask, mode, loss_scale_factor=M)
+        if backward:
+            loss.backward()
+
+    def arm(mode: str, backward: bool) -> Callable[[], Callable[[], None]]:
+        def prepare() -> Callable[[], None]:
+            losses.grad = None
+            return lambda: call(mode, backward)
+
+        return prepare
+
+    modes = ("seq-mean-token-sum", "token-mean", "vl_norm")
+    out: dict[str, Any] = {"batch": batch, "length": length, "dtype": "float32", "mask": "bool"}
+    for name, backward in {"forward": False, "forward and backward": True}.items():
+        measured = measure({mode: arm(mode, backward) for mode in modes}, rounds, seed)
+        out[name] = {"modes": summary(measured, "seq-mean-token-sum", seed), "rounds": measured}
+        for mode in modes:
+            out[name]["modes"][mode] |= temporaries(arm(mode, backward), losses.numel())
+    return out
+
+
+def temporaries(prepare: Callable[[], Callable[[], None]], elements: int) -> dict[str, Any]:
+    """Types of the new tensors of at least `elements` entries that operators return, and the peak of memory, MiB."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    types: dict[str, int] = {}
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            before = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+            for x in result if isinstance(result, tuple | list) else (result,):
+                # A view (expand, transpose) allocates nothing.
+                if (
+                    isinstance(x, torch.Tensor)
+                    and x.untyped_storage().nbytes() >= elements
+                    and x.untyped_storage().data_ptr() not in before
+                ):
+                    name = f"{str(x.dtype).removeprefix('torch.')} from {function.overloadpacket.__name__}"
+                    types[name] = types.get(name, 0) + 1
+            return result
+
+    call = prepare()
+    with Recorder():
+        call()
+    call = prepare()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return {"new_tensors": types, "peak_mib": float(held.max()) / 2**20}
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def environment() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "vlnorm_verl"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "command": " ".join(["python", "benchmarks/update_cost.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip() + (" with changes" if changed else ""),
+        "machine": f"{platform.machine()}, {names[0].partition(': ')[2] if names else platform.processor()}, "
+        f"{psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, CPU only",
+        "load_before": psutil.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def interval(ratio: Seconds, digits: int) -> str:
+    return f"{ratio['median']:.{digits}f} [{ratio['low']:.{digits}f}, {ratio['high']:.{digits}f}]"
+
+
+def print_update(console: Console, result: dict[str, Any]) -> None:
+    title = (
+        f"{result['responses']} responses, {result['response_tokens']['sum']} tokens, "
+        f"{result['model_parameters'] / 1e6:.2f} M parameters, micro-batches of {result['micro_batch']}, "
+        f"{len(result['rounds'])} rounds"
+    )
+    table = Table("update with", "median s", "ratio to token-mean, wall", "ratio, CPU seconds", title=title)
+    for name, row in result["modes"].items():
+        table.add_row(name, f"{row['wall_s']:.3f}", interval(row["wall_ratio"], 4), interval(row["cpu_ratio"], 4))
+    console.print(table)
+
+
+def print_aggregation(console: Console, result: dict[str, Any]) -> None:
+    table = Table(
+        "aggregation by",
+        "median ms",
+        "ratio to seq-mean-token-sum",
+        "peak MiB",
+        "new tensors of batch × length",
+        title=f"{result['batch']} × {result['length']} {result['dtype']}",
+    )
+    for part in ("forward", "forward and backward"):
+        for name, row in result[part]["modes"].items():
+            tensors = ", ".join(f"{n} {kind}" for kind, n in row["new_tensors"].items())
+            ratio = interval(row["wall_ratio"], 2)
+            table.add_row(f"{name}, {part}", f"{row['wall_s'] * 1e3:.1f}", ratio, f"{row['peak_mib']:.0f}", tensors)
+    console.print(table)
+
+
+def verdicts(results: dict[str, Any]) -> dict[str, bool]:
+    """Whether each target was met, by the median of the wall-clock ratios."""
+    out = {}
+    if "update" in results:
+        ratio = results["update"]["modes"]["vl_norm"]["wall_ratio"]["median"]
+        out[f"update: median ratio {ratio:.4f} ≤ {TARGETS['update']}"] = ratio <= TARGETS["update"]
+    for part in ("forward", "forward and backward") if "aggregation" in results else ():
+        row = results["aggregation"][part]["modes"]["vl_norm"]
+        ratio = row["wall_ratio"]["median"]
+        out[f"aggregation, {part}: {ratio:.2f} ≤ {TARGETS['aggregation']}"] = ratio <= TARGETS["aggregation"]
+        kinds = [kind for kind in row["new_tensors"] if kind.startswith("float64")]
+        out[f"aggregation, {part}: no batch × length tensor in float64"] = not kinds
+    return out
+
+
+def main(
+    part: Annotated[Literal["update", "aggregation", "both"], typer.Option(help="What to measure.")] = "both",
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds; each runs every mode twice.")] = 40,
+    responses: Annotated[int, typer.Option(min=1, help="Responses of the mini-batch of the update.")] = 64,
+    length: Annotated[int, typer.Option(min=1, help="Longest response of the update, tokens.")] = 256,
+    micro: Annotated[int, typer.Option(min=1, help="Responses a micro-batch of the update.")] = 16,
+    model: Annotated[Path, typer.Option(exists=True, help="Hugging Face folder of the actor.")] = MODEL_FOLDER,
+    matrix: Annotated[tuple[int, int], typer.Option(help="Batch and length of the aggregation.")] = (1024, 8192),
+    threads: Annotated[int, typer.Option(min=1, help="OpenMP threads.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the data, the orders and the bootstrap.")] = 0,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = ROOT / "benchmarks/results/update_cost.json",
+) -> None:
+    """Print two tables, write --out, and exit with 1 if a target was missed."""
+    if responses % micro:
+        raise typer.BadParameter(f"--responses {responses} is not a multiple of --micro {micro}")
+    # verl and OpenMP read these when they are imported.
+    os.environ.update(cpu_environment(threads))
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    import torch
+    import verl  # noqa: F401  (loads the plugin)
+
+    torch.set_num_threads(threads)
+    results: dict[str, Any] = environment() | {"threads": threads, "seed": seed}
+    console = Console()
+    if part != "aggregation":
+        results["update"] = measure_update(model, responses, length, micro, rounds, seed)
+        print_update(console, results["update"])
+        torch.distributed.destroy_process_group()
+    if part != "update":
+        results["aggregation"] = measure_aggregation(*matrix, rounds, seed)
+        print_aggregation(console, results["aggregation"])
+    results["targets"] = verdicts(results)
+    for what, met in results["targets"].items():
+        console.print(f"{'met' if met else 'MISSED'}: {what}", style=None if met else "red", markup=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    console.print(f"written: {out}", markup=False)
+    if not all(results["targets"].values()):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

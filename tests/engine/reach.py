@@ -1,0 +1,639 @@
+"""Which policy losses and features of verl keep the exact sum: verl's real FSDP2 engine on gloo ranks, row by row.
+
+    python -m tests.engine.reach --ranks 2 --dtype float64 --out FILE
+
+writes FILE as JSON, one entry a row of the support matrix and mode. `kind` says what the entry is:
+
+    exact     the row was trained; `error` is the relative distance of the whole gradient from Σ x_i g_i
+    refused   the row must not be trained; `at_config` is ActorConfig's message, `at_run` the mini-batch's for a config
+              that was never checked ("" if it is trained then)
+    absent    this release of verl lacks the loss or the feature
+    failed    an exception, in `message`
+
+The reference is generic. g_i is the gradient that the same engine gives with verl's own mode seq-mean-token-sum for
+a mini-batch of nothing but response i (every data-parallel rank holds it, so that its mean over the ranks is g_i),
+one response a micro-batch. x_i are numpy's, from the lengths. It holds for every policy loss that is a sum over a
+response's own tokens, and for clip_cov and kl_cov, which choose tokens within a micro-batch, at micro-batch 1.
+For the packed rows (remove padding, Ulysses) g_i comes from scenarios.response_gradients, without any engine.
+
+`wrong` is how far, on the same scale, the nearest mistake would be: equal weights, and for rows with masks the lengths
+of a mask that still has the tokens, or padding rows counted. With 4 ranks only Ulysses runs, 2 data-parallel ranks ×
+2 sequence-parallel ranks.
+
+Flash attention needs CUDA. In the packed rows a causal attention over packed sequences in torch stands where verl calls
+it, between its own all-to-alls; nothing else of verl's path is replaced. Not exercised: CUDA kernels, other engines
+than FSDP2, images, a trl value head.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.engine import older_verl, scenarios
+from vlnorm_verl import cpu
+from vlnorm_verl.cpu import patches
+
+# isort: split
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+from tests.engine.scenarios import M, Rows, Scenario
+
+# Half of the scenarios' responses, since every row needs the gradient of each one by itself.
+ROWS = 8
+LENGTHS = scenarios.LENGTHS[:ROWS]
+MODES = ("vl_norm", "vl_norm:0.75")
+REFERENCE_MODE = "seq-mean-token-sum"
+REMOVED = (1, 4)  # responses that rejection takes out as a whole
+PADDING = 3  # synthetic rows of the upsampled batch
+
+
+@dataclass
+class Case:
+    """One row of the matrix."""
+
+    name: str
+    loss: str = "vanilla"
+    options: dict[str, Any] = field(default_factory=dict)  # of PolicyLossConfig
+    correction: dict[str, Any] = field(default_factory=dict)  # of RolloutCorrectionConfig
+    micro: int | None = 2  # responses a micro-batch on one rank; None: dynamic
+    tokens: int | None = None  # tokens a micro-batch on one rank, if dynamic
+    entropy_coeff: float = 0.0
+    kl_coef: float = 0.0
+    clip: float | None = None  # clip_ratio_low and _high, if not those of scenarios.py
+    masks: str = "full"
+    worker: str = "actor"
+    is_weights: bool = False
+
+
+def cases(ranks: int) -> list[Case]:
+    """The rows; with 4 ranks the Ulysses ones only."""
+    terms: dict[str, Any] = {"entropy_coeff": 0.1, "kl_coef": 0.2}
+    ulysses = [
+        Case("Ulysses", worker="ulysses"),
+        Case("Ulysses, dynamic, entropy, KL", worker="ulysses", micro=None, tokens=40, **terms),
+        Case("Ulysses, tool masks", worker="ulysses", masks="tools"),
+    ]
+    if ranks == 4:
+        return ulysses
+    reinforce = {"loss_type": "reinforce", "rollout_is": "token", "rollout_is_threshold": 1.2}
+    return [
+        Case("vanilla"),
+        Case("gspo", "gspo"),
+        Case("gpg", "gpg"),
+        Case("clip_cov", "clip_cov", {"clip_cov_ratio": 0.3, "clip_cov_lb": -0.5, "clip_cov_ub": 0.5}, micro=1),
+        Case("kl_cov", "kl_cov", {"kl_cov_ratio": 0.3, "ppo_kl_coef": 0.5}, micro=1),
+        Case("sapo", "sapo"),
+        Case("cispo", "cispo"),
+        Case("geo_mean", "geo_mean"),
+        # These two clip by a divergence of probabilities, which a tiny vocabulary keeps small.
+        Case("dppo_tv", "dppo_tv", clip=0.005),
+        Case("dppo_kl", "dppo_kl", clip=0.002),
+        Case("dro", "dro", {"dro_beta": 0.3}),
+        Case("bypass_mode, ppo_clip", "bypass_mode", correction={"loss_type": "ppo_clip", "rollout_is": None}),
+        Case("bypass_mode, ppo_clip, IS weights", "bypass_mode", correction=reinforce | {"loss_type": "ppo_clip"}),
+        Case("bypass_mode, reinforce", "bypass_mode", correction=reinforce | {"rollout_is": None}),
+        Case("bypass_mode, reinforce, IS weights", "bypass_mode", correction=reinforce),
+        Case(
+            "bypass_mode, reinforce, IS weights of sequences",
+            "bypass_mode",
+            correction=reinforce | {"rollout_is": "sequence"},
+        ),
+        Case("bypass_mode, rejected tokens", "bypass_mode", correction=reinforce, masks="rejected tokens"),
+        Case(
+            "bypass_mode, rejection inside the loss",
+            "bypass_mode",
+            correction=reinforce | {"rollout_rs": "token_k2", "rollout_rs_threshold": 0.02},
+        ),
+        Case("rollout IS weights in the data", is_weights=True),
+        Case("rollout IS weights in the data, gspo", "gspo", is_weights=True),
+        Case("a user's, passes the batch's sizes on", "tests_splats"),
+        Case("a user's, passes nothing on", "tests_forgets"),
+        Case("a user's, averages by itself", "tests_averages"),
+        Case("a user's, another mode", "tests_hard_codes"),
+        Case("dynamic batch", "gpg", micro=None, tokens=60),
+        Case("entropy and KL", "cispo", **terms),
+        Case("tool masks", masks="tools"),
+        Case("tool masks, dynamic, entropy, KL", "cispo", micro=None, tokens=60, masks="tools", **terms),
+        Case("rejection in response_mask only", micro=4, masks="rejected"),
+        Case("upsampled padding rows", masks="padding rows", **terms),
+        Case("upsampled padding rows, dynamic", micro=None, tokens=140, masks="padding rows"),
+        Case("critic", worker="critic"),
+        Case("critic, dynamic, tool masks", worker="critic", micro=None, tokens=60, masks="tools"),
+        Case("LoRA", worker="lora"),
+        Case("LoRA, dynamic, entropy, KL", worker="lora", micro=None, tokens=60, **terms),
+        Case("remove padding", worker="packed", **terms),
+        *(ulysses if ranks > 1 else []),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- user's losses
+
+
+def register_user_losses() -> None:
+    """Policy losses as a user would write them: two that aggregate by the mode, two that do not."""
+    from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
+
+    def token_losses(old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        return -advantages * torch.tanh(log_prob - old_log_prob)
+
+    @register_policy_loss("tests_splats")
+    def splats(
+        old_log_prob: torch.Tensor,
+        log_prob: torch.Tensor,
+        advantages: torch.Tensor,
+        response_mask: torch.Tensor,
+        loss_agg_mode: str,
+        config: Any,
+        rollout_is_weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        losses = token_losses(old_log_prob, log_prob, advantages)
+        return agg_loss(losses, response_mask, loss_agg_mode, **config.global_batch_info), {}
+
+    @register_policy_loss("tests_forgets")
+    def forgets(
+        old_log_prob: torch.Tensor,
+        log_prob: torch.Tensor,
+        advantages: torch.Tensor,
+        response_mask: torch.Tensor,
+        loss_agg_mode: str,
+        config: Any,
+        rollout_is_weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        losses = token_losses(old_log_prob, log_prob, advantages)
+        return agg_loss(loss_mat=losses, loss_mask=response_mask, loss_agg_mode=loss_agg_mode), {}
+
+    @register_policy_loss("tests_averages")
+    def averages(
+        old_log_prob: torch.Tensor,
+        log_prob: torch.Tensor,
+        advantages: torch.Tensor,
+        response_mask: torch.Tensor,
+        loss_agg_mode: str,
+        config: Any,
+        rollout_is_weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        losses = token_losses(old_log_prob, log_prob, advantages)
+        return (losses * response_mask).sum() / response_mask.sum(), {}
+
+    @register_policy_loss("tests_hard_codes")
+    def hard_codes(
+        old_log_prob: torch.Tensor,
+        log_prob: torch.Tensor,
+        advantages: torch.Tensor,
+        response_mask: torch.Tensor,
+        loss_agg_mode: str,
+        config: Any,
+        rollout_is_weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        losses = token_losses(old_log_prob, log_prob, advantages)
+        return agg_loss(losses, response_mask, "token-mean", **config.global_batch_info), {}
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+def response_masks(kind: str) -> list[torch.Tensor]:
+    """Valid tokens of each response, int64 [L] each."""
+    masks = [torch.ones(length, dtype=torch.int64) for length in LENGTHS]
+    if kind == "tools":  # two tokens of the model, three of a tool, and so on
+        masks = [mask * (torch.arange(len(mask)) % 5 < 2) for mask in masks]
+    if kind.startswith("rejected"):  # the first token stays, so that some response keeps only that one
+        g = torch.Generator().manual_seed(11)
+        keep = [torch.rand(len(mask), generator=g) < 0.5 for mask in masks]
+        masks = [mask * kept.index_fill(0, torch.tensor([0]), True) for mask, kept in zip(masks, keep, strict=True)]
+    if kind == "rejected":
+        for i in REMOVED:
+            masks[i] = torch.zeros_like(masks[i])
+    return masks
+
+
+@dataclass
+class Extra:
+    """Columns beside those of scenarios.Rows: float [L] of each response."""
+
+    is_weights: list[torch.Tensor]
+    values: list[torch.Tensor]
+    returns: list[torch.Tensor]
+
+
+def make_extra(rows: Rows, dtype: torch.dtype) -> Extra:
+    """Also makes the advantages of `rows` differ from token to token, as those of a critic do."""
+    g = torch.Generator().manual_seed(5)
+
+    def noise(size: float) -> list[torch.Tensor]:
+        return [size * torch.randn(n, generator=g, dtype=torch.float64).to(dtype) for n in LENGTHS]
+
+    rows.advantages = [a + n for a, n in zip(rows.advantages[:ROWS], noise(0.5), strict=True)] + rows.advantages[ROWS:]
+    return Extra([n.exp() for n in noise(0.5)], noise(1.0), noise(1.0))
+
+
+def column(like: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
+    """A column of responses in the layout of `like`: jagged, or padded on the right [B, T]."""
+    if like.is_nested:
+        return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+    return torch.stack([torch.nn.functional.pad(part, (0, like.shape[-1] - len(part))) for part in parts])
+
+
+def make_data(case: Case, scenario: Scenario, rows: Rows, extra: Extra, mine: Sequence[int]) -> TensorDict:
+    """This rank's responses `mine`, with the case's masks and columns."""
+    data = scenarios.make_data(rows, scenario, mine)
+    like = data["response_mask"]
+    masks = response_masks(case.masks)
+    data["response_mask"] = column(like, [masks[i] for i in mine])
+    if not case.masks.startswith("rejected"):
+        # Tool tokens are in neither mask; rollout correction takes tokens out of response_mask alone.
+        data["loss_mask"] = data["response_mask"]
+    if case.is_weights:
+        data["rollout_is_weights"] = column(like, [extra.is_weights[i] for i in mine])
+    if case.worker == "critic":
+        data["values"] = column(like, [extra.values[i] for i in mine])
+        data["returns"] = column(like, [extra.returns[i] for i in mine])
+    return data
+
+
+def with_padding_rows(data: TensorDict, count: int) -> TensorDict:
+    """`data` and `count` of verl's own synthetic rows behind it (trainer/ppo/padding_utils.py:89)."""
+    from verl.trainer.ppo.padding_utils import construct_minimal_padding_template
+    from verl.utils import tensordict_utils as tu
+
+    nested = [key for key, value in data.items() if isinstance(value, torch.Tensor) and value.is_nested]
+    sample, _ = construct_minimal_padding_template({key: data[key][0] for key in nested}, {}, eos_token_id=1)
+    # The other columns are made later in a step, from the row's one response token.
+    for key in ("old_log_probs", "ref_log_prob", "advantages"):
+        sample[key] = torch.full((1,), -0.7, dtype=data[key].dtype)
+    tensors: dict[str, Any] = {
+        key: torch.nested.as_nested_tensor([*data[key].unbind(), *[sample[key]] * count], layout=torch.jagged)
+        for key in nested
+    }
+    others = {key: tu.get(data, key) for key in data.keys() if key not in nested and key != "row_id"}  # noqa: SIM118
+    return tu.get_tensordict(tensor_dict=tensors, non_tensor_dict=others)
+
+
+# -------------------------------------------------------------------------------------------------- verl's workers
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    query_length: int,
+    *_: Any,
+    position_ids: torch.Tensor,
+    softmax_scale: float | None = None,
+    **__: Any,
+) -> torch.Tensor:
+    """What flash attention does with packed sequences [1, S, heads, d]: causal, each one by itself.
+
+    A sequence starts where its position is 0, as in transformers' prepare_fa_kwargs_from_position_ids.
+    """
+    assert attention_mask is None
+    starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
+    outputs = []
+    for start, end in zip(starts, [*starts[1:], position_ids.shape[-1]], strict=True):
+        q, k, v = (t[:, start:end].transpose(1, 2) for t in (query, key, value))
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale)
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+def token_classifier(folder: str) -> str:
+    """Saves the model in `folder` (one a rank) with a head of one value a token; returns where, the same for all."""
+    from transformers import AutoConfig, AutoModelForTokenClassification
+
+    saved = str(Path(folder).parent / "critic")
+    # In a process group some releases of transformers save on rank 0 only.
+    if torch.distributed.get_rank() == 0:
+        torch.manual_seed(1)
+        config = AutoConfig.from_pretrained(folder, num_labels=1)
+        config.classifier_dropout = 0.0  # 0.1 by default; later releases of verl switch it off
+        AutoModelForTokenClassification.from_pretrained(folder, config=config).save_pretrained(saved)
+    torch.distributed.barrier()
+    return saved
+
+
+def make_worker(kind: str, actor: Any) -> Any:
+    """A worker like `actor` (scenarios.make_worker) of another kind, with the same weights."""
+    model: dict[str, Any] = {}
+    engine: dict[str, Any] = {}
+    if kind == "lora":
+        model = {"lora_rank": 2, "lora_alpha": 4, "target_modules": "all-linear"}
+    # The critic of verl 0.7.1 has to remove padding, else its values keep a last dimension of 1, and wants a checkpoint
+    # of a token classifier (workers/engine/fsdp/transformer_impl.py:1175 and 234 there).
+    old_critic = kind == "critic" and not older_verl.takes_nested_data()
+    packed = kind in ("packed", "ulysses") or old_critic
+    if packed:
+        model = {"use_remove_padding": True}
+        engine = {"ulysses_sequence_parallel_size": 2 if kind == "ulysses" else 1}
+    if old_critic:
+        model["path"] = model["hf_config_path"] = token_classifier(actor.config.model_config.path)
+    config = dataclasses.replace(
+        actor.config,
+        model_type="value_model" if kind == "critic" else "language_model",
+        model_config=dataclasses.replace(actor.config.model_config, **model),
+        engine_config=dataclasses.replace(actor.config.engine_config, **engine),
+        optimizer_config=dataclasses.replace(actor.config.optimizer_config),
+    )
+    worker = type(actor)(config)
+    worker.reset()
+    worker.engine._autocast_dtype = torch.float32  # as in scenarios.start_rank
+    if packed:
+        from verl.models.transformers import monkey_patch
+
+        monkey_patch._flash_attention_forward = packed_attention
+        # Set after loading: transformers would look for the package flash_attn.
+        worker.engine.module.config._attn_implementation = "flash_attention_2"
+    if kind == "lora":
+        # Of a fresh adapter (B = 0) half of the gradient is zero.
+        with torch.no_grad():
+            for name, parameter in worker.engine.module.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.1)
+    return worker
+
+
+def loss_function(case: Case, mode: str, *, checked: bool = True) -> Callable[..., Any]:
+    """verl's loss with its config, as verl's workers make it; `checked`: let ActorConfig see the policy loss."""
+    from verl.workers.config import CriticConfig, PolicyLossConfig
+    from verl.workers.utils import losses
+
+    if case.worker == "critic":
+        return functools.partial(
+            losses.value_loss,
+            config=CriticConfig(
+                strategy="fsdp2",
+                ppo_micro_batch_size_per_gpu=1,
+                cliprange_value=0.5,
+                loss_agg_mode=mode,
+                **({"loss_scale_factor": M} if "loss_scale_factor" in critic_settings() else {}),
+                # Else verl 0.7.1 loads a model for the config.
+                **({"model_config": ""} if "model_config" in critic_settings() else {}),
+            ),
+        )
+    scenario = Scenario("", mode, entropy_coeff=case.entropy_coeff, kl_coef=case.kl_coef)
+    options = dict(case.options)
+    if case.correction:
+        from verl.trainer.config import RolloutCorrectionConfig
+
+        options["rollout_correction"] = RolloutCorrectionConfig(bypass_mode=True, **case.correction)
+    policy_loss = PolicyLossConfig(loss_mode=case.loss, **options)
+    config = scenarios.actor_config(scenario)
+    if case.clip is not None:
+        config = dataclasses.replace(config, clip_ratio_low=case.clip, clip_ratio_high=case.clip)
+    if checked:
+        config = dataclasses.replace(config, policy_loss=policy_loss, global_batch_info={})
+    else:
+        object.__setattr__(config, "policy_loss", policy_loss)
+    return functools.partial(losses.ppo_loss, config=config)
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+@contextlib.contextmanager
+def recording(engine: Any) -> Iterator[list[tuple[torch.Tensor, int]]]:
+    """The whole gradient of what is trained and the number of all-to-alls until then, of each optimizer step."""
+    steps: list[tuple[torch.Tensor, int]] = []
+    optimizer_step, all_to_all = engine.optimizer_step, torch.distributed.all_to_all
+    all_to_alls = 0
+
+    def counting_all_to_all(*args: Any, **kwargs: Any) -> Any:
+        nonlocal all_to_alls
+        all_to_alls += 1
+        return all_to_all(*args, **kwargs)
+
+    def recording_step() -> Any:
+        norm = optimizer_step()
+        trained = [p for p in engine.module.parameters() if p.requires_grad]
+        steps.append((torch.cat([p.grad.full_tensor().flatten() for p in trained]).clone(), all_to_alls))
+        return norm
+
+    engine.optimizer_step, torch.distributed.all_to_all = recording_step, counting_all_to_all
+    try:
+        yield steps
+    finally:
+        torch.distributed.all_to_all = all_to_all
+        del engine.optimizer_step
+
+
+@contextlib.contextmanager
+def without_chance() -> Iterator[None]:
+    """clip_cov draws its tokens by torch.randperm (trainer/ppo/core_algos.py:1823): always the same ones."""
+    randperm = torch.randperm
+    torch.randperm = lambda n, **_: torch.arange(n).flip(0)
+    try:
+        yield
+    finally:
+        torch.randperm = randperm
+
+
+class Bench:
+    """What one rank needs for every row: its workers, the batch, the gradients g_i found so far."""
+
+    def __init__(self, rank: int, ranks: int, port: int, dtype: str, folder: str) -> None:
+        self.model, self.rows, actor, _ = scenarios.start_rank(rank, ranks, port, dtype, folder)
+        self.extra = make_extra(self.rows, getattr(torch, dtype))
+        self.workers = {"actor": actor}
+        self.padded = not older_verl.takes_nested_data()
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def worker(self, kind: str) -> Any:
+        if kind not in self.workers:
+            self.workers[kind] = make_worker(kind, self.workers["actor"])
+        return self.workers[kind]
+
+    def train(self, case: Case, loss: Callable[..., Any], data: TensorDict) -> list[tuple[torch.Tensor, int]]:
+        worker = self.worker(case.worker)
+        worker.set_loss_fn(loss)
+        with recording(worker.engine) as steps, without_chance():
+            worker.train_mini_batch(data)
+        return steps
+
+    def scenario(self, case: Case, **settings: Any) -> Scenario:
+        values: dict[str, Any] = {"micro": case.micro, "tokens": case.tokens, "mini": ROWS} | settings
+        if self.padded:
+            values |= {"padded": True, "width": 60}  # as in scenarios.scenarios
+        return Scenario(case.name, entropy_coeff=case.entropy_coeff, kl_coef=case.kl_coef, **values)
+
+    def response_gradients(self, case: Case, lengths: np.ndarray) -> torch.Tensor:
+        """g_i [ROWS, parameters] of responses with a valid token; 0 for the others."""
+        # How the batch is split makes no difference to them.
+        key = repr(dataclasses.replace(case, name="", micro=None, tokens=None))
+        if key not in self.gradients:
+            self.gradients[key] = self.find_response_gradients(case, lengths)
+        return self.gradients[key]
+
+    def find_response_gradients(self, case: Case, lengths: np.ndarray) -> torch.Tensor:
+        live = np.flatnonzero(lengths).tolist()
+        if case.worker in ("packed", "ulysses") and case.masks == "full":
+            return scenarios.response_gradients(self.model, self.rows, self.scenario(case))[:ROWS]
+        size = self.worker(case.worker).engine.get_data_parallel_size()
+        scenario = self.scenario(case, micro=1, tokens=None, mini=size)
+        data = make_data(case, scenario, self.rows, self.extra, live)
+        steps = [gradient for gradient, _ in self.train(case, loss_function(case, REFERENCE_MODE), data)]
+        gradients = torch.zeros(ROWS, len(steps[0]), dtype=steps[0].dtype)
+        gradients[live] = torch.stack(steps)
+        return gradients
+
+    def mine(self, case: Case) -> range:
+        """This rank's responses; sequence-parallel ranks have the same."""
+        engine = self.worker(case.worker).engine
+        share = ROWS // engine.get_data_parallel_size()
+        first = engine.get_data_parallel_rank() * share
+        return range(first, first + share)
+
+    def batch(self, case: Case) -> TensorDict:
+        """This rank's part of the mini-batch; synthetic rows take the places of the last PADDING responses."""
+        scenario = self.scenario(case)
+        mine = self.mine(case)
+        if case.masks != "padding rows":
+            return make_data(case, scenario, self.rows, self.extra, mine)
+        real = [i for i in mine if i < ROWS - PADDING]
+        data = make_data(case, scenario, self.rows, self.extra, real)
+        return with_padding_rows(data, len(mine) - len(real))
+
+
+def critic_settings() -> set[str]:
+    """Names of the critic's settings, which differ from release to release; M is there since verl 0.9.0."""
+    from verl.workers.config import CriticConfig
+
+    return {f.name for f in dataclasses.fields(CriticConfig)}
+
+
+def modes(case: Case) -> tuple[str, ...]:
+    """The modes that a row is trained with; without an M, the methods that need none."""
+    if case.worker == "critic" and "loss_scale_factor" not in critic_settings():
+        return ("grpo_norm", "dapo_norm")
+    # To save time: what more than one α could show is not a matter of the policy loss or feature.
+    return MODES if torch.distributed.get_world_size() > 1 else MODES[1:]
+
+
+def missing(case: Case) -> str:
+    """What this release of verl lacks for a row; "" if nothing."""
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    if case.loss not in POLICY_LOSS_REGISTRY:
+        return f"policy loss {case.loss}"
+    if case.masks == "padding rows" and importlib.util.find_spec("verl.trainer.ppo.padding_utils") is None:
+        return "synthetic padding rows (trainer/ppo/padding_utils.py)"
+    return ""
+
+
+def relative(distance: torch.Tensor, expected: torch.Tensor) -> float:
+    norm = expected.norm().item()
+    return distance.norm().item() / norm if norm else distance.norm().item()
+
+
+def weighted(mode: str, lengths: np.ndarray, g: torch.Tensor) -> torch.Tensor:
+    """Σ x_i g_i by numpy's weights; g_i of a response without a valid token is 0."""
+    return torch.from_numpy(scenarios.weights(mode, lengths)).to(g.dtype) @ g
+
+
+def exact_row(bench: Bench, case: Case) -> list[dict[str, Any]]:
+    """One entry a mode: the gradient against Σ x_i g_i."""
+    lengths = np.array([int(mask.sum()) for mask in response_masks(case.masks)])
+    # What the lengths would be by a mask that still has the tokens; a padding row has one response token.
+    mistaken = np.array(LENGTHS)
+    if case.masks == "padding rows":
+        lengths[-PADDING:] = 0
+        mistaken[-PADDING:] = 1
+    g = bench.response_gradients(case, lengths)
+    results = []
+    for mode in modes(case):
+        ((gradient, all_to_alls),) = bench.train(case, loss_function(case, mode), bench.batch(case))
+        expected = weighted(mode, lengths, g)
+        mistakes = [g[lengths > 0].mean(0) / M]
+        if (lengths != mistaken).any():
+            mistakes.append(weighted(mode, mistaken, g))
+        results.append(
+            {
+                "kind": "exact",
+                "row": case.name,
+                "mode": mode,
+                "data_parallel": bench.worker(case.worker).engine.get_data_parallel_size(),
+                "all_to_alls": all_to_alls,
+                "norm": expected.norm().item(),
+                "error": relative(gradient - expected, expected),
+                "wrong": min(relative(mistake - expected, expected) for mistake in mistakes),
+            }
+        )
+    return results
+
+
+def refused_row(bench: Bench, case: Case, at_config: str) -> dict[str, Any]:
+    """Also what happens if a config that ActorConfig refuses reaches the engine."""
+    try:
+        bench.train(case, loss_function(case, MODES[0], checked=False), bench.batch(case))
+        at_run = ""
+    except (ValueError, RuntimeError) as error:
+        at_run = str(error)
+    return {"kind": "refused", "row": case.name, "at_config": at_config, "at_run": at_run}
+
+
+def run_row(bench: Bench, case: Case) -> list[dict[str, Any]]:
+    lacks = missing(case)
+    if lacks:
+        return [{"kind": "absent", "row": case.name, "message": f"this verl has no {lacks}"}]
+    try:
+        loss_function(case, modes(case)[0])
+    except ValueError as error:
+        return [refused_row(bench, case, str(error))]
+    try:
+        return exact_row(bench, case)
+    except Exception as error:  # every rank raises it alike; the other rows still have their say
+        return [{"kind": "failed", "row": case.name, "message": f"{type(error).__name__}: {error}"[:2000]}]
+
+
+def run(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str, only: str) -> None:
+    bench = Bench(rank, ranks, port, dtype, folder)
+    results = []
+    for case in cases(ranks):
+        if only in case.name:
+            results += run_row(bench, case)
+    scenarios.finish(rank, results, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, required=True, choices=[1, 2, 4])
+    parser.add_argument("--dtype", choices=["float32", "float64"], required=True)
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    args = parser.parse_args()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    importlib.import_module("verl")
+    if older_verl.needed():
+        older_verl.prepare()
+        patches.critic_attention(importlib.import_module("verl.utils.model"))
+    else:
+        cpu.register()
+    older_verl.unpad_without_flash_attn()
+    # Imported once, before forking.
+    importlib.import_module("verl.workers.engine_workers")
+    register_user_losses()
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(
+            run,
+            (args.ranks, port, args.dtype, folder, args.out, args.only),
+            nprocs=args.ranks,
+            start_method="fork",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Policy losses and features of verl with the plugin on its real FSDP2 engine; what runs is in tests.engine.reach."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
+# What reach.py must refuse with verl 0.9.1, and what the refusal says. The first is seen in the config only.
+REFUSED = {
+    "bypass_mode, rejection inside the loss": "inside each micro-batch",
+    "sapo": "whatever",
+    "geo_mean": "never call",
+    "a user's, averages by itself": "never call",
+    "a user's, another mode": "whatever",
+}
+ULYSSES = {"Ulysses", "Ulysses, dynamic, entropy, KL", "Ulysses, tool masks"}
+TRAINED = {
+    *("vanilla", "gspo", "gpg", "clip_cov", "kl_cov", "cispo", "dppo_tv", "dppo_kl", "dro"),
+    *("bypass_mode, ppo_clip", "bypass_mode, ppo_clip, IS weights", "bypass_mode, reinforce"),
+    *("bypass_mode, reinforce, IS weights", "bypass_mode, reinforce, IS weights of sequences"),
+    *("bypass_mode, rejected tokens", "rollout IS weights in the data", "rollout IS weights in the data, gspo"),
+    *("a user's, passes the batch's sizes on", "a user's, passes nothing on", "dynamic batch", "entropy and KL"),
+    *("tool masks", "tool masks, dynamic, entropy, KL", "rejection in response_mask only"),
+    *("upsampled padding rows", "upsampled padding rows, dynamic", "critic", "critic, dynamic, tool masks"),
+    *("LoRA", "LoRA, dynamic, entropy, KL", "remove padding"),
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (1, "float64"),
+        (2, "float64"),
+        (4, "float64"),
+        pytest.param((2, "float32"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, list[dict]]:
+    ranks, dtype = request.param
+    out = tmp_path_factory.mktemp("reach") / "results.json"
+    command = [sys.executable, "-m", "tests.engine.reach", "--ranks", str(ranks), "--dtype", dtype, "--out", str(out)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return ranks, dtype, json.loads(out.read_text())
+
+
+def of_kind(results: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [entry for entry in results if entry["kind"] == kind]
+
+
+def test_every_row_is_trained_or_refused(run: tuple[int, str, list[dict]]) -> None:
+    ranks, _, results = run
+    assert of_kind(results, "failed") == []
+    assert of_kind(results, "absent") == []
+    trained = {1: TRAINED, 2: TRAINED | ULYSSES, 4: ULYSSES}[ranks]
+    assert {(e["row"], e["mode"]) for e in of_kind(results, "exact")} == {
+        (row, mode) for row in trained for mode in (["vl_norm"] if ranks > 1 else []) + ["vl_norm:0.75"]
+    }
+    assert {e["row"] for e in of_kind(results, "refused")} == (set(REFUSED) if ranks < 4 else set())
+
+
+def test_every_gradient_is_the_weighted_sum(run: tuple[int, str, list[dict]]) -> None:
+    _, dtype, results = run
+    exact = of_kind(results, "exact")
+    wrong = [(e["row"], e["mode"], e["error"]) for e in exact if not e["error"] <= TOLERANCE[dtype]]
+    assert not wrong
+    # Errors are relative: to something, and small against what a mistake would make of the row.
+    assert all(e["norm"] > 1e-3 for e in exact)
+    assert [(e["row"], e["wrong"]) for e in exact if not e["wrong"] > 0.1] == []
+
+
+def test_ulysses_ranks_are_not_data_parallel_ranks(run: tuple[int, str, list[dict]]) -> None:
+    ranks, _, results = run
+    for entry in of_kind(results, "exact"):
+        shared = entry["row"] in ULYSSES
+        assert entry["data_parallel"] == (ranks // 2 if shared else ranks), entry["row"]
+        assert (entry["all_to_alls"] > 0) == shared, entry["row"]  # sequences were really cut
+
+
+def test_what_cannot_be_exact_is_refused(run: tuple[int, str, list[dict]]) -> None:
+    """By ActorConfig, and in the mini-batch should a config get there that was never checked."""
+    for entry in of_kind(run[2], "refused"):
+        says = REFUSED[entry["row"]]
+        assert says in entry["at_config"], entry
+        assert "Accepted:" in entry["at_config"], entry
+        if "inside the loss" not in entry["row"]:
+            assert "loss_agg_mode='vl_norm'" in entry["at_run"], entry
+            assert says in entry["at_run"], entry
