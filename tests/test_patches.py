@@ -80,10 +80,10 @@ def apply_patch(name: str, tree: Path, *options: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def python(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python with the patched verl and without the plugin, nor the CPU platform, which is the package's as well."""
+def python(tree: Path, *arguments: str, plugin: str = "none") -> subprocess.CompletedProcess[str]:
+    """Python with the patched verl, without the plugin unless `auto`, and without the CPU platform of the package."""
     inherited = {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"}
-    variables = {"VERL_USE_EXTERNAL_PLUGINS": "none", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
+    variables = {"VERL_USE_EXTERNAL_PLUGINS": plugin, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=REPOSITORY,
@@ -303,3 +303,34 @@ def test_own_tests_pass(name: str, runs: Runs) -> None:
     done = runs["test_own_tests_pass", name].result()
     assert done.returncode == 0, done.stdout[-4000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 13  # type: ignore[index]
+
+
+# ----------------------------------------------------------------------------------------------- with the plugin
+
+BOTH = """
+import logging, torch, verl
+from verl.trainer.ppo.core_algos import agg_loss
+from verl.workers.config import FSDPActorConfig
+from vlnorm_verl import plugin
+
+for mode in ("vl_norm", "vl_norm:0.75", "grpo_norm"):
+    FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode=mode, loss_scale_factor=2)
+    print(mode, "plugin" if plugin.is_ours(mode) else "verl")
+one = torch.ones(1, 2)
+print(agg_loss(one, one, "vl_norm", loss_scale_factor=2).item())
+"""
+
+
+def test_plugin_leaves_the_mode_to_a_patched_verl_and_says_so(trees: dict[str, Path], tmp_path: Path) -> None:
+    tree = trees["vl_norm-0.9.1.patch"]
+    done = python(tree, "-c", BOTH, plugin="auto")
+    # The plugin's own aggregation would refuse the last call: it is outside of a mini-batch. x = 1/M, times two tokens.
+    assert done.stdout.splitlines() == ["vl_norm verl", "vl_norm:0.75 verl", "grpo_norm plugin", "1.0"], done.stderr
+    assert done.stderr.count("vlnorm-verl leaves the aggregation to it") == 1
+
+    out = tmp_path / "results.json"
+    arguments = ["-m", "tests.engine.scenarios", "--native", "--ranks", "1", "--dtype", "float64", "--out", str(out)]
+    done = python(tree, *arguments, plugin="auto")
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads(out.read_text())
+    assert all(row["error"] <= TOLERANCE and "vl_norm/length_mean" not in row["metrics"] for row in rows)

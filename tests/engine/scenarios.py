@@ -522,8 +522,8 @@ def main() -> None:
     importlib.import_module("verl.workers.engine_workers")
     if args.load:
         importlib.import_module(args.load)
-    if args.native and plugin_is_active():
-        parser.error("--native: the plugin is active; switch it off by VERL_USE_EXTERNAL_PLUGINS=none")
+    if args.native and plugin_is_active() and importlib.import_module("vlnorm_verl.plugin").is_ours("vl_norm"):
+        parser.error("--native: this verl has no vl_norm itself, the plugin answers for it")
 
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
