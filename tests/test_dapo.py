@@ -66,11 +66,12 @@ def test_zeroing_leaves_the_mask_alone() -> None:
 
 @pytest.mark.parametrize("length", [None, 0, 9, "8"])
 def test_a_missing_or_wrong_length_is_refused_before_ray(length: Any) -> None:
-    algorithm = OmegaConf.create({"adv_estimator": ESTIMATOR, LENGTH_KEY: length})
+    algorithm = {"adv_estimator": ESTIMATOR, LENGTH_KEY: length}
+    config = OmegaConf.create({"algorithm": algorithm, "data": {"max_response_length": 8}})
     with pytest.raises(ValueError, match=rf"algorithm\.{LENGTH_KEY}={length!r}.*1 to data\.max_response_length=8"):
-        plugin.check_overlong_filtering(algorithm, 8)
-    algorithm[LENGTH_KEY] = 8
-    plugin.check_overlong_filtering(algorithm, 8)
+        plugin.check_overlong_filtering(config)
+    config.algorithm[LENGTH_KEY] = 8
+    plugin.check_overlong_filtering(config)
 
 
 # --------------------------------------------------------------------------------------------------- soft punishment

@@ -204,6 +204,7 @@ def compose() -> Any:
                     "data.max_response_length=77",
                     "algorithm.adv_estimator=grpo",
                     "trainer.n_gpus_per_node=1",
+                    "++trainer.use_legacy_worker_impl=disable",  # verl 0.7.1's default is to use them
                     *overrides,
                 ],
             )
@@ -235,7 +236,7 @@ def test_mode_alone_is_enough(compose: Any, mode: str) -> None:
     assert (actor_config.loss_agg_mode, actor_config.loss_scale_factor) == (mode, 77)
 
 
-SEPARATE = "trainer.v1.trainer_mode=separate_async"
+SEPARATE = "++trainer.v1.trainer_mode=separate_async"
 
 
 @pytest.mark.parametrize(
@@ -331,7 +332,10 @@ def test_megatron_and_torchtitan_of_verls_own_config_are_checked() -> None:
             ("ppo_megatron_trainer", ["actor_rollout_ref.actor.megatron.context_parallel_size=2"]),
             ("ppo_trainer", ["model_engine=torchtitan", "actor_rollout_ref.actor.torchtitan.context_parallel_size=2"]),
         ):
-            config = hydra_compose(name, [*override, "actor_rollout_ref.actor.loss_agg_mode=vl_norm"])
+            if "megatron" not in name and older_verl.needed():
+                continue  # no model_engine=torchtitan yet
+            mode = ["actor_rollout_ref.actor.loss_agg_mode=vl_norm", "++trainer.use_legacy_worker_impl=disable"]
+            config = hydra_compose(name, [*override, *mode])
             release = "0.8.0" if "megatron" in name else "0.9.1"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("verl.__version__", release)
@@ -411,7 +415,7 @@ def test_critic_alone_gets_m_too(compose: Any) -> None:
             ["a mode of its own", "vanilla"],
         ),
         (
-            [*actor(loss_agg_mode="vl_norm"), "+trainer.use_legacy_worker_impl=enable"],
+            [*actor(loss_agg_mode="vl_norm"), "++trainer.use_legacy_worker_impl=enable"],
             ["use_legacy_worker_impl", "disable"],
         ),
         (
@@ -485,6 +489,77 @@ def test_alpha_0_is_verls_dr_grpo_and_the_entropy_metric_takes_the_whole_batch(l
     ours = agg_loss(loss_mat=loss, loss_mask=mask, loss_agg_mode="vl_norm:0", loss_scale_factor=9)
     stock = agg_loss(loss_mat=loss, loss_mask=mask, loss_agg_mode="seq-mean-token-sum-norm", loss_scale_factor=9)
     assert ours.item() == pytest.approx(stock.item(), rel=1e-12)
+
+
+def test_configs_that_ask_for_nothing_of_ours_may_have_any_shape() -> None:
+    """verl's validate_config reads no critic where there is none."""
+    from omegaconf import OmegaConf
+
+    for config in (
+        {"actor_rollout_ref": {"actor": {"loss_agg_mode": "token-mean"}}},
+        {"actor_rollout_ref": {"actor": {}}, "critic": {"enable": False}},
+        {},
+    ):
+        for struct in (False, True):
+            checked = OmegaConf.create(config)
+            OmegaConf.set_struct(checked, struct)
+            plugin.check_config(checked)
+            assert checked == OmegaConf.create(config)
+
+
+def test_modes_that_this_verl_knows_and_we_do_not_are_left_to_it() -> None:
+    """A fork's or a later release's; here verl's agg_loss is extended before the plugin looks at it."""
+    done = python(
+        """
+import sys, types, wrapt
+def extend(module):
+    stock = module.agg_loss
+    def agg_loss(loss_mat, loss_mask, loss_agg_mode, dp_size=1, batch_num_tokens=None, global_batch_size=None,
+                 loss_scale_factor=None):
+        if loss_agg_mode in ("forks-own", "vl_norm"):
+            return loss_mat.sum()
+        sizes = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+        return stock(loss_mat, loss_mask, loss_agg_mode, *sizes)
+    module.agg_loss = agg_loss
+wrapt.register_post_import_hook(extend, "verl.trainer.ppo.core_algos")
+import verl
+from vlnorm_verl import plugin
+from omegaconf import OmegaConf
+for mode in ("forks-own", "vl_norm", "grpo_norm", "nobodys"):
+    print(mode, plugin.is_verls(mode), plugin.is_ours(mode))
+plugin.check_config(OmegaConf.create({"actor_rollout_ref": {"actor": {"loss_agg_mode": "forks-own"}}}))
+"""
+    )
+    assert done.stdout.splitlines() == [
+        "forks-own True False",
+        "vl_norm True False",
+        "grpo_norm False True",
+        "nobodys False False",
+    ], done.stderr[-2000:]
+
+
+def test_a_policy_loss_that_never_aggregates_is_seen_beside_kl_and_entropy_terms() -> None:
+    """They call agg_loss too. Such a loss gets here if the driver could not try it."""
+    import verl  # noqa: F401
+    from verl.trainer.ppo import core_algos
+    from verl.workers.utils import losses
+
+    from vlnorm_verl import parse_mode
+
+    def own(log_prob: torch.Tensor) -> Any:
+        return log_prob.mean(), {}
+
+    one = torch.ones(1, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(core_algos.POLICY_LOSS_REGISTRY, "users_own", own)
+        loss = losses.get_policy_loss_fn("users_own")
+        assert loss(one)[0].item() == 1.0  # verl's own modes: nothing is asked of it
+        with plugin._in_mini_batch(
+            plugin._MiniBatch("vl_norm", parse_mode("vl_norm"), torch.tensor(0.5), 1, scale=2.0)
+        ):
+            core_algos.agg_loss(one, one, "vl_norm")  # a KL term of the micro-batch before
+            with pytest.raises(RuntimeError, match="the policy loss 'users_own' never called agg_loss"):
+                loss(one)
 
 
 def test_own_aggregation_is_usable_by_its_name() -> None:

@@ -80,7 +80,7 @@ def plugin_state() -> str:
     try:
         plugin.check_mode("vl_norm")
         importlib.import_module("verl.workers.config").FSDPActorConfig(
-            rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode="vl_norm"
+            rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode="vl_norm", loss_scale_factor=1
         )
     except Exception as error:
         return f"{type(error).__name__}: {error}"

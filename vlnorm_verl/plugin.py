@@ -56,6 +56,12 @@ STOCK_MODES = (
 TESTED_RELEASES = ("0.7.1", "0.8.0", "0.9.0", "0.9.1")
 
 
+NO_EFFECT = (
+    "loss_agg_mode={mode!r} had no effect: {loss} never called agg_loss. Use a policy loss that aggregates by the "
+    "mode, or choose one of verl's modes."
+)
+
+
 class IgnoresMode(ValueError):
     """A policy loss that does not aggregate by `loss_agg_mode`."""
 
@@ -77,7 +83,7 @@ _mini_batch: ContextVar[_MiniBatch | None] = ContextVar("vlnorm_verl_mini_batch"
 # What became of each module of NAMES that verl has imported: None if all is there, else what is lacking.
 _outcome: dict[str, str | None] = {}
 _registered = False
-_native = False  # whether the installed verl knows vl_norm by itself; set when verl imports core_algos
+_stock_agg_loss: Callable[..., torch.Tensor] | None = None  # verl's own; set when verl imports core_algos
 
 
 # ---------------------------------------------------------------------------------------------------- aggregation
@@ -85,17 +91,32 @@ _native = False  # whether the installed verl knows vl_norm by itself; set when 
 
 def is_ours(mode: object) -> TypeGuard[str]:
     """Whether this package answers for the mode: it is registered here, and verl does not know it by itself."""
-    if not maths.is_registered(mode):
-        return False
+    return maths.is_registered(mode) and not is_verls(mode)
+
+
+def is_verls(mode: str) -> bool:
+    """Whether verl's own agg_loss has the mode: a stock one, or one of a patched tree, a fork or a later release."""
+    return mode in STOCK_MODES or _verl_aggregates(mode)
+
+
+@functools.cache
+def _verl_aggregates(mode: str) -> bool:
     importlib.import_module(CORE_ALGOS)
-    return not (_native and mode.partition(":")[0] == "vl_norm")
+    if _stock_agg_loss is None:  # the plugin is not in this process
+        return False
+    one = torch.ones(1, 1)
+    try:
+        _stock_agg_loss(one, one, mode, loss_scale_factor=1.0)
+    except ValueError as error:
+        return "Invalid loss_agg_mode" not in str(error)
+    return True
 
 
 def _extended_agg_loss(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """verl's `agg_loss` with the registered aggregations (trainer/ppo/core_algos.py)."""
-    global _native
+    global _stock_agg_loss
     signature = inspect.signature(stock)
-    _native = _knows_vl_norm(stock)
+    _stock_agg_loss = stock
 
     @functools.wraps(stock)
     def agg_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -137,14 +158,26 @@ def _extended_agg_loss(stock: Callable[..., torch.Tensor]) -> Callable[..., torc
     return agg_loss
 
 
-def _knows_vl_norm(stock: Callable[..., torch.Tensor]) -> bool:
-    """Whether verl's own agg_loss has the mode: a tree patched by patches/, or a later release."""
-    one = torch.ones(1, 1)
-    try:
-        stock(one, one, "vl_norm", loss_scale_factor=1.0)
-    except ValueError as error:
-        return "Invalid loss_agg_mode" not in str(error)
-    return True
+def _watched_policy_losses(stock: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`get_policy_loss_fn` of workers/utils/losses.py: each policy loss must aggregate; KL and entropy do not count."""
+
+    @functools.wraps(stock)
+    def get_policy_loss_fn(name: str) -> Any:
+        loss_fn = stock(name)
+
+        @functools.wraps(loss_fn)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            mini_batch = _mini_batch.get()
+            if mini_batch is not None:
+                mini_batch.aggregated = False
+            result = loss_fn(*args, **kwargs)
+            if mini_batch is not None and not mini_batch.aggregated:
+                raise RuntimeError(NO_EFFECT.format(mode=mini_batch.mode, loss=f"the policy loss {name!r}"))
+            return result
+
+        return watched
+
+    return get_policy_loss_fn
 
 
 def whole_batch_agg_loss(
@@ -203,10 +236,7 @@ def _summing_train_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
             outputs = stock(self, data, loss_function)
         if self.is_mp_src_rank_with_outputs():
             if not mini_batch.aggregated:
-                raise RuntimeError(
-                    f"loss_agg_mode={mode!r} had no effect: the loss function never called agg_loss. Use a policy "
-                    "loss that aggregates by the mode, or choose one of verl's modes."
-                )
+                raise RuntimeError(NO_EFFECT.format(mode=mode, loss="the loss function"))
             outputs["metrics"].update(_mini_batch_metrics(method, lengths, sums, scale))
         return outputs
 
@@ -261,7 +291,9 @@ def _checked_post_init(stock: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(stock)
     def __post_init__(self: Any) -> None:
         mode = self.loss_agg_mode
-        if mode in STOCK_MODES:
+        if not maths.is_registered(mode):
+            if not is_verls(mode):
+                check_mode(mode)
             stock(self)
             return
         check_mode(mode)
@@ -384,39 +416,50 @@ def check_config(config: Any) -> None:
         RuntimeError: a patch that the mode needs did not apply to the installed verl.
     """
     _patch_main()
-    actor, critic, horizon = config.actor_rollout_ref.actor, config.critic, config.data.max_response_length
-    check_overlong_filtering(config.algorithm, horizon)
-    if actor.loss_agg_mode not in STOCK_MODES:
-        check_mode(actor.loss_agg_mode)
-        check_scale(actor.get("loss_scale_factor"))
-        check_rejection(actor.loss_agg_mode, actor.policy_loss)
-        correction = config.algorithm.get("rollout_correction") or {}
-        if correction.get("bypass_mode") and correction.get("rollout_rs"):
-            _refuse_rejection_in_loss(actor.loss_agg_mode, correction.get("rollout_rs"))
-        legacy = config.trainer.get("use_legacy_worker_impl", "disable")
+    select = functools.partial(OmegaConf.select, config)
+    check_overlong_filtering(config)
+    for key in ("actor_rollout_ref.actor", "critic"):
+        mode = select(f"{key}.loss_agg_mode")
+        if mode is None or (is_verls(mode) and not maths.is_registered(mode)):
+            continue  # a mode of verl's, and nothing of this package's
+        check_mode(mode, f"{key}.loss_agg_mode")
+        role = select(key)
+        default = "auto" if _verl_version().startswith("0.7.") else "disable"
+        legacy = select("trainer.use_legacy_worker_impl", default=default)
         if legacy != "disable":
             raise ValueError(
-                f"trainer.use_legacy_worker_impl={legacy!r} cannot be used with {MODE_KEY}="
-                f"{actor.loss_agg_mode!r}: the legacy actor has no mini-batch sum. Accepted: disable"
+                f"trainer.use_legacy_worker_impl={legacy!r} cannot be used with {key}.loss_agg_mode={mode!r}: the "
+                "legacy workers have no mini-batch sum. Accepted: disable"
             )
-        check_engine(actor, "actor_rollout_ref.actor")
-        fill_scale(actor, horizon)
-        warn_of_sorted_mini_batches(actor, config)
+        check_engine(role, key)
+        horizon = config.data.max_response_length
+        if key == "critic":
+            # verl's critic inherits the actor's mode by interpolation, and CriticConfig accepts any string.
+            check_critic_scale(config, horizon)
+            continue
+        check_scale(role.get("loss_scale_factor"))
+        check_rejection(mode, role.policy_loss)
+        correction = select("algorithm.rollout_correction") or {}
+        if correction.get("bypass_mode") and correction.get("rollout_rs"):
+            _refuse_rejection_in_loss(mode, correction.get("rollout_rs"))
+        fill_scale(role, horizon)
+        warn_of_sorted_mini_batches(role, config)
         warn_of_untested_release()
-        if is_ours(actor.loss_agg_mode):
-            check_policy_loss(_actor_config(actor))
-    # verl's critic inherits the actor's mode by interpolation, and CriticConfig accepts any string.
-    if critic.loss_agg_mode not in STOCK_MODES:
-        check_mode(critic.loss_agg_mode, "critic.loss_agg_mode")
-        check_engine(critic, "critic")
-        if "loss_scale_factor" in critic:
-            check_scale(critic.get("loss_scale_factor"), "critic.loss_scale_factor")
-            fill_scale(critic, horizon)
-        elif maths.parse_mode(critic.loss_agg_mode).per_token_scale and _uses_critic(config):
-            raise ValueError(
-                f"critic.loss_agg_mode={critic.loss_agg_mode!r} needs M, and the critic of verl {_verl_version()} "
-                "has no loss_scale_factor. Accepted: verl's own modes, such as token-mean, and grpo_norm, dapo_norm"
-            )
+        if is_ours(mode):
+            check_policy_loss(_actor_config(role))
+
+
+def check_critic_scale(config: Any, max_response_length: int) -> None:
+    """Check and fill the critic's M. Raises ValueError if it needs one and cannot have one (up to verl 0.8.0)."""
+    critic = config.critic
+    if "loss_scale_factor" in critic:
+        check_scale(critic.get("loss_scale_factor"), "critic.loss_scale_factor")
+        fill_scale(critic, max_response_length)
+    elif maths.parse_mode(critic.loss_agg_mode).per_token_scale and _uses_critic(config):
+        raise ValueError(
+            f"critic.loss_agg_mode={critic.loss_agg_mode!r} needs M, and the critic of verl {_verl_version()} "
+            "has no loss_scale_factor. Accepted: verl's own modes, such as token-mean, and grpo_norm, dapo_norm"
+        )
 
 
 def check_engine(role: Any, key: str) -> None:
@@ -451,19 +494,23 @@ def check_engine(role: Any, key: str) -> None:
                 "1, or data_parallel_shard_size > 1",
             )
     if strategy == "megatron":
+        old = _verl_version().startswith(("0.7.", "0.8."))
         context, override = engine.get("context_parallel_size", 1), engine.get("override_transformer_config") or {}
-        bridge = context > 1 and engine.get("use_mbridge", True) and not engine.get("vanilla_mbridge", True)
-        per_token = bool(override.get("calculate_per_token_loss", bridge))  # what Megatron-Bridge sets by itself
-        if _verl_version().startswith(("0.7.", "0.8.")):
-            if engine.get("dynamic_context_parallel"):
-                refuse("megatron.dynamic_context_parallel=true", "replicated responses are counted again", "false")
-            if per_token:
-                refuse(
-                    f"megatron.context_parallel_size={context}",
-                    "with calculate_per_token_loss, which Megatron-Bridge sets, gradients are added, not averaged",
-                    "1, or vanilla_mbridge=true and no override_transformer_config.calculate_per_token_loss",
-                )
-        elif per_token and context > 1:
+        # Megatron-Bridge turns calculate_per_token_loss on with context parallelism; verl's default since 0.9.0.
+        bridge = engine.get("use_mbridge", True) and not engine.get("vanilla_mbridge", old)
+        per_token = bool(override.get("calculate_per_token_loss", bridge and context > 1))
+        if old and engine.get("dynamic_context_parallel"):
+            refuse("megatron.dynamic_context_parallel=true", "replicated responses are counted again", "false")
+        if old and per_token:
+            by_bridge = "calculate_per_token_loss" not in override
+            refuse(
+                f"megatron.context_parallel_size={context}"
+                if by_bridge
+                else "megatron.override_transformer_config.calculate_per_token_loss=true",
+                "gradients are then added, not averaged",
+                "1, or vanilla_mbridge=true" if by_bridge else "false",
+            )
+        if not old and per_token and context > 1:
             logger.warning(
                 "%s.megatron.context_parallel_size=%d with calculate_per_token_loss: verl counts up to %d tokens of "
                 "each micro-batch too few: gradients of every loss_agg_mode are too large by the factor T/(T - those "
@@ -537,18 +584,18 @@ def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
         )
 
 
-def check_overlong_filtering(algorithm: Any, max_response_length: int) -> None:
+def check_overlong_filtering(config: Any) -> None:
     """Raises ValueError if overlong filtering is asked for without its length; before Ray starts, not at step 1."""
-    if algorithm.adv_estimator != overlong.ESTIMATOR:
+    if OmegaConf.select(config, "algorithm.adv_estimator") != overlong.ESTIMATOR:
         return
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
     get_adv_estimator_fn(overlong.ESTIMATOR)  # raises if it could not be registered
-    limit = algorithm.get(overlong.LENGTH_KEY)
-    if not isinstance(limit, int) or not 0 < limit <= max_response_length:
+    limit, longest = config.algorithm.get(overlong.LENGTH_KEY), config.data.max_response_length
+    if not isinstance(limit, int) or not 0 < limit <= longest:
         raise ValueError(
             f"algorithm.{overlong.LENGTH_KEY}={limit!r}: algorithm.adv_estimator={overlong.ESTIMATOR} needs the length "
-            f"from which a response is overlong, in tokens: 1 to data.max_response_length={max_response_length}, "
+            f"from which a response is overlong, in tokens: 1 to data.max_response_length={longest}, "
             f"usually +algorithm.{overlong.LENGTH_KEY}='${{data.max_response_length}}'"
         )
 
@@ -607,6 +654,12 @@ NAMES = (
     VerlName(ENGINE, "BaseEngine.get_data_parallel_group", "the ranks to sum over"),
     VerlName(ENGINE, "BaseEngine.get_data_parallel_size", "undoes the averaging of gradients"),
     VerlName(ENGINE, "BaseEngine.is_mp_src_rank_with_outputs", "the ranks that return metrics"),
+    VerlName(
+        "verl.workers.utils.losses",
+        "get_policy_loss_fn",
+        "a policy loss that never aggregates is refused in its first micro-batch",
+        _watched_policy_losses,
+    ),
     VerlName("verl.utils.device", "get_device_id", "where the sum is all-reduced"),
     VerlName(METRIC, "Metric", "how a metric is combined over mini-batches and ranks"),
     VerlName(METRIC, "AggregationType", "the same"),
@@ -707,7 +760,10 @@ def lacking() -> list[str]:
 def require_installed(mode: str) -> None:
     """Raises RuntimeError if a name that every run needs is not there, or the plugin is not loaded."""
     if missing := lacking():
+        hint = "Run `vlnorm-verl doctor`."
+        if _verl_version().startswith(("0.7.", "0.8.")):
+            hint = "Before verl 0.9.0 it needs VERL_USE_EXTERNAL_MODULES=vlnorm_verl.verl_entry on every node."
         raise RuntimeError(
             f"{MODE_KEY}={mode!r} is not available: vlnorm-verl did not get into the installed verl "
-            f"{_verl_version()}, which lacks: {'; '.join(missing)}. Run `vlnorm-verl doctor`."
+            f"{_verl_version()}, which lacks: {'; '.join(missing)}. {hint}"
         )

@@ -17,6 +17,7 @@ STATUS = {
     "partly": "partly run",
     "runs": "runs",
     "read": "read only",
+    "raises": "raises",
     "refused": "refused",
     "absent": "–",
 }
@@ -78,11 +79,13 @@ def markdown() -> str:
         "- **partly run**: the engine's own loss path, on a CPU, stand-ins for what needs CUDA (`docs/engines.md`).",
         "- **runs**: trained for some steps on the CPU stack; the lengths in its metrics are those of the responses.",
         "- **read only**: not run, for the reason given.",
+        "- **raises**: not seen at configuration time; the first loss raises.",
         "- **refused**: by one message at configuration time, since it cannot be exact.",
         "- **–**: that release has no such thing.",
         "",
-        "CI runs the column of the newest release; `bash recipes/test_releases.sh` runs all of them, each in an",
-        "environment made from that release's wheel.",
+        "`bash recipes/test.sh` runs the column of the newest release, its trainers with `slow` behind it;",
+        "`bash recipes/test_releases.sh` runs policy losses, features and FSDP2 of every release, in an environment",
+        "made from that release's wheel, and compares with this page.",
     ]
     for name, rows in matrix().tables.items():
         lines += ["", f"## {name}", "", "| | " + " | ".join(f"verl {r}" for r in matrix().releases) + " | by |"]

@@ -3,6 +3,7 @@
 verl 0.7.1 and 0.8.0 have no registry of platforms; from 0.9.0 on the package's own platform is used (vlnorm_verl.cpu).
 """
 
+import contextlib
 import importlib.util
 import os
 from pathlib import Path
@@ -40,6 +41,9 @@ def prepare() -> None:
     for backends in EngineRegistry._engines.values():
         for backend in ("fsdp", "fsdp2"):
             backends[backend]["cpu"] = backends[backend]["cuda"]
+    if not takes_nested_data():
+        # verl 0.7.1 rounds everything to bfloat16, whatever the model's type (transformer_impl.py:1108 of its engine).
+        torch.autocast = lambda *_, **__: contextlib.nullcontext()
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
         setattr(torch.cpu, name, lambda *_: 0)
     for name in ("empty_cache", "reset_peak_memory_stats"):

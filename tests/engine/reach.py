@@ -119,7 +119,8 @@ def cases(ranks: int) -> list[Case]:
         Case("rollout IS weights in the data, gspo", "gspo", is_weights=True),
         Case("a user's, passes the batch's sizes on", "tests_splats"),
         Case("a user's, passes nothing on", "tests_forgets"),
-        Case("a user's, averages by itself", "tests_averages"),
+        # Entropy and KL terms aggregate by the mode, whatever the policy loss does.
+        Case("a user's, averages by itself", "tests_averages", **terms),
         Case("a user's, another mode", "tests_hard_codes"),
         Case("dynamic batch", "gpg", micro=None, tokens=60),
         Case("entropy and KL", "cispo", **terms),
