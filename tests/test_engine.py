@@ -14,7 +14,11 @@ REPOSITORY = Path(__file__).parent.parent
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 
 
-@pytest.fixture(scope="module", params=[(n, dtype) for dtype in TOLERANCE for n in (1, 2, 4)], ids=str)
+QUICK = [(1, "float64"), (2, "float64"), (4, "float64"), (2, "float32")]
+SLOW = [pytest.param((n, "float32"), marks=pytest.mark.slow) for n in (1, 4)]
+
+
+@pytest.fixture(scope="module", params=[*QUICK, *SLOW], ids=str)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, list[dict]]:
     ranks, dtype = request.param
     out = tmp_path_factory.mktemp("engine") / "results.json"
