@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the checks and tests on a CPU.
 #
-#   bash recipes/test.sh           ruff, mypy, the tests and training runs of two steps: what CI runs (half an hour)
+#   bash recipes/test.sh           ruff, mypy, the tests and training runs of two steps: what CI runs (under half an hour)
 #   bash recipes/test.sh slow      longer runs (an hour): two ranks, two nodes, resume, kill -9 of each part, hostile answers
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -262,7 +262,7 @@ SCALE = "actor_rollout_ref.actor.loss_scale_factor=${data.max_response_length}"
 BYPASS = "algorithm.rollout_correction.bypass_mode=true algorithm.rollout_correction.rollout_rs=token_k1"
 
 
-@pytest.mark.parametrize("release", ["0.7.1", "0.9.1"])
+@pytest.mark.parametrize("release", [pytest.param("0.7.1", marks=pytest.mark.slow), "0.9.1"])
 def test_configuration_is_checked_on_verls_own_yaml(release: str, trees: dict[str, Path]) -> None:
     """The mode and M reach the critic; what cannot be exact is refused on the driver."""
     legacy = "trainer.use_legacy_worker_impl=disable" if release == "0.7.1" else ""
