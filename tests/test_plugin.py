@@ -538,6 +538,20 @@ plugin.check_config(OmegaConf.create({"actor_rollout_ref": {"actor": {"loss_agg_
     ], done.stderr[-2000:]
 
 
+def test_a_group_of_another_size_than_the_engine_says_is_refused() -> None:
+    """verl 0.8.0's Megatron with dynamic context parallelism, torchtitan with context parallelism (docs/engines.md)."""
+
+    class Engine:
+        def get_data_parallel_size(self) -> int:
+            return 2
+
+        def get_data_parallel_group(self) -> None:
+            return None
+
+    with pytest.raises(RuntimeError, match="Engine has 2 data-parallel ranks, and a process group of 1"):
+        plugin._sum_over_data_parallel_ranks(Engine(), torch.ones(7, dtype=torch.float64))
+
+
 def test_a_policy_loss_that_never_aggregates_is_seen_beside_kl_and_entropy_terms() -> None:
     """They call agg_loss too. Such a loss gets here if the driver could not try it."""
     import verl  # noqa: F401
