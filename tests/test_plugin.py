@@ -329,7 +329,13 @@ def test_megatron_and_torchtitan_of_verls_own_config_are_checked() -> None:
 
     with initialize_config_module("verl.trainer.config", version_base=None):
         for name, override in (
-            ("ppo_megatron_trainer", ["actor_rollout_ref.actor.megatron.context_parallel_size=2"]),
+            (
+                "ppo_megatron_trainer",
+                [
+                    f"actor_rollout_ref.actor.megatron.{key}"
+                    for key in ("context_parallel_size=2", "vanilla_mbridge=false")
+                ],
+            ),
             ("ppo_trainer", ["model_engine=torchtitan", "actor_rollout_ref.actor.torchtitan.context_parallel_size=2"]),
         ):
             if "megatron" not in name and older_verl.needed():
