@@ -119,7 +119,7 @@ def torchvision_problem() -> str | None:
 
 
 def support_table(release: str) -> Table:
-    """The column of the support matrix that the installed release is in, or the nearest one, said so."""
+    """The column of the support matrix that the installed release is in; else the newest one, and says so."""
     matrix = support.matrix()
     known = release in matrix.releases
     column = release if known else matrix.releases[-1]

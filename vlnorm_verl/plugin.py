@@ -276,6 +276,7 @@ def _mini_batch_metrics(
         f"vl_norm/{name}": Metric(AggregationType.MEAN, value)
         for name, value in maths.mini_batch_statistics(values).items()
     }
+    # Only a method that does not use M has got here without one: agg_loss raises for the others.
     metrics["vl_norm/token_weight"] = Metric(AggregationType.MEAN, maths.token_weight(method, values, scale or 1.0))
     metrics["vl_norm/weight_min"] = Metric(AggregationType.MIN, low)
     metrics["vl_norm/weight_max"] = Metric(AggregationType.MAX, high)
@@ -494,7 +495,7 @@ def check_engine(role: Any, key: str) -> None:
                 "1, or data_parallel_shard_size > 1",
             )
     if strategy == "megatron":
-        old = _verl_version().startswith(("0.7.", "0.8."))
+        old = _before_0_9()
         context, override = engine.get("context_parallel_size", 1), engine.get("override_transformer_config") or {}
         # Megatron-Bridge turns calculate_per_token_loss on with context parallelism; verl's default since 0.9.0.
         bridge = engine.get("use_mbridge", True) and not engine.get("vanilla_mbridge", old)
@@ -538,6 +539,10 @@ def _uses_critic(config: Any) -> bool:
 
 def _verl_version() -> str:
     return str(importlib.import_module("verl").__version__)
+
+
+def _before_0_9() -> bool:
+    return _verl_version().startswith(("0.7.", "0.8."))
 
 
 def warn_of_untested_release() -> None:
@@ -761,7 +766,7 @@ def require_installed(mode: str) -> None:
     """Raises RuntimeError if a name that every run needs is not there, or the plugin is not loaded."""
     if missing := lacking():
         hint = "Run `vlnorm-verl doctor`."
-        if _verl_version().startswith(("0.7.", "0.8.")):
+        if _before_0_9():
             hint = "Before verl 0.9.0 it needs VERL_USE_EXTERNAL_MODULES=vlnorm_verl.verl_entry on every node."
         raise RuntimeError(
             f"{MODE_KEY}={mode!r} is not available: vlnorm-verl did not get into the installed verl "

@@ -31,7 +31,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +38,6 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine import older_verl, scenarios
-from vlnorm_verl import cpu
 from vlnorm_verl.cpu import patches
 
 # isort: split
@@ -145,60 +143,25 @@ def register_user_losses() -> None:
     """Policy losses as a user would write them: two that aggregate by the mode, two that do not."""
     from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 
-    def token_losses(old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    def token_losses(old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor, **_: Any) -> Any:
         return -advantages * torch.tanh(log_prob - old_log_prob)
 
+    # verl calls a policy loss by keywords.
     @register_policy_loss("tests_splats")
-    def splats(
-        old_log_prob: torch.Tensor,
-        log_prob: torch.Tensor,
-        advantages: torch.Tensor,
-        response_mask: torch.Tensor,
-        loss_agg_mode: str,
-        config: Any,
-        rollout_is_weights: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        losses = token_losses(old_log_prob, log_prob, advantages)
-        return agg_loss(losses, response_mask, loss_agg_mode, **config.global_batch_info), {}
+    def splats(*, response_mask: torch.Tensor, loss_agg_mode: str, config: Any, **batch: Any) -> Any:
+        return agg_loss(token_losses(**batch), response_mask, loss_agg_mode, **config.global_batch_info), {}
 
     @register_policy_loss("tests_forgets")
-    def forgets(
-        old_log_prob: torch.Tensor,
-        log_prob: torch.Tensor,
-        advantages: torch.Tensor,
-        response_mask: torch.Tensor,
-        loss_agg_mode: str,
-        config: Any,
-        rollout_is_weights: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        losses = token_losses(old_log_prob, log_prob, advantages)
-        return agg_loss(loss_mat=losses, loss_mask=response_mask, loss_agg_mode=loss_agg_mode), {}
+    def forgets(*, response_mask: torch.Tensor, loss_agg_mode: str, **batch: Any) -> Any:
+        return agg_loss(loss_mat=token_losses(**batch), loss_mask=response_mask, loss_agg_mode=loss_agg_mode), {}
 
     @register_policy_loss("tests_averages")
-    def averages(
-        old_log_prob: torch.Tensor,
-        log_prob: torch.Tensor,
-        advantages: torch.Tensor,
-        response_mask: torch.Tensor,
-        loss_agg_mode: str,
-        config: Any,
-        rollout_is_weights: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        losses = token_losses(old_log_prob, log_prob, advantages)
-        return (losses * response_mask).sum() / response_mask.sum(), {}
+    def averages(*, response_mask: torch.Tensor, **batch: Any) -> Any:
+        return (token_losses(**batch) * response_mask).sum() / response_mask.sum(), {}
 
     @register_policy_loss("tests_hard_codes")
-    def hard_codes(
-        old_log_prob: torch.Tensor,
-        log_prob: torch.Tensor,
-        advantages: torch.Tensor,
-        response_mask: torch.Tensor,
-        loss_agg_mode: str,
-        config: Any,
-        rollout_is_weights: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        losses = token_losses(old_log_prob, log_prob, advantages)
-        return agg_loss(losses, response_mask, "token-mean", **config.global_batch_info), {}
+    def hard_codes(*, response_mask: torch.Tensor, config: Any, **batch: Any) -> Any:
+        return agg_loss(token_losses(**batch), response_mask, "token-mean", **config.global_batch_info), {}
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -613,24 +576,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    importlib.import_module("verl")
+    scenarios.import_verl()
     if older_verl.needed():
-        older_verl.prepare()
         patches.critic_attention(importlib.import_module("verl.utils.model"))
-    else:
-        cpu.register()
-    older_verl.unpad_without_flash_attn()
-    # Imported once, before forking.
-    importlib.import_module("verl.workers.engine_workers")
     register_user_losses()
 
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
             run,
-            (args.ranks, port, args.dtype, folder, args.out, args.only),
+            (args.ranks, scenarios.free_port(), args.dtype, folder, args.out, args.only),
             nprocs=args.ranks,
             start_method="fork",
         )

@@ -495,6 +495,24 @@ def run_exact(rank: int, ranks: int, port: int, dtype: str, folder: str, out: st
     finish(rank, results, out)
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def import_verl() -> None:
+    """verl on a CPU. Once, before forking: each rank would spend longer on it than on its gradients."""
+    importlib.import_module("verl")
+    if older_verl.needed():
+        older_verl.prepare()
+    else:
+        # With VERL_USE_EXTERNAL_PLUGINS=none the plugin is off, but the CPU still has to be a platform.
+        cpu.register()
+    older_verl.unpad_without_flash_attn()
+    importlib.import_module("verl.workers.engine_workers")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, required=True)
@@ -508,18 +526,7 @@ def main() -> None:
     )
     parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    importlib.import_module("verl")
-    if older_verl.needed():
-        older_verl.prepare()
-    else:
-        # With VERL_USE_EXTERNAL_PLUGINS=none the plugin is off, but the CPU still has to be a platform.
-        cpu.register()
-    older_verl.unpad_without_flash_attn()
-    # Imported once, before forking: each process would spend longer on it than on its gradients.
-    importlib.import_module("verl.workers.engine_workers")
+    import_verl()
     if args.load:
         importlib.import_module(args.load)
     if args.native and plugin_is_active() and importlib.import_module("vlnorm_verl.plugin").is_ours("vl_norm"):
@@ -528,7 +535,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
             run_stock if args.stock else functools.partial(run_exact, native=args.native),
-            (args.ranks, port, args.dtype, folder, args.out),
+            (args.ranks, free_port(), args.dtype, folder, args.out),
             nprocs=args.ranks,
             start_method="fork",
         )
