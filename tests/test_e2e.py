@@ -4,6 +4,7 @@ Covered in CI: two steps with validation and a checkpoint, and bad settings. Mar
 KL and entropy, Ctrl-C, a rollout engine that dies inside a weight sync. What a run learns is in the README, by seeds.
 """
 
+import io
 import json
 import os
 import signal
@@ -71,7 +72,7 @@ def test_two_steps(tmp_path: Path) -> None:
     ],
 )
 def test_bad_settings_end_at_once(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
-    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=200, file=io.StringIO())
     assert run(Settings(out=tmp_path, **settings), console) == 2
     assert message in console.export_text()
     assert not list(tmp_path.iterdir())

@@ -5,8 +5,8 @@ cluster and a Ray job. Not covered: runs (test_recipes_e2e.py), SLURM and Kubern
 recipes' values (test_recipes.py).
 """
 
+import io
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def composed(tmp_path: Path, *overrides: str, **request: Any) -> tuple[Request, 
 
 
 def answered(request: Request) -> tuple[int, str]:
-    console = Console(record=True, width=400, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=400, file=io.StringIO())
     return launch.launch(request, console), console.export_text()
 
 

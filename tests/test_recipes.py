@@ -6,6 +6,7 @@ that only pretends. Not covered: that a run trains (test_launch.py, at scale=cpu
 """
 
 import functools
+import io
 import os
 import re
 import runpy
@@ -499,7 +500,7 @@ def run_pretended(monkeypatch: pytest.MonkeyPatch, folder: Path, dapo: str) -> t
     (folder / "python").chmod(0o755)
     (folder / "calls").write_text("")
     monkeypatch.setattr(reproduce.sys, "executable", str(folder / "python"))
-    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=200, file=io.StringIO())
     code = reproduce.run_all(RECIPES, planned("fig2", overrides=(f"recipe.root={folder}",)), console)
     return code, console.export_text(), (folder / "calls").read_text().splitlines()
 

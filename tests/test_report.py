@@ -7,6 +7,7 @@ missing files; runs of other loggers, written by verl's own Tracking. Not covere
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -105,7 +106,7 @@ def foot(runs: list[Run], name: str) -> str:
 
 
 def quiet() -> Console:
-    return Console(file=open(os.devnull, "w"))
+    return Console(file=io.StringIO())
 
 
 # ------------------------------------------------------------------------------------------------- real runs of verl
@@ -374,7 +375,7 @@ def test_what_is_no_run_is_refused_in_one_message(
     argument: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    console = Console(record=True, file=open(os.devnull, "w"), width=400)  # noqa: SIM115
+    console = Console(record=True, file=io.StringIO(), width=400)
     assert build([argument], tmp_path / "out", console=console) == 2
     assert says in (text := console.export_text())
     assert "metrics-NNN.jsonl" in text or "Accepted:" in text
@@ -390,7 +391,7 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nothing can be made")
 def test_a_folder_that_cannot_be_made_is_refused_before_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlnorm_verl.report.report.read_runs", lambda *_: pytest.fail("read"))
-    console = Console(record=True, file=open(os.devnull, "w"), width=400)  # noqa: SIM115
+    console = Console(record=True, file=io.StringIO(), width=400)
     assert build([str(SAMPLES)], Path("/proc/nope"), console=console) == 2
     assert "--out /proc/nope: cannot be made" in console.export_text()
 

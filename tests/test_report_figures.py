@@ -28,6 +28,8 @@ def _style() -> Iterator[None]:
 
     with output.use_style(), warnings.catch_warnings():
         warnings.simplefilter("error")
+        # Raised when garbage is collected, which may be that of any test before this one.
+        warnings.simplefilter("ignore", ResourceWarning)
         yield
     plt.close("all")
 
