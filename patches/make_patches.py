@@ -208,8 +208,9 @@ VL_NORM_CORE: list[Edit | Cut] = [
         """    elif (alpha := parse_vl_norm(loss_agg_mode)) is not None:
         if loss_scale_factor is None:
             raise ValueError(f"loss_scale_factor is required for loss_agg_mode={loss_agg_mode}")
-        if batch_weight_sum is None and dp_size > 1:
-            raise ValueError("(global) batch_weight_sum is required when dp_size > 1")
+        # Without it the given responses are the whole batch, as for the driver's metrics. Those of a loss never are.
+        if batch_weight_sum is None and (dp_size > 1 or loss_mat.requires_grad):
+            raise ValueError("(global) batch_weight_sum is required for a gradient, and when dp_size > 1")
         loss = vl_norm_loss(loss_mat, loss_mask, alpha, loss_scale_factor, batch_weight_sum) * dp_size
 """,
     ),
@@ -444,8 +445,8 @@ def vl_norm_config_check(release: str) -> Edit:
     rollout_correction = config.algorithm.get("rollout_correction", None) or {{}}
     if rollout_correction.get("bypass_mode", False) and rollout_correction.get("rollout_rs", None):
         raise ValueError(
-            "algorithm.rollout_correction.rollout_rs with bypass_mode=True removes tokens inside each micro-batch, "
-            f"after the lengths of the mini-batch are summed, so it cannot be used with loss_agg_mode={{mode}}"
+            "algorithm.rollout_correction.rollout_rs with bypass_mode=True is left out by the trainers, "
+            f"so it cannot be used with loss_agg_mode={{mode}}. Use bypass_mode=False"
         )
 
 
@@ -595,8 +596,9 @@ REGISTRY: list[Edit | Cut] = [
         '@deprecated("verl.trainer.ppo.core_algos.compute_policy_loss_vanilla")\n',
         """    loss_agg = get_loss_agg(loss_agg_mode)
     if loss_agg.length_stat is not None and batch_stat_sum is None:
-        if dp_size > 1:
-            raise ValueError("(global) batch_stat_sum is required when dp_size > 1")
+        # The given responses are then the whole batch, as for the driver's metrics. Those of a loss never are.
+        if dp_size > 1 or loss_mat.requires_grad:
+            raise ValueError("(global) batch_stat_sum is required for a gradient, and when dp_size > 1")
         batch_stat_sum = sum_length_stat(loss_mask, loss_agg.length_stat)
     return loss_agg.fn(
         loss_mat,
@@ -655,7 +657,7 @@ REGISTRY: list[Edit | Cut] = [
     after(
         LOSSES,
         "from verl.utils.dataset.dataset_utils import DatasetPadMode\n",
-        "from verl.utils.loss_agg import get_loss_agg\n",
+        "from verl.utils.loss_agg import LOSS_AGG_REGISTRY\n",
     ),
     before(
         LOSSES,
@@ -665,7 +667,8 @@ REGISTRY: list[Edit | Cut] = [
 
     The sum is made by `BaseEngine.train_batch`. A micro-batch cannot replace it, so its absence is an error.
     """
-    if get_loss_agg(loss_agg_mode).length_stat is None:
+    loss_agg = LOSS_AGG_REGISTRY.get(loss_agg_mode, None)  # a plugin may have modes of its own
+    if loss_agg is None or loss_agg.length_stat is None:
         return {}
     if "batch_stat_sum" not in data:
         raise ValueError(

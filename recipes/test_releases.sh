@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-known=(0.7.1 0.8.0 0.9.0 0.9.1)
+read -ra known <<< "$(sed -n 's/^releases: \[\(.*\)\]$/\1/p' vlnorm_verl/support.yaml | tr -d '",')"
 
 usage() {
   cat <<END
@@ -83,8 +83,9 @@ declare -A also=(
   [0.9.1]="TransferQueue>=0.1.11" # the same
 )
 # verl imports these without requiring them; they come with an inference engine, which is not installed here. einops is
-# for verl's functions in torch that do what flash-attn does on a GPU (utils/npu_flash_attn_utils.py).
-missing=(uvicorn fastapi cachetools einops)
+# for verl's functions in torch that do what flash-attn does on a GPU (utils/npu_flash_attn_utils.py), triton for the
+# module of kernels that torchtitan's engine imports.
+missing=(uvicorn fastapi cachetools einops triton)
 tools=(pytest pytest-timeout pytest-asyncio hypothesis)
 # This package's requirements without verl, which is installed before it; pip must not change it.
 requirements() {

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,30 @@ from tests.engine.batch import LENGTHS, PROMPT, ROWS
 
 REPOSITORY = Path(__file__).parent.parent
 TOLERANCE = 1e-12
+# verl before 0.9.1 gathers the outputs of context-parallel ranks in float32.
+CONTEXT_TOLERANCE = 1e-12 if metadata.version("verl") >= "0.9.1" else 1e-6
+ENGINES = ("fsdp", "megatron", "veomni", "torchtitan", "automodel")
 Rows = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """All engines in one call, so that verl is imported once. The packages stay in pytest's cache."""
+    """The engines of the selected tests in one call, so that verl is imported once. Packages stay in pytest's cache."""
     packages = request.config.cache.mkdir("engines")
     out = tmp_path_factory.mktemp("engines") / "results.json"
+    selected = {item.name for item in request.session.items if item.path == request.path}
+    engines = [engine for engine in ENGINES if any(name.startswith(f"test_{engine}") for name in selected)]
     command = [sys.executable, "-m", "tests.engine.stand_ins", "--packages", str(packages), "--out", str(out)]
+    command += ["--engine", *engines]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(out.read_text())
 
 
 def of(results: Rows, engine: str, case: str) -> Rows:
-    failed = [row["failed"] for row in results if row["engine"] == engine and "failed" in row]
+    failed = [
+        row["failed"] for row in results if row["engine"] == engine and row["case"] in ("", case) and "failed" in row
+    ]
     assert not failed, failed[0][-4000:]
     rows = [row for row in results if row["engine"] == engine and row["case"] == case]
     assert len([row for row in rows if not row["scenario"].startswith("sabotage")]) == 5
@@ -35,9 +44,9 @@ def of(results: Rows, engine: str, case: str) -> Rows:
     return rows
 
 
-def check_exact(rows: Rows) -> None:
+def check_exact(rows: Rows, tolerance: float = TOLERANCE) -> None:
     for row in honest(rows):
-        assert row["error"] <= TOLERANCE, row
+        assert row["error"] <= tolerance, row
 
 
 def honest(rows: Rows) -> Rows:
@@ -99,7 +108,7 @@ def test_megatron(results: Rows, case: str) -> None:
 def test_megatron_model_parallel(results: Rows, case: str, logging_rank: int) -> None:
     """The first pipeline stage never calls the loss; with context parallelism every rank does, on whole responses."""
     rows = of(results, "megatron", case)
-    check_exact(rows)
+    check_exact(rows, CONTEXT_TOLERANCE if case == "context parallel" else TOLERANCE)
     check_metrics(rows, [logging_rank])
 
 
@@ -108,7 +117,7 @@ def test_megatron_dynamic_context_parallel(results: Rows) -> None:
     rows = of(results, "megatron", "dynamic context parallel")
     check_metrics(rows, [0])
     for row in honest(rows):
-        assert row["direction_error"] <= TOLERANCE, row
+        assert row["direction_error"] <= CONTEXT_TOLERANCE, row
         # Megatron divides by the number of tokens, as 1/n in float32 (finalize_model_grads.py).
         assert row["scale"] == pytest.approx(1.0, abs=1e-7), row
 
@@ -121,7 +130,7 @@ def test_megatron_context_parallel_with_per_token_loss_is_off_by_a_known_factor(
     lost = sum((a + b) % 2 for a, b in zip(tokens[::2], tokens[1::2], strict=True))
     assert lost > 0
     for row in honest(rows):
-        assert row["direction_error"] <= TOLERANCE, row
+        assert row["direction_error"] <= CONTEXT_TOLERANCE, row
         assert 1 - 1e-7 < row["scale"] <= sum(tokens) / (sum(tokens) - ROWS // 2) + 1e-7, row
         if row["scenario"] in ("micro-batches of 2", "stock Dr. GRPO"):
             assert row["scale"] == pytest.approx(sum(tokens) / (sum(tokens) - lost), rel=1e-7), row

@@ -2,8 +2,9 @@
 
 Covered, for every release that has a patch: `patch` and `git apply` without fuzz and back, remaking, verl's real FSDP2
 engine on two gloo ranks without the plugin (tests/engine/scenarios.py --native), the tests inside of the patch (which
-train BaseEngine with a linear model, critic's loss included), verl's own modes bit for bit, refused configurations
-on verl's own yaml. Not covered: engines that need CUDA, Ray.
+train BaseEngine with a linear model, critic's loss included), refused configurations on verl's own yaml (`slow` but for
+the newest). For the newest also verl's own modes bit for bit, and the plugin beside either patch. Older releases are
+imported with the dependencies of the newest. Not covered: engines that need CUDA, Ray.
 """
 
 import importlib.util
@@ -262,7 +263,9 @@ SCALE = "actor_rollout_ref.actor.loss_scale_factor=${data.max_response_length}"
 BYPASS = "algorithm.rollout_correction.bypass_mode=true algorithm.rollout_correction.rollout_rs=token_k1"
 
 
-@pytest.mark.parametrize("release", [pytest.param("0.7.1", marks=pytest.mark.slow), "0.9.1"])
+@pytest.mark.parametrize(
+    "release", [*(pytest.param(r, marks=pytest.mark.slow) for r in make_patches.RELEASES[:-1]), make_patches.NEWEST]
+)
 def test_configuration_is_checked_on_verls_own_yaml(release: str, trees: dict[str, Path]) -> None:
     """The mode and M reach the critic; what cannot be exact is refused on the driver."""
     legacy = "trainer.use_legacy_worker_impl=disable" if release == "0.7.1" else ""
@@ -334,3 +337,14 @@ def test_plugin_leaves_the_mode_to_a_patched_verl_and_says_so(trees: dict[str, P
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads(out.read_text())
     assert all(row["error"] <= TOLERANCE and "vl_norm/length_mean" not in row["metrics"] for row in rows)
+
+
+def test_plugin_beside_the_registry_answers_for_its_own_modes(trees: dict[str, Path], tmp_path: Path) -> None:
+    """The patched losses ask the registry for the mode; the plugin's modes are not in it."""
+    out = tmp_path / "results.json"
+    arguments = ["-m", "tests.engine.reach", "--ranks", "1", "--dtype", "float64", "--out", str(out)]
+    done = python(trees[REGISTRY], *arguments, "--only", "KL loss", "critic", plugin="auto")
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads(out.read_text())
+    assert [row["row"] for row in rows] == ["KL loss", "critic", "critic, dynamic, tool masks"]
+    assert all(row["kind"] == "exact" and row["error"] <= TOLERANCE for row in rows), rows

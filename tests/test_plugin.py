@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,7 +149,8 @@ def test_an_unknown_release_is_warned_of(compose: Any, caplog: pytest.LogCapture
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verl, "__version__", "0.10.0.dev")
         validate(compose(*actor(loss_agg_mode="vl_norm")))
-    assert "has not been tested with verl 0.10.0.dev (tested: 0.7.1, 0.8.0, 0.9.0, 0.9.1)" in caplog.text
+    tested = ", ".join(plugin.TESTED_RELEASES)
+    assert f"has not been tested with verl 0.10.0.dev (tested: {tested})" in caplog.text
 
 
 def test_a_trainer_that_verl_runs_as_main_gets_the_entropy_metric_too(tmp_path: Path) -> None:
@@ -286,10 +288,13 @@ def test_critic_of_a_release_without_m_is_refused_if_there_is_one(compose: Any) 
     for mode, estimator, refused in (("vl_norm", "gae", True), ("vl_norm", "grpo", False), ("grpo_norm", "gae", False)):
         config = compose(*actor(loss_agg_mode=mode), f"algorithm.adv_estimator={estimator}")
         with open_dict(config):
-            del config.critic.loss_scale_factor
+            config.critic.pop("loss_scale_factor", None)
         with pytest.raises(ValueError, match="critic of verl") if refused else contextlib.nullcontext():
             plugin.check_config(config)
         assert config.actor_rollout_ref.actor.loss_scale_factor == 77
+
+
+PER_TOKEN: dict[str, Any] = {"override_transformer_config": {"calculate_per_token_loss": True}}
 
 
 @pytest.mark.parametrize(
@@ -300,15 +305,18 @@ def test_critic_of_a_release_without_m_is_refused_if_there_is_one(compose: Any) 
         ("torchtitan", "0.9.1", {"data_parallel_replicate_size": 2, "data_parallel_shard_size": 2}, None),
         ("megatron", "0.8.0", {"dynamic_context_parallel": True}, "dynamic_context_parallel=true"),
         ("megatron", "0.9.0", {"dynamic_context_parallel": True}, None),
-        ("megatron", "0.8.0", {"context_parallel_size": 2, "vanilla_mbridge": False}, "context_parallel_size=2"),
-        ("megatron", "0.8.0", {"context_parallel_size": 2, "vanilla_mbridge": True}, None),
-        ("megatron", "0.7.1", {"override_transformer_config": {"calculate_per_token_loss": True}}, "per_token_loss"),
-        ("megatron", "0.9.1", {"context_parallel_size": 2, "vanilla_mbridge": False}, None),
+        # Whether Megatron-Bridge sets it depends on the model: the engine is asked, below.
+        ("megatron", "0.8.0", {"context_parallel_size": 2, "vanilla_mbridge": False}, None),
+        ("megatron", "0.7.1", PER_TOKEN, "actor.megatron.override_transformer_config.calculate_per_token_loss=true"),
+        ("megatron", "0.9.1", PER_TOKEN, None),
+        ("megatron", "0.9.1", PER_TOKEN | {"context_parallel_size": 2}, "calculate_per_token_loss=true"),
+        ("megatron", "0.9.1", PER_TOKEN | {"context_parallel_size": 2, "dynamic_context_parallel": True}, None),
+        ("mindspeed", "0.8.0", PER_TOKEN, "actor.mindspeed.override_transformer_config.calculate_per_token_loss=true"),
         ("fsdp2", "0.7.1", {}, None),
     ],
 )
 def test_layouts_of_engines_that_cannot_be_exact_are_refused(
-    caplog: pytest.LogCaptureFixture, role: str, release: str, engine: dict[str, Any], words: str | None
+    role: str, release: str, engine: dict[str, Any], words: str | None
 ) -> None:
     """docs/engines.md has the reasons; keys as in verl's trainer/config/engine/*.yaml."""
     import verl
@@ -318,9 +326,36 @@ def test_layouts_of_engines_that_cannot_be_exact_are_refused(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verl, "__version__", release)
         with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
-            plugin.check_engine(config, "critic")
-    warned = release == "0.9.1" and engine.get("context_parallel_size") == 2 and role == "megatron"
-    assert ("too large by the factor" in caplog.text) == warned
+            plugin.check_engine(config, "actor")
+
+
+@pytest.mark.parametrize(
+    ("release", "layout", "outcome"),
+    [
+        ("0.8.0", {"context_parallel_size": 1}, "refused"),
+        ("0.9.1", {"context_parallel_size": 1}, "silence"),
+        ("0.9.1", {"context_parallel_size": 2}, "warned of"),
+        ("0.9.1", {"context_parallel_size": 2, "dynamic_context_parallel": True}, "silence"),
+    ],
+)
+def test_the_engine_is_asked_how_it_reduces_gradients(
+    caplog: pytest.LogCaptureFixture, release: str, layout: dict[str, Any], outcome: str
+) -> None:
+    """Some models' providers in Megatron-Bridge set calculate_per_token_loss whatever the run's config says."""
+    import verl
+
+    engine_config = SimpleNamespace(**{"dynamic_context_parallel": False, **layout})
+    engine = SimpleNamespace(tf_config=SimpleNamespace(calculate_per_token_loss=True), engine_config=engine_config)
+    plugin._warn_of_uncounted_tokens.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verl, "__version__", release)
+        refused = outcome == "refused"
+        with pytest.raises(RuntimeError, match="vanilla_mbridge=true") if refused else contextlib.nullcontext():
+            plugin.check_reduction(engine, "vl_norm")
+        engine.tf_config.calculate_per_token_loss = False
+        plugin.check_reduction(engine, "vl_norm")
+        plugin.check_reduction(SimpleNamespace(tf_config=None), "vl_norm")
+    assert ("too large by the factor" in caplog.text) == (outcome == "warned of")
 
 
 def test_megatron_and_torchtitan_of_verls_own_config_are_checked() -> None:
@@ -328,24 +363,19 @@ def test_megatron_and_torchtitan_of_verls_own_config_are_checked() -> None:
     from hydra import initialize_config_module
 
     with initialize_config_module("verl.trainer.config", version_base=None):
-        for name, override in (
-            (
-                "ppo_megatron_trainer",
-                [
-                    f"actor_rollout_ref.actor.megatron.{key}"
-                    for key in ("context_parallel_size=2", "vanilla_mbridge=false")
-                ],
-            ),
-            ("ppo_trainer", ["model_engine=torchtitan", "actor_rollout_ref.actor.torchtitan.context_parallel_size=2"]),
+        titan = ["model_engine=torchtitan", "actor_rollout_ref.actor.torchtitan.context_parallel_size=2"]
+        per_token = "megatron.override_transformer_config.calculate_per_token_loss=true"
+        for name, override, release, words in (
+            ("ppo_megatron_trainer", [f"+actor_rollout_ref.actor.{per_token}"], "0.8.0", per_token),
+            ("ppo_trainer", titan, "0.9.1", r"actor_rollout_ref\.actor.*context_parallel_size=2"),
         ):
             if "megatron" not in name and older_verl.needed():
                 continue  # no model_engine=torchtitan yet
             mode = ["actor_rollout_ref.actor.loss_agg_mode=vl_norm", "++trainer.use_legacy_worker_impl=disable"]
             config = hydra_compose(name, [*override, *mode])
-            release = "0.8.0" if "megatron" in name else "0.9.1"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("verl.__version__", release)
-                with pytest.raises(ValueError, match=r"actor_rollout_ref\.actor.*context_parallel_size=2"):
+                with pytest.raises(ValueError, match=words):
                     plugin.check_config(config)
 
 
@@ -365,7 +395,21 @@ def test_a_users_policy_loss_is_tried(compose: Any, caplog: pytest.LogCaptureFix
     def broken(**_: Any) -> Any:
         raise KeyError("needs more")
 
-    losses = {"users_good": good, "users_fixed": fixed, "users_own": own, "users_broken": broken}
+    def logs(*, log_prob: Any, response_mask: Any, loss_agg_mode: str, **_: Any) -> Any:
+        metrics = {"mean": core_algos.agg_loss(log_prob.detach(), response_mask, "token-mean").item()}
+        return core_algos.agg_loss(log_prob, response_mask, loss_agg_mode), metrics
+
+    def only_logs(*, log_prob: Any, response_mask: Any, loss_agg_mode: str, **_: Any) -> Any:
+        return log_prob.mean(), {"mean": core_algos.agg_loss(log_prob.detach(), response_mask, loss_agg_mode).item()}
+
+    def in_part(*, log_prob: Any, response_mask: Any, loss_agg_mode: str, **_: Any) -> Any:
+        return log_prob.mean() + core_algos.agg_loss(log_prob**2, response_mask, loss_agg_mode), {}
+
+    def narrows(*, log_prob: Any, advantages: Any, response_mask: Any, loss_agg_mode: str, **_: Any) -> Any:
+        return core_algos.agg_loss(log_prob, response_mask & (advantages > 0), loss_agg_mode), {}
+
+    losses = {"users_good": good, "users_fixed": fixed, "users_own": own, "users_broken": broken, "users_logs": logs}
+    losses |= {"users_only_logs": only_logs, "users_in_part": in_part, "users_narrows": narrows}
     with pytest.MonkeyPatch.context() as patch:
         for name, loss in losses.items():
             patch.setitem(core_algos.POLICY_LOSS_REGISTRY, name, loss)
@@ -373,13 +417,18 @@ def test_a_users_policy_loss_is_tried(compose: Any, caplog: pytest.LogCaptureFix
             name: compose(*actor(loss_agg_mode="vl_norm"), f"actor_rollout_ref.actor.policy_loss.loss_mode={name}")
             for name in (*losses, "known_to_workers_only")
         }
-        for name in ("users_good", "users_broken", "known_to_workers_only"):
+        for name in ("users_good", "users_logs", "users_broken", "known_to_workers_only"):
             plugin.check_config(config[name])
         assert "'users_broken' could not be tried before the run (KeyError: 'needs more')" in caplog.text
-        with pytest.raises(ValueError, match=r"a mode of its own.*users_broken, users_good, vanilla"):
+        with pytest.raises(ValueError, match=r"'token-mean' whatever.*users_broken, users_good, users_logs, vanilla"):
             plugin.check_config(config["users_fixed"])
-        with pytest.raises(ValueError, match="never calls agg_loss"):
-            plugin.check_config(config["users_own"])
+        for name in ("users_own", "users_only_logs"):
+            with pytest.raises(ValueError, match="never calls agg_loss"):
+                plugin.check_config(config[name])
+        with pytest.raises(ValueError, match="a part of its gradient does not go through agg_loss"):
+            plugin.check_config(config["users_in_part"])
+        with pytest.raises(ValueError, match="another mask than response_mask"):
+            plugin.check_config(config["users_narrows"])
 
 
 def test_trainer_that_skips_validation_is_checked_by_run_ppo(compose: Any) -> None:
@@ -412,13 +461,14 @@ def test_critic_alone_gets_m_too(compose: Any) -> None:
         (actor(loss_agg_mode="'vl_norm:2.1'"), ["actor_rollout_ref.actor.loss_agg_mode", "2.1", "0 ≤ α ≤ 2"]),
         (actor(loss_agg_mode="vl_norm", loss_scale_factor="0"), ["loss_scale_factor=0", "positive"]),
         (actor(loss_agg_mode="vl_norm", loss_scale_factor="-5"), ["loss_scale_factor=-5", "positive"]),
-        (
+        pytest.param(
             [*actor(loss_agg_mode="vl_norm"), "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean"],
             ["'geo_mean'", "never calls agg_loss", "Accepted: bypass_mode, cispo, clip_cov,", "vanilla."],
+            id="geo_mean",
         ),
         (
             [*actor(loss_agg_mode="vl_norm"), "actor_rollout_ref.actor.policy_loss.loss_mode=sapo"],
-            ["a mode of its own", "vanilla"],
+            ["'seq-mean-token-mean' whatever the mode", "vanilla"],
         ),
         (
             [*actor(loss_agg_mode="vl_norm"), "++trainer.use_legacy_worker_impl=enable"],
@@ -473,7 +523,8 @@ def test_a_loss_with_a_mode_of_its_own_is_refused_in_a_mini_batch() -> None:
     one = torch.ones(1, 2)
     with plugin._in_mini_batch(plugin._MiniBatch("vl_norm", parse_mode("vl_norm"), torch.tensor(0.5), 2, scale=4.0)):
         with pytest.raises(ValueError, match="whatever the mode"):
-            agg_loss(one, one, "seq-mean-token-mean")
+            agg_loss(one.clone().requires_grad_(), one, "seq-mean-token-mean")
+        assert agg_loss(one, one, "seq-mean-token-mean") == 1  # a metric
         with pytest.raises(RuntimeError, match="global_batch_info"):
             agg_loss(one, one, "vl_norm", dp_size=1)
         # x = (1/M) · L^-1 / Σz = 1/2 · 1/2 / 0.5; times the token sum 2, times dp_size 2
@@ -580,6 +631,31 @@ def test_a_policy_loss_that_never_aggregates_is_seen_beside_kl_and_entropy_terms
             core_algos.agg_loss(one, one, "vl_norm")  # a KL term of the micro-batch before
             with pytest.raises(RuntimeError, match="the policy loss 'users_own' never called agg_loss"):
                 loss(one)
+
+
+def test_a_policy_loss_that_narrows_the_mask_is_seen_in_the_micro_batch() -> None:
+    """As masking by the ratio does; before the run all ratios are 1. The lengths of the mini-batch have all tokens."""
+    import verl  # noqa: F401
+    from verl.trainer.ppo import core_algos
+    from verl.workers.utils import losses
+
+    from vlnorm_verl import parse_mode
+
+    def masked(log_prob: torch.Tensor, response_mask: torch.Tensor) -> Any:
+        keep = response_mask & (log_prob < 1)
+        return core_algos.agg_loss(log_prob, keep, "vl_norm"), {}
+
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(core_algos.POLICY_LOSS_REGISTRY, "users_own", masked)
+        loss = losses.get_policy_loss_fn("users_own")
+        with plugin._in_mini_batch(
+            plugin._MiniBatch("vl_norm", parse_mode("vl_norm"), torch.tensor(0.5), 1, scale=2.0)
+        ):
+            loss(torch.zeros(1, 2, requires_grad=True), response_mask=mask)  # nothing is taken out
+            core_algos.agg_loss(torch.zeros(1, 2, requires_grad=True), ~mask, "vl_norm")  # a term of somebody else's
+            with pytest.raises(ValueError, match=r"another mask than response_mask.*losses \* keep"):
+                loss(torch.tensor([[0.0, 2.0]], requires_grad=True), response_mask=mask)
 
 
 def test_own_aggregation_is_usable_by_its_name() -> None:

@@ -3,38 +3,43 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.releases import matrix_row, reach_row_is_good
+from vlnorm_verl import support
+
 REPOSITORY = Path(__file__).parent.parent
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 # What reach.py must refuse with verl 0.9.1, and what the refusal says. The first is seen in the config only.
 REFUSED = {
-    "bypass_mode, rejection inside the loss": "inside each micro-batch",
+    "bypass_mode with rollout_rs": "inside each micro-batch",
     "sapo": "whatever",
     "geo_mean": "never call",
-    "a user's, averages by itself": "never call",
-    "a user's, another mode": "whatever",
+    "registered by a user that ignores the mode, averages by itself": "never call",
+    "registered by a user that ignores the mode, calls agg_loss with another": "whatever",
 }
 ULYSSES = {"Ulysses", "Ulysses, dynamic, entropy, KL", "Ulysses, tool masks"}
 TRAINED = {
     *("vanilla", "gspo", "gpg", "clip_cov", "kl_cov", "cispo", "dppo_tv", "dppo_kl", "dro"),
     *("bypass_mode, ppo_clip", "bypass_mode, ppo_clip, IS weights", "bypass_mode, reinforce"),
     *("bypass_mode, reinforce, IS weights", "bypass_mode, reinforce, IS weights of sequences"),
-    *("bypass_mode, rejected tokens", "rollout IS weights in the data", "rollout IS weights in the data, gspo"),
-    *("a user's, passes the batch's sizes on", "a user's, passes nothing on", "dynamic batch", "entropy and KL"),
-    *("tool masks", "tool masks, dynamic, entropy, KL", "rejection in response_mask only"),
+    *("bypass_mode, rejected tokens", "dynamic batch", "KL loss", "entropy bonus"),
+    *("vanilla, rollout IS weights in the data", "gspo, rollout IS weights in the data"),
+    *("registered by a user, passes the batch's sizes on", "registered by a user, passes nothing on"),
+    *("multi-turn tool masks", "multi-turn tool masks, dynamic, entropy, KL", "rollout_rs without bypass_mode"),
     *("upsampled padding rows", "upsampled padding rows, dynamic", "critic", "critic, dynamic, tool masks"),
-    *("LoRA", "LoRA, dynamic, entropy, KL", "remove padding"),
+    *("LoRA", "LoRA, dynamic, entropy, KL", "use_remove_padding"),
 }
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        (1, "float64"),
+        pytest.param((1, "float64"), marks=pytest.mark.slow),
         (2, "float64"),
         (4, "float64"),
         pytest.param((2, "float32"), marks=pytest.mark.slow),
@@ -65,6 +70,31 @@ def test_every_row_is_trained_or_refused(run: tuple[int, str, list[dict]]) -> No
     assert {e["row"] for e in of_kind(results, "refused")} == (set(REFUSED) if ranks < 4 else set())
 
 
+def test_every_row_ends_as_the_matrix_says(run: tuple[int, str, list[dict]]) -> None:
+    ranks, _, results = run
+    said = support.matrix().by_name(metadata.version("verl"))
+    assert {entry["row"]: entry["kind"] for entry in results} == {
+        entry["row"]: said[matrix_row(entry)].status for entry in results
+    }
+    if ranks == 2:  # all rows are run
+        ours = {name for name, cell in said.items() if cell.by == "tests/test_reach.py"}
+        assert ours == {matrix_row(entry) for entry in results}
+
+
+def test_the_script_over_releases_judges_rows_alike(run: tuple[int, str, list[dict]]) -> None:
+    _, dtype, results = run
+    said = {name: cell.status for name, cell in support.matrix().by_name(metadata.version("verl")).items()}
+    for entry in results if dtype == "float64" else []:
+        name = matrix_row(entry)
+        assert reach_row_is_good(entry, said), entry
+        assert reach_row_is_good(entry, {}), entry  # of a release that is not in the matrix
+        assert not reach_row_is_good(entry, said | {name: "absent"}), entry
+        assert not reach_row_is_good(entry | {"kind": "failed"}, {}), entry
+        if entry["kind"] == "exact":
+            assert not reach_row_is_good(entry | {"error": 1e-6}, said), entry
+            assert not reach_row_is_good(entry | {"error": float("nan")}, said), entry
+
+
 def test_every_gradient_is_the_weighted_sum(run: tuple[int, str, list[dict]]) -> None:
     _, dtype, results = run
     exact = of_kind(results, "exact")
@@ -89,6 +119,6 @@ def test_what_cannot_be_exact_is_refused(run: tuple[int, str, list[dict]]) -> No
         says = REFUSED[entry["row"]]
         assert says in entry["at_config"], entry
         assert "Accepted:" in entry["at_config"], entry
-        if "inside the loss" not in entry["row"]:
+        if entry["row"] != "bypass_mode with rollout_rs":
             assert "loss_agg_mode='vl_norm'" in entry["at_run"], entry
             assert says in entry["at_run"], entry

@@ -138,7 +138,7 @@ def support_table(release: str) -> Table:
                 table.add_row(name, support.STATUS[status], escape("; ".join(names)))
                 name = ""
         table.add_section()
-    table.caption = "docs/support.md says how each is known"
+    table.caption = "python -m vlnorm_verl.support says how each is known"
     return table
 
 

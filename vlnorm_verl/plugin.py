@@ -1,4 +1,4 @@
-"""Puts the aggregations of `vlnorm_verl.aggregation` into stock verl. The only module that knows verl's insides.
+"""Puts the aggregations of `vlnorm_verl.aggregation` into stock verl. The only module that knows verl's loss path.
 
 `NAMES` below is the one table of verl's names that are relied on, and why; those with a `wrap` are replaced, nothing
 else of verl is. One thing is added: the advantage estimator of `vlnorm_verl.overlong`, by verl's own register_adv_est.
@@ -63,7 +63,11 @@ NO_EFFECT = (
 
 
 class IgnoresMode(ValueError):
-    """A policy loss that does not aggregate by `loss_agg_mode`."""
+    """A policy loss that does not aggregate by `loss_agg_mode`. problem: what it does, as half a sentence."""
+
+    def __init__(self, mode: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{MODE_KEY}={mode!r}, but the policy loss {problem}. {remedy}")
+        self.problem = problem
 
 
 @dataclass
@@ -75,7 +79,8 @@ class _MiniBatch:
     total: torch.Tensor  # Σ_j z(L_j) over all micro-batches and data-parallel ranks, scalar
     dp_size: int
     scale: float | None  # M
-    aggregated: bool = False  # whether agg_loss was called for it
+    aggregated: bool = False  # whether agg_loss was called for it, for a loss and not for a metric
+    policy_mask: torch.Tensor | None = None  # response_mask [B, T] of the micro-batch while its policy loss runs
 
 
 _mini_batch: ContextVar[_MiniBatch | None] = ContextVar("vlnorm_verl_mini_batch", default=None)
@@ -104,12 +109,20 @@ def _verl_aggregates(mode: str) -> bool:
     importlib.import_module(CORE_ALGOS)
     if _stock_agg_loss is None:  # the plugin is not in this process
         return False
+    return _stock_answer(mode) != _stock_answer("no-such-mode")
+
+
+def _stock_answer(mode: str) -> tuple[type, str] | None:
+    """How verl's own agg_loss takes a mode: None, or its exception with the mode's name taken out."""
+    assert _stock_agg_loss is not None
     one = torch.ones(1, 1)
+    sizes = {"dp_size": 1, "batch_num_tokens": 1, "global_batch_size": 1, "loss_scale_factor": 1}
+    accepted = inspect.signature(_stock_agg_loss).parameters
     try:
-        _stock_agg_loss(one, one, mode, loss_scale_factor=1.0)
-    except ValueError as error:
-        return "Invalid loss_agg_mode" not in str(error)
-    return True
+        _stock_agg_loss(one, one, mode, **{name: size for name, size in sizes.items() if name in accepted})
+    except Exception as error:  # a fork's mode may want more than is known here
+        return type(error), str(error).replace(mode, "")
+    return None
 
 
 def _extended_agg_loss(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -122,11 +135,13 @@ def _extended_agg_loss(stock: Callable[..., torch.Tensor]) -> Callable[..., torc
     def agg_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
         given = signature.bind(*args, **kwargs).arguments
         mode, mini_batch = given["loss_agg_mode"], _mini_batch.get()
+        differentiated = torch.is_grad_enabled() and given["loss_mat"].requires_grad  # else it is for a metric
         if not is_ours(mode):
-            if mini_batch is not None:
+            if mini_batch is not None and differentiated:
                 raise IgnoresMode(
-                    f"{MODE_KEY}={mini_batch.mode!r}, but the policy loss aggregates by {mode!r} whatever "
-                    "the mode. Choose a policy_loss.loss_mode that uses loss_agg_mode, or set that mode."
+                    mini_batch.mode,
+                    f"aggregates by {mode!r} whatever the mode",
+                    "Choose a policy_loss.loss_mode that uses loss_agg_mode, or set that mode.",
                 )
             return stock(*args, **kwargs)
         if mini_batch is None or mini_batch.mode != mode:
@@ -143,8 +158,10 @@ def _extended_agg_loss(stock: Callable[..., torch.Tensor]) -> Callable[..., torc
                 f"loss_agg_mode={mode!r}: the loss was called with dp_size={dp_size} on {mini_batch.dp_size} "
                 "data-parallel ranks; pass **config.global_batch_info on, or no dp_size."
             )
+        if differentiated and mini_batch.policy_mask is not None:
+            _check_mask(given["loss_mask"], mini_batch.policy_mask, mode)
         scale = given.get("loss_scale_factor")
-        mini_batch.aggregated = True
+        mini_batch.aggregated |= differentiated
         loss = maths.aggregate(
             given["loss_mat"],
             given["loss_mask"],
@@ -158,8 +175,22 @@ def _extended_agg_loss(stock: Callable[..., torch.Tensor]) -> Callable[..., torc
     return agg_loss
 
 
+def _check_mask(mask: torch.Tensor, response_mask: torch.Tensor, mode: str) -> None:
+    """Raises IgnoresMode if a policy loss aggregates over other tokens than those of the mini-batch's lengths."""
+    # The same tensor as a rule, so that nothing on the device is waited for.
+    if mask is not response_mask and not torch.equal(mask.bool(), response_mask.bool()):
+        raise IgnoresMode(
+            mode,
+            "calls agg_loss with another mask than response_mask, whose lengths the mini-batch is weighted by",
+            "Multiply the losses by a mask of your own instead: agg_loss(losses * keep, response_mask, ...).",
+        )
+
+
 def _watched_policy_losses(stock: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`get_policy_loss_fn` of workers/utils/losses.py: each policy loss must aggregate; KL and entropy do not count."""
+    """`get_policy_loss_fn` of workers/utils/losses.py: each policy loss must aggregate, and over all of response_mask.
+
+    KL and entropy terms, which verl aggregates itself, do not count.
+    """
 
     @functools.wraps(stock)
     def get_policy_loss_fn(name: str) -> Any:
@@ -168,10 +199,12 @@ def _watched_policy_losses(stock: Callable[[str], Any]) -> Callable[[str], Any]:
         @functools.wraps(loss_fn)
         def watched(*args: Any, **kwargs: Any) -> Any:
             mini_batch = _mini_batch.get()
-            if mini_batch is not None:
-                mini_batch.aggregated = False
+            if mini_batch is None:
+                return loss_fn(*args, **kwargs)
+            mini_batch.aggregated, mini_batch.policy_mask = False, kwargs.get("response_mask")
             result = loss_fn(*args, **kwargs)
-            if mini_batch is not None and not mini_batch.aggregated:
+            mini_batch.policy_mask = None
+            if not mini_batch.aggregated:
                 raise RuntimeError(NO_EFFECT.format(mode=mini_batch.mode, loss=f"the policy loss {name!r}"))
             return result
 
@@ -181,17 +214,17 @@ def _watched_policy_losses(stock: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def whole_batch_agg_loss(
-    loss_mat: torch.Tensor, loss_mask: torch.Tensor, loss_agg_mode: str, **kwargs: Any
+    loss_mat: torch.Tensor, loss_mask: torch.Tensor, loss_agg_mode: str, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     """`agg_loss` for the driver's entropy metric: the batch given is the whole one, so its sum is the sum."""
     from verl.trainer.ppo.core_algos import agg_loss
 
     if not is_ours(loss_agg_mode):
-        return agg_loss(loss_mat=loss_mat, loss_mask=loss_mask, loss_agg_mode=loss_agg_mode, **kwargs)
+        return agg_loss(loss_mat, loss_mask, loss_agg_mode, *args, **kwargs)
     method = maths.parse_mode(loss_agg_mode)
     total = maths.mini_batch_sums(method, maths.response_lengths(loss_mask))[0]
     with _in_mini_batch(_MiniBatch(loss_agg_mode, method, total, dp_size=1, scale=None)):
-        return agg_loss(loss_mat=loss_mat, loss_mask=loss_mask, loss_agg_mode=loss_agg_mode, **kwargs)
+        return agg_loss(loss_mat, loss_mask, loss_agg_mode, *args, **kwargs)
 
 
 def _whole_batch(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -225,6 +258,7 @@ def _summing_train_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
         if not is_ours(mode):
             return stock(self, data, loss_function)
 
+        check_reduction(self, mode)
         scale = getattr(config, "loss_scale_factor", None)  # the critic's config has none up to verl 0.8.0
         method = maths.parse_mode(mode)
         # Not `loss_mask`: verl's rollout correction takes tokens out of `response_mask` only.
@@ -241,6 +275,36 @@ def _summing_train_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
         return outputs
 
     return train_batch
+
+
+def check_reduction(engine: Any, mode: str) -> None:
+    """What check_engine cannot see: Megatron-Bridge sets calculate_per_token_loss by itself for some models.
+
+    Raises:
+        RuntimeError: the engine adds gradients over ranks where verl takes them for averaged (verl 0.7.1 and 0.8.0).
+    """
+    if not getattr(getattr(engine, "tf_config", None), "calculate_per_token_loss", False):
+        return
+    if _before_0_9():
+        raise RuntimeError(
+            f"loss_agg_mode={mode!r}: Megatron adds the gradients of this model over its ranks (its "
+            f"calculate_per_token_loss is on), and verl {_verl_version()} takes them for averaged. Accepted: "
+            "megatron.vanilla_mbridge=true, or context_parallel_size=1 without an override of calculate_per_token_loss."
+        )
+    layout = engine.engine_config
+    if layout.context_parallel_size > 1 and not layout.dynamic_context_parallel:
+        _warn_of_uncounted_tokens(layout.context_parallel_size)
+
+
+@functools.cache
+def _warn_of_uncounted_tokens(context_parallel_size: int) -> None:
+    logger.warning(
+        "megatron.context_parallel_size=%d with calculate_per_token_loss, which the model's provider has set: verl "
+        "counts up to %d tokens of each micro-batch too few, so that gradients of every loss_agg_mode are too large by "
+        "the factor T/(T - those not counted), T the tokens of the mini-batch. The weights of responses are right.",
+        context_parallel_size,
+        context_parallel_size - 1,
+    )
 
 
 def _sum_over_data_parallel_ranks(engine: Any, sums: torch.Tensor) -> torch.Tensor:
@@ -373,39 +437,55 @@ def accepted_policy_losses(actor: Any) -> list[str]:
 
 def policy_loss_problem(name: str, actor: Any) -> str | None:
     """What keeps a registered policy loss from aggregating by the mode of an ActorConfig; None: nothing."""
+    loss_fn = importlib.import_module(CORE_ALGOS).get_policy_loss_fn(name)
     method = maths.parse_mode(actor.loss_agg_mode)
     mask = torch.tensor([[1, 1], [1, 0]])
     total = maths.mini_batch_sums(method, maths.response_lengths(mask))[0]
-    mini_batch = _MiniBatch(actor.loss_agg_mode, method, total, dp_size=1, scale=1.0)
-    log_prob = torch.full((2, 2), -1.0)
-    try:
-        with _in_mini_batch(mini_batch), torch.random.fork_rng(devices=[]):
-            importlib.import_module(CORE_ALGOS).get_policy_loss_fn(name)(
-                old_log_prob=log_prob,
-                log_prob=log_prob.clone().requires_grad_(),
-                advantages=torch.tensor([[1.0, 1.0], [-1.0, -1.0]]),
-                response_mask=mask.bool(),
-                loss_agg_mode=actor.loss_agg_mode,
-                config=actor,
-                rollout_is_weights=None,
-            )
-    except IgnoresMode:
-        return "it aggregates by a mode of its own, whatever loss_agg_mode is"
-    return None if mini_batch.aggregated else "it never calls agg_loss"
+    gradients = []
+    for factor in (1, 2):
+        mini_batch = _MiniBatch(
+            actor.loss_agg_mode, method, factor * total, dp_size=1, scale=1.0, policy_mask=mask.bool()
+        )
+        old_log_prob = torch.full((2, 2), -1.0)
+        log_prob = old_log_prob.clone().requires_grad_()
+        try:
+            with _in_mini_batch(mini_batch), torch.random.fork_rng(devices=[]):
+                loss = loss_fn(
+                    old_log_prob=old_log_prob,
+                    log_prob=log_prob,
+                    advantages=torch.tensor([[1.0, 1.0], [-1.0, -1.0]]),
+                    response_mask=mini_batch.policy_mask,
+                    loss_agg_mode=actor.loss_agg_mode,
+                    config=actor,
+                    rollout_is_weights=None,
+                )[0]
+        except IgnoresMode as error:
+            return f"it {error.problem}"
+        if not mini_batch.aggregated:
+            return "it never calls agg_loss"
+        gradients.append(torch.autograd.grad(loss, log_prob)[0])
+    # Twice the mini-batch sum is half of every weight, so half of all that goes through agg_loss.
+    if not torch.allclose(gradients[0], 2 * gradients[1], rtol=1e-4, atol=1e-6):
+        return "a part of its gradient does not go through agg_loss"
+    return None
 
 
 def check_rejection(mode: str, policy_loss: Any) -> None:
     """Raises ValueError for a bypass-mode policy loss that rejects tokens inside the micro-batch."""
     correction = policy_loss.get("rollout_correction", None)
     if policy_loss.get("loss_mode") == "bypass_mode" and correction is not None and correction.get("rollout_rs", None):
-        _refuse_rejection_in_loss(mode, correction.get("rollout_rs"))
+        _refuse_rejection(
+            mode,
+            correction.get("rollout_rs"),
+            "actor_rollout_ref.actor.policy_loss",
+            "it takes tokens out of a response inside each micro-batch, after the mini-batch's lengths were summed",
+        )
 
 
-def _refuse_rejection_in_loss(mode: str, rollout_rs: Any) -> None:
+def _refuse_rejection(mode: str, rollout_rs: Any, section: str, why: str) -> None:
     raise ValueError(
-        f"algorithm.rollout_correction.rollout_rs={rollout_rs!r} with bypass_mode=true cannot be used with "
-        f"{MODE_KEY}={mode!r}: it takes tokens out of a response inside each micro-batch, after the mini-batch's "
-        "lengths were summed. Accepted: rollout_rs=null, or bypass_mode=false (tokens are taken out before)."
+        f"{section}.rollout_correction.rollout_rs={rollout_rs!r} with bypass_mode=true cannot be used with "
+        f"{MODE_KEY}={mode!r}: {why}. Accepted: rollout_rs=null, or bypass_mode=false (tokens are taken out before)."
     )
 
 
@@ -442,7 +522,7 @@ def check_config(config: Any) -> None:
         check_rejection(mode, role.policy_loss)
         correction = select("algorithm.rollout_correction") or {}
         if correction.get("bypass_mode") and correction.get("rollout_rs"):
-            _refuse_rejection_in_loss(mode, correction.get("rollout_rs"))
+            _refuse_rejection(mode, correction.get("rollout_rs"), "algorithm", "verl's trainers leave it out there")
         fill_scale(role, horizon)
         warn_of_sorted_mini_batches(role, config)
         warn_of_untested_release()
@@ -480,7 +560,8 @@ def check_engine(role: Any, key: str) -> None:
         )
 
     strategy = role.get("strategy")
-    engine: Any = role.get(strategy) or {} if strategy in ("torchtitan", "megatron") else {}
+    megatron = strategy in ("megatron", "mindspeed")  # up to verl 0.9.0 MindSpeed is a strategy, with Megatron's keys
+    engine: Any = role.get(strategy) or {} if megatron or strategy == "torchtitan" else {}
     if strategy == "torchtitan":
         if engine.get("context_parallel_size", 1) > 1:
             refuse(
@@ -494,32 +575,18 @@ def check_engine(role: Any, key: str) -> None:
                 "with data_parallel_shard_size=1 gradients of the replicas are added, not averaged",
                 "1, or data_parallel_shard_size > 1",
             )
-    if strategy == "megatron":
-        old = _before_0_9()
-        context, override = engine.get("context_parallel_size", 1), engine.get("override_transformer_config") or {}
-        # Megatron-Bridge turns calculate_per_token_loss on with context parallelism; verl's default since 0.9.0.
-        bridge = engine.get("use_mbridge", True) and not engine.get("vanilla_mbridge", old)
-        per_token = bool(override.get("calculate_per_token_loss", bridge and context > 1))
-        if old and engine.get("dynamic_context_parallel"):
-            refuse("megatron.dynamic_context_parallel=true", "replicated responses are counted again", "false")
-        if old and per_token:
-            by_bridge = "calculate_per_token_loss" not in override
-            refuse(
-                f"megatron.context_parallel_size={context}"
-                if by_bridge
-                else "megatron.override_transformer_config.calculate_per_token_loss=true",
-                "gradients are then added, not averaged",
-                "1, or vanilla_mbridge=true" if by_bridge else "false",
-            )
-        if not old and per_token and context > 1:
-            logger.warning(
-                "%s.megatron.context_parallel_size=%d with calculate_per_token_loss: verl counts up to %d tokens of "
-                "each micro-batch too few: gradients of every loss_agg_mode are too large by the factor T/(T - those "
-                "not counted), T the tokens of the mini-batch. The weights of responses are right.",
-                key,
-                context,
-                context - 1,
-            )
+    if megatron:
+        old, dynamic = _before_0_9(), engine.get("dynamic_context_parallel", False)
+        override = engine.get("override_transformer_config") or {}
+        per_token = f"{strategy}.override_transformer_config.calculate_per_token_loss=true"
+        if old and dynamic:
+            refuse(f"{strategy}.dynamic_context_parallel=true", "replicated responses are counted again", "false")
+        # Where it is Megatron-Bridge that sets it, only the engine knows: check_reduction.
+        if override.get("calculate_per_token_loss"):
+            if old:
+                refuse(per_token, "gradients are then added, not averaged", "false")
+            if engine.get("context_parallel_size", 1) > 1 and not dynamic:
+                refuse(per_token, "verl counts too few tokens with context_parallel_size > 1", "false")
 
 
 def _actor_config(actor: Any) -> Any:
@@ -676,6 +743,7 @@ NAMES = (
         ("config",),
     ),
     VerlName("verl.utils.config", "omega_conf_to_dataclass", "makes the actor's config, which is then checked"),
+    VerlName("verl.trainer.ppo.utils", "need_critic", "whether there is a critic to check"),
     VerlName(
         "verl.trainer.main_ppo",
         "run_ppo",
@@ -751,7 +819,7 @@ def _patch_main() -> None:
 
 
 def lacking() -> list[str]:
-    """What the installed verl lacks of the names that every run needs, and what else was found lacking on the way."""
+    """What the installed verl lacks of the names that every run needs."""
     needed = dict.fromkeys(name.module for name in NAMES if name.needed)
     for module_name in needed:
         try:
@@ -759,7 +827,7 @@ def lacking() -> list[str]:
         except ImportError as error:
             _outcome[module_name] = f"{module_name} ({error})"
     not_patched = [f"{module_name} not patched" for module_name in needed if module_name not in _outcome]
-    return [reason for reason in _outcome.values() if reason] + not_patched
+    return [reason for name in needed if (reason := _outcome.get(name))] + not_patched
 
 
 def require_installed(mode: str) -> None:

@@ -50,6 +50,13 @@ class Matrix:
         """{table: {row: cell}} of one release."""
         return {name: {row.name: row.cells[release] for row in rows} for name, rows in self.tables.items()}
 
+    def by_name(self, release: str) -> dict[str, Cell]:
+        """{name: cell} of one release; a row that is several counts for each. Empty if the release is not in here."""
+        if release not in self.releases:
+            return {}
+        rows = [item for table in self.column(release).values() for item in table.items()]
+        return {name: cell for row, cell in rows for name in row.split(", ")}
+
 
 @functools.cache
 def matrix() -> Matrix:
@@ -83,9 +90,11 @@ def markdown() -> str:
         "- **refused**: by one message at configuration time, since it cannot be exact.",
         "- **–**: that release has no such thing.",
         "",
+        "The column `by` names tests of this repository and files of verl's, in the releases that the cell is for.",
+        "",
         "`bash recipes/test.sh` runs the column of the newest release, its trainers with `slow` behind it;",
-        "`bash recipes/test_releases.sh` runs policy losses, features and FSDP2 of every release, in an environment",
-        "made from that release's wheel, and compares with this page.",
+        "`bash recipes/test_releases.sh` runs engines, policy losses and features of every release, in an environment",
+        "made from that release's wheel, and compares with this page ([releases.md](releases.md) is its last table).",
     ]
     for name, rows in matrix().tables.items():
         lines += ["", f"## {name}", "", "| | " + " | ".join(f"verl {r}" for r in matrix().releases) + " | by |"]

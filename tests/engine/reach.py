@@ -58,9 +58,9 @@ PADDING = 3  # synthetic rows of the upsampled batch
 
 @dataclass
 class Case:
-    """One row of the matrix."""
+    """One way to run a row of the support matrix."""
 
-    name: str
+    name: str  # that of the row in vlnorm_verl/support.yaml, or it, a comma and what is special here
     loss: str = "vanilla"
     options: dict[str, Any] = field(default_factory=dict)  # of PolicyLossConfig
     correction: dict[str, Any] = field(default_factory=dict)  # of RolloutCorrectionConfig
@@ -109,29 +109,30 @@ def cases(ranks: int) -> list[Case]:
         ),
         Case("bypass_mode, rejected tokens", "bypass_mode", correction=reinforce, masks="rejected tokens"),
         Case(
-            "bypass_mode, rejection inside the loss",
+            "bypass_mode with rollout_rs",
             "bypass_mode",
             correction=reinforce | {"rollout_rs": "token_k2", "rollout_rs_threshold": 0.02},
         ),
-        Case("rollout IS weights in the data", is_weights=True),
-        Case("rollout IS weights in the data, gspo", "gspo", is_weights=True),
-        Case("a user's, passes the batch's sizes on", "tests_splats"),
-        Case("a user's, passes nothing on", "tests_forgets"),
+        Case("vanilla, rollout IS weights in the data", is_weights=True),
+        Case("gspo, rollout IS weights in the data", "gspo", is_weights=True),
+        Case("registered by a user, passes the batch's sizes on", "tests_splats"),
+        Case("registered by a user, passes nothing on", "tests_forgets"),
         # Entropy and KL terms aggregate by the mode, whatever the policy loss does.
-        Case("a user's, averages by itself", "tests_averages", **terms),
-        Case("a user's, another mode", "tests_hard_codes"),
+        Case("registered by a user that ignores the mode, averages by itself", "tests_averages", **terms),
+        Case("registered by a user that ignores the mode, calls agg_loss with another", "tests_hard_codes"),
         Case("dynamic batch", "gpg", micro=None, tokens=60),
-        Case("entropy and KL", "cispo", **terms),
-        Case("tool masks", masks="tools"),
-        Case("tool masks, dynamic, entropy, KL", "cispo", micro=None, tokens=60, masks="tools", **terms),
-        Case("rejection in response_mask only", micro=4, masks="rejected"),
+        Case("KL loss", "cispo", kl_coef=0.2),
+        Case("entropy bonus", "cispo", entropy_coeff=0.1),
+        Case("multi-turn tool masks", masks="tools"),
+        Case("multi-turn tool masks, dynamic, entropy, KL", "cispo", micro=None, tokens=60, masks="tools", **terms),
+        Case("rollout_rs without bypass_mode", micro=4, masks="rejected"),
         Case("upsampled padding rows", masks="padding rows", **terms),
         Case("upsampled padding rows, dynamic", micro=None, tokens=140, masks="padding rows"),
         Case("critic", worker="critic"),
         Case("critic, dynamic, tool masks", worker="critic", micro=None, tokens=60, masks="tools"),
         Case("LoRA", worker="lora"),
         Case("LoRA, dynamic, entropy, KL", worker="lora", micro=None, tokens=60, **terms),
-        Case("remove padding", worker="packed", **terms),
+        Case("use_remove_padding", worker="packed", **terms),
         *(ulysses if ranks > 1 else []),
     ]
 
@@ -560,11 +561,11 @@ def run_row(bench: Bench, case: Case) -> list[dict[str, Any]]:
         return [{"kind": "failed", "row": case.name, "message": f"{type(error).__name__}: {error}"[:2000]}]
 
 
-def run(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str, only: str) -> None:
+def run(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str, only: list[str]) -> None:
     bench = Bench(rank, ranks, port, dtype, folder)
     results = []
     for case in cases(ranks):
-        if only in case.name:
+        if any(part in case.name for part in only):
             results += run_row(bench, case)
     scenarios.finish(rank, results, out)
 
@@ -573,7 +574,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, required=True, choices=[1, 2, 4])
     parser.add_argument("--dtype", choices=["float32", "float64"], required=True)
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
     parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args()
     scenarios.import_verl()

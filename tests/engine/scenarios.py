@@ -421,7 +421,8 @@ def train(worker: Any, scenario: Scenario, data: TensorDict) -> dict[str, float]
     from verl.workers.utils.losses import ppo_loss
 
     worker.set_loss_fn(functools.partial(ppo_loss, config=actor_config(scenario)))
-    metrics = tu.get(worker.train_mini_batch(data), "metrics")
+    with sabotaged(scenario.sabotage):
+        metrics = tu.get(worker.train_mini_batch(data), "metrics")
     return {k: float(np.mean(v.values if hasattr(v, "values") else v)) for k, v in metrics.items()}
 
 
@@ -469,7 +470,7 @@ def run_exact(rank: int, ranks: int, port: int, dtype: str, folder: str, out: st
         key = (scenario.entropy_coeff, scenario.kl_coef)
         if key not in gradients:
             gradients[key] = response_gradients(reference, rows, scenario)
-        with recording(worker.engine) as steps, sabotaged(scenario.sabotage):
+        with recording(worker.engine) as steps:
             metrics = train(worker, scenario, make_data(rows, scenario, mine))
         for step, (gradient, own, all_reduces) in enumerate(steps):
             everyone: list[list[int]] = [[] for _ in range(ranks)]

@@ -31,10 +31,10 @@ import functools
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -189,6 +189,8 @@ def build_veomni(folder: str) -> Engine:
         enable_gradient_checkpointing=False,
         basic_modules=list(module._no_split_modules),
     )
+    # verl up to 0.9.0: its initialize() makes them, for activations that are offloaded to the CPU.
+    engine.model_fwd_context = engine.model_bwd_context = contextlib.nullcontext()
     engine.optimizer = still(engine.module)
     engine._autocast_dtype = torch.float32
     return engine
@@ -393,7 +395,7 @@ def build_megatron(folder: str, *, per_token: bool = False, sharded: bool = Fals
         DistributedDataParallel(engine.tf_config, ddp_config, stage_class()(engine.tf_config, names, vp_stage))
         for vp_stage, names in stages(layout)
     ]
-    if sharded:
+    if sharded or older_verl.needed():  # verl 0.7.1 and 0.8.0 always ask for a bfloat16 optimizer
         engine.optimizer = SimpleNamespace(  # the real one asks for float32 on a GPU; it sees gradients only after this
             zero_grad=lambda: None, step=lambda: (True, 0.0, None), scale_loss=lambda loss: loss, config=None
         )
@@ -551,7 +553,14 @@ def run(rank: int, ranks: int, port: int, name: str, packages: str, folder: str,
     fsdp2.allow_float64()
     backend = BACKENDS[name]
     backend.prepare()
-    results = [{"engine": name} | row for case in backend.cases for row in run_case(case, rank, ranks, folder)]
+    if older_verl.needed():
+        older_verl.prepare()
+    results = []
+    for case in backend.cases:
+        try:
+            results += [{"engine": name} | row for row in run_case(case, rank, ranks, folder)]
+        except Exception:  # every rank raises it alike; the other cases have their say
+            results.append({"engine": name, "case": case.name, "failed": traceback.format_exc()})
     if rank == 0:
         Path(out).write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
@@ -571,6 +580,8 @@ def run_case(case: Case, rank: int, ranks: int, folder: str) -> list[dict[str, A
             continue  # a rank has all of the sum
         if scenario.padded and not case.padded:
             scenario = dataclasses.replace(scenario, name="alpha 0.75", padded=False)
+        if not older_verl.takes_nested_data():
+            scenario = dataclasses.replace(scenario, padded=True, width=60)
         gradient, metrics = train(engine, case, scenario, fsdp2.make_data(rows, scenario, mine))
         lengths = np.array([0 if i in scenario.masked else n for i, n in enumerate(fsdp2.LENGTHS)])
         x = torch.from_numpy(fsdp2.weights(scenario.mode, lengths))
@@ -610,9 +621,10 @@ def train(engine: Engine, case: Case, scenario: fsdp2.Scenario, data: Any) -> tu
         return norm
 
     engine.optimizer_step = recording_step
+    loss_function = functools.partial(ppo_loss, config=fsdp2.actor_config(scenario))
     try:
         with fsdp2.sabotaged(scenario.sabotage):
-            outputs = engine.train_batch(data, functools.partial(ppo_loss, config=fsdp2.actor_config(scenario)))
+            outputs = engine.train_batch(data, loss_function)
     finally:
         del engine.optimizer_step
     (gradient,) = steps
@@ -633,7 +645,8 @@ def main() -> None:
     args.packages.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # a pool of threads would not survive the forks
     importlib.import_module("verl")
-    cpu.register()
+    if not older_verl.needed():
+        cpu.register()
     older_verl.unpad_without_flash_attn()
     # Imported once, before forking. verl.workers.engine is not: it imports every engine that it finds.
     for module in ("verl.workers.config", "verl.utils.tensordict_utils", "transformers.models.qwen2.modeling_qwen2"):
@@ -644,10 +657,7 @@ def main() -> None:
         fsdp2.make_model(folder, torch.float64)
         for name in args.engine:
             out = Path(folder) / f"{name}.json"
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                port = s.getsockname()[1]
-            arguments = (args.ranks, port, name, str(install(name, args.packages)), folder, str(out))
+            arguments = (args.ranks, fsdp2.free_port(), name, str(install(name, args.packages)), folder, str(out))
             try:
                 torch.multiprocessing.start_processes(run, arguments, nprocs=args.ranks, start_method="fork")
                 results += json.loads(out.read_text())

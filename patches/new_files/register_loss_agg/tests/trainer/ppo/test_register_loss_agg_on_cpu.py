@@ -104,8 +104,9 @@ def test_registered_mode_is_accepted_and_used(root_mean):
     loss_mat, mask = loss_and_mask(torch.float64)
     whole = root_mean_loss(loss_mat, mask)
     torch.testing.assert_close(agg_loss(loss_mat, mask, root_mean), whole, rtol=1e-14, atol=0)
-    with pytest.raises(ValueError, match="batch_stat_sum is required when dp_size > 1"):
-        agg_loss(loss_mat, mask, root_mean, dp_size=2)
+    for micro_batch, dp_size in ((loss_mat, 2), (loss_mat.clone().requires_grad_(), 1)):
+        with pytest.raises(ValueError, match="batch_stat_sum is required"):
+            agg_loss(micro_batch, mask, root_mean, dp_size=dp_size)
 
 
 def test_stat_of_nested_and_padded_masks_is_the_same():
@@ -121,7 +122,7 @@ def test_missing_sum_is_an_error_and_other_modes_get_nothing(root_mean):
     data = TensorDict({"response_mask": torch.ones(2, 3)}, batch_size=[2])
     with pytest.raises(ValueError, match="needs batch_stat_sum"):
         length_stat_batch_info(root_mean, data)
-    assert all(length_stat_batch_info(mode, data) == {} for mode in STOCK_MODES)
+    assert all(length_stat_batch_info(mode, data) == {} for mode in [*STOCK_MODES, "of-a-plugin"])
 
 
 class SummingEngine(base.BaseEngine):

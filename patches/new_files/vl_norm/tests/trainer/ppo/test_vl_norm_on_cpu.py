@@ -59,7 +59,7 @@ def loss_and_mask(lengths, seed=0):
 def test_weights_are_the_closed_form(mode):
     loss_mat, mask = loss_and_mask(LENGTHS)
     loss_mat.requires_grad_()
-    agg_loss(loss_mat, mask, mode, loss_scale_factor=M).backward()
+    agg_loss(loss_mat, mask, mode, loss_scale_factor=M, batch_weight_sum=power_sum(mode, LENGTHS)).backward()
     torch.testing.assert_close(loss_mat.grad, expected_weights(mode, LENGTHS)[:, None] * mask, rtol=1e-14, atol=0)
 
 
@@ -103,6 +103,8 @@ def test_missing_numbers_are_errors():
     loss_mat, mask = loss_and_mask(LENGTHS)
     with pytest.raises(ValueError, match="batch_weight_sum is required"):
         agg_loss(loss_mat, mask, "vl_norm", dp_size=2, loss_scale_factor=M)
+    with pytest.raises(ValueError, match="batch_weight_sum is required for a gradient"):
+        agg_loss(loss_mat.requires_grad_(), mask, "vl_norm", loss_scale_factor=M)
     with pytest.raises(ValueError, match="loss_scale_factor is required"):
         agg_loss(loss_mat, mask, "vl_norm")
 
