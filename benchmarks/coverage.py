@@ -10,19 +10,16 @@ problems and seeds that were not drawn. Coverage has a Monte-Carlo error of 0.7 
 
 from __future__ import annotations
 
-import datetime
-import subprocess
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
+from origin import line
 from rich.console import Console
 from rich.table import Table
 
 from vlnorm_verl.report.estimates import Estimate, Scores, difference, mean, pass_at_k, rank_correlation
 
-ROOT = Path(__file__).parent.parent
 N, MANY = 8, 400_000
 GENERATOR = np.random.default_rng(0)
 
@@ -114,15 +111,15 @@ def cases() -> list[tuple[str, int, int, float, float]]:
 
 
 def main(
-    draws: Annotated[int, typer.Option(min=10)] = 1000,
+    draws: Annotated[int, typer.Option(min=10, help="Simulated validations of each row.")] = 1000,
     only: Annotated[str, typer.Option(help=f"One of {', '.join(KINDS)}.")] = "",
 ) -> None:
+    """Simulate the report's intervals: how often they cover the truth, and how wide they are."""
     if only and only not in KINDS:
         raise typer.BadParameter(f"accepted are {', '.join(KINDS)}", param_hint="--only")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     table = Table(
         "interval", "problems", "seeds", "rate", "sd of seeds", "covers", "mean width",
-        title=f"{draws} draws, {datetime.date.today()}, {commit.stdout.strip()}",
+        title=f"{draws} draws, {line()}",
     )  # fmt: skip
     for kind, count, seeds, rate, spread in cases():
         if only and kind != only:

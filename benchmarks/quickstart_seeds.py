@@ -8,16 +8,13 @@ standard deviation over seeds; every seed has its own order of prompts, its own 
 on the same 128 held-out prompts and from the same warm-started weights.
 """
 
-import datetime
 import json
-import platform
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
+from origin import origin
 from rich.console import Console
 from rich.table import Table
 
@@ -106,14 +103,7 @@ def main(
         table.add_row(name, *(f"{value:.{digits}f}" for value in numbers))
     Console().print(table)
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    result = {
-        "command": f"python benchmarks/quickstart_seeds.py --seeds {seeds} --steps {steps}",
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, {psutil.cpu_count()} cores, CPU only",
-        "runs": summaries,
-    }
+    result = {**origin(), "runs": summaries}
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     quickstart.write_json(results / "quickstart_seeds.json", result)

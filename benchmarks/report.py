@@ -7,9 +7,7 @@ a validation every 50 steps, without dumps; then reads them in a process of its 
 also has a dump of so many problems of 8 responses of 2,000 characters, read once and then once more from the cache.
 """
 
-import datetime
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from origin import line
 from rich.console import Console
 from rich.table import Table
 
@@ -63,15 +62,13 @@ def write(folder: Path, runs: int, steps: int, problems: int) -> None:
 
 
 def main(
-    runs: Annotated[int, typer.Option()] = 20,
-    steps: Annotated[int, typer.Option()] = 1000,
+    runs: Annotated[int, typer.Option(min=1, help="Runs to write and read.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each.")] = 1000,
     problems: Annotated[int, typer.Option(help="Of each validation's dump; 0 for no dumps.")] = 0,
 ) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    title = f"{runs} runs × {steps} steps, {problems} problems; {datetime.date.today()}, {commit.stdout.strip()}, "
-    table = Table(
-        "", "runs", "steps", "import, s", "read, s", "tables, s", "peak memory, MB", title=title + platform.machine()
-    )
+    """Time and memory of reading runs and making the report's tables."""
+    title = f"{runs} runs × {steps} steps, {problems} problems; {line()}"
+    table = Table("", "runs", "steps", "import, s", "read, s", "tables, s", "peak memory, MB", title=title)
     folder = Path(tempfile.mkdtemp())
     try:
         (folder / "runs").mkdir()

@@ -20,6 +20,7 @@ Formulas; P parameters, N GPUs, V vocabulary, T tokens of one micro-batch if all
 Left out: attention's own FLOPs, offloading (about a second a step), reward, weight sync, checkpoints, validation.
 """
 
+import argparse
 import sys
 from dataclasses import dataclass
 
@@ -205,4 +206,5 @@ def table() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.stdout.write(table() + "\n")

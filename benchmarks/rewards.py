@@ -119,8 +119,8 @@ def validation_run() -> None:
 
 
 def main(
-    answers: Annotated[int, typer.Option(min=1)] = 1000,
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    answers: Annotated[int, typer.Option(min=1, help="Responses of each kind to score.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the median is printed.")] = 5,
     hostile_responses: Annotated[int, typer.Option("--hostile", help="0: none.")] = 10_000,
     limit_s: Annotated[float, typer.Option(help="Of one hostile Math answer, in seconds.")] = 0.5,
 ) -> None:
