@@ -26,7 +26,8 @@ Examples:
   bash recipes/test_releases.sh                                  all releases
   bash recipes/test_releases.sh 0.8.0 --verl-repo ../verl        one, with all of verl's tests
 
-Written to .releases: table.md, table.json, and for each release X/venv, X/results.json, X/logs. An environment takes 2 to 3 GB
+Written to .releases: table.md, table.json, and for each release X/venv, X/results.json, X/logs; docs/releases.md is a copy of
+the last table.md. An environment takes 2 to 3 GB
 and minutes to install, its tests about 15 minutes on two cores; a second call installs nothing. The exit status is 1 if
 something failed that should not; the table says what.
 END

@@ -81,6 +81,12 @@ VERL_TESTS = (
 # They want NCCL or flash-attn on any machine, and take minutes to say so.
 VERL_TESTS_OF_GPUS = "not test_distributed_mean and not test_distributed_masked and not distributed_params"
 TEST_SECONDS, PART_SECONDS = 120, 1800
+HEAD = """# The last run of `bash recipes/test_releases.sh`
+
+`cp .releases/table.md docs/releases.md`. Run on: {machine}. Seeds are fixed in the programs. *Exact*, *refused*,
+*absent*: as in [support.md](support.md); each row of `tests/engine/reach.py` counts once for each mode.
+
+"""
 # After the tests, since importing verl before them could hide what they are about.
 PYTEST = """
 import sys, pytest
@@ -464,18 +470,23 @@ def cells(results: dict[str, Any]) -> dict[str, str]:
     out["verl's own modes bit-identical with and without"] = (
         f"{sum(same['modes'].values())} of {len(same['modes'])}" if "modes" in same else "failed"
     )
-    tests = results.get("engines", {}).get("tests")
-    out["tests of other engines"] = f"{len(tests)} passed" if results["engines"].get("good") else "failed"
+    other = results.get("engines", {})
+    out["tests of other engines"] = f"{len(other['tests'])} passed" if other.get("good") else "failed"
     out["this package's tests"] = count_cell(results.get("our_tests", {}))
     tests = results.get("verl_tests", {})
     for key in ("with", "without"):
         out[f"verl's own tests, {key} the plugin"] = count_cell(tests.get(key, {}))
-    both = sorted(set(tests.get("with", {}).get("failed", ())) & set(tests.get("without", {}).get("failed", ())))
-    out["tests of verl that fail in both"] = str(len(both)) if "with" in tests else "failed"
+    out["tests of verl that fail in both"] = str(len(failing(results))) if "with" in tests else "failed"
     out["tests of verl that end another way"] = str(len(tests["different"])) if "different" in tests else "failed"
     out["verl's tests from"] = tests.get("source", "")
     out["run on, at commit"] = f"{results['date']}, {results['commit']}"
     return out
+
+
+def failing(results: dict[str, Any]) -> list[str]:
+    """Tests of verl's that fail with the plugin and without."""
+    with_plugin, without = (results.get("verl_tests", {}).get(key, {}).get("failed", ()) for key in ("with", "without"))
+    return sorted(set(with_plugin) & set(without))
 
 
 def reach_cell(rows: list[dict[str, Any]]) -> str:
@@ -504,9 +515,18 @@ def print_table() -> bool:
         print(f"No results in {RELEASES}: run `bash recipes/test_releases.sh` first", file=sys.stderr)
         return False
     everything = [json.loads(file.read_text()) for file in files]
-    text = table(everything)
+    text = HEAD.format(machine="; ".join(dict.fromkeys(results["machine"] for results in everything)))
+    text += table(everything)
+    names: dict[str, list[str]] = {}
+    for results in everything:
+        for name in failing(results):
+            names.setdefault(name, []).append(results["release"])
+    if names:
+        text += "\nTests of verl's that fail with the plugin and without it:\n\n"
+        text += "".join(f"- `{name}`: {', '.join(releases)}\n" for name, releases in sorted(names.items()))
     lines = [f"- {results['release']}: {problem}" for results in everything for problem in problems(results)]
-    (RELEASES / "table.md").write_text(text + ("\nProblems:\n\n" + "\n".join(lines) + "\n" if lines else ""))
+    text += "\nProblems:\n\n" + "\n".join(lines) + "\n" if lines else ""
+    (RELEASES / "table.md").write_text(text)
     write_json(RELEASES / "table.json", everything)
     print((RELEASES / "table.md").read_text())
     return not lines

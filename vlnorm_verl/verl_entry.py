@@ -6,7 +6,7 @@ is set on every node before `ray start`.
 verl discards what an entry point loads, so importing this module is the registration. verl also logs a plugin
 that fails to load at DEBUG only (verl/__init__.py), where nobody sees it: hence the WARNING here. After a
 failure stock verl goes on untouched, and a run that asks for `vl_norm` stops in verl's own
-`ActorConfig.__post_init__`, which does not know the mode.
+`ActorConfig.__post_init__`, which does not know the mode. With VERL_USE_EXTERNAL_MODULES verl itself is not imported.
 """
 
 import logging
