@@ -431,6 +431,22 @@ def test_a_users_policy_loss_is_tried(compose: Any, caplog: pytest.LogCaptureFix
             plugin.check_config(config["users_narrows"])
 
 
+def test_the_policy_loss_of_the_readme_is_accepted() -> None:
+    from verl.trainer.ppo import core_algos
+    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+
+    readme = (REPOSITORY / "README.md").read_text()
+    code = readme[readme.index('@register_policy_loss("mine")') :].partition("```")[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core_algos, "POLICY_LOSS_REGISTRY", dict(core_algos.POLICY_LOSS_REGISTRY))
+        exec(code, vars(core_algos) | {"torch": torch})
+        policy_loss = PolicyLossConfig(loss_mode="mine")
+        config = FSDPActorConfig(
+            rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode="vl_norm", policy_loss=policy_loss
+        )
+        assert plugin.policy_loss_problem("mine", config) is None  # __post_init__ only warns if it cannot be tried
+
+
 def test_trainer_that_skips_validation_is_checked_by_run_ppo(compose: Any) -> None:
     """fully_async_policy starts by run_ppo alone (experimental/fully_async_policy/fully_async_main.py:238)."""
     import verl  # noqa: F401
