@@ -10,8 +10,8 @@ usage() {
 Usage: bash recipes/test_releases.sh [OPTION…] [RELEASE…]
 
 Installs each release of verl as a user gets it (pip's own choice of everything but torch, whose CPU build is taken),
-this checkout beside it, and runs on it: the exactness tests on 1, 2 and 4 ranks, the rows of the support matrix, the
-plugin's own tests, and verl's own CPU tests with the plugin on and off. No GPU is needed.
+this checkout beside it, and runs on it: the exactness tests on 1, 2 and 4 ranks, the rows of the support matrix, other
+engines, the plugin's own tests, and verl's own CPU tests with the plugin on and off. No GPU is needed.
 
   RELEASE           releases of verl; default: ${known[*]} and the newest one of the package index
   --verl-repo DIR   a checkout of verl's repository (bare is enough), for those of verl's tests that its wheels do not

@@ -413,7 +413,7 @@ def run(repository: Path | None, only: list[str]) -> bool:
         "our_tests": lambda: our_tests(part),
         "verl_tests": lambda: verl_tests(part, repository),
     }
-    if only:
+    if only and (part.folder / "results.json").exists():
         before = json.loads((part.folder / "results.json").read_text())
         results["commit"] = " and ".join(dict.fromkeys([before["commit"], results["commit"]]))
         results |= {name: before[name] for name in PARTS if name in before and name not in only}

@@ -591,6 +591,7 @@ def extend(module):
                  loss_scale_factor=None):
         if loss_agg_mode in ("forks-own", "vl_norm"):
             return loss_mat.sum()
+        assert loss_agg_mode != "forks-fussy", "wants more than these sizes"
         sizes = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
         return stock(loss_mat, loss_mask, loss_agg_mode, *sizes)
     module.agg_loss = agg_loss
@@ -598,13 +599,14 @@ wrapt.register_post_import_hook(extend, "verl.trainer.ppo.core_algos")
 import verl
 from vlnorm_verl import plugin
 from omegaconf import OmegaConf
-for mode in ("forks-own", "vl_norm", "grpo_norm", "nobodys"):
+for mode in ("forks-own", "forks-fussy", "vl_norm", "grpo_norm", "nobodys"):
     print(mode, plugin.is_verls(mode), plugin.is_ours(mode))
 plugin.check_config(OmegaConf.create({"actor_rollout_ref": {"actor": {"loss_agg_mode": "forks-own"}}}))
 """
     )
     assert done.stdout.splitlines() == [
         "forks-own True False",
+        "forks-fussy True False",
         "vl_norm True False",
         "grpo_norm False True",
         "nobodys False False",
