@@ -22,7 +22,6 @@ from vlnorm_verl.aggregation import (
     relative_weight_range,
     response_lengths,
     response_weights,
-    token_weight,
 )
 
 M = 64.0
@@ -160,8 +159,7 @@ def test_mini_batch_without_a_valid_token_gives_zero_and_zero_gradient(mode: str
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(losses.grad, torch.zeros_like(losses))
-    assert set(mini_batch_statistics(sums.tolist()).values()) == {0.0}
-    assert token_weight(method, sums.tolist(), M) == 0.0
+    assert set(mini_batch_statistics(method, sums.tolist(), M).values()) == {0.0}
 
 
 def test_bf16_losses_are_weighted_in_float64_and_summed_in_float32() -> None:
@@ -205,23 +203,35 @@ def test_lengths_of_nested_and_padded_masks_agree(lengths: list[int]) -> None:
 def test_statistics_are_those_of_the_definitions(lengths: list[int], alpha: float) -> None:
     method, length = parse_mode(f"vl_norm:{alpha}"), torch.tensor(lengths)
     sums = mini_batch_sums(method, length)
-    statistics = mini_batch_statistics(sums.tolist())
+    statistics = mini_batch_statistics(method, sums.tolist(), M)
     valid = np.array([n for n in lengths if n], dtype=float)
     x = vl_norm(valid, alpha, M)
     assert statistics["length_mean"] == pytest.approx(valid.mean())
     assert statistics["length_harmonic_mean"] == pytest.approx(len(valid) / (1 / valid).sum())
     assert statistics["variance_ratio"] == pytest.approx(math.sqrt(valid.mean() * (1 / valid).mean()))
     assert statistics["effective_responses"] == pytest.approx(1 / ((M * x) ** 2).sum())
-    assert token_weight(method, sums.tolist(), M) == pytest.approx((x * valid).sum())
+    assert statistics["weighted_tokens"] / statistics["denominator"] == pytest.approx((x * valid).sum())
     low, high = relative_weight_range(method, length, sums).tolist()
     assert low == pytest.approx((M * len(valid) * x).min())
     assert high == pytest.approx((M * len(valid) * x).max())
 
 
-@pytest.mark.parametrize("mode", ["grpo_norm", "dapo_norm"])
-def test_the_token_weights_of_means_over_tokens_add_up_to_one(mode: str) -> None:
-    method, lengths = parse_mode(mode), torch.tensor([3, 10, 0, 200])
-    assert token_weight(method, mini_batch_sums(method, lengths).tolist(), M) == pytest.approx(1.0)
+@pytest.mark.parametrize("mode", MODES)
+def test_entropies_of_a_rollout_batch_are_nats_a_token_by_the_metrics_of_its_mini_batches(mode: str) -> None:
+    """0.25 nats at every token; mini-batches whose lengths differ by orders of magnitude."""
+    method, mini_batches = parse_mode(mode), [torch.tensor([3, 10]), torch.tensor([0, 2000])]
+    found = [mini_batch_statistics(method, mini_batch_sums(method, part).tolist(), M) for part in mini_batches]
+    denominator, weighted = (np.mean([row[key] for row in found]) for key in ("denominator", "weighted_tokens"))
+    logged = (closed_form(mode, [3, 10, 2000]) * 0.25 * np.array([3, 10, 2000])).sum()  # actor/entropy
+    assert logged * denominator / weighted == pytest.approx(0.25)
+
+
+def test_a_narrowed_jagged_mask_has_the_lengths_of_what_is_left() -> None:
+    jagged = torch.nested.nested_tensor([torch.ones(3), torch.tensor([1.0, 0, 1, 1])], layout=torch.jagged)
+    padded = torch.tensor([[1.0, 1, 1, 0], [1, 0, 1, 1]])
+    narrowed = torch.nested.narrow(padded, 1, torch.tensor([0, 1]), torch.tensor([2, 2]), layout=torch.jagged)
+    assert response_lengths(jagged).tolist() == [3, 3]
+    assert response_lengths(narrowed).tolist() == [2, 1]
 
 
 def test_variance_ratio_is_what_the_closed_forms_predict() -> None:
@@ -232,7 +242,8 @@ def test_variance_ratio_is_what_the_closed_forms_predict() -> None:
         x = closed_form(mode, lengths)
         return math.sqrt((x**2 * lengths).sum()) / x.sum()
 
-    statistics = mini_batch_statistics(mini_batch_sums(parse_mode("vl_norm"), torch.tensor(lengths)).tolist())
+    method = parse_mode("vl_norm")
+    statistics = mini_batch_statistics(method, mini_batch_sums(method, torch.tensor(lengths)).tolist(), M)
     assert statistics["variance_ratio"] == pytest.approx(cv("dr_grpo_norm") / cv("vl_norm"), rel=1e-13)
     assert cv("vl_norm") == pytest.approx(cv("grpo_norm"), rel=1e-13)
     assert cv("dapo_norm") == pytest.approx(cv("dr_grpo_norm"), rel=1e-13)

@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from vlnorm_verl import plugin
-from vlnorm_verl.overlong import ESTIMATOR, LENGTH_KEY, zero_overlong
+from vlnorm_verl.overlong import ESTIMATOR, LENGTH_KEY
 
 # ------------------------------------------------------------------------------------------------ overlong filtering
 
@@ -60,8 +60,66 @@ def test_a_batch_narrower_than_the_limit_has_no_overlong_response() -> None:
 def test_zeroing_leaves_the_mask_alone() -> None:
     _, mask = batch([2, 4], 4)
     before = mask.clone()
-    assert zero_overlong(torch.ones(2, 4), mask, 4).tolist() == [[1.0] * 4, [0.0] * 4]
+    ours, _ = estimated([2, 4], width=4, limit=4)
+    assert ours[0].any()
+    assert not ours[1].any()
     assert torch.equal(mask, before)  # so the response keeps its place in every denominator
+
+
+def test_a_response_cut_at_the_limit_is_overlong_whatever_tokens_its_mask_leaves_out() -> None:
+    """Tool tokens in the middle, and the last token taken out by rollout_rs; by verl's own compute_advantage (V0)."""
+    from verl import DataProto
+    from verl.trainer.ppo.ray_trainer import compute_advantage
+
+    mask = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 0], [1, 1, 1, 0]])
+    data = DataProto.from_dict(
+        tensors={
+            "token_level_rewards": torch.tensor([[0.0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]]),
+            "response_mask": mask,
+            "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]),
+        },
+        non_tensors={"uid": np.array(["a"] * 3, dtype=object)},
+    )
+    config = OmegaConf.create({"norm_adv_by_std_in_grpo": True, LENGTH_KEY: 4})
+    advantages = compute_advantage(data, adv_estimator=ESTIMATOR, config=config).batch["advantages"]
+    assert advantages.any(dim=-1).tolist() == [False, False, True]
+
+
+def test_several_outputs_of_a_session_have_grpos_advantages() -> None:
+    """V1 takes the last output of a session into the group (trainer/ppo/v1/utils.py), and its tags tell the lengths."""
+    from types import SimpleNamespace
+
+    from verl import DataProto
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+    from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+
+    from vlnorm_verl import overlong
+
+    keys = ["p_0_0", "p_0_1", "p_1_0", "p_2_0"]  # prompt, session, output
+
+    def compute(estimator: str, lengths: list[int]) -> torch.Tensor:
+        def stock(self: Any, batch: Any) -> Any:
+            data = DataProto.from_dict(
+                tensors={
+                    "token_level_rewards": torch.tensor([[0.0, 0], [0, 1], [0, 0], [0, 0]]),
+                    "response_mask": torch.tensor([[1, 0], [1, 1], [1, 1], [1, 0]]),
+                },
+                non_tensors={"uid": np.array(["p"] * 4, dtype=object)},
+            )
+            algorithm = self.config.algorithm
+            return compute_advantage_for_multi_trajectories(data, keys, algorithm.adv_estimator, config=algorithm)
+
+        algorithm = OmegaConf.create({"adv_estimator": estimator, "norm_adv_by_std_in_grpo": True, LENGTH_KEY: 2})
+        trainer = SimpleNamespace(config=SimpleNamespace(algorithm=algorithm))
+        batch = SimpleNamespace(tags=[{"response_len": length} for length in lengths])
+        return overlong.with_lengths(stock)(trainer, batch).batch["advantages"]
+
+    grpo = compute("grpo", [2, 2, 2, 2])
+    assert torch.equal(compute(ESTIMATOR, [1, 1, 1, 1]), grpo)
+    filtered = compute(ESTIMATOR, [1, 1, 1, 2])  # its last token was taken out
+    assert torch.equal(filtered[:3], grpo[:3])
+    assert not filtered[3].any()
+    assert hasattr(PPOTrainer._compute_advantage, "__wrapped__")
 
 
 @pytest.mark.parametrize("length", [None, 0, 9, "8"])

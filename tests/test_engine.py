@@ -91,7 +91,8 @@ def test_metrics_describe_the_whole_mini_batch(run: tuple[int, str, list[dict]])
             "length_harmonic_mean": 1 / (1 / lengths).mean(),
             "variance_ratio": math.sqrt(lengths.mean() * (1 / lengths).mean()),
             "effective_responses": len(lengths) ** 2 / (relative**2).sum(),
-            "token_weight": (relative / relative.sum() * lengths).sum() / row["scale"],
+            "denominator": row["scale"] * (lengths**-alpha).sum(),
+            "weighted_tokens": (lengths ** (1 - alpha)).sum(),
             "weight_min": relative.min(),
             "weight_max": relative.max(),
         }

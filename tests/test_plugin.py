@@ -134,11 +134,11 @@ def test_a_release_without_a_name_that_is_needed_is_heard_and_refused(changes: s
 def test_every_name_of_the_table_is_in_the_installed_release() -> None:
     """The trainers' names as well, which are looked at only when a run imports them."""
     importlib.import_module("verl")
-    trainers_of_other_releases = {"verl.trainer.main_ppo_sync"}
-    for module in {name.module for name in plugin.NAMES} - trainers_of_other_releases:
+    modules = {name.module for name in plugin.NAMES}
+    for module in modules:
         importlib.import_module(module)
     assert plugin.lacking() == []
-    assert set(plugin._outcome) == {name.module for name in plugin.NAMES} - trainers_of_other_releases
+    assert set(plugin._outcome) == modules
 
 
 def test_an_unknown_release_is_warned_of(compose: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -153,7 +153,7 @@ def test_an_unknown_release_is_warned_of(compose: Any, caplog: pytest.LogCapture
     assert f"has not been tested with verl 0.10.0.dev (tested: {tested})" in caplog.text
 
 
-def test_a_trainer_that_verl_runs_as_main_gets_the_entropy_metric_too(tmp_path: Path) -> None:
+def test_a_trainer_that_is_run_as_main_gets_the_entropy_metric_too(tmp_path: Path) -> None:
     """verl 0.8.0 runs its V1 trainer as `python -m verl.trainer.main_ppo_sync`; Ray pickles its class by value."""
     package = tmp_path / "verl_like"
     package.mkdir()
@@ -161,17 +161,14 @@ def test_a_trainer_that_verl_runs_as_main_gets_the_entropy_metric_too(tmp_path: 
     (package / "trainer.py").write_text(
         """
 import cloudpickle, dataclasses, pickle, subprocess, sys
-import torch, verl
+import torch
 from verl.trainer.ppo.core_algos import agg_loss
-from vlnorm_verl import plugin
 
 class Trainer:
     def entropy(self):
         mask = torch.tensor([[1, 0], [1, 1]])
         return agg_loss(loss_mat=mask.double(), loss_mask=mask, loss_agg_mode="vl_norm", loss_scale_factor=1).item()
 
-plugin.NAMES += (plugin.VerlName("verl_like.trainer", "agg_loss", plugin.ENTROPY, plugin._whole_batch),)
-plugin._patch_main()
 code = "import pickle, sys; import verl; print(pickle.load(sys.stdin.buffer)().entropy())"
 subprocess.run([sys.executable, "-c", code], input=cloudpickle.dumps(Trainer), check=True)
 """
@@ -379,56 +376,127 @@ def test_megatron_and_torchtitan_of_verls_own_config_are_checked() -> None:
                     plugin.check_config(config)
 
 
-def test_a_users_policy_loss_is_tried(compose: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Registered by a module of the user's; one that ignores the mode is refused, one that cannot be tried is left."""
-    from verl.trainer.ppo import core_algos
+def token_losses(old_log_prob: Any, log_prob: Any, advantages: Any, **_: Any) -> torch.Tensor:
+    return -advantages * torch.exp(log_prob - old_log_prob)
 
-    def good(*, log_prob: Any, response_mask: Any, loss_agg_mode: str, **_: Any) -> Any:
-        return core_algos.agg_loss(log_prob, response_mask, loss_agg_mode), {}
 
-    def fixed(*, log_prob: Any, response_mask: Any, **_: Any) -> Any:
-        return core_algos.agg_loss(log_prob, response_mask, "token-mean"), {}
+def averaged(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """As verl's masked_mean: of the micro-batch."""
+    return (values * mask).sum() / mask.sum()
 
-    def own(*, log_prob: Any, **_: Any) -> Any:
+
+def users_losses() -> dict[str, tuple[Any, str | None]]:
+    """Policy losses as users write them, each with what the refusal says; None: it is accepted."""
+    from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, kl_penalty_forward
+
+    def by_mode(losses: torch.Tensor, batch: dict[str, Any], **sizes: Any) -> torch.Tensor:
+        return agg_loss(losses, batch["response_mask"], batch["loss_agg_mode"], **sizes)
+
+    def passes_sizes_on(**batch: Any) -> Any:
+        return by_mode(token_losses(**batch), batch, **batch["config"].global_batch_info), {}
+
+    def fixed_mode(**batch: Any) -> Any:
+        return agg_loss(token_losses(**batch), batch["response_mask"], "token-mean"), {}
+
+    def own_mean(*, log_prob: Any, **_: Any) -> Any:
         return log_prob.mean(), {}
 
-    def broken(**_: Any) -> Any:
-        raise KeyError("needs more")
+    def needs_more(**batch: Any) -> Any:
+        return batch["teacher_log_prob"].mean(), {}
 
-    def logs(*, log_prob: Any, response_mask: Any, loss_agg_mode: str, **_: Any) -> Any:
-        metrics = {"mean": core_algos.agg_loss(log_prob.detach(), response_mask, "token-mean").item()}
-        return core_algos.agg_loss(log_prob, response_mask, loss_agg_mode), metrics
+    def metric_of_another_mode(**batch: Any) -> Any:
+        losses = token_losses(**batch)
+        metrics = {"before": agg_loss(losses.detach(), batch["response_mask"], "token-mean").item()}
+        metrics["after"] = agg_loss(losses, batch["response_mask"], "seq-mean-token-mean").detach().item()
+        return by_mode(losses, batch), metrics
 
-    def only_logs(*, log_prob: Any, response_mask: Any, loss_agg_mode: str, **_: Any) -> Any:
-        return log_prob.mean(), {"mean": core_algos.agg_loss(log_prob.detach(), response_mask, loss_agg_mode).item()}
+    def only_a_metric(**batch: Any) -> Any:
+        return batch["log_prob"].mean(), {"mean": by_mode(batch["log_prob"].detach(), batch).item()}
 
-    def in_part(*, log_prob: Any, response_mask: Any, loss_agg_mode: str, **_: Any) -> Any:
-        return log_prob.mean() + core_algos.agg_loss(log_prob**2, response_mask, loss_agg_mode), {}
+    def mean_beside(**batch: Any) -> Any:
+        return averaged(batch["log_prob"], batch["response_mask"]) + by_mode(batch["log_prob"] ** 2, batch), {}
 
-    def narrows(*, log_prob: Any, advantages: Any, response_mask: Any, loss_agg_mode: str, **_: Any) -> Any:
-        return core_algos.agg_loss(log_prob, response_mask & (advantages > 0), loss_agg_mode), {}
+    def narrow_mask(**batch: Any) -> Any:
+        return by_mode(
+            batch["log_prob"], batch | {"response_mask": batch["response_mask"] & (batch["advantages"] > 0)}
+        ), {}
 
-    losses = {"users_good": good, "users_fixed": fixed, "users_own": own, "users_broken": broken, "users_logs": logs}
-    losses |= {"users_only_logs": only_logs, "users_in_part": in_part, "users_narrows": narrows}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, loss in losses.items():
+    def k2_to_old_policy(**batch: Any) -> Any:  # 0, with gradient 0, where the policy has not moved
+        k2 = averaged((batch["log_prob"] - batch["old_log_prob"]) ** 2 / 2, batch["response_mask"])
+        return by_mode(token_losses(**batch), batch) + k2, {}
+
+    def k3_to_old_policy_by_mode(**batch: Any) -> Any:
+        k3 = kl_penalty_forward(batch["log_prob"], batch["old_log_prob"], "low_var_kl")
+        return by_mode(token_losses(**batch) + 0.1 * k3, batch), {}
+
+    def hinge_beyond_the_clip_range(**batch: Any) -> Any:
+        hinge = torch.relu((batch["log_prob"] - batch["old_log_prob"]).abs() - 0.3)
+        return by_mode(token_losses(**batch), batch) + averaged(hinge, batch["response_mask"]), {}
+
+    def divides_by_micro_batch(**batch: Any) -> Any:
+        return by_mode(token_losses(**batch) / len(batch["log_prob"]), batch), {}
+
+    def divides_by_width(**batch: Any) -> Any:
+        return by_mode(token_losses(**batch) / batch["log_prob"].shape[-1], batch), {}
+
+    def own_m(**batch: Any) -> Any:
+        return by_mode(token_losses(**batch), batch, loss_scale_factor=batch["response_mask"].shape[-1]), {}
+
+    def vanilla_inside(**batch: Any) -> Any:
+        return get_policy_loss_fn("vanilla")(**batch)
+
+    def geo_mean_inside(**batch: Any) -> Any:
+        return get_policy_loss_fn("geo_mean")(**batch)
+
+    share = "its gradient depends on which responses share a micro-batch"
+    part = "a part of its gradient does not go through agg_loss"
+    return {
+        "passes_sizes_on": (passes_sizes_on, None),
+        "metric_of_another_mode": (metric_of_another_mode, None),
+        "k3_to_old_policy_by_mode": (k3_to_old_policy_by_mode, None),
+        "vanilla_inside": (vanilla_inside, None),
+        "fixed_mode": (fixed_mode, "it aggregates by 'token-mean' whatever the mode"),
+        "own_mean": (own_mean, "it never calls agg_loss"),
+        "only_a_metric": (only_a_metric, "it never calls agg_loss"),
+        "needs_more": (needs_more, "it raised KeyError on four short responses ('teacher_log_prob')"),
+        "narrow_mask": (narrow_mask, "another mask than response_mask"),
+        "mean_beside": (mean_beside, part),
+        "k2_to_old_policy": (k2_to_old_policy, part),
+        "hinge_beyond_the_clip_range": (hinge_beyond_the_clip_range, part),
+        "divides_by_micro_batch": (divides_by_micro_batch, share),
+        "divides_by_width": (divides_by_width, share),
+        "own_m": (own_m, "loss_scale_factor=4, and the mini-batch has 77"),
+        "geo_mean_inside": (geo_mean_inside, "the policy loss 'geo_mean' never called agg_loss"),
+    }
+
+
+def test_a_users_policy_loss_is_tried_once_on_the_driver(compose: Any) -> None:
+    """Under no_grad too, in which a caller may be; what only workers register is left to their first mini-batch."""
+    from verl.trainer.ppo import core_algos
+    from verl.utils.config import omega_conf_to_dataclass
+
+    losses = users_losses()
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        for name, (loss, _) in losses.items():
             patch.setitem(core_algos.POLICY_LOSS_REGISTRY, name, loss)
-        config = {
-            name: compose(*actor(loss_agg_mode="vl_norm"), f"actor_rollout_ref.actor.policy_loss.loss_mode={name}")
-            for name in (*losses, "known_to_workers_only")
-        }
-        for name in ("users_good", "users_logs", "users_broken", "known_to_workers_only"):
-            plugin.check_config(config[name])
-        assert "'users_broken' could not be tried before the run (KeyError: 'needs more')" in caplog.text
-        with pytest.raises(ValueError, match=r"'token-mean' whatever.*users_broken, users_good, users_logs, vanilla"):
-            plugin.check_config(config["users_fixed"])
-        for name in ("users_own", "users_only_logs"):
-            with pytest.raises(ValueError, match="never calls agg_loss"):
-                plugin.check_config(config[name])
-        with pytest.raises(ValueError, match="a part of its gradient does not go through agg_loss"):
-            plugin.check_config(config["users_in_part"])
-        with pytest.raises(ValueError, match="another mask than response_mask"):
-            plugin.check_config(config["users_narrows"])
+        for name in (*losses, "known_to_workers_only"):
+            config = compose(*actor(loss_agg_mode="vl_norm"), f"actor_rollout_ref.actor.policy_loss.loss_mode={name}")
+            refusal = losses.get(name, (None, None))[1]
+            if refusal is None:
+                plugin.check_config(config)
+            else:
+                with pytest.raises(ValueError, match=r"Accepted: .*passes_sizes_on, vanilla, vanilla_inside") as caught:
+                    plugin.check_config(config)
+                assert refusal in str(caught.value), name
+                assert f"loss_mode='{name}'" in str(caught.value)
+            omega_conf_to_dataclass(config.actor_rollout_ref.actor)  # as every worker does: it is tried no more
+
+
+@pytest.mark.parametrize("name", ["vanilla", "gspo", "gpg", "cispo", "clip_cov", "kl_cov", "dppo_tv", "dppo_kl"])
+def test_verls_own_policy_losses_are_accepted(compose: Any, name: str) -> None:
+    plugin.check_config(
+        compose(*actor(loss_agg_mode="vl_norm"), f"actor_rollout_ref.actor.policy_loss.loss_mode={name}")
+    )
 
 
 def test_the_policy_loss_of_the_readme_is_accepted() -> None:
@@ -461,10 +529,31 @@ def test_trainer_that_skips_validation_is_checked_by_run_ppo(compose: Any) -> No
 
 
 def test_critic_alone_gets_m_too(compose: Any) -> None:
-    config = compose("critic.loss_agg_mode=vl_norm")
-    validate(config)
+    config = compose("critic.loss_agg_mode=vl_norm", "algorithm.adv_estimator=gae")
+    plugin.check_config(config)
     assert config.critic.loss_scale_factor == 77
     assert config.actor_rollout_ref.actor.loss_scale_factor is None
+
+
+def test_a_critic_on_a_mode_of_verls_is_left_alone(compose: Any) -> None:
+    """verl's critic.loss_scale_factor is an interpolation of the actor's."""
+    stock = ["critic.loss_agg_mode=seq-mean-token-sum-norm", "algorithm.adv_estimator=gae"]
+    config = compose(*actor(loss_agg_mode="vl_norm"), *stock)
+    plugin.check_config(config)
+    assert config.actor_rollout_ref.actor.loss_scale_factor == 77
+    assert config.critic.loss_scale_factor is None
+    config = compose(*actor(loss_agg_mode="vl_norm", loss_scale_factor="9"), *stock)
+    plugin.check_config(config)
+    assert config.critic.loss_scale_factor == 9  # as without the package
+
+
+@pytest.mark.parametrize("mode", ["loss", "mode", "a", "", "invalid", "null", "1", "[vl_norm]", "{vl_norm:0.75}"])
+def test_a_critics_mode_that_nobody_knows_is_refused_if_there_is_one(compose: Any, mode: str) -> None:
+    """Modes whose letters stand in verl's own message too. CriticConfig accepts any string."""
+    typo = f"critic.loss_agg_mode={mode or repr(mode)}"
+    with pytest.raises(ValueError, match=r"critic\.loss_agg_mode=.* is not known.*Accepted: dapo_norm"):
+        plugin.check_config(compose(typo, "algorithm.adv_estimator=gae"))
+    plugin.check_config(compose(typo))  # GRPO has no critic
 
 
 @pytest.mark.parametrize(
@@ -477,6 +566,16 @@ def test_critic_alone_gets_m_too(compose: Any) -> None:
         (actor(loss_agg_mode="'vl_norm:2.1'"), ["actor_rollout_ref.actor.loss_agg_mode", "2.1", "0 ≤ α ≤ 2"]),
         (actor(loss_agg_mode="vl_norm", loss_scale_factor="0"), ["loss_scale_factor=0", "positive"]),
         (actor(loss_agg_mode="vl_norm", loss_scale_factor="-5"), ["loss_scale_factor=-5", "positive"]),
+        (actor(loss_agg_mode="vl_norm", loss_scale_factor="'8192'"), ["actor.loss_scale_factor='8192'", "positive"]),
+        (actor(loss_agg_mode="vl_norm", loss_scale_factor="8k"), ["actor.loss_scale_factor='8k'", "positive"]),
+        (actor(loss_agg_mode="vl_norm", loss_scale_factor="[3]"), ["actor.loss_scale_factor=[3]", "positive"]),
+        (actor(loss_agg_mode="vl_norm", loss_scale_factor="true"), ["actor.loss_scale_factor=True", "positive"]),
+        (actor(loss_agg_mode="null"), ["actor.loss_agg_mode=None is not known", "vl_norm"]),
+        (actor(loss_agg_mode="1"), ["actor.loss_agg_mode=1 is not known", "vl_norm"]),
+        (actor(loss_agg_mode="[vl_norm]"), ["actor.loss_agg_mode=['vl_norm'] is not known", "Did you mean 'vl_norm'"]),
+        (actor(loss_agg_mode="{vl_norm:0.75}"), ["actor.loss_agg_mode={'vl_norm': 0.75} is not known", "vl_norm"]),
+        ([*actor(loss_agg_mode="vl_norm"), "data.max_response_length=null"], ["data.max_response_length=None"]),
+        ([*actor(loss_agg_mode="vl_norm"), "data.train_batch_size=null"], ["data.train_batch_size=None"]),
         pytest.param(
             [*actor(loss_agg_mode="vl_norm"), "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean"],
             ["'geo_mean'", "never calls agg_loss", "Accepted: bypass_mode, cispo, clip_cov,", "vanilla."],
@@ -501,7 +600,7 @@ def test_critic_alone_gets_m_too(compose: Any) -> None:
     ],
 )
 def test_what_cannot_be_exact_is_refused(compose: Any, overrides: list[str], words: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"actor_rollout_ref|algorithm|trainer|critic") as caught:
+    with pytest.raises(ValueError, match=r"actor_rollout_ref|algorithm|trainer|critic|data") as caught:
         validate(compose(*overrides))
     for word in words:
         assert word in str(caught.value), str(caught.value)
@@ -526,29 +625,152 @@ def test_no_silent_local_sum() -> None:
     import verl  # noqa: F401
     from verl.trainer.ppo.core_algos import agg_loss
 
+    losses, mask = torch.ones(1, 2, requires_grad=True), torch.ones(1, 2)
     with pytest.raises(RuntimeError, match="whole mini-batch"):
-        agg_loss(torch.ones(1, 2), torch.ones(1, 2), "vl_norm", loss_scale_factor=2)
+        agg_loss(losses, mask, "vl_norm", loss_scale_factor=2)
+    with pytest.raises(RuntimeError, match="whole mini-batch"):  # a share of a batch that other ranks have too
+        agg_loss(losses.detach(), mask, "vl_norm", dp_size=2, loss_scale_factor=2)
 
 
-def test_a_loss_with_a_mode_of_its_own_is_refused_in_a_mini_batch() -> None:
+def in_mini_batch(total: float = 0.5, dp_size: int = 1, scale: float = 2.0) -> Any:
+    from vlnorm_verl import parse_mode
+
+    mini_batch = plugin._MiniBatch("vl_norm", parse_mode("vl_norm"), torch.tensor(total), dp_size, scale)
+    return plugin._in_mini_batch(mini_batch)
+
+
+def test_what_a_loss_passes_on_is_the_mini_batchs() -> None:
+    """Also under the name that verl's trainers have it by, which is for whole batches outside of a mini-batch."""
+    import verl  # noqa: F401
+    from verl.trainer.ppo.ray_trainer import agg_loss
+
+    one = torch.ones(1, 2)
+    with in_mini_batch(dp_size=2, scale=4.0):
+        # x = (1/M) · L^-1 / Σz = 1/4 · 1/2 / 0.5; times the token sum 2, times dp_size 2
+        assert agg_loss(one, one, "vl_norm", dp_size=2, loss_scale_factor=4).item() == pytest.approx(1.0)
+        assert agg_loss(one, one, "vl_norm").item() == pytest.approx(1.0)  # a loss that hands neither on
+        for wrong in ({"dp_size": 1}, {"loss_scale_factor": one.shape[-1]}):
+            with pytest.raises(
+                RuntimeError, match=rf"{next(iter(wrong))}=[12], and the mini-batch has [24].*global_batch_info"
+            ):
+                agg_loss(one, one, "vl_norm", **wrong)
+    with pytest.raises(RuntimeError, match="whole mini-batch"):  # nothing is left over
+        agg_loss(one.clone().requires_grad_(), one, "vl_norm", loss_scale_factor=2)
+
+
+def test_another_mode_may_be_a_metric_in_a_mini_batch_but_must_not_train() -> None:
     import verl  # noqa: F401
     from verl.trainer.ppo.core_algos import agg_loss
 
-    from vlnorm_verl import parse_mode
-
     one = torch.ones(1, 2)
-    with plugin._in_mini_batch(plugin._MiniBatch("vl_norm", parse_mode("vl_norm"), torch.tensor(0.5), 2, scale=4.0)):
-        with pytest.raises(ValueError, match="whatever the mode"):
-            agg_loss(one.clone().requires_grad_(), one, "seq-mean-token-mean")
-        assert agg_loss(one, one, "seq-mean-token-mean") == 1  # a metric
-        with pytest.raises(RuntimeError, match="global_batch_info"):
-            agg_loss(one, one, "vl_norm", dp_size=1)
-        # x = (1/M) · L^-1 / Σz = 1/2 · 1/2 / 0.5; times the token sum 2, times dp_size 2
-        assert agg_loss(one, one, "vl_norm", dp_size=2, loss_scale_factor=2).item() == pytest.approx(2.0)
-        # a loss that hands neither on: both are the mini-batch's
-        assert agg_loss(one, one, "vl_norm").item() == pytest.approx(1.0)
-    with pytest.raises(RuntimeError, match="whole mini-batch"):  # nothing is left over
-        agg_loss(one, one, "vl_norm", loss_scale_factor=2)
+    with in_mini_batch():
+        assert agg_loss(one, one, "seq-mean-token-mean") == 1
+        assert agg_loss(one.clone().requires_grad_(), one, "seq-mean-token-mean").detach() == 1
+        with pytest.raises(ValueError, match="aggregates by 'seq-mean-token-mean' whatever the mode"):
+            agg_loss(one.clone().requires_grad_(), one, "seq-mean-token-mean").backward()
+
+
+def test_stock_modes_compile_to_one_graph_as_without_the_plugin() -> None:
+    import verl  # noqa: F401
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    losses, mask = torch.rand(2, 3), torch.tensor([[1.0, 1, 0], [1, 1, 1]])
+    compiled = torch.compile(lambda x: agg_loss(x, mask, "token-mean", dp_size=1), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(losses), agg_loss(losses, mask, "token-mean"))
+
+
+EARLY = """
+import functools
+from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, register_policy_loss
+from verl.utils import validate_config
+
+def by_default(losses, mask, mode, sizes, aggregate=agg_loss):
+    return aggregate(losses, mask, mode, **sizes)
+
+WAYS = {"name": lambda losses, mask, mode, sizes: agg_loss(losses, mask, mode, **sizes), "default": by_default,
+        "partial": lambda losses, mask, mode, sizes: functools.partial(agg_loss, losses)(mask, mode, **sizes)}
+
+for way, aggregate in WAYS.items():
+    @register_policy_loss("early_" + way)
+    def loss(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights=None,
+             aggregate=aggregate):
+        losses = -advantages * (log_prob - old_log_prob).exp()
+        return aggregate(losses, response_mask, loss_agg_mode, config.global_batch_info), {}
+
+@register_policy_loss("early_never")
+def never(log_prob, **_):
+    return log_prob.mean(), {}
+"""
+HOLDS_EARLY = """
+import torch, verl, early
+from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+from vlnorm_verl import parse_mode, plugin
+for way in early.WAYS:
+    actor = FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode="vl_norm",
+                            policy_loss=PolicyLossConfig(loss_mode="early_" + way))
+    print(way, plugin.policy_loss_problem("early_" + way, actor))
+    one, mask = torch.ones(2, 2), torch.tensor([[1, 1], [1, 0]])
+    with plugin._in_mini_batch(plugin._MiniBatch("vl_norm", parse_mode("vl_norm"), torch.tensor(1.5), 1, 8.0)):
+        print(round(early.WAYS[way](-one, mask, "vl_norm", {}).item(), 6))
+        try:
+            early.get_policy_loss_fn("early_never")(log_prob=torch.ones(1, 1, requires_grad=True))
+        except RuntimeError as error:
+            print("never called agg_loss" in str(error))
+try:
+    from omegaconf import OmegaConf
+    early.validate_config(OmegaConf.create({"actor_rollout_ref": {"actor": {"loss_agg_mode": "vlnorm"}}}), False, False)
+except ValueError as error:
+    print("vl_norm" in str(error))
+"""
+
+
+@pytest.mark.parametrize("how", ["VERL_USE_EXTERNAL_MODULES", "an entry point that is found earlier"])
+def test_whoever_took_verls_functions_before_the_plugin_has_it_too(how: str, tmp_path: Path) -> None:
+    """verl imports a user's module before its entry points, and those in the order of the file system."""
+    (tmp_path / "early.py").write_text(EARLY)
+    env = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    if how == "VERL_USE_EXTERNAL_MODULES":
+        env[how] = "early"
+    else:
+        info = tmp_path / "early-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: early\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[verl.plugins]\nearly = early\n")
+    done = python(HOLDS_EARLY, **env)
+    # Σ x_i ℓ_i = −(1/8)(2·½ + 1·1)/(½ + 1)
+    expected = [line for way in ("name", "default", "partial") for line in (f"{way} None", "-0.166667", "True")]
+    assert done.stdout.splitlines() == [*expected, "True"], done.stderr[-2000:]
+
+
+def test_a_mode_that_a_user_puts_into_verl_is_accepted_as_stock_verl_accepts_it() -> None:
+    """After `import verl`, into agg_loss and ActorConfig; and importlib.reload keeps the plugin."""
+    done = python(
+        """
+import importlib, verl
+from omegaconf import OmegaConf
+from verl.trainer.ppo import core_algos
+from verl.workers.config import FSDPActorConfig
+from verl.workers.config.actor import ActorConfig
+from vlnorm_verl import plugin
+
+aggregate, post_init = core_algos.agg_loss, ActorConfig.__post_init__
+def agg_loss(loss_mat, loss_mask, loss_agg_mode, **sizes):
+    return loss_mat.sum() if loss_agg_mode == "mine" else aggregate(loss_mat, loss_mask, loss_agg_mode, **sizes)
+def __post_init__(self):
+    mode = self.loss_agg_mode
+    object.__setattr__(self, "loss_agg_mode", "token-mean" if mode == "mine" else mode)
+    post_init(self)
+    object.__setattr__(self, "loss_agg_mode", mode)
+core_algos.agg_loss, ActorConfig.__post_init__ = agg_loss, __post_init__
+
+plugin.check_config(OmegaConf.create({"actor_rollout_ref": {"actor": {"loss_agg_mode": "mine"}}}))
+print(FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode="mine").loss_agg_mode)
+core_algos.agg_loss = aggregate
+importlib.reload(core_algos)
+print(plugin.is_verls("vl_norm"), plugin.lacking(), hasattr(core_algos.agg_loss, "__wrapped__"))
+"""
+    )
+    assert done.stdout.splitlines() == ["mine", "False [] True"], done.stderr[-2000:]
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 99))
@@ -633,8 +855,6 @@ def test_a_policy_loss_that_never_aggregates_is_seen_beside_kl_and_entropy_terms
     from verl.trainer.ppo import core_algos
     from verl.workers.utils import losses
 
-    from vlnorm_verl import parse_mode
-
     def own(log_prob: torch.Tensor) -> Any:
         return log_prob.mean(), {}
 
@@ -643,37 +863,33 @@ def test_a_policy_loss_that_never_aggregates_is_seen_beside_kl_and_entropy_terms
         patch.setitem(core_algos.POLICY_LOSS_REGISTRY, "users_own", own)
         loss = losses.get_policy_loss_fn("users_own")
         assert loss(one)[0].item() == 1.0  # verl's own modes: nothing is asked of it
-        with plugin._in_mini_batch(
-            plugin._MiniBatch("vl_norm", parse_mode("vl_norm"), torch.tensor(0.5), 1, scale=2.0)
-        ):
-            core_algos.agg_loss(one, one, "vl_norm")  # a KL term of the micro-batch before
+        with in_mini_batch():
+            core_algos.agg_loss(one.clone().requires_grad_(), one, "vl_norm")  # a KL term of the micro-batch before
             with pytest.raises(RuntimeError, match="the policy loss 'users_own' never called agg_loss"):
                 loss(one)
 
 
-def test_a_policy_loss_that_narrows_the_mask_is_seen_in_the_micro_batch() -> None:
-    """As masking by the ratio does; before the run all ratios are 1. The lengths of the mini-batch have all tokens."""
+@pytest.mark.parametrize("layout", ["padded", "jagged"])
+def test_a_term_over_another_mask_is_seen_in_the_micro_batch(layout: str) -> None:
+    """In the policy loss, as masking by the ratio does, or beside it, as an auxiliary loss over tool tokens does."""
     import verl  # noqa: F401
-    from verl.trainer.ppo import core_algos
-    from verl.workers.utils import losses
+    from verl.trainer.ppo.core_algos import agg_loss
 
-    from vlnorm_verl import parse_mode
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    data = torch.nested.nested_tensor([mask[0, :2], mask[1]], layout=torch.jagged) if layout == "jagged" else mask
 
-    def masked(log_prob: torch.Tensor, response_mask: torch.Tensor) -> Any:
-        keep = response_mask & (log_prob < 1)
-        return core_algos.agg_loss(log_prob, keep, "vl_norm"), {}
+    def loss_function(loss_mask: torch.Tensor, data: Any, requires_grad: bool = True) -> torch.Tensor:
+        return agg_loss(torch.zeros(loss_mask.shape, requires_grad=requires_grad), loss_mask, "vl_norm")
 
-    mask = torch.ones(1, 2, dtype=torch.bool)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(core_algos.POLICY_LOSS_REGISTRY, "users_own", masked)
-        loss = losses.get_policy_loss_fn("users_own")
-        with plugin._in_mini_batch(
-            plugin._MiniBatch("vl_norm", parse_mode("vl_norm"), torch.tensor(0.5), 1, scale=2.0)
-        ):
-            loss(torch.zeros(1, 2, requires_grad=True), response_mask=mask)  # nothing is taken out
-            core_algos.agg_loss(torch.zeros(1, 2, requires_grad=True), ~mask, "vl_norm")  # a term of somebody else's
+    with in_mini_batch():
+        assert plugin._mini_batch is not None
+        loss = plugin._with_lengths(loss_function, plugin._mini_batch)
+        batch = {"response_mask": data}
+        loss(mask, data=batch)
+        loss(~mask, data=batch, requires_grad=False)  # a metric
+        for other in (~mask, mask & (torch.arange(3) > 0), mask[:1]):
             with pytest.raises(ValueError, match=r"another mask than response_mask.*losses \* keep"):
-                loss(torch.tensor([[0.0, 2.0]], requires_grad=True), response_mask=mask)
+                loss(other, data=batch)
 
 
 def test_own_aggregation_is_usable_by_its_name() -> None:

@@ -451,12 +451,13 @@ def test_entropies_of_all_methods_are_nats_a_token() -> None:
     plain.metrics["actor/entropy"] = np.full(10, 0.25)
     over_m.metrics["actor/entropy"], over_m.scale_factor = 0.25 * lengths / 200, 200.0
     ours.metrics["actor/entropy"] = np.full(10, 0.25 * 0.3)
-    ours.metrics["actor/vl_norm/token_weight"] = np.full(10, 0.3)
+    ours.metrics["actor/vl_norm/weighted_tokens"] = np.full(10, 6.0)
+    ours.metrics["actor/vl_norm/denominator"] = np.full(10, 20.0)
     for one in runs:
         found = figures.measures.entropy_per_token(one)
         assert found is not None
         np.testing.assert_allclose(found, 0.25)
-    del ours.metrics["actor/vl_norm/token_weight"]
+    del ours.metrics["actor/vl_norm/denominator"]
     assert figures.measures.entropy_per_token(ours) is None
     (panel, *_) = drawn(runs)["training-aggregation-countdown-3b-3072-gpu"].figure.axes
     assert {len(line.get_xdata()) for line in panel.lines} == {10}

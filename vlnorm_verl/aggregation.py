@@ -95,7 +95,7 @@ def is_registered(mode: object) -> TypeGuard[str]:
     return isinstance(mode, str) and mode.partition(":")[0] in _REGISTRY
 
 
-def parse_mode(mode: str, key: str = "loss_agg_mode", also_accepted: Iterable[str] = ()) -> Aggregation:
+def parse_mode(mode: object, key: str = "loss_agg_mode", also_accepted: Iterable[str] = ()) -> Aggregation:
     """Aggregation of a config string `<name>` or `<name>:<number>`.
 
     Args:
@@ -109,7 +109,7 @@ def parse_mode(mode: str, key: str = "loss_agg_mode", also_accepted: Iterable[st
     name, colon, parameter = str(mode).partition(":")
     factory = _REGISTRY.get(name)
     if factory is None:
-        raise ValueError(_unknown_mode_message(str(mode), key, also_accepted))
+        raise ValueError(_unknown_mode_message(mode, key, also_accepted))
     if not colon:
         return factory()
     if not inspect.signature(factory).parameters:
@@ -126,11 +126,11 @@ def parse_mode(mode: str, key: str = "loss_agg_mode", also_accepted: Iterable[st
         raise ValueError(f"{key}={mode!r}: {error}") from None
 
 
-def _unknown_mode_message(mode: str, key: str, also_accepted: Iterable[str]) -> str:
+def _unknown_mode_message(mode: object, key: str, also_accepted: Iterable[str]) -> str:
     accepted = [*available(), *also_accepted]
     # "VL-Norm", "vlnorm" and "vl_norm" differ in case and separators only: compare without them first.
     plain = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in reversed(accepted)}
-    wanted = re.sub(r"[^a-z0-9]", "", mode.partition(":")[0].lower())
+    wanted = re.sub(r"[^a-z0-9]", "", str(mode).partition(":")[0].lower())
     nearest = [plain[hit] for hit in difflib.get_close_matches(wanted, plain, n=2, cutoff=0.6)]
     hint = f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
     return (
@@ -195,8 +195,9 @@ def response_lengths(response_mask: torch.Tensor) -> torch.Tensor:
         return response_mask.sum(dim=-1, dtype=narrow).to(torch.int64)
     # A running sum over the packed values needs no padded copy and no host sync.
     running = torch.nn.functional.pad(response_mask.values().cumsum(0, dtype=torch.int64), (1, 0))
-    offsets = response_mask.offsets()
-    return running[offsets[1:]] - running[offsets[:-1]]
+    offsets, narrowed = response_mask.offsets(), response_mask.lengths()  # a narrowed one keeps the values left out
+    ends = offsets[1:] if narrowed is None else offsets[:-1] + narrowed
+    return running[ends] - running[offsets[:-1]]
 
 
 def _positive(lengths: torch.Tensor) -> torch.Tensor:
@@ -218,8 +219,8 @@ def mini_batch_sums(aggregation: Aggregation, lengths: torch.Tensor) -> torch.Te
 
     Returns:
         [7] in float64 (float32 on a device without it): Σz, N, ΣL, Σ1/L, Σu, Σu², ΣuL over the responses with a valid
-        token. Only the first is needed for the loss; the others are for `mini_batch_statistics` and `token_weight`, and
-        travel in the same all-reduce. Sums of different ranks add.
+        token. Only the first is needed for the loss; the others are for `mini_batch_statistics`, and travel in the same
+        all-reduce. Sums of different ranks add.
     """
     exact = _positive(lengths)
     u = aggregation.u(exact)
@@ -281,10 +282,11 @@ def aggregate(
     return (weights * response_losses.to(weights.dtype)).sum().to(result_dtype)
 
 
-def mini_batch_statistics(sums: list[float]) -> dict[str, float]:
+def mini_batch_statistics(aggregation: Aggregation, sums: list[float], scale: float | None) -> dict[str, float]:
     """What the lengths of one mini-batch say about the aggregation.
 
     Args:
+        aggregation, scale: as in `response_weights`.
         sums: `mini_batch_sums`, added up over the whole mini-batch.
 
     Returns:
@@ -293,32 +295,22 @@ def mini_batch_statistics(sums: list[float]) -> dict[str, float]:
         variance_ratio: √(A/H) ≥ 1, the coefficient of variation of Dr. GRPO's (or DAPO's) gradient over that of
             VL Norm with α = 1, as predicted from the lengths if variance is proportional to length.
         effective_responses: (Σx)²/Σx² ≤ N; for VL Norm this is 1/Σ(M x_i)².
+        denominator: c·Σ_j z(L_j), by which all weights are divided.
+        weighted_tokens: Σ_i u(L_i) L_i. An aggregated quantity of tokens, such as the entropy, is a mean over tokens
+            (by weight) after division by Σ_i x_i L_i = weighted_tokens / denominator; as both are sums over responses,
+            their means over mini-batches give that of all of them together.
         All 0 if no response has a valid token.
     """
-    _, count, tokens, inverse, u, u_squared, _ = sums
-    if count == 0:
-        return dict.fromkeys(("length_mean", "length_harmonic_mean", "variance_ratio", "effective_responses"), 0.0)
-    mean, harmonic = tokens / count, count / inverse
+    total, count, tokens, inverse, u, u_squared, weighted_tokens = sums
+    mean, harmonic = (tokens / count, count / inverse) if count else (0.0, 0.0)
     return {
         "length_mean": mean,
         "length_harmonic_mean": harmonic,
-        "variance_ratio": math.sqrt(mean / harmonic),
+        "variance_ratio": math.sqrt(mean / harmonic) if count else 0.0,
         "effective_responses": u * u / u_squared if u_squared else 0.0,
+        "denominator": total * (scale or 0.0) if aggregation.per_token_scale else total,
+        "weighted_tokens": weighted_tokens,
     }
-
-
-def token_weight(aggregation: Aggregation, sums: list[float], scale: float) -> float:
-    """Σ_i x_i L_i, the sum of the weights of all tokens of one mini-batch; 1 for GRPO Norm and DAPO Norm.
-
-    An aggregated quantity that is a mean over tokens for verl's token-mean, such as the entropy, is one again after
-    division by it.
-
-    Args:
-        aggregation, scale: as in `response_weights`. sums: `mini_batch_sums`, added up over the whole mini-batch.
-    """
-    if sums[0] == 0:
-        return 0.0
-    return sums[6] / (sums[0] * (scale if aggregation.per_token_scale else 1.0))
 
 
 def relative_weight_range(aggregation: Aggregation, lengths: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:

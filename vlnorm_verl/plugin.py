@@ -5,14 +5,15 @@ else of verl is. One thing is added: the advantage estimator of `vlnorm_verl.ove
 Files and lines are verl 0.9.1's unless said; verl 0.7.1, 0.8.0 and 0.9.0 have the same names, trainers excepted.
 
 How a weight gets from the mini-batch to the loss: `train_batch` sums z(L) over the rank's mini-batch, all-reduces
-it over the data-parallel ranks and holds it in a context variable while verl runs its micro-batches. Every
-aggregation inside (policy loss, entropy, KL, value loss; also of policy losses that users register) reads it
-there. `agg_loss` outside such a context has no mini-batch to sum over and raises: it never sums over a
-micro-batch instead.
+it over the data-parallel ranks and keeps it in `_mini_batch` while verl runs its micro-batches. Every aggregation
+inside (policy loss, entropy, KL, value loss; also of policy losses that users register) reads it there. `agg_loss`
+with a gradient and outside of a mini-batch raises: it never sums over a micro-batch instead. Without a gradient
+there it computes a metric, such as the trainers' actor/entropy, of the batch that it is given.
 
 Each wrapper is put in place when verl imports the module (wrapt's post-import hooks), so that loading the plugin costs
-nothing in processes that never train. What a release lacks is logged as a WARNING and leaves stock verl as it was;
-a config that asks for one of our modes is then refused with the names that are missing.
+nothing in processes that never train. A function gets its wrapper as its own code (`_replace`), so that whoever took
+the function out of its module before has it too. What a release lacks is logged as a WARNING and leaves stock verl as
+it was; a config that asks for one of our modes is then refused with the names that are missing.
 
 A verl that knows `vl_norm` by itself (patched by patches/, or a later release) is left to it: the plugin then only
 checks the configuration, fills M, and says so.
@@ -21,16 +22,16 @@ checks the configuration, fills M, and says so.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import inspect
 import logging
-import sys
+import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, TypeGuard
 
 import torch
@@ -57,8 +58,8 @@ TESTED_RELEASES = ("0.7.1", "0.8.0", "0.9.0", "0.9.1")
 
 
 NO_EFFECT = (
-    "loss_agg_mode={mode!r} had no effect: {loss} never called agg_loss. Use a policy loss that aggregates by the "
-    "mode, or choose one of verl's modes."
+    "loss_agg_mode={mode!r} had no effect: {loss} never called agg_loss with it. Use a policy loss that aggregates by "
+    "the mode, or choose one of verl's modes."
 )
 
 
@@ -80,10 +81,12 @@ class _MiniBatch:
     dp_size: int
     scale: float | None  # M
     aggregated: bool = False  # whether agg_loss was called for it, for a loss and not for a metric
-    policy_mask: torch.Tensor | None = None  # response_mask [B, T] of the micro-batch while its policy loss runs
+    lengths: torch.Tensor | None = None  # valid tokens of the micro-batch's responses while its loss runs, int64 [B]
+    checked: torch.Tensor | None = None  # the last mask that was found to have these lengths
 
 
-_mini_batch: ContextVar[_MiniBatch | None] = ContextVar("vlnorm_verl_mini_batch", default=None)
+# A plain global: torch.compile cannot trace a ContextVar.
+_mini_batch: _MiniBatch | None = None
 
 # What became of each module of NAMES that verl has imported: None if all is there, else what is lacking.
 _outcome: dict[str, str | None] = {}
@@ -99,29 +102,33 @@ def is_ours(mode: object) -> TypeGuard[str]:
     return maths.is_registered(mode) and not is_verls(mode)
 
 
-def is_verls(mode: str) -> bool:
-    """Whether verl's own agg_loss has the mode: a stock one, or one of a patched tree, a fork or a later release."""
-    return mode in STOCK_MODES or _verl_aggregates(mode)
+def is_verls(mode: object) -> bool:
+    """Whether verl aggregates by the mode: a stock one, or one of a patched tree, a fork, a later release, a user."""
+    if not isinstance(mode, str):
+        return False
+    if mode in STOCK_MODES:
+        return True
+    core_algos = importlib.import_module(CORE_ALGOS)
+    if not maths.is_registered(mode):
+        return _accepts(core_algos.agg_loss, mode)
+    return _stock_agg_loss is not None and _accepts(_stock_agg_loss, mode)  # None: no plugin in this process
 
 
 @functools.cache
-def _verl_aggregates(mode: str) -> bool:
-    importlib.import_module(CORE_ALGOS)
-    if _stock_agg_loss is None:  # the plugin is not in this process
-        return False
-    return _stock_answer(mode) != _stock_answer("no-such-mode")
+def _accepts(agg_loss: Callable[..., torch.Tensor], mode: str) -> bool:
+    return _answer(agg_loss, mode) != _answer(agg_loss, "no such mode")
 
 
-def _stock_answer(mode: str) -> tuple[type, str] | None:
-    """How verl's own agg_loss takes a mode: None, or its exception with the mode's name taken out."""
-    assert _stock_agg_loss is not None
+def _answer(agg_loss: Callable[..., torch.Tensor], mode: str) -> tuple[type, str, int | None] | None:
+    """How an agg_loss takes a mode: None, or what it raises and where; a fork's mode may want more than is known."""
     one = torch.ones(1, 1)
     sizes = {"dp_size": 1, "batch_num_tokens": 1, "global_batch_size": 1, "loss_scale_factor": 1}
-    accepted = inspect.signature(_stock_agg_loss).parameters
+    accepted = inspect.signature(agg_loss).parameters
     try:
-        _stock_agg_loss(one, one, mode, **{name: size for name, size in sizes.items() if name in accepted})
-    except Exception as error:  # a fork's mode may want more than is known here
-        return type(error), str(error).replace(mode, "")
+        agg_loss(one, one, mode, **{name: size for name, size in sizes.items() if name in accepted})
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return type(error), place.filename, place.lineno
     return None
 
 
@@ -132,80 +139,117 @@ def _extended_agg_loss(stock: Callable[..., torch.Tensor]) -> Callable[..., torc
     _stock_agg_loss = stock
 
     @functools.wraps(stock)
-    def agg_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
-        given = signature.bind(*args, **kwargs).arguments
-        mode, mini_batch = given["loss_agg_mode"], _mini_batch.get()
-        differentiated = torch.is_grad_enabled() and given["loss_mat"].requires_grad  # else it is for a metric
-        if not is_ours(mode):
-            if mini_batch is not None and differentiated:
-                raise IgnoresMode(
-                    mini_batch.mode,
-                    f"aggregates by {mode!r} whatever the mode",
-                    "Choose a policy_loss.loss_mode that uses loss_agg_mode, or set that mode.",
-                )
-            return stock(*args, **kwargs)
-        if mini_batch is None or mini_batch.mode != mode:
+    def agg_loss(
+        loss_mat: torch.Tensor, loss_mask: torch.Tensor, loss_agg_mode: str, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        mini_batch = _mini_batch
+        if mini_batch is None and loss_agg_mode in STOCK_MODES:  # before anything that torch.compile cannot trace
+            return stock(loss_mat, loss_mask, loss_agg_mode, *args, **kwargs)
+        if not is_ours(loss_agg_mode):
+            loss = stock(loss_mat, loss_mask, loss_agg_mode, *args, **kwargs)
+            if mini_batch is not None and loss.requires_grad:
+                # As a metric it may have any mode; it must not train.
+                loss.register_hook(functools.partial(_refuse_gradient, mini_batch.mode, loss_agg_mode))
+            return loss
+        sizes = signature.bind(loss_mat, loss_mask, loss_agg_mode, *args, **kwargs).arguments
+        dp_size, scale = sizes.get("dp_size"), sizes.get("loss_scale_factor")
+        differentiated = torch.is_grad_enabled() and loss_mat.requires_grad  # else it is for a metric
+        if mini_batch is None and not differentiated and dp_size in (None, 1):
+            # verl's agg_loss takes the width of the batch for M too where it is not given.
+            return _aggregate_whole_batch(loss_mat, loss_mask, loss_agg_mode, scale or loss_mask.shape[-1])
+        if mini_batch is None or mini_batch.mode != loss_agg_mode:
             raise RuntimeError(
-                f"loss_agg_mode={mode!r} was asked for outside of an optimizer mini-batch of this mode: the "
+                f"loss_agg_mode={loss_agg_mode!r} was asked for outside of an optimizer mini-batch of this mode: the "
                 "weights need a sum over the whole mini-batch, and a micro-batch does not have it. Train through "
                 "BaseEngine.train_batch with a loss function that carries the actor's config "
                 "(functools.partial(loss, config=actor_config), as verl's workers do), or choose one of verl's modes."
             )
         # A loss may leave out dp_size and M (the value loss up to verl 0.8.0, users' own): the mini-batch has them.
-        dp_size = given.get("dp_size", mini_batch.dp_size)
-        if dp_size != mini_batch.dp_size:
-            raise RuntimeError(
-                f"loss_agg_mode={mode!r}: the loss was called with dp_size={dp_size} on {mini_batch.dp_size} "
-                "data-parallel ranks; pass **config.global_batch_info on, or no dp_size."
-            )
-        if differentiated and mini_batch.policy_mask is not None:
-            _check_mask(given["loss_mask"], mini_batch.policy_mask, mode)
-        scale = given.get("loss_scale_factor")
-        mini_batch.aggregated |= differentiated
-        loss = maths.aggregate(
-            given["loss_mat"],
-            given["loss_mask"],
-            mini_batch.aggregation,
-            mini_batch.total,
-            mini_batch.scale if scale is None else scale,
-        )
+        for name, given, right in (
+            ("dp_size", dp_size, mini_batch.dp_size),
+            ("loss_scale_factor", scale, mini_batch.scale),
+        ):
+            if given not in (None, right):
+                raise RuntimeError(
+                    f"loss_agg_mode={loss_agg_mode!r}: the loss called agg_loss with {name}={given}, and the "
+                    f"mini-batch has {right}. Pass **config.global_batch_info on, or no {name}."
+                )
+        if differentiated:
+            _check_mask(loss_mask, mini_batch)
+            mini_batch.aggregated = True
+        loss = maths.aggregate(loss_mat, loss_mask, mini_batch.aggregation, mini_batch.total, mini_batch.scale)
         # FSDP and Megatron average gradients over the data-parallel ranks; the mini-batch's loss is their sum.
-        return loss * dp_size
+        return loss * mini_batch.dp_size
 
     return agg_loss
 
 
-def _check_mask(mask: torch.Tensor, response_mask: torch.Tensor, mode: str) -> None:
-    """Raises IgnoresMode if a policy loss aggregates over other tokens than those of the mini-batch's lengths."""
-    # The same tensor as a rule, so that nothing on the device is waited for.
-    if mask is not response_mask and not torch.equal(mask.bool(), response_mask.bool()):
+def _aggregate_whole_batch(loss_mat: torch.Tensor, loss_mask: torch.Tensor, mode: str, scale: float) -> torch.Tensor:
+    """For metrics such as the trainers' actor/entropy: the batch given is the whole one, so its sum is the sum."""
+    method = maths.parse_mode(mode)
+    total = maths.mini_batch_sums(method, maths.response_lengths(loss_mask))[0]
+    return maths.aggregate(loss_mat, loss_mask, method, total, scale)
+
+
+def _refuse_gradient(mode: str, used: str, gradient: torch.Tensor) -> None:
+    if gradient.any():
         raise IgnoresMode(
             mode,
-            "calls agg_loss with another mask than response_mask, whose lengths the mini-batch is weighted by",
-            "Multiply the losses by a mask of your own instead: agg_loss(losses * keep, response_mask, ...).",
+            f"aggregates by {used!r} whatever the mode",
+            "Choose a policy_loss.loss_mode that uses loss_agg_mode, or set that mode.",
         )
 
 
+def _check_mask(mask: torch.Tensor, mini_batch: _MiniBatch) -> None:
+    """Raises IgnoresMode if a loss aggregates over other tokens than those of the mini-batch's lengths."""
+    if (
+        mini_batch.lengths is None or mask is mini_batch.checked
+    ):  # most losses pass one mask on: one wait for the device
+        return
+    if not torch.equal(maths.response_lengths(mask).to(mini_batch.lengths.device), mini_batch.lengths):
+        raise IgnoresMode(
+            mini_batch.mode,
+            "or another term of the loss calls agg_loss with another mask than response_mask, whose lengths the "
+            "mini-batch is weighted by",
+            "Multiply the losses by a mask of your own, agg_loss(losses * keep, response_mask, ...), or sum over it "
+            "without agg_loss.",
+        )
+    mini_batch.checked = mask
+
+
+def _with_lengths(loss_function: Callable[..., Any], mini_batch: _MiniBatch) -> Callable[..., Any]:
+    """The loss function of a micro-batch, `data` (every engine passes it by name), whose lengths are then known."""
+
+    @functools.wraps(loss_function)
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        mini_batch.lengths = maths.response_lengths(kwargs["data"]["response_mask"])
+        try:
+            return loss_function(*args, **kwargs)
+        finally:
+            mini_batch.lengths = mini_batch.checked = None
+
+    return loss
+
+
 def _watched_policy_losses(stock: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`get_policy_loss_fn` of workers/utils/losses.py: each policy loss must aggregate, and over all of response_mask.
+    """`get_policy_loss_fn` (trainer/ppo/core_algos.py): each policy loss must aggregate by the mode of its mini-batch.
 
     KL and entropy terms, which verl aggregates itself, do not count.
     """
 
     @functools.wraps(stock)
-    def get_policy_loss_fn(name: str) -> Any:
-        loss_fn = stock(name)
+    def get_policy_loss_fn(loss_name: str) -> Any:
+        loss_fn = stock(loss_name)
 
         @functools.wraps(loss_fn)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            mini_batch = _mini_batch.get()
-            if mini_batch is None:
+            mini_batch = _mini_batch
+            if mini_batch is None or not torch.is_grad_enabled():
                 return loss_fn(*args, **kwargs)
-            mini_batch.aggregated, mini_batch.policy_mask = False, kwargs.get("response_mask")
+            mini_batch.aggregated = False
             result = loss_fn(*args, **kwargs)
-            mini_batch.policy_mask = None
             if not mini_batch.aggregated:
-                raise RuntimeError(NO_EFFECT.format(mode=mini_batch.mode, loss=f"the policy loss {name!r}"))
+                raise RuntimeError(NO_EFFECT.format(mode=mini_batch.mode, loss=f"the policy loss {loss_name!r}"))
             return result
 
         return watched
@@ -213,49 +257,31 @@ def _watched_policy_losses(stock: Callable[[str], Any]) -> Callable[[str], Any]:
     return get_policy_loss_fn
 
 
-def whole_batch_agg_loss(
-    loss_mat: torch.Tensor, loss_mask: torch.Tensor, loss_agg_mode: str, *args: Any, **kwargs: Any
-) -> torch.Tensor:
-    """`agg_loss` for the driver's entropy metric: the batch given is the whole one, so its sum is the sum."""
-    from verl.trainer.ppo.core_algos import agg_loss
-
-    if not is_ours(loss_agg_mode):
-        return agg_loss(loss_mat, loss_mask, loss_agg_mode, *args, **kwargs)
-    method = maths.parse_mode(loss_agg_mode)
-    total = maths.mini_batch_sums(method, maths.response_lengths(loss_mask))[0]
-    with _in_mini_batch(_MiniBatch(loss_agg_mode, method, total, dp_size=1, scale=None)):
-        return agg_loss(loss_mat, loss_mask, loss_agg_mode, *args, **kwargs)
-
-
-def _whole_batch(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    # One function of this module, not a closure: Ray pickles the trainer of verl 0.8.0's __main__ with it, by name.
-    return whole_batch_agg_loss
-
-
 @contextlib.contextmanager
 def _in_mini_batch(mini_batch: _MiniBatch) -> Iterator[None]:
-    token = _mini_batch.set(mini_batch)
+    global _mini_batch
+    before, _mini_batch = _mini_batch, mini_batch
     try:
         yield
     finally:
-        _mini_batch.reset(token)
+        _mini_batch = before
 
 
 # --------------------------------------------------------------------------------------------------------- engine
 
 
-def _summing_train_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`BaseEngine.train_batch` that first sums over the mini-batch (workers/engine/base.py).
+def _summing(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`BaseEngine.train_batch` and `infer_batch` that first sum over the mini-batch (workers/engine/base.py).
 
-    `data` there is this rank's whole mini-batch, after shuffling and before the split into micro-batches. It calls
-    forward_backward_batch and optimizer_step of the engine; no engine of verl overrides it.
+    `data` there is this rank's whole mini-batch, after shuffling and before the split into micro-batches. Both call
+    forward_backward_batch of the engine; no engine of verl overrides them.
     """
 
     @functools.wraps(stock)
-    def train_batch(self: Any, data: Any, loss_function: Callable[..., Any]) -> Any:
+    def batch(self: Any, data: Any, loss_function: Callable[..., Any] | None = None) -> Any:
         config: Any = getattr(loss_function, "keywords", {}).get("config")
         mode = getattr(config, "loss_agg_mode", None)
-        if not is_ours(mode):
+        if loss_function is None or not is_ours(mode):
             return stock(self, data, loss_function)
 
         check_reduction(self, mode)
@@ -267,14 +293,14 @@ def _summing_train_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
         sums = _sum_over_data_parallel_ranks(self, sums)
         mini_batch = _MiniBatch(mode, method, sums[0], self.get_data_parallel_size(), scale)
         with _in_mini_batch(mini_batch):
-            outputs = stock(self, data, loss_function)
-        if self.is_mp_src_rank_with_outputs():
+            outputs = stock(self, data, _with_lengths(loss_function, mini_batch))
+        if stock.__name__ == "train_batch" and self.is_mp_src_rank_with_outputs():
             if not mini_batch.aggregated:
                 raise RuntimeError(NO_EFFECT.format(mode=mode, loss="the loss function"))
             outputs["metrics"].update(_mini_batch_metrics(method, lengths, sums, scale))
         return outputs
 
-    return train_batch
+    return batch
 
 
 def check_reduction(engine: Any, mode: str) -> None:
@@ -338,10 +364,8 @@ def _mini_batch_metrics(
         low = 0.0
     metrics = {
         f"vl_norm/{name}": Metric(AggregationType.MEAN, value)
-        for name, value in maths.mini_batch_statistics(values).items()
+        for name, value in maths.mini_batch_statistics(method, values, scale).items()
     }
-    # Only a method that does not use M has got here without one: agg_loss raises for the others.
-    metrics["vl_norm/token_weight"] = Metric(AggregationType.MEAN, maths.token_weight(method, values, scale or 1.0))
     metrics["vl_norm/weight_min"] = Metric(AggregationType.MIN, low)
     metrics["vl_norm/weight_max"] = Metric(AggregationType.MAX, high)
     return metrics
@@ -374,7 +398,6 @@ def _checked_post_init(stock: Callable[[Any], None]) -> Callable[[Any], None]:
             stock(self)
         finally:
             object.__setattr__(self, "loss_agg_mode", mode)
-        check_policy_loss(self)
 
     return __post_init__
 
@@ -387,37 +410,32 @@ def _say_left_to_verl() -> None:
     )
 
 
-def check_mode(mode: str, key: str = MODE_KEY) -> None:
+def check_mode(mode: object, key: str = MODE_KEY) -> None:
     """Raises ValueError unless `mode` is one of ours with a good parameter, and RuntimeError if a patch is missing."""
     maths.parse_mode(mode, key, also_accepted=STOCK_MODES)
     require_installed(mode)
 
 
-def check_scale(scale: float | None, key: str = SCALE_KEY) -> None:
+def check_scale(scale: object, key: str = SCALE_KEY) -> None:
     """Raises ValueError unless M is a positive number, or None for the default."""
-    if scale is not None and not 0 < scale < float("inf"):
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if scale is not None and not (number and 0 < scale < float("inf")):  # type: ignore[operator]
         raise ValueError(
             f"{key}={scale!r}: M must be a positive number of tokens; leave it null for data.max_response_length"
         )
 
 
 def check_policy_loss(actor: Any) -> None:
-    """Try the policy loss of an ActorConfig on two short responses.
+    """Try the policy loss of an ActorConfig on a few short responses.
 
     Raises:
-        ValueError: it does not aggregate by `loss_agg_mode`, so that the mode would have no effect; the message names
-            those that do.
+        ValueError: it does not aggregate by `loss_agg_mode`, so that the mode would have no effect, or raises itself;
+            the message names those that do.
     """
     name = actor.policy_loss.get("loss_mode", "vanilla")
-    registry = importlib.import_module(CORE_ALGOS).POLICY_LOSS_REGISTRY
-    if name not in registry:
+    if name not in importlib.import_module(CORE_ALGOS).POLICY_LOSS_REGISTRY:
         return  # registered by a module that only workers import; the first mini-batch tells
-    try:
-        problem = policy_loss_problem(name, actor)
-    except Exception as error:  # a user's loss may need more than the trial gives it; the first mini-batch tells
-        logger.warning("policy loss %r could not be tried before the run (%s: %s)", name, type(error).__name__, error)
-        return
-    if problem:
+    if problem := policy_loss_problem(name, actor):
         raise ValueError(
             f"actor_rollout_ref.actor.policy_loss.loss_mode={name!r} cannot be used with "
             f"{MODE_KEY}={actor.loss_agg_mode!r}: {problem}. Accepted: {', '.join(accepted_policy_losses(actor))}."
@@ -425,49 +443,85 @@ def check_policy_loss(actor: Any) -> None:
 
 
 def accepted_policy_losses(actor: Any) -> list[str]:
-    """The registered policy losses that aggregate by the mode of an ActorConfig, sorted."""
-    accepted = []
-    for name in sorted(importlib.import_module(CORE_ALGOS).POLICY_LOSS_REGISTRY):
-        with contextlib.suppress(Exception):  # it needs settings of its own, and may be right with them
-            if policy_loss_problem(name, actor):
-                continue
-        accepted.append(name)
-    return accepted
+    """The registered policy losses that aggregate by the mode of an ActorConfig, with its settings; sorted."""
+    registered = importlib.import_module(CORE_ALGOS).POLICY_LOSS_REGISTRY
+    return [name for name in sorted(registered) if policy_loss_problem(name, actor) is None]
+
+
+# These choose some tokens of each micro-batch, in every mode: there is no sum over responses to compare with.
+CHOOSE_TOKENS = ("clip_cov", "kl_cov")
 
 
 def policy_loss_problem(name: str, actor: Any) -> str | None:
-    """What keeps a registered policy loss from aggregating by the mode of an ActorConfig; None: nothing."""
-    loss_fn = importlib.import_module(CORE_ALGOS).get_policy_loss_fn(name)
-    method = maths.parse_mode(actor.loss_agg_mode)
-    mask = torch.tensor([[1, 1], [1, 0]])
-    total = maths.mini_batch_sums(method, maths.response_lengths(mask))[0]
-    gradients = []
-    for factor in (1, 2):
-        mini_batch = _MiniBatch(
-            actor.loss_agg_mode, method, factor * total, dp_size=1, scale=1.0, policy_mask=mask.bool()
-        )
-        old_log_prob = torch.full((2, 2), -1.0)
-        log_prob = old_log_prob.clone().requires_grad_()
-        try:
-            with _in_mini_batch(mini_batch), torch.random.fork_rng(devices=[]):
-                loss = loss_fn(
-                    old_log_prob=old_log_prob,
-                    log_prob=log_prob,
-                    advantages=torch.tensor([[1.0, 1.0], [-1.0, -1.0]]),
-                    response_mask=mini_batch.policy_mask,
-                    loss_agg_mode=actor.loss_agg_mode,
-                    config=actor,
-                    rollout_is_weights=None,
-                )[0]
-        except IgnoresMode as error:
-            return f"it {error.problem}"
-        if not mini_batch.aggregated:
-            return "it never calls agg_loss"
-        gradients.append(torch.autograd.grad(loss, log_prob)[0])
-    # Twice the mini-batch sum is half of every weight, so half of all that goes through agg_loss.
-    if not torch.allclose(gradients[0], 2 * gradients[1], rtol=1e-4, atol=1e-6):
-        return "a part of its gradient does not go through agg_loss"
+    """What keeps a registered policy loss from aggregating by the mode of an ActorConfig; None: nothing.
+
+    The loss is called as verl's ppo_loss calls it (workers/utils/losses.py), on four responses at once and one by one,
+    where the policy is the one that sampled them and where it has moved, beyond the clip range too. Its gradient must
+    be the sum of the single responses' gradients, and half as large when the mini-batch's sum is twice as large.
+    """
+    lengths = torch.tensor([3, 1, 2, 4])
+    noise = torch.Generator().manual_seed(0)
+    old = -1 - torch.rand(4, 4, generator=noise, dtype=torch.float64)
+    moved = old + torch.tensor([-1.0, -0.05, 0.05, 1.0], dtype=torch.float64)[torch.randperm(4, generator=noise)]
+    try:
+        for log_prob in (old, moved):
+            whole = _trial_gradient(name, actor, log_prob, old, lengths)
+            near = functools.partial(torch.allclose, rtol=1e-4, atol=1e-6 * float(whole.abs().max()))
+            # Twice the mini-batch's sum is half of every weight, so half of all that goes through agg_loss.
+            if not near(whole, 2 * _trial_gradient(name, actor, log_prob, old, lengths, factor=2)):
+                return "a part of its gradient does not go through agg_loss"
+            single = torch.cat([_trial_gradient(name, actor, log_prob, old, lengths, only=i) for i in range(4)])
+            if name not in CHOOSE_TOKENS and not near(whole, single):
+                return "its gradient depends on which responses share a micro-batch"
+    except IgnoresMode as error:
+        return f"it {error.problem}"
+    except Exception as error:
+        return f"it raised {type(error).__name__} on four short responses ({error})"
     return None
+
+
+def _trial_gradient(
+    name: str,
+    actor: Any,
+    log_prob: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    lengths: torch.Tensor,
+    factor: int = 1,
+    only: int | None = None,
+) -> torch.Tensor:
+    """The gradient of a policy loss by log_prob [B x T] on a mini-batch, or the row of one response trained alone.
+
+    Args:
+        factor: of the mini-batch's sum. only: the response, else all in one micro-batch.
+    """
+    method = maths.parse_mode(actor.loss_agg_mode)
+    total = factor * maths.mini_batch_sums(method, lengths)[0]
+    scale = actor.loss_scale_factor or 7.0
+    # As in training a micro-batch is padded to its longest response.
+    rows, width = (slice(None), 4) if only is None else (slice(only, only + 1), int(lengths[only]))
+    log_prob = log_prob[rows, :width].clone().requires_grad_()
+    mask = torch.arange(width) < lengths[rows, None]
+    tried = copy.copy(actor)
+    sizes = {"dp_size": 1, "batch_num_tokens": int(lengths.sum()), "global_batch_size": 4, "loss_scale_factor": scale}
+    object.__setattr__(tried, "global_batch_info", sizes)
+    mini_batch = _MiniBatch(actor.loss_agg_mode, method, total, dp_size=1, scale=scale, lengths=lengths[rows])
+    with _in_mini_batch(mini_batch), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        loss = importlib.import_module(CORE_ALGOS).POLICY_LOSS_REGISTRY[name](
+            old_log_prob=old_log_prob[rows, :width].clone(),
+            log_prob=log_prob,
+            advantages=torch.tensor([[1.0], [-0.5], [-1.0], [0.5]], dtype=torch.float64)[rows]
+            .expand(-1, width)
+            .clone(),
+            response_mask=mask,
+            loss_agg_mode=actor.loss_agg_mode,
+            config=tried,
+            rollout_is_weights=None,
+        )[0]
+        gradient = torch.autograd.grad(loss, log_prob)[0]
+        if not mini_batch.aggregated:
+            raise IgnoresMode(actor.loss_agg_mode, "never calls agg_loss", "")
+    return torch.nn.functional.pad(gradient, (0, 4 - width))
 
 
 def check_rejection(mode: str, policy_loss: Any) -> None:
@@ -496,13 +550,14 @@ def check_config(config: Any) -> None:
         ValueError: a key has a value that cannot be trained exactly; the message names both and what is accepted.
         RuntimeError: a patch that the mode needs did not apply to the installed verl.
     """
-    _patch_main()
     select = functools.partial(OmegaConf.select, config)
     check_overlong_filtering(config)
     for key in ("actor_rollout_ref.actor", "critic"):
+        if "loss_agg_mode" not in (select(key) or {}) or (key == "critic" and not _uses_critic(config)):
+            continue
         mode = select(f"{key}.loss_agg_mode")
-        if mode is None or (is_verls(mode) and not maths.is_registered(mode)):
-            continue  # a mode of verl's, and nothing of this package's
+        if is_verls(mode) and not maths.is_registered(mode):
+            continue  # nothing of this package's
         check_mode(mode, f"{key}.loss_agg_mode")
         role = select(key)
         default = "auto" if _verl_version().startswith("0.7.") else "disable"
@@ -513,7 +568,7 @@ def check_config(config: Any) -> None:
                 "legacy workers have no mini-batch sum. Accepted: disable"
             )
         check_engine(role, key)
-        horizon = config.data.max_response_length
+        horizon = _whole_number(config, "data.max_response_length")
         if key == "critic":
             # verl's critic inherits the actor's mode by interpolation, and CriticConfig accepts any string.
             check_critic_scale(config, horizon)
@@ -523,6 +578,8 @@ def check_config(config: Any) -> None:
         correction = select("algorithm.rollout_correction") or {}
         if correction.get("bypass_mode") and correction.get("rollout_rs"):
             _refuse_rejection(mode, correction.get("rollout_rs"), "algorithm", "verl's trainers leave it out there")
+        if not maths.is_registered(select("critic.loss_agg_mode")):
+            _keep_scale(select("critic"))
         fill_scale(role, horizon)
         warn_of_sorted_mini_batches(role, config)
         warn_of_untested_release()
@@ -536,7 +593,7 @@ def check_critic_scale(config: Any, max_response_length: int) -> None:
     if "loss_scale_factor" in critic:
         check_scale(critic.get("loss_scale_factor"), "critic.loss_scale_factor")
         fill_scale(critic, max_response_length)
-    elif maths.parse_mode(critic.loss_agg_mode).per_token_scale and _uses_critic(config):
+    elif maths.parse_mode(critic.loss_agg_mode).per_token_scale:
         raise ValueError(
             f"critic.loss_agg_mode={critic.loss_agg_mode!r} needs M, and the critic of verl {_verl_version()} "
             "has no loss_scale_factor. Accepted: verl's own modes, such as token-mean, and grpo_norm, dapo_norm"
@@ -645,7 +702,12 @@ def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
     if OmegaConf.select(config, "trainer.v1.trainer_mode") == "separate_async":
         return
     mini_batches = OmegaConf.select(config, "async_training.require_batches")  # of fully_async_policy
-    several = mini_batches > 1 if mini_batches else actor.ppo_mini_batch_size < config.data.train_batch_size
+    several = (
+        mini_batches > 1
+        if mini_batches
+        else _whole_number(config, "actor_rollout_ref.actor.ppo_mini_batch_size")
+        < _whole_number(config, "data.train_batch_size")
+    )
     if several and not actor.get("shuffle"):
         logger.warning(
             "actor_rollout_ref.actor.shuffle=false with several optimizer mini-batches a rollout batch: verl orders "
@@ -663,13 +725,26 @@ def check_overlong_filtering(config: Any) -> None:
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
     get_adv_estimator_fn(overlong.ESTIMATOR)  # raises if it could not be registered
-    limit, longest = config.algorithm.get(overlong.LENGTH_KEY), config.data.max_response_length
+    limit, longest = config.algorithm.get(overlong.LENGTH_KEY), _whole_number(config, "data.max_response_length")
     if not isinstance(limit, int) or not 0 < limit <= longest:
         raise ValueError(
             f"algorithm.{overlong.LENGTH_KEY}={limit!r}: algorithm.adv_estimator={overlong.ESTIMATOR} needs the length "
             f"from which a response is overlong, in tokens: 1 to data.max_response_length={longest}, "
             f"usually +algorithm.{overlong.LENGTH_KEY}='${{data.max_response_length}}'"
         )
+
+
+def _whole_number(config: Any, key: str) -> int:
+    value = OmegaConf.select(config, key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{key}={value!r}: a whole number is needed")
+    return value
+
+
+def _keep_scale(critic: Any) -> None:
+    """Keep the M of a critic on a mode of verl's null where it is, though it is an interpolation of the actor's."""
+    if critic is not None and "loss_scale_factor" in critic and critic.loss_scale_factor is None:
+        critic.loss_scale_factor = None
 
 
 def fill_scale(role: Any, max_response_length: int) -> None:
@@ -695,8 +770,8 @@ class VerlName:
     needed: bool = True
 
 
-ENGINE, METRIC = "verl.workers.engine.base", "verl.utils.metric"
-ENTROPY = "the driver's actor/entropy metric, over the whole rollout batch with no mini-batch around it"
+ENGINE, METRIC, V1 = "verl.workers.engine.base", "verl.utils.metric", "verl.trainer.ppo.v1."
+OVERLONG = "overlong filtering: verl's GRPO advantages, and how long each response is"
 
 NAMES = (
     VerlName(
@@ -707,7 +782,12 @@ NAMES = (
         ("loss_mat", "loss_mask", "loss_agg_mode", "dp_size", "loss_scale_factor"),
     ),
     VerlName(CORE_ALGOS, "POLICY_LOSS_REGISTRY", "names the policy losses that are accepted"),
-    VerlName(CORE_ALGOS, "get_policy_loss_fn", "the policy loss is tried before the run"),
+    VerlName(
+        CORE_ALGOS,
+        "get_policy_loss_fn",
+        "a policy loss that never aggregates is refused in its first micro-batch",
+        _watched_policy_losses,
+    ),
     VerlName(CORE_ALGOS, "register_adv_est", "adds overlong filtering"),
     VerlName(CORE_ALGOS, "get_adv_estimator_fn", "tells whether that was done"),
     VerlName(
@@ -720,18 +800,15 @@ NAMES = (
         ENGINE,
         "BaseEngine.train_batch",
         "sees a rank's whole optimizer mini-batch before it is split: the place of the one all-reduce",
-        _summing_train_batch,
+        _summing,
         ("data", "loss_function"),
+    ),
+    VerlName(
+        ENGINE, "BaseEngine.infer_batch", "the same for losses without gradient", _summing, ("data", "loss_function")
     ),
     VerlName(ENGINE, "BaseEngine.get_data_parallel_group", "the ranks to sum over"),
     VerlName(ENGINE, "BaseEngine.get_data_parallel_size", "undoes the averaging of gradients"),
     VerlName(ENGINE, "BaseEngine.is_mp_src_rank_with_outputs", "the ranks that return metrics"),
-    VerlName(
-        "verl.workers.utils.losses",
-        "get_policy_loss_fn",
-        "a policy loss that never aggregates is refused in its first micro-batch",
-        _watched_policy_losses,
-    ),
     VerlName("verl.utils.device", "get_device_id", "where the sum is all-reduced"),
     VerlName(METRIC, "Metric", "how a metric is combined over mini-batches and ranks"),
     VerlName(METRIC, "AggregationType", "the same"),
@@ -742,6 +819,9 @@ NAMES = (
         _checking_config,
         ("config",),
     ),
+    VerlName("verl.trainer.ppo.ray_trainer", "compute_advantage", OVERLONG, overlong.filtering, needed=False),
+    VerlName(V1 + "utils", "compute_advantage_for_multi_trajectories", OVERLONG, overlong.filtering, needed=False),
+    VerlName(V1 + "trainer_base", "PPOTrainer._compute_advantage", OVERLONG, overlong.with_lengths, needed=False),
     VerlName("verl.utils.config", "omega_conf_to_dataclass", "makes the actor's config, which is then checked"),
     VerlName("verl.trainer.ppo.utils", "need_critic", "whether there is a critic to check"),
     VerlName(
@@ -752,10 +832,6 @@ NAMES = (
         ("config",),
         needed=False,
     ),
-    VerlName("verl.trainer.ppo.ray_trainer", "agg_loss", ENTROPY, _whole_batch, needed=False),
-    VerlName("verl.trainer.ppo.v1.trainer_base", "agg_loss", ENTROPY, _whole_batch, needed=False),  # since 0.9.0
-    VerlName("verl.trainer.main_ppo_sync", "agg_loss", ENTROPY, _whole_batch, needed=False),  # 0.8.0's V1 trainer
-    VerlName("verl.experimental.separation.ray_trainer", "agg_loss", ENTROPY, _whole_batch, needed=False),
 )
 
 
@@ -770,14 +846,14 @@ def register() -> None:
     wrapt.register_post_import_hook(_register_estimator, CORE_ALGOS)
 
 
-def _register_estimator(core_algos: ModuleType) -> None:
+def _register_estimator(core_algos: types.ModuleType) -> None:
     try:
         core_algos.register_adv_est(overlong.ESTIMATOR)(overlong.grpo_overlong_filtering)
     except Exception as error:  # as in _apply; verl itself refuses the name later, check_config before Ray starts
         logger.warning("vlnorm-verl cannot register %s (%s: %s)", overlong.ESTIMATOR, type(error).__name__, error)
 
 
-def _apply(module: ModuleType) -> None:
+def _apply(module: types.ModuleType) -> None:
     """Check the names of a module that verl has just imported; wrap them if all are as expected, else none."""
     names = [name for name in NAMES if name.module == module.__name__]
     lacking = [problem for name in names if (problem := _problem(module, name))]
@@ -792,7 +868,7 @@ def _apply(module: ModuleType) -> None:
         logger.warning("vlnorm-verl cannot extend this release of verl: it lacks %s", "; ".join(lacking))
 
 
-def _problem(module: ModuleType, name: VerlName) -> str | None:
+def _problem(module: types.ModuleType, name: VerlName) -> str | None:
     found: Any = module
     for part in name.name.split("."):
         found = getattr(found, part, None)
@@ -802,20 +878,35 @@ def _problem(module: ModuleType, name: VerlName) -> str | None:
     return f"{', '.join(missing)} of {name.module}.{name.name} ({name.why})" if missing else None
 
 
-def _wrap(module: ModuleType, name: VerlName) -> None:
+def _wrap(module: types.ModuleType, name: VerlName) -> None:
     if name.wrap is not None:
         *owners, attribute = name.name.split(".")
         owner = functools.reduce(getattr, owners, module)
-        setattr(owner, attribute, name.wrap(getattr(owner, attribute)))
+        found = getattr(owner, attribute)
+        if isinstance(found, types.FunctionType) and found.__closure__ is None:
+            _replace(found, name.wrap)
+        else:  # of a fork or a user, or with super(): whoever took it out of its module keeps what it has
+            setattr(owner, attribute, name.wrap(found))
 
 
-def _patch_main() -> None:
-    """verl 0.8.0 runs its V1 trainer as __main__ (python -m verl.trainer.main_ppo_sync), which no import hook sees."""
-    main = sys.modules["__main__"]
-    run_as = getattr(getattr(main, "__spec__", None), "name", None)
-    for name in NAMES:
-        if name.module == run_as and name.wrap is _whole_batch:
-            _wrap(main, name)
+def _call(*args: Any, **kwargs: Any) -> Any:
+    return _slot(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
+
+
+def _replace(function: types.FunctionType, wrap: Callable[[Any], Any]) -> None:
+    """Makes `function` do what `wrap` makes of it, for everybody who holds it, under whatever name.
+
+    A module that verl imports before the plugin may have said `from verl.trainer.ppo.core_algos import agg_loss`.
+    """
+    stock = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    functools.update_wrapper(stock, function)
+    del stock.__wrapped__  # type: ignore[attr-defined]
+    stock.__kwdefaults__ = function.__kwdefaults__
+    slot = f"_vlnorm_verl_{function.__name__}"  # in the globals of the function's own module, with which code runs
+    function.__globals__[slot] = wrap(stock)
+    function.__code__ = _call.__code__.replace(co_names=(slot,), co_name=function.__name__)
+    function.__defaults__ = function.__kwdefaults__ = None
+    function.__wrapped__ = stock  # type: ignore[attr-defined]
 
 
 def lacking() -> list[str]:
@@ -823,14 +914,26 @@ def lacking() -> list[str]:
     needed = dict.fromkeys(name.module for name in NAMES if name.needed)
     for module_name in needed:
         try:
-            importlib.import_module(module_name)
+            module = importlib.import_module(module_name)
         except ImportError as error:
             _outcome[module_name] = f"{module_name} ({error})"
+        else:
+            if module_name in _outcome and _is_reloaded(module):
+                _apply(module)
     not_patched = [f"{module_name} not patched" for module_name in needed if module_name not in _outcome]
     return [reason for name in needed if (reason := _outcome.get(name))] + not_patched
 
 
-def require_installed(mode: str) -> None:
+def _is_reloaded(module: types.ModuleType) -> bool:
+    """Whether functions that were wrapped are again as the module's own file has them."""
+    if _outcome[module.__name__] is not None:
+        return False
+    wrapped = [name.name for name in NAMES if name.module == module.__name__ and name.wrap]
+    codes = [getattr(functools.reduce(getattr, name.split("."), module), "__code__", None) for name in wrapped]
+    return any(code and code.co_filename == module.__file__ for code in codes)
+
+
+def require_installed(mode: object) -> None:
     """Raises RuntimeError if a name that every run needs is not there, or the plugin is not loaded."""
     if missing := lacking():
         hint = "Run `vlnorm-verl doctor`."

@@ -5,7 +5,7 @@
 writes FILE as JSON, one entry a row of the support matrix and mode. `kind` says what the entry is:
 
     exact     the row was trained; `error` is the relative distance of the whole gradient from Σ x_i g_i
-    refused   the row must not be trained; `at_config` is ActorConfig's message, `at_run` the mini-batch's for a config
+    refused   the row must not be trained; `at_config` is the driver's message, `at_run` the mini-batch's for a config
               that was never checked ("" if it is trained then)
     absent    this release of verl lacks the loss or the feature
     failed    an exception, in `message`
@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine import older_verl, scenarios
+from vlnorm_verl import plugin
 from vlnorm_verl.cpu import patches
 
 # isort: split
@@ -330,7 +331,7 @@ def make_worker(kind: str, actor: Any) -> Any:
 
 
 def loss_function(case: Case, mode: str, *, checked: bool = True) -> Callable[..., Any]:
-    """verl's loss with its config, as verl's workers make it; `checked`: let ActorConfig see the policy loss."""
+    """verl's loss with its config, as verl's workers make it; `checked`: as the driver does before a run."""
     from verl.workers.config import CriticConfig, PolicyLossConfig
     from verl.workers.utils import losses
 
@@ -359,6 +360,8 @@ def loss_function(case: Case, mode: str, *, checked: bool = True) -> Callable[..
         config = dataclasses.replace(config, clip_ratio_low=case.clip, clip_ratio_high=case.clip)
     if checked:
         config = dataclasses.replace(config, policy_loss=policy_loss, global_batch_info={})
+        if plugin.is_ours(mode):
+            plugin.check_policy_loss(config)
     else:
         object.__setattr__(config, "policy_loss", policy_loss)
     return functools.partial(losses.ppo_loss, config=config)
@@ -538,7 +541,7 @@ def exact_row(bench: Bench, case: Case) -> list[dict[str, Any]]:
 
 
 def refused_row(bench: Bench, case: Case, at_config: str) -> dict[str, Any]:
-    """Also what happens if a config that ActorConfig refuses reaches the engine."""
+    """Also what happens if a config that the driver refuses reaches the engine."""
     try:
         bench.train(case, loss_function(case, MODES[0], checked=False), bench.batch(case))
         at_run = ""
