@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vlnorm_verl.report import measures, paper, readers, tables
+from vlnorm_verl.report import dumps, measures, paper, tables
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.readers import ReportError, read_runs
 from vlnorm_verl.report.report import build
@@ -531,7 +531,7 @@ def test_acc_counts_before_score_and_booleans_count(tmp_path: Path) -> None:
     file = tmp_path / "0.jsonl"
     lines = [dump_line("p", 1, acc=0.0), dump_line("p", 0, acc=True), dump_line("q", 1, acc=None), dump_line("q", 0)]
     file.write_text("".join(lines))
-    found = readers.count(file, [])[""]
+    found = dumps.count(file, [])[""]
     assert dict(zip(found.n.tolist(), found.correct.tolist(), strict=True)) == {2: 1.0}
     assert found.correct.tolist() == [1.0, 1.0]
 
@@ -539,7 +539,7 @@ def test_acc_counts_before_score_and_booleans_count(tmp_path: Path) -> None:
 def test_equal_prompts_with_other_answers_are_other_problems(tmp_path: Path) -> None:
     file = tmp_path / "0.jsonl"
     file.write_text(dump_line("p", 1, gts={"a": 1}) + dump_line("p", 1, gts={"a": 2}) + dump_line("p", 0, gts={"a": 1}))
-    assert sorted(readers.count(file, [])[""].n.tolist()) == [1, 2]
+    assert sorted(dumps.count(file, [])[""].n.tolist()) == [1, 2]
 
 
 def test_a_dump_that_is_being_written(tmp_path: Path) -> None:
@@ -592,7 +592,7 @@ def test_counts_are_kept_until_a_dump_changes(tmp_path: Path) -> None:
 
 
 def test_a_cache_of_something_else_is_made_anew(tmp_path: Path) -> None:
-    (tmp_path / readers.CACHE_FILE).write_bytes(b"\xc1 something else")
+    (tmp_path / dumps.CACHE_FILE).write_bytes(b"\xc1 something else")
     folder = write_run(tmp_path / "run", curve={1: 0.5}, dumps={1: {"p": [1, 0]}})
     assert read_one(folder, cache_folder=tmp_path).validations[1]["set"].correct.tolist() == [1]
 

@@ -25,8 +25,7 @@ from vlnorm_verl.report.estimates import (
     pass_at_k,
     rank_correlation,
 )
-from vlnorm_verl.report.readers import Logged, logged_accuracies, value_at
-from vlnorm_verl.report.runs import Run, Setting, Validation
+from vlnorm_verl.report.runs import Logged, Run, Setting, Validation, logged_accuracies, value_at
 
 K = 8  # of Pass@k, the paper's
 Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]  # responses [P], correct [P] -> score [P]
@@ -65,14 +64,14 @@ def of_seed(runs: Sequence[Run], seed: int) -> Run | None:
 
 def validation_sets(runs: Sequence[Run]) -> list[str]:
     """Names of the validation sets of these runs, sorted."""
-    names = {name for run in runs for name in logged_accuracies(run.metrics)}
+    names = {name for run in runs for name in logged_accuracies(run)}
     names |= {name for run in runs for sets in run.validations.values() for name in sets}
     return sorted(names)
 
 
 def validated_steps(run: Run) -> list[int]:
     """Steps with a validation that verl logged; of a run without any such metric, those with a dump."""
-    logged = {int(s) for one in logged_accuracies(run.metrics).values() for s in run.steps[np.isfinite(one.values)]}
+    logged = {int(s) for one in logged_accuracies(run).values() for s in run.steps[np.isfinite(one.values)]}
     return sorted(logged or run.validations)
 
 
@@ -95,7 +94,7 @@ def accuracy_curve(run: Run, name: str | None = None) -> tuple[np.ndarray, np.nd
 
     verl's own value where it is logged, else the dump's. Empty for several sets of unknown size.
     """
-    logged, names = logged_accuracies(run.metrics), validation_sets([run]) if name is None else [name]
+    logged, names = logged_accuracies(run), validation_sets([run]) if name is None else [name]
     sizes = set_sizes(run)
     if len(names) > 1 and not all(one in sizes for one in names):
         return np.empty(0, dtype=np.int64), np.empty(0)
@@ -343,7 +342,7 @@ def own_best(runs: Sequence[Run]) -> float | None:
     """
     step, found = final_step(runs), []
     for run in final_runs(runs):
-        names, sizes, logged = validation_sets([run]), set_sizes(run), logged_accuracies(run.metrics)
+        names, sizes, logged = validation_sets([run]), set_sizes(run), logged_accuracies(run)
         if step is None or (len(names) > 1 and not all(name in sizes for name in names)):
             return None
         columns = [
@@ -360,7 +359,7 @@ def own_best(runs: Sequence[Run]) -> float | None:
 
 def accuracies_of(runs: Sequence[Run]) -> tuple[set[str], set[int]]:
     """What the runs' accuracies are means of: variables of the reward, and numbers of responses to a problem."""
-    logged = [one for run in runs for one in logged_accuracies(run.metrics).values()]
+    logged = [one for run in runs for one in logged_accuracies(run).values()]
     counts = {one.n for one in logged}
     for sets in (sets for run in runs for sets in run.validations.values()):
         counts |= {int(one.n.max()) for one in sets.values() if len(one.n)}

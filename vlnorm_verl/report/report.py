@@ -20,8 +20,8 @@ import msgspec
 from rich.console import Console
 
 from vlnorm_verl.report.output import missing_libraries
-from vlnorm_verl.report.readers import ReportError, read_runs
-from vlnorm_verl.report.runs import Run
+from vlnorm_verl.report.readers import read_runs
+from vlnorm_verl.report.runs import ReportError, Run
 from vlnorm_verl.running import write_json
 
 WRITTEN = ".written.json"
