@@ -176,8 +176,8 @@ def _cut_mode(name: str) -> tuple[str, str]:
     (match,) = found
     plain = match["mode"].lower().replace("-", "_")
     mode = next(mode for mode in MODES if mode.replace("-", "_") == plain)
-    if (parameter := match["parameter"] or match["alpha"] or match["decimal"]) or match["parameter"] is not None:
-        mode += f":{parameter.rstrip('.')}"
+    for parameter in (match[group] for group in ("parameter", "alpha", "decimal") if match[group] is not None):
+        mode += f":{parameter}"
     return (name[: match.start()].rstrip("-_., ") + name[match.end() :]).strip("-_., "), mode
 
 

@@ -141,12 +141,18 @@ def entropy_per_token(run: Run) -> np.ndarray | None:
     return None
 
 
-def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of each value and the `window` − 1 before it, of fewer at the beginning."""
+def trailing_mean(steps: np.ndarray, values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of each value and those before it that are less than `window` steps away."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
+    starts = np.searchsorted(steps, np.asarray(steps) - window, side="right")
     return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
+
+
+def smoothing(runs: Iterable[Run], asked: int | None) -> int:
+    """Steps of the trailing mean: as asked, else three validations of the run that is validated least often."""
+    gaps = [float(np.median(np.diff(steps))) for run in runs if len(steps := validated_steps(run)) > 1]
+    return asked or int(np.ceil(3 * max(gaps, default=1.0)))
 
 
 def first_hit(steps: np.ndarray, values: np.ndarray, target: float) -> int | None:
@@ -243,7 +249,8 @@ def accuracy_at(runs: Sequence[Run], step: int, name: str | None = None) -> Esti
     values = [float(found[steps == step][0]) for steps, found in curves if step in steps]
     if not values:
         return None
-    found = over_seeds(values, 0.0, 1.0)
+    # A reward or another metric may have any values.
+    found = over_seeds(values, 0.0, 1.0) if min(values) >= 0 and max(values) <= 1 else over_seeds(values)
     return replace(found, note="no dumps, over seeds only" if len(values) > 1 else "no dumps")
 
 
@@ -286,8 +293,9 @@ def difference(runs: Sequence[Run], reference: Sequence[Run], name: str | None =
     """Accuracy of `runs` minus that of `reference` at the last step that both have; None without accuracies there.
 
     Paired as far as there are dumps of the same problems; else the plain difference, without an interval. Seeds that
-    both have are the ones compared, if there is any. The note names the step where it is not the last of both, and how
-    many seeds it is of where that is not all.
+    both have are the ones compared, if there are several or no others. The note names the step where it is not the last
+    of both, and how many seeds it is of where that is not all. One seed in common where there are more: all seeds, if
+    both sides have several; else that seed, without an interval, which would be of problems only.
     """
     step = common_step(runs, reference)
     if step is None:
@@ -296,11 +304,14 @@ def difference(runs: Sequence[Run], reference: Sequence[Run], name: str | None =
     every = {run.seed for run in [*runs, *reference]}
     runs, reference = at_step(runs, step), at_step(reference, step)
     shared = {run.seed for run in runs} & {run.seed for run in reference}
-    if shared:
+    lone = len(shared) == 1 and shared != every and 1 in (len(runs), len(reference))
+    if lone or len(shared) > 1:
         runs, reference = ([run for run in side if run.seed in shared] for side in (runs, reference))
         if shared != every:
-            notes.append(f"{len(shared)} of {len(every)} seeds")
+            notes.append(f"{len(shared)} of {len(every)} seeds" + (": no interval" if lone else ""))
     found = _difference_at(runs, reference, step, name)
+    if found is not None and lone:
+        found = replace(found, low=nan, high=nan)
     return None if found is None else _with_note(found, *notes)
 
 
@@ -355,6 +366,13 @@ def own_best(runs: Sequence[Run]) -> float | None:
             return None
         found.append(float(np.average(known, weights=[sizes.get(name, 1) for name in names])))
     return float(np.mean(found)) if found else None
+
+
+def accuracy_name(runs: Sequence[Run]) -> str:
+    """Avg@8, or of how many responses the accuracies are; the metric's name where it is another."""
+    _, counts = accuracies_of(runs)
+    other = next((run.metric for run in runs if run.metric and counts <= {0}), "")
+    return other or (f"Avg@{next(iter(counts))}" if len(counts) == 1 else "Avg@k")
 
 
 def accuracies_of(runs: Sequence[Run]) -> tuple[set[str], set[int]]:
@@ -422,10 +440,12 @@ class Reach:
     first: int | None
     last: int
     above_start: bool  # whether the target was not met already by the validation before the first step
+    late: bool  # whether the log's beginning is lost, so that the target may have been met before `first`
+    reference_late: bool
 
 
 def reach(run: Run, reference: Run, smooth: int) -> Reach | None:
-    """smooth: validations in the trailing mean that both curves and the target are taken of; 1 is raw.
+    """smooth: steps of the trailing mean that both curves and the target are taken of; 1 is raw.
 
     None if either has no validation after its first step.
     """
@@ -433,7 +453,7 @@ def reach(run: Run, reference: Run, smooth: int) -> Reach | None:
     if any(not len(steps) or steps[-1] <= 0 for steps, _ in curves):
         return None
     (steps, values), (reference_steps, reference_values) = (
-        (steps, trailing_mean(values, smooth)) for steps, values in curves
+        (steps, trailing_mean(steps, values, smooth)) for steps, values in curves
     )
     target = float(reference_values[-1])
     begun, reference_begun = steps > 0, reference_steps > 0
@@ -447,6 +467,8 @@ def reach(run: Run, reference: Run, smooth: int) -> Reach | None:
         first=first_hit(steps[begun], values[begun], target),
         last=int(steps[-1]),
         above_start=all(start < target for start in starts),
+        late=run.late_start is not None,
+        reference_late=reference.late_start is not None,
     )
 
 
@@ -470,10 +492,14 @@ class SpeedUp:
     by_first: Estimate | None  # reference's first hit / first hit
     waiting: int | None
     note: str
+    late: bool  # whether `first`, and below whether `reference_first`, is the latest that it can have been
+    reference_late: bool
 
 
 def speed_up(runs: Sequence[Run], reference: Sequence[Run], smooth: int) -> SpeedUp | None:
     """Ratios are geometric means over seeds, with a t interval of their logarithms where every seed reached.
+
+    A seed whose log has lost its beginning has a first hit "at or before" a step, and no ratio.
 
     Seeds are paired by number if any is in both, else in their order: independent samples may be paired at will. None
     if no pair has validations after the first step.
@@ -500,7 +526,13 @@ def speed_up(runs: Sequence[Run], reference: Sequence[Run], smooth: int) -> Spee
     waiting = [one.last for run, _, one in usable if one.first is None and unfinished(run)]
     shown = reached or [one for _, _, one in usable]
     firsts = [one.first for one in reached if one.first is not None]
-    complete = len(reached) == len(usable)
+    late = [one for one in shown if one.late or one.reference_late]
+    which = "that reached"
+    if late:
+        notes.append(f"the beginning of a log is lost in {len(late)} of {len(shown)} seeds")
+        which += ", with a whole log"
+    by_last = [one.reference_last / one.first for one in reached if one.first and not one.late]
+    by_first = [one.reference_first / one.first for one in reached if one.first and one not in late]
     return SpeedUp(
         pairs=len(usable),
         reached=len(reached),
@@ -508,10 +540,12 @@ def speed_up(runs: Sequence[Run], reference: Sequence[Run], smooth: int) -> Spee
         reference_last=_mean([one.reference_last for one in shown]),
         reference_first=_mean([one.reference_first for one in shown]),
         first=_mean(firsts) if firsts else None,
-        by_last=_ratio([one.reference_last / one.first for one in reached if one.first], complete),
-        by_first=_ratio([one.reference_first / one.first for one in reached if one.first], complete),
+        by_last=_ratio(by_last, len(usable), which),
+        by_first=_ratio(by_first, len(usable), which),
         waiting=min(waiting, default=None),
         note="; ".join(notes),
+        late=any(one.late for one in reached),
+        reference_late=any(one.reference_late for one in shown),
     )
 
 
@@ -527,17 +561,23 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else nan
 
 
-def _ratio(ratios: list[float], complete: bool) -> Estimate | None:
+def _ratio(ratios: list[float], seeds: int, which: str) -> Estimate | None:
     if not ratios:
         return None
     found = over_seeds(np.log(ratios).tolist())
     value = float(np.exp(found.value))
-    if not complete:
-        return Estimate(value, note=f"of the {'seed' if len(ratios) == 1 else f'{len(ratios)} seeds'} that reached")
+    if len(ratios) < seeds:
+        return Estimate(value, note=f"of the {'seed' if len(ratios) == 1 else f'{len(ratios)} seeds'} {which}")
     return Estimate(value, float(np.exp(found.low)), float(np.exp(found.high)), found.note)
 
 
-# ---------------------------------------------------------------------------------------------------- which VL Norm
+# ---------------------------------------------------------------------------------------- what is compared with what
+
+
+def compared_with(setting: Setting, method_keys: Iterable[str], baseline: str = "") -> str | None:
+    """The method that the others of a setting are compared with: the baseline asked for, else VL Norm."""
+    keys = list(method_keys)
+    return main_vl_norm(setting, keys) if not baseline else baseline if baseline in keys else None
 
 
 def main_vl_norm(setting: Setting, method_keys: Iterable[str]) -> str | None:
