@@ -57,28 +57,40 @@ def said(runs: list[Run]) -> list[tuple[str, int]]:
 # --------------------------------------------------------------------------------------------------------- resumed
 
 TRACK = """
-import json, sys, time
+import json, os, sys
 from verl.utils.tracking import Tracking
-config = {"actor_rollout_ref": {"actor": {"loss_agg_mode": "vl_norm"}}, "data": {"seed": int(sys.argv[2])},
-          "trainer": {"total_training_steps": 60, "resume_from_path": sys.argv[3]}}
-tracking = Tracking("project", "experiment", default_backend=sys.argv[1].split(","), config=config)
-for text in sys.stdin:
-    tracking.log(**json.loads(text))
-tracking.finish()
+for start in json.load(sys.stdin):
+    os.environ |= start["variables"]
+    config = {"actor_rollout_ref": {"actor": {"loss_agg_mode": "vl_norm"}}, "data": {"seed": start["seed"]},
+              "trainer": {"total_training_steps": 60, "resume_from_path": start["variables"]["TENSORBOARD_DIR"]}}
+    tracking = Tracking("project", "experiment", default_backend=["file", "wandb", "tensorboard"], config=config)
+    for text in start["lines"].splitlines():
+        tracking.log(**json.loads(text))
+    tracking.finish()
 """
-
-
-def track(folder: Path, backend: str, lines: str, seed: int = 7, **variables: str) -> None:
-    """What verl's own Tracking writes of one start."""
-    here = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "TENSORBOARD_DIR": str(folder / "tensorboard")}
-    here |= {"WANDB_SILENT": "true", "WANDB_CONFIG_DIR": str(folder), "WANDB_CACHE_DIR": str(folder), **variables}
-    command = [sys.executable, "-c", TRACK, backend, str(seed), lines[:20]]
-    subprocess.run(
-        command, input=lines, env={**os.environ, **here}, cwd=folder, check=True, capture_output=True, text=True
-    )
-
-
 CRASHED, RESUMED = text((0, 50, 0.0)), text((41, 60, 0.1))
+STARTS = {  # folder: starts, their seeds
+    "resumed": ((CRASHED, 7), (text((0, 60, 0.0)), 8), (RESUMED, 7)),
+    "by-wandb": ((CRASHED, 7), (text((0, 20, 0.1)), 7)),
+}
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What verl's own Tracking writes of runs that were started more than once: STARTS, each with three loggers."""
+    root = tmp_path_factory.mktemp("tracked")
+    starts = []
+    for name, of_folder in STARTS.items():
+        for lines, seed in of_folder:
+            here = {"WANDB_DIR": str(root / name), "TENSORBOARD_DIR": str(root / name / f"tensorboard-{seed}")}
+            here |= {"VERL_FILE_LOGGER_PATH": str(root / name / f"seed{seed}.jsonl")}
+            here |= {"WANDB_RUN_ID": "abc", "WANDB_RESUME": "allow"} if name == "by-wandb" else {}
+            starts.append({"variables": here, "lines": lines, "seed": seed})
+            (root / name).mkdir(exist_ok=True)
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(root)}
+    command, variables = [sys.executable, "-c", TRACK], {**os.environ, **offline}
+    subprocess.run(command, input=json.dumps(starts), env=variables, check=True, capture_output=True, text=True)
+    return root
 
 
 def test_a_jsonl_in_which_the_step_goes_back(tmp_path: Path) -> None:
@@ -89,12 +101,10 @@ def test_a_jsonl_in_which_the_step_goes_back(tmp_path: Path) -> None:
     assert "run.jsonl: starts again at step 21; 24 later steps of the earlier start left out" in run.notes
 
 
-def test_tensorboard_and_wandb_folders_of_a_resumed_run(tmp_path: Path) -> None:
+def test_tensorboard_and_wandb_folders_of_a_resumed_run(tracked: Path) -> None:
     """Two starts, and another seed of the same configuration."""
-    for lines, seed in ((CRASHED, 7), (text((0, 60, 0.0)), 8), (RESUMED, 7)):
-        track(tmp_path, "wandb" if seed == 8 else "wandb,tensorboard", lines, seed)
-    (one,) = read(tmp_path / "tensorboard")
-    runs = read(tmp_path / "wandb")
+    (one,) = read(tracked / "resumed" / "tensorboard-7")
+    runs = read(tracked / "resumed" / "wandb")
     assert said(runs) == [("vl_norm:1", 7), ("vl_norm:1", 8)]
     assert len({run.name for run in runs}) == 2
     for run in (one, runs[0]):
@@ -103,12 +113,17 @@ def test_tensorboard_and_wandb_folders_of_a_resumed_run(tmp_path: Path) -> None:
         assert any("starts again at step 41; 9 later steps of the earlier start left out" in note for note in run.notes)
 
 
-def test_wandbs_own_resumption_is_one_run_whatever_its_steps(tmp_path: Path) -> None:
-    for lines in (CRASHED, text((0, 20, 0.1))):
-        track(tmp_path, "wandb", lines, WANDB_RUN_ID="abc", WANDB_RESUME="allow")
-    (run,) = read(tmp_path)
+def test_wandbs_own_resumption_is_one_run_whatever_its_steps(tracked: Path) -> None:
+    (run,) = read(tracked / "by-wandb" / "wandb")
     assert run.steps[-1] == 20
     assert value_at(run, run.metrics[KEY], 20) == 0.5
+
+
+def test_one_run_by_three_loggers_is_one_run(tracked: Path) -> None:
+    """verl's file logger kept only the last start."""
+    runs = read(tracked / "resumed")
+    assert [(run.method_key, run.seed) for run in runs if len(run.steps)] == [("vl_norm:1", 7), ("vl_norm:1", 8)]
+    assert sum("by another logger: left out" in " ".join(run.notes) for run in runs) == len(runs) - 2 == 4
 
 
 def test_files_of_one_seed_are_joined_where_the_later_does_not_begin_at_the_beginning(tmp_path: Path) -> None:

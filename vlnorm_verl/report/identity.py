@@ -119,18 +119,19 @@ def identify(source: Source, config: dict[str, Any] | None = None, title: str = 
     elif not found.method and source.label:
         found.method, found.alpha = parse_method(source.label, where)
     elif not found.method:
-        found.named = True
+        found.named = source.kind != "empty"
     return found
 
 
 # ----------------------------------------------------------------------------------------------------------- names
 
-# A mode between separators, "-" and "_" alike, longest first; of VL Norm with α as in vl_norm:0.75, vl_norm-alpha0.75,
-# vl_norm-0.75.
+# A mode between separators, "-", "_" and " " alike, longest first; of VL Norm with α as in vl_norm:0.75,
+# vl_norm-alpha0.75, vl_norm-0.75.
 _MODE = re.compile(
     "(?<![a-z0-9])(?P<mode>"
-    + "|".join(re.sub("[-_]", "[-_]", mode) for mode in sorted(MODES, key=len, reverse=True))
-    + r")(?![a-z0-9])(?::(?P<parameter>[^\s_/-]*)|[-_]?(?:alpha|α)[-_=]?(?P<alpha>\d[\d.]*)|[-_](?P<decimal>\d\.\d+))?",
+    + "|".join(re.sub("[-_]", "[-_ ]", mode) for mode in sorted(MODES, key=len, reverse=True))
+    + r")(?![a-z0-9])"
+    + r"(?::(?P<parameter>[^\s_/-]*)|[-_ ]?(?:alpha|α)[-_= ]*(?P<alpha>\d(\.\d+)?)|[-_ ](?P<decimal>\d\.\d+))?",
     re.IGNORECASE,
 )
 _SEED = re.compile(r"(?:^|[-_., ])(?:seed[-_=]?(\d{1,9})(?=$|[-_., ])|s(\d{1,9})$)", re.IGNORECASE)
@@ -174,7 +175,7 @@ def _cut_mode(name: str) -> tuple[str, str]:
     if len(found) != 1:
         return name, ""
     (match,) = found
-    plain = match["mode"].lower().replace("-", "_")
+    plain = re.sub("[- ]", "_", match["mode"].lower())
     mode = next(mode for mode in MODES if mode.replace("-", "_") == plain)
     for parameter in (match[group] for group in ("parameter", "alpha", "decimal") if match[group] is not None):
         mode += f":{parameter}"
@@ -193,7 +194,10 @@ def settle(identities: Sequence[Identity], labelled: Sequence[bool]) -> None:
     by_name = [one for one in identities if one.named and one not in nameless and not any(one.setting)]
     first: dict[tuple[Any, ...], Identity] = {}
     if any(first.setdefault((one.method, one.alpha, one.seed), one).rest != one.rest for one in by_name):
-        for one, name in zip(by_name, shortest([one.rest for one in by_name]), strict=True):
+        rests = [one.rest for one in by_name]
+        while all(rests) and len({rest[-1] for rest in rests}) == 1:  # what all runs are in tells none apart
+            rests = [rest[:-1] for rest in rests]
+        for one, name in zip(by_name, shortest(rests), strict=True):
             one.task = name
     known = {one.setting for one in identities if any(one.setting)}
     if len(known) == 1:

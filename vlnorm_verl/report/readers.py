@@ -72,6 +72,7 @@ def read_runs(
     logs = _joined([_read(source) for source in find(arguments)])
     settle([log.identity for log in logs], [bool(log.source.label) for log in logs])
     runs = [_run(log, name, metric) for log, name in zip(logs, _names(logs), strict=True)]
+    _leave_out_copies(runs, [log.source.kind for log in logs])
     if metric and not any(metric in run.metrics for run in runs):
         known = {key for run in runs for key in run.metrics}
         nearest = difflib.get_close_matches(metric, known, n=3, cutoff=0.4) or sorted(known)[:3]
@@ -122,7 +123,9 @@ def _names(logs: Sequence[_Log]) -> list[str]:
     """What each run is called: its label, or as much of its path as tells it from the others."""
     paths = shortest([log.identity.names for log in logs])
     return [
-        path if not log.source.label else log.source.label if log.source.alone else f"{log.source.label}/{path}"
+        (label + ("" if log.source.seed is None else f"@{log.source.seed}") if log.source.alone else f"{label}/{path}")
+        if (label := log.source.label)
+        else path
         for log, path in zip(logs, paths, strict=True)
     ]
 
@@ -164,12 +167,30 @@ def _run(log: _Log, name: str, metric: str) -> Run:
     return run
 
 
+def _leave_out_copies(runs: Sequence[Run], kinds: Sequence[str]) -> None:
+    """verl logs to several loggers at once: of the same values from two of them, those with more known are kept."""
+    order = sorted(range(len(runs)), key=lambda i: (not any(runs[i].setting), kinds[i] != "jsonl"))
+    for place, i in enumerate(order):
+        run = runs[i]
+        for other in (runs[j] for j in order[:place] if kinds[j] != kinds[i] and _same_values(run, runs[j])):
+            run.notes.append(f"the same values as {other.name}, by another logger: left out")
+            run.steps, run.metrics, run.ended = run.steps[:0], {}, {}
+
+
+def _same_values(run: Run, other: Run) -> bool:
+    """Of all metrics that both have, at all steps that both have, as far as tensorboard's float32 tells them apart."""
+    _, of_run, of_other = np.intersect1d(run.steps, other.steps, return_indices=True)
+    pairs = [(run.metrics[key][of_run], other.metrics[key][of_other]) for key in run.metrics.keys() & other.metrics]
+    same = (np.array_equal(one.astype(np.float32), two.astype(np.float32), equal_nan=True) for one, two in pairs)
+    return len(of_run) > 0 and bool(pairs) and all(same)
+
+
 def _dumps(run: Run, log: _Log) -> dict[int, Path]:
     """{step: dump} up to the run's last record, beyond which a dump is of a start that was given up or not logged."""
     folder = log.source.folder / "validation"
     if not folder.is_dir() and log.identity.validation_folder:
         folder = Path(log.identity.validation_folder)
-    if log.source.shared or log.source.kind == "empty" or not folder.is_dir():
+    if log.source.shared or not log.identity.method or not folder.is_dir():
         return {}
     found = {int(f.stem): f for f in folder.glob("*.jsonl") if f.stem.isdecimal()}
     last = int(run.steps[-1]) if len(run.steps) else max(found, default=0)
@@ -215,7 +236,7 @@ def _number_seeds(runs: Sequence[Run]) -> None:
     for run in runs:
         taken.setdefault((run.setting, run.method_key), set()).add(run.seed)
     for run in runs:
-        if run.seed == UNKNOWN_SEED:
+        if run.seed == UNKNOWN_SEED and (len(run.steps) or run.validations):
             seeds = taken[run.setting, run.method_key]
             run.seed = next(seed for seed in range(len(seeds) + 1) if seed not in seeds)
             seeds.add(run.seed)

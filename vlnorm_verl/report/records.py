@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -30,7 +30,7 @@ Records = dict[int, dict[str, Any]]
 class Record(msgspec.Struct):
     """A line of verl's file logger."""
 
-    step: int
+    step: Annotated[int, msgspec.Meta(ge=0)]
     data: dict[str, Any]
 
 
@@ -142,8 +142,8 @@ def columns(records: Records) -> tuple[np.ndarray, dict[str, np.ndarray], dict[s
     metrics, ended = {}, {}
     for name in dict.fromkeys(key for row in rows for key in row):
         values = [row.get(name) for row in rows]
-        if not set(map(type, values)) <= {float, int, type(None)}:
-            values = [v if type(v) in (float, int) else None for v in values]
+        if not set(map(type, values)) <= {float, type(None)}:
+            values = [v if type(v) is float or (type(v) is int and abs(v) < 1e300) else None for v in values]
         column = np.array(values, dtype=np.float64)
         column[~np.isfinite(column)] = nan
         finite = np.flatnonzero(np.isfinite(column))

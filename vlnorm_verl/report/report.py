@@ -102,7 +102,7 @@ def _method_key(baseline: str, runs: list[Run]) -> str:
 
 
 def _read(arguments: list[str], out: Path, metric: str, baseline: str) -> tuple[list[Run], str]:
-    """The runs and the baseline's key; `out` is made before (reading may take long), and not left by a wrong request."""
+    """The runs and the baseline's key; `out` is made before, and not left behind for a wrong request."""
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)

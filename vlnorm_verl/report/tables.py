@@ -436,6 +436,8 @@ def _mean_step(step: float | None, at_or_before: bool = False) -> Cell:
 
 def _papers_first_hit(one: Group, other: Group) -> str:
     """ "375 (2.67×) [paper, Fig. 2]": when VL Norm reaches DAPO's final accuracy, and the paper's count of it."""
+    if not paper.has(one[0]):
+        return ""
     hit, ratio = (paper.known(*one, metric) for metric in ("first_hit", "speed_up"))
     if one[0].scale == "cpu" or hit is None or ratio is None or other[1] != "dapo":
         return paper.TINY if one[0].scale == "cpu" else paper.NOT_FOUND
@@ -449,12 +451,13 @@ def inputs(runs: Sequence[Run]) -> Table:
     for run in runs:
         last = str(int(run.steps[-1])) if len(run.steps) else "none"
         planned = f" of {run.planned_steps}" if run.planned_steps else ""
-        notes = [*run.notes, *(["another run has the same seed: left out"] if id(run) in left_out else [])]
+        double = id(run) in left_out and len(run.steps)
+        notes = [*run.notes, *(["another run has the same seed: left out"] if double else [])]
         setting = " ".join(filter(None, run.setting)) or "unknown"
         rows.append(
             [
-                run.name, str(run.folder), setting, run.method_key, run.seed, f"{last}{planned}",
-                len(measures.validated_steps(run)), "; ".join(dict.fromkeys(notes)),
+                run.name, str(run.folder), setting, run.method_key, None if run.seed < 0 else run.seed,
+                f"{last}{planned}", len(measures.validated_steps(run)), "; ".join(dict.fromkeys(notes)),
             ]
         )  # fmt: skip
     columns = ["run", "folder", "setting", "method", "seed", "last step", "validations", "notes"]

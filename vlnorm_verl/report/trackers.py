@@ -37,6 +37,8 @@ def read_tensorboard(files: Iterable[Path], notes: list[str]) -> list[Start]:
                         rows.append((event.step, {value.tag: number.item()}))
         except Exception as error:  # tensorboard has no class of its own for a file that is damaged
             notes.append(f"{file.name}: cannot be read to its end ({type(error).__name__})")
+        if began is None:
+            notes.append(f"{file.name}: no event in it")
         found.append((began or 0.0, starts_of(file.name, rows)))
     return [start for _, starts in sorted(found, key=lambda one: one[0]) for start in starts]
 
