@@ -57,7 +57,7 @@ def said(runs: list[Run]) -> list[tuple[str, int]]:
 # --------------------------------------------------------------------------------------------------------- resumed
 
 TRACK = """
-import json, os, sys
+import json, os, sys, wandb
 from verl.utils.tracking import Tracking
 for start in json.load(sys.stdin):
     os.environ |= start["variables"]
@@ -67,6 +67,7 @@ for start in json.load(sys.stdin):
     for text in start["lines"].splitlines():
         tracking.log(**json.loads(text))
     tracking.finish()
+    wandb.teardown()  # it would go on writing into the first start's folder
 """
 CRASHED, RESUMED = text((0, 50, 0.0)), text((41, 60, 0.1))
 STARTS = {  # folder: starts, their seeds

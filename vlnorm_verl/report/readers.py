@@ -72,7 +72,7 @@ def read_runs(
     logs = _joined([_read(source) for source in find(arguments)])
     settle([log.identity for log in logs], [bool(log.source.label) for log in logs])
     runs = [_run(log, name, metric) for log, name in zip(logs, _names(logs), strict=True)]
-    _leave_out_copies(runs, [log.source.kind for log in logs])
+    _leave_out_copies(runs, logs)
     if metric and not any(metric in run.metrics for run in runs):
         known = {key for run in runs for key in run.metrics}
         nearest = difflib.get_close_matches(metric, known, n=3, cutoff=0.4) or sorted(known)[:3]
@@ -167,14 +167,15 @@ def _run(log: _Log, name: str, metric: str) -> Run:
     return run
 
 
-def _leave_out_copies(runs: Sequence[Run], kinds: Sequence[str]) -> None:
-    """verl logs to several loggers at once: of the same values from two of them, those with more known are kept."""
-    order = sorted(range(len(runs)), key=lambda i: (not any(runs[i].setting), kinds[i] != "jsonl"))
-    for place, i in enumerate(order):
-        run = runs[i]
-        for other in (runs[j] for j in order[:place] if kinds[j] != kinds[i] and _same_values(run, runs[j])):
-            run.notes.append(f"the same values as {other.name}, by another logger: left out")
+def _leave_out_copies(runs: Sequence[Run], logs: Sequence[_Log]) -> None:
+    """verl logs to several loggers at once: of the same values by two of them, those with a configuration are kept."""
+    kept: list[tuple[Run, _Log]] = []
+    for run, log in sorted(zip(runs, logs, strict=True), key=lambda one: (one[1].identity.named, -len(one[0].steps))):
+        copied = [other for other, of in kept if of.source.kind != log.source.kind and _same_values(run, other)]
+        if copied:
+            run.notes.append(f"the same values as {copied[0].name}, by another logger: left out")
             run.steps, run.metrics, run.ended = run.steps[:0], {}, {}
+        kept.append((run, log))
 
 
 def _same_values(run: Run, other: Run) -> bool:
