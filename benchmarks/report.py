@@ -32,7 +32,7 @@ imported = time.perf_counter()
 runs = read_runs([sys.argv[1]], Path(sys.argv[2]))
 read = time.perf_counter()
 from vlnorm_verl.report.tables import tables
-tables(runs, 3)
+tables(runs)
 done = time.perf_counter()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(len(runs), sum(len(run.steps) for run in runs), imported - start, read - imported, done - read, peak)

@@ -61,7 +61,8 @@ import json, os, sys, wandb
 from verl.utils.tracking import Tracking
 for start in json.load(sys.stdin):
     os.environ |= start["variables"]
-    config = {"actor_rollout_ref": {"actor": {"loss_agg_mode": "vl_norm"}}, "data": {"seed": start["seed"]},
+    config = {"actor_rollout_ref": {"actor": {"loss_agg_mode": "vl_norm", "limit": float("inf")}},
+              "data": {"seed": start["seed"]},
               "trainer": {"total_training_steps": 60, "resume_from_path": start["variables"]["TENSORBOARD_DIR"]}}
     tracking = Tracking("project", "experiment", default_backend=["file", "wandb", "tensorboard"], config=config)
     for text in start["lines"].splitlines():

@@ -104,22 +104,15 @@ def identify(source: Source, config: dict[str, Any] | None = None, title: str = 
     names = tuple(filter(None, (title, *source.names)))
     method, seed, found.rest = read_names(names, source.below + bool(title))
     found.names = tuple(itertools.dropwhile(_SAYS_NOTHING.fullmatch, names)) or names
-    if source.seed is not None:
-        found.seed = source.seed
-    elif found.seed is None:
-        found.seed = seed
-    where = f"RUN {source.label}={source.folder}"
-    if source.label and source.alone:
-        found.method, found.alpha = parse_method(source.label, where)
+    found.seed = next((one for one in (source.seed, found.seed, seed) if one is not None), None)
+    labelled = source.label if source.alone or not (found.method or method) else ""
+    found.named = not (labelled or found.method) and source.kind != "empty"
+    if labelled:
         found.rest = ()
-    elif not found.method and method:
-        found.method, found.alpha = parse_method(method, str(source.folder))
-        found.named = True
+    elif found.named and method:
         found.notes.append("its method is taken from its name")
-    elif not found.method and source.label:
-        found.method, found.alpha = parse_method(source.label, where)
-    elif not found.method:
-        found.named = source.kind != "empty"
+    if mode := labelled or ("" if found.method else method):
+        found.method, found.alpha = parse_method(mode, f"RUN {source.folder}")
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from vlnorm_verl.report.records import Start, starts_of
+from vlnorm_verl.report.records import Start, decode, starts_of
 from vlnorm_verl.report.runs import ReportError
 
 
@@ -104,10 +104,13 @@ def _wandb_value(item: Any) -> Any:
     return getattr(item, kind) if kind in ("number", "integer") else _json(item.value_json.encode())
 
 
+_ANY = msgspec.json.Decoder()
+
+
 def _json(text: bytes) -> Any:
     try:
-        return msgspec.json.decode(text)
-    except msgspec.MsgspecError:  # Python's JSON writes NaN
+        return decode(text, _ANY)
+    except msgspec.MsgspecError:
         return None
 
 
