@@ -28,7 +28,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from vlnorm_verl.report.dumps import CACHE_FILE, DumpCache, attach_validations
 from vlnorm_verl.report.find import ACCEPTED, Source, find
 from vlnorm_verl.report.identity import Identity, identify, settle, shortest
-from vlnorm_verl.report.records import NOTED, Start, columns, join, read_starts
+from vlnorm_verl.report.records import NOTED, RECORD, Lines, Start, columns, join, read_starts
 from vlnorm_verl.report.runs import VALIDATION_METRIC, ReportError, Run, logged_accuracies, value_at
 from vlnorm_verl.report.trackers import read_tensorboard, read_wandb
 
@@ -37,19 +37,20 @@ __all__ = ["ReportError", "read_runs", "value_at"]
 
 @dataclass
 class _Log:
-    """A source as it was read. began: seconds, where the log says it. config, run: wandb's."""
+    """A source as far as it must be read to know what it is.
+
+    starts: of verl's file logger only its files, so that one run's records at a time are in memory.
+    first: its first step. began: seconds, where the log says it. config, run: wandb's.
+    """
 
     source: Source
     identity: Identity
-    starts: list[Start] = field(default_factory=list)
+    starts: list[Start | Path]
+    first: int
     notes: list[str] = field(default_factory=list)
     began: float | None = None
     config: dict[str, Any] = field(default_factory=dict)
     run: str = ""
-
-    @property
-    def first(self) -> int:
-        return next((min(start.records) for start in self.starts if start.records), 0)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -88,13 +89,16 @@ def _read(source: Source) -> _Log:
         found = read_wandb(source.files[0], notes)
         identity = identify(source, found.config, found.name)
         config = {key: value for key, value in found.config.items() if key != "trainer"}
-        return _Log(source, identity, found.starts, notes, found.began, config, found.run)
-    log = _Log(source, identify(source), notes=notes)
-    if source.kind == "jsonl":
-        log.starts = read_starts(source.files, notes)
-    elif source.kind == "tensorboard":
-        log.starts = read_tensorboard(source.files, notes)
-    return log
+        return _Log(source, identity, [*found.starts], _first(found.starts), notes, found.began, config, found.run)
+    if source.kind == "tensorboard":
+        starts = read_tensorboard(source.files, notes)
+        return _Log(source, identify(source), [*starts], _first(starts), notes)
+    first = next((record.step for file in source.files for record in Lines(file, RECORD, [])), 0)
+    return _Log(source, identify(source), [*source.files], first)
+
+
+def _first(starts: Sequence[Start]) -> int:
+    return next((min(start.records) for start in starts if start.records), 0)
 
 
 def _joined(logs: Sequence[_Log]) -> list[_Log]:
@@ -133,7 +137,8 @@ def _names(logs: Sequence[_Log]) -> list[str]:
 def _run(log: _Log, name: str, metric: str) -> Run:
     """A run without its validations."""
     identity, notes = log.identity, list(log.notes)
-    steps, metrics, ended = columns(join(log.starts, notes))
+    starts = (one for of in log.starts for one in ([of] if isinstance(of, Start) else read_starts([of], notes)))
+    steps, metrics, ended = columns(join(starts, notes))
     run = Run(
         folder=log.source.folder,
         name=name,
