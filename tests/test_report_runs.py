@@ -215,6 +215,7 @@ NAMED = {
     ("vl_norm/seed3/log.jsonl", "vl_norm/seed4/log.jsonl"): [("vl_norm:1", 3), ("vl_norm:1", 4)],
     ("vl_norm:0.75/metrics.jsonl", "Dr_GRPO_Norm/metrics.jsonl"): [("dr_grpo_norm", 0), ("vl_norm:0.75", 0)],
     ("vl-norm-0.5_s2/x.jsonl", "q_vl_norm-alpha0.25-s3/x.jsonl"): [("vl_norm:0.25", 3), ("vl_norm:0.5", 2)],
+    ("q-vl_norm-1.5b_s0/x.jsonl",): [("vl_norm:1", 0)],
     ("project/experiment.jsonl",): [("experiment", 0)],
     ("a/experiment.jsonl", "b/experiment.jsonl"): [("a/experiment", 0), ("b/experiment", 0)],
     ("mine_s0.jsonl", "mine_s1.jsonl"): [("mine", 0), ("mine", 1)],
@@ -318,6 +319,11 @@ def test_a_log_whose_beginning_is_lost_has_no_ratio(tmp_path: Path) -> None:
     assert (ours["last step / first hit"], ours["first hit / first hit"]) == (None, None)
     assert ours["target"].note == "the beginning of a log is lost in 1 of 1 seeds"
     assert (theirs["first hit"], theirs["its own first hit"]) == ("not reached", "at or before 60")
+
+
+def test_a_gap_is_said(tmp_path: Path) -> None:
+    (run,) = read(put(tmp_path / "run.jsonl", text((0, 50, 0.0), (80, 90, 0.0))))
+    assert "no records of steps 51 to 79" in run.notes
 
 
 def test_a_seed_with_a_lost_beginning_leaves_the_others_their_ratio(tmp_path: Path) -> None:

@@ -484,14 +484,19 @@ def _draw_final(axes: Axes, methods: list[tuple[str, list[Run]]], family: str) -
         tops.append(top)
     difference = measures.difference(methods[1][1], methods[0][1])
     if difference is not None and np.isfinite(difference.value):
-        words = f"{100 * difference.value:+.1f} points"
+        is_rate = measures.accuracy_name(methods[0][1]) != methods[0][1][0].metric
+        scale, digits, unit = (100, 1, " points") if is_rate else (1, 3, "")
+        words = f"{scale * difference.value:+.{digits}f}{unit}"
         if np.isfinite(difference.low) and np.isfinite(difference.high):
-            words += f"\n[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+            words += f"\n[{scale * difference.low:+.{digits}f}, {scale * difference.high:+.{digits}f}]"
         axes.set_title(words.replace("-", "−"))
     axes.set_xticks(range(len(methods)), [_label(key, family).replace(" + ", " +\n") for key, _ in methods])
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
-    axes.set(ylim=(0, 1.15 * max(tops) or 1), xlim=(-0.6, len(methods) - 0.4))
+    axes.set(
+        ylim=(1.15 * min(0.0, *(final.value for final in finals)), 1.15 * max(tops) or 1),
+        xlim=(-0.6, len(methods) - 0.4),
+    )
     if step is None:
         axes.set_ylabel("final accuracy")
         return "of each at its last validation, since they have none at one step"

@@ -124,7 +124,8 @@ _MODE = re.compile(
     "(?<![a-z0-9])(?P<mode>"
     + "|".join(re.sub("[-_]", "[-_ ]", mode) for mode in sorted(MODES, key=len, reverse=True))
     + r")(?![a-z0-9])"
-    + r"(?::(?P<parameter>[^\s_/-]*)|[-_ ]?(?:alpha|α)[-_= ]*(?P<alpha>\d(\.\d+)?)|[-_ ](?P<decimal>\d\.\d+))?",
+    + r"(?::(?P<parameter>[^\s_/-]*)|(?:[-_ ]?(?:alpha|α)[-_= ]*(?P<alpha>\d(\.\d+)?)|[-_ ](?P<decimal>\d\.\d+))"
+    + r"(?![a-z0-9.]))?",  # 1.5b is a model
     re.IGNORECASE,
 )
 _SEED = re.compile(r"(?:^|[-_., ])(?:seed[-_=]?(\d{1,9})(?=$|[-_., ])|s(\d{1,9})$)", re.IGNORECASE)

@@ -165,6 +165,9 @@ def _run(log: _Log, name: str, metric: str) -> Run:
         run.notes.append("no step in its metrics")
     if (late := run.late_start) is not None:
         run.notes.append(f"its log begins at step {late}: what was before is not known")
+    distances = np.diff(steps)
+    for at in np.flatnonzero(distances > 2 * np.median(distances))[:NOTED] if len(distances) else ():
+        run.notes.append(f"no records of steps {steps[at] + 1} to {steps[at + 1] - 1}")
     for step in sorted(set(run.ended.values())):
         names = [key for key, since in run.ended.items() if since == step]
         more = f" and {len(names) - NOTED} more" if len(names) > NOTED else ""
