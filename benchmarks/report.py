@@ -32,7 +32,7 @@ imported = time.perf_counter()
 runs = read_runs([sys.argv[1]], Path(sys.argv[2]))
 read = time.perf_counter()
 from vlnorm_verl.report.tables import tables
-tables(runs, 3)
+tables(runs)
 done = time.perf_counter()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(len(runs), sum(len(run.steps) for run in runs), imported - start, read - imported, done - read, peak)
@@ -47,7 +47,8 @@ def write(folder: Path, runs: int, steps: int, problems: int) -> None:
         method, seed = ("vl_norm", "grpo_norm", "dapo_norm", "dr_grpo")[number % 4], number // 4
         run = folder / f"{method}-seed{seed}"
         run.mkdir()
-        config = (SAMPLE / "config.yaml").read_text().replace("vl_norm", method).replace("seed: 0", f"seed: {seed}")
+        config = (SAMPLE / "config.yaml").read_text().replace("vl_norm:1.0", method).replace("vl_norm", method)
+        config = config.replace("seed: 0", f"seed: {seed}")
         (run / "config.yaml").write_text(config)
         with open(run / "metrics-000.jsonl", "w") as file:
             for step in range(1, steps + 1):

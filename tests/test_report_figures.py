@@ -80,8 +80,8 @@ def validation(accuracy: float) -> Validation:
     return Validation([str(index) for index in range(100)], np.full(100, 8), correct, True, characters)
 
 
-def drawn(runs: list[Run], smooth: int = 3) -> dict[str, Drawing]:
-    return {drawing.name: drawing for drawing in figures.drawings(runs, smooth)}
+def drawn(runs: list[Run], smooth: int | None = None, baseline: str = "") -> dict[str, Drawing]:
+    return {drawing.name: drawing for drawing in figures.drawings(runs, smooth, baseline)}
 
 
 def artist(drawing: Drawing, gid: str) -> Any:
@@ -144,7 +144,7 @@ def test_marks_are_the_speed_up_tables() -> None:
     runs = [run("dapo", {0: 0.1, 10: 0.4, 20: 0.5}, seed) for seed in (0, 1)]
     runs += [run("vl_norm", {0: 0.1, 10: first, 20: 0.8}, seed) for seed, first in enumerate((0.6, 0.3))]
     drawing = drawn(runs)["fig2-dapo-countdown-3b-3072-gpu"]
-    table = next(table for table in tables.tables(runs, 3) if table.name == "speedup")
+    table = next(table for table in tables.tables(runs) if table.name == "speedup")
     row = dict(zip(table.columns, table.rows[0], strict=True))
     assert list(artist(drawing, "reached").get_xdata()) == [float(row["first hit"])] == [15]
     assert list(artist(drawing, "reached-reference").get_xdata()) == [float(row["its own first hit"])] == [20]
@@ -206,18 +206,30 @@ def test_bands_contain_the_mean(seeds: int) -> None:
         assert curve.high - curve.mean == pytest.approx(half, rel=1e-3)
 
 
-def test_a_mean_is_over_all_seeds_and_the_rest_is_drawn_apart() -> None:
+def test_a_mean_goes_on_without_a_seed_that_has_ended() -> None:
     steps = np.array([0, 10, 20, 30])
     long, short = (steps, np.array([0.0, 0.2, math.nan, 0.8])), (steps[:2], np.array([0.2, 0.4]))
     curve = figures.over_seeds([long, short])
     assert curve is not None
-    assert (list(curve.steps), curve.mean.tolist()) == ([0, 10], pytest.approx([0.1, 0.3]))
-    ((beyond, values),) = curve.further
-    assert (list(beyond), list(values)) == ([10, 30], [0.2, 0.8])
+    assert (list(curve.steps), curve.mean.tolist()) == ([0, 10, 30], pytest.approx([0.1, 0.3, 0.8]))
+    assert (curve.whole, curve.apart) == (2, [])
+    assert curve.high.tolist() == pytest.approx([0.2, 0.4, 0.8])
     assert figures.over_seeds([(steps, np.full(4, math.nan))]) is None
     apart = figures.over_seeds([(steps[:2], np.zeros(2)), (steps[2:], np.ones(2))])
     assert apart is not None
-    assert (len(apart.steps), len(apart.further)) == (0, 2)
+    assert (apart.whole, len(apart.apart)) == (0, 2)
+
+
+def test_a_seed_that_has_ended_is_named_with_its_step() -> None:
+    runs = [run("dapo", DAPO, seed) for seed in (0, 1)] + [run("dapo", {0: 0.1, 100: 0.4}, 2), run("vl_norm", OURS)]
+    runs[1].metrics["actor/grad_norm"][300:] = math.nan
+    found = drawn(runs)
+    for name in ("fig2-dapo-countdown-3b-3072-gpu", "fig3-dapo"):
+        assert "After a seed's end the mean is of the others: dapo-2 (step 100)." in found[name].caption
+    means = [line.get_xdata() for line in found["fig3-dapo"].figure.axes[0].get_lines()]
+    assert [100, 200, 300, 400, 500] in [list(steps) for steps in means], "the others' mean does not go on"
+    training = found["training-dapo-countdown-3b-3072-gpu"].caption
+    assert "of the others: dapo-2 (step 100), dapo-1 (actor/grad_norm, step 299)." in training
 
 
 def colors(drawing: Drawing) -> dict[str, str]:

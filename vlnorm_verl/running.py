@@ -129,8 +129,8 @@ def next_metrics(folder: Path) -> Path:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """All steps of a run in order, as `report.readers.read_records` joins its starts. A cut last line is left out."""
-    from vlnorm_verl.report.readers import read_records
+    """All steps of a run in order, as `report.records.read_records` joins its starts. A cut last line is left out."""
+    from vlnorm_verl.report.records import read_records
 
     records = read_records(sorted(folder.glob("metrics-*.jsonl")), [])
     return [{"step": step, "data": records[step]} for step in sorted(records)]

@@ -10,7 +10,7 @@
 | alpha-SETTING    | setting with several α  | accuracy over steps and against α                                     |
 
 A figure without runs for it isn't drawn. One method has one colour in all of them. What is averaged over seeds is so
-at the steps that every seed has; a seed that went further is a thin line from there on.
+at the steps that every seed has; after a seed's end the mean of the others goes on as a thin line.
 
 Not covered: numbers (measures.py) and how a figure looks and becomes a file (output.py). verl's dumps hold texts, not
 token counts: distributions are in characters, tokens have verl's own mean, minimum and maximum.
@@ -69,18 +69,19 @@ class Drawing(NamedTuple):
     caption: str
 
 
-def figures(runs: list[Run], smooth: int) -> list[Figure]:
+def figures(runs: list[Run], smooth: int | None = None, baseline: str = "") -> list[Figure]:
     """Every figure that there are runs for.
 
     Args:
         runs: in any order, of any settings.
-        smooth: validations of a trailing mean; training metrics take that or 2% of the steps, whichever is more.
+        smooth: steps of the trailing mean of training metrics, if that is more than 2% of them.
+        baseline: the method that others are compared with.
     """
     with use_style():
-        return [render(*drawing) for drawing in drawings(runs, smooth)]
+        return [render(*drawing) for drawing in drawings(runs, smooth, baseline)]
 
 
-def drawings(runs: list[Run], smooth: int) -> Iterator[Drawing]:
+def drawings(runs: list[Run], smooth: int | None = None, baseline: str = "") -> Iterator[Drawing]:
     """The figures before they are rendered, one at a time; call it within `output.use_style`."""
     settings: dict[Setting, Methods] = {}
     for (setting, key), seeds in measures.grouped(runs).items():
@@ -88,7 +89,7 @@ def drawings(runs: list[Run], smooth: int) -> Iterator[Drawing]:
     settings = {
         setting: {key: methods[key] for key in sorted(methods, key=_order)} for setting, methods in settings.items()
     }
-    yield from _some(draw_reached(setting, methods) for setting, methods in settings.items())
+    yield from _some(draw_reached(setting, methods, baseline) for setting, methods in settings.items())
     families: dict[tuple[str, str], dict[Setting, Methods]] = {}
     for setting, methods in settings.items():
         families.setdefault((setting.family, setting.scale), {})[setting] = methods
@@ -142,12 +143,10 @@ def _label(key: str, family: str) -> str:
 def _accuracy_name(runs: Iterable[Run]) -> str:
     """Avg@8, or what the runs were validated with; several sets in one number are weighted."""
     runs = list(runs)
-    variables, counts = measures.accuracies_of(runs)
+    name, (variables, _) = measures.accuracy_name(runs), measures.accuracies_of(runs)
     weighted = any(len(measures.validation_sets([run])) > 1 for run in runs)
-    of = f" of {', '.join(sorted(variables))}" if variables - {"acc"} else ""
-    return figure_text(
-        ("weighted " if weighted else "") + (f"Avg@{counts.pop()}" if len(counts) == 1 else "Avg@k") + of
-    )
+    of = f" of {', '.join(sorted(variables))}" if variables - {"acc", name} else ""
+    return figure_text(("weighted " if weighted else "") + name + of)
 
 
 def _is_vl_norm(key: str) -> bool:
@@ -173,9 +172,9 @@ def _compared(setting: Setting, methods: Methods) -> tuple[Methods, str]:
 
 @dataclass(frozen=True)
 class Curve:
-    """One method over steps. At the T steps that all seeds have: mean, and the band's low and high.
+    """One method over steps. At the T steps that all seeds that have not ended have: mean, and the band's low and high.
 
-    further: of each seed that goes beyond the last of these steps, what is beyond (and that step, to join the line).
+    whole: how many of these steps are before any seed's end. apart: every seed, where they have none in common.
     """
 
     steps: np.ndarray
@@ -183,7 +182,8 @@ class Curve:
     low: np.ndarray
     high: np.ndarray
     seeds: int
-    further: list[Series]
+    whole: int
+    apart: list[Series]
 
 
 def over_seeds(series: Sequence[Series]) -> Curve | None:
@@ -195,23 +195,25 @@ def over_seeds(series: Sequence[Series]) -> Curve | None:
     finite = [one for one in finite if len(one[0])]
     if not finite:
         return None
-    common = finite[0][0]
-    for steps, _ in finite[1:]:
-        common = np.intersect1d(common, steps)
-    table = np.array([values[np.isin(steps, common)] for steps, values in finite])  # [S, T]
-    mean = table.mean(axis=0)
+    every = np.unique(np.concatenate([steps for steps, _ in finite]))
+    table = np.full((len(finite), len(every)), math.nan)  # [S, T]
+    for row, (steps, values) in zip(table, finite, strict=True):
+        row[np.isin(every, steps)] = values
+    ends = np.array([steps[-1] for steps, _ in finite])
+    kept = (np.isfinite(table) | (every > ends[:, None])).all(axis=0)
+    every, table = every[kept], table[:, kept]
+    count, mean = np.isfinite(table).sum(axis=0), np.nanmean(table, axis=0)
     if len(finite) < FEW_SEEDS:
-        low, high = table.min(axis=0), table.max(axis=0)
+        low, high = np.nanmin(table, axis=0), np.nanmax(table, axis=0)
     else:
         from scipy.stats import t
 
-        half = t.ppf(0.975, len(finite) - 1) * table.std(axis=0, ddof=1) / math.sqrt(len(finite))
+        several = np.maximum(count, 2)
+        spread = np.sqrt(np.nansum((table - mean) ** 2, axis=0) / (several - 1))
+        half = t.ppf(0.975, several - 1) * spread / np.sqrt(several)
         low, high = mean - half, mean + half
-    last = common[-1] if len(common) else -1
-    further = [
-        (steps[steps >= last], values[steps >= last]) for steps, values in finite if len(steps) and steps[-1] > last
-    ]
-    return Curve(common, mean, low, high, len(finite), further)
+    whole = int((every <= ends.min()).sum())
+    return Curve(every, mean, low, high, len(finite), whole, [] if whole else finite)
 
 
 def _band_words(curves: Iterable[Curve | None]) -> str:
@@ -232,17 +234,19 @@ def _draw_curve(axes: Axes, curve: Curve, key: str, color: str = "", line_style:
     color, line_style = color or method_color(key), line_style or method_line_style(key)
     depth = 3.0 if _is_vl_norm(key) else 2.0
     axes.plot(
-        curve.steps,
-        curve.mean,
+        curve.steps[: curve.whole],
+        curve.mean[: curve.whole],
         color=color,
         linestyle=line_style,
         marker=method_marker(key),
-        markevery=max(1, len(curve.steps) // 20),
+        markevery=max(1, curve.whole // 20),
         zorder=depth,
     )
-    if curve.seeds > 1:
+    if curve.seeds > 1 and len(curve.steps):
         _draw_band(axes, curve.steps, curve.low, curve.high, color, 0.18)
-    for steps, values in curve.further:
+    joined = max(0, curve.whole - 1)
+    rest = [(curve.steps[joined:], curve.mean[joined:])] if curve.whole < len(curve.steps) else []
+    for steps, values in curve.apart or rest:
         axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.6, zorder=depth)
 
 
@@ -257,25 +261,43 @@ def _accuracy(runs: list[Run]) -> Curve | None:
     return over_seeds([measures.accuracy_curve(run) for run in runs])
 
 
+def _series(run: Run, metric: str) -> Series:
+    """A metric at the steps that have it, the entropy as nats a token; empty where the run has none."""
+    values = measures.entropy_per_token(run) if metric == "actor/entropy" else run.metrics.get(metric)
+    there = np.isfinite(values) if values is not None else np.zeros(len(run.steps), dtype=bool)
+    return run.steps[there], values[there] if values is not None else np.empty(0)
+
+
 def _metric(runs: list[Run], metric: str) -> list[Series]:
-    """The metric of each run that has it, without the steps that lack it; the entropy as nats a token."""
+    """The metric of each run that has it."""
+    return [one for run in runs if len((one := _series(run, metric))[0])]
+
+
+def _ended(methods: Methods, metric: str = "") -> list[str]:
+    """The seeds that end before another of their method, and where: in accuracy, or in a metric."""
     found = []
-    for run in runs:
-        values = measures.entropy_per_token(run) if metric == "actor/entropy" else run.metrics.get(metric)
-        if values is not None:
-            there = np.isfinite(values)
-            if there.any():
-                found.append((run.steps[there], values[there]))
+    for runs in methods.values():
+        series = [(run, _series(run, metric) if metric else measures.accuracy_curve(run)) for run in runs]
+        ends = [(run, int(steps[-1])) for run, (steps, _) in series if len(steps)]
+        furthest = max((end for _, end in ends), default=0)
+        for run, end in ends:
+            if end < furthest:
+                found.append(f"{run.name} ({f'{metric}, ' if metric and end < run.steps[-1] else ''}step {end})")
     return found
 
 
-def _window(methods: Methods, smooth: int) -> int:
+def _ended_words(ended: Iterable[str]) -> str:
+    names = ", ".join(dict.fromkeys(ended))
+    return f" After a seed's end the mean is of the others: {names}." if names else ""
+
+
+def _window(methods: Methods, smooth: int | None) -> int:
     longest = max((len(run.steps) for runs in methods.values() for run in runs), default=0)
-    return max(smooth, math.ceil(longest / 50))
+    return max(smooth or 3, math.ceil(longest / 50))
 
 
 def _trailing(curve: Curve, window: int) -> np.ndarray:
-    return np.asarray(measures.trailing_mean(curve.mean, window))
+    return np.asarray(measures.trailing_mean(curve.steps, curve.mean, window))
 
 
 # --------------------------------------------------------------------------------------------------------- drawing
@@ -336,8 +358,10 @@ def _log_if_wide(axes: Axes, values: Iterable[np.ndarray]) -> None:
 # ------------------------------------------------------------------------------------------------- the paper's Fig. 2
 
 
-def draw_reached(setting: Setting, methods: Methods) -> Drawing | None:
+def draw_reached(setting: Setting, methods: Methods, baseline: str = "") -> Drawing | None:
     """Figure 2: VL Norm against DAPO, in other families against DAPO Norm or the first other method there is.
+
+    With a baseline, VL Norm against that, or the first other method where there is no VL Norm.
 
     Left, accuracy over steps, a line at the reference's final accuracy, a filled mark where VL Norm is there first and
     an open one where the reference itself was: its last step flatters whoever is compared with it, since curves are
@@ -346,9 +370,14 @@ def draw_reached(setting: Setting, methods: Methods) -> Drawing | None:
     """
     methods, aside = _compared(setting, methods)
     curves = {key: curve for key, runs in methods.items() if (curve := _accuracy(runs)) and (curve.steps > 0).any()}
+    others = [key for key in curves if not _is_vl_norm(key) and key != baseline]
     ours = measures.main_vl_norm(setting, curves)
-    others = [key for key in curves if not _is_vl_norm(key)]
-    if ours is None or not others:
+    if baseline:
+        others, ours = (
+            [key for key in curves if key == baseline],
+            others[0] if ours in (None, baseline) and others else ours,
+        )
+    if ours is None or not others or ours == baseline:
         return None
     reference = next((key for key in others if method_name(key) in REFERENCES), others[0])
     width = 9.0
@@ -376,7 +405,8 @@ def draw_reached(setting: Setting, methods: Methods) -> Drawing | None:
     caption = (
         f"Left: {accuracy} on validation prompts over training; {words} Right: accuracy {where}, its "
         "95% interval, and the difference in points; where there is one seed, the interval is over problems only."
-        f"{_band_words(curves[key] for key in (reference, ours))}{aside}"
+        f"{_band_words(curves[key] for key in (reference, ours))}"
+        f"{_ended_words(_ended({key: methods[key] for key in (reference, ours)}))}{aside}"
     )
     return Drawing(figure, _name("fig2", *setting), title, caption)
 
@@ -385,7 +415,7 @@ def _mark_first_hits(axes: Axes, found: measures.SpeedUp, reference_key: str, ke
     """Both marks with their labels, on the line at the target; returns the caption's words."""
     name, our_name = _label(reference_key, family), _label(key, family)
     axes.set_ylim(bottom=axes.get_ylim()[0])
-    own = f"{found.reference_first:.6g}"
+    own = f"{'at or before ' if found.reference_late else ''}{found.reference_first:.6g}"
     # Larger than the star and behind it, so that both are seen where they coincide.
     _mark(axes, found.reference_first, found.target, own, 22, method_color(reference_key), "o", "reached-reference")
     own_words = f"the open mark is where {name} itself was first there, step {own}"
@@ -393,10 +423,13 @@ def _mark_first_hits(axes: Axes, found: measures.SpeedUp, reference_key: str, ke
     note = f" ({found.note.replace('the reference', name)})" if found.note else ""
     if found.first is None or found.by_last is None or found.by_first is None:
         what = "not reached" if found.waiting is None else f"not yet, at step {found.waiting}"
+        if found.first is not None:
+            what = f"at or before step {found.first:.6g}"
         axes.text(
             0.5, 0.04, f"{our_name}: {what}", transform=axes.transAxes, ha="center", color=method_color(key)
         )  # fmt: skip
-        return f"{our_name} has not reached {name}'s final accuracy ({what}); {own_words}{note}."
+        has = "has not reached" if found.first is None else "has reached"
+        return f"{our_name} {has} {name}'s final accuracy ({what}); {own_words}{note}."
     hit, ratio = f"{found.first:.6g}", f" ({found.by_last.value:.2f}×)"
     _mark(axes, found.first, found.target, f"{hit}{ratio}", 6, method_color(key), "*", "reached")
     return (
@@ -451,14 +484,19 @@ def _draw_final(axes: Axes, methods: list[tuple[str, list[Run]]], family: str) -
         tops.append(top)
     difference = measures.difference(methods[1][1], methods[0][1])
     if difference is not None and np.isfinite(difference.value):
-        words = f"{100 * difference.value:+.1f} points"
+        is_rate = measures.accuracy_name(methods[0][1]) != methods[0][1][0].metric
+        scale, digits, unit = (100, 1, " points") if is_rate else (1, 3, "")
+        words = f"{scale * difference.value:+.{digits}f}{unit}"
         if np.isfinite(difference.low) and np.isfinite(difference.high):
-            words += f"\n[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+            words += f"\n[{scale * difference.low:+.{digits}f}, {scale * difference.high:+.{digits}f}]"
         axes.set_title(words.replace("-", "−"))
     axes.set_xticks(range(len(methods)), [_label(key, family).replace(" + ", " +\n") for key, _ in methods])
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
-    axes.set(ylim=(0, 1.15 * max(tops) or 1), xlim=(-0.6, len(methods) - 0.4))
+    axes.set(
+        ylim=(1.15 * min(0.0, *(final.value for final in finals)), 1.15 * max(tops) or 1),
+        xlim=(-0.6, len(methods) - 0.4),
+    )
     if step is None:
         axes.set_ylabel("final accuracy")
         return "of each at its last validation, since they have none at one step"
@@ -474,8 +512,10 @@ def draw_accuracies(settings: dict[Setting, Methods]) -> Drawing | None:
     """Figure 3: accuracy of every method over training; rows task and model, columns length. One family, one scale."""
     panels: dict[tuple[str, str], dict[str, tuple[Setting, dict[str, Curve]]]] = {}
     aside = ""
+    ended: list[str] = []
     for setting, methods in settings.items():
         compared, words = _compared(setting, methods)
+        ended += _ended(compared)
         curves = {key: curve for key, runs in compared.items() if (curve := _accuracy(runs))}
         if curves:
             panels.setdefault((setting.task, setting.model), {})[setting.length] = (setting, curves)
@@ -522,7 +562,7 @@ def draw_accuracies(settings: dict[Setting, Methods]) -> Drawing | None:
     _legend(figure, _entries(shown, first.family), width)
     caption = (
         "Accuracy on validation prompts over training; on Math the four sets are weighted by size."
-        f"{_band_words(drawn)}{aside}"
+        f"{_band_words(drawn)}{_ended_words(ended)}{aside}"
     )
     return Drawing(figure, _name("fig3", first.family, "cpu" if first.scale == "cpu" else ""), title, caption)
 
@@ -530,7 +570,7 @@ def draw_accuracies(settings: dict[Setting, Methods]) -> Drawing | None:
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def draw_training(setting: Setting, methods: Methods, smooth: int) -> Drawing | None:
+def draw_training(setting: Setting, methods: Methods, smooth: int | None) -> Drawing | None:
     """Entropy, mean response length, gradient norm and training reward over steps: raw thin, trailing mean thick."""
     methods, aside = _compared(setting, methods)
     window = _window(methods, smooth)
@@ -541,6 +581,7 @@ def draw_training(setting: Setting, methods: Methods, smooth: int) -> Drawing | 
     found = {metric: of_methods for metric, of_methods in found.items() if of_methods}
     if not found:
         return None
+    ended = [words for metric in found for words in _ended(methods, metric)]
     return _small_multiples(
         [(TRAINING[metric], _method_lines(of_methods, window)) for metric, of_methods in found.items()],
         _entries([key for key in methods if any(key in one for one in found.values())], setting.family),
@@ -549,7 +590,8 @@ def draw_training(setting: Setting, methods: Methods, smooth: int) -> Drawing | 
         setting,
         f"As verl logs it at each step. Thin: every run. Thick: trailing mean of {window} steps of the mean over "
         "seeds. Entropy: divided by the sum of the tokens' weights, since verl aggregates it as the loss; a method "
-        f"whose sum is not known is left out. A gradient norm has the scale of the method's weights.{aside}",
+        f"whose sum is not known is left out. A gradient norm has the scale of the method's weights."
+        f"{_ended_words(ended)}{aside}",
     )
 
 
@@ -713,7 +755,7 @@ def _draw_quantiles(axes: Axes, steps: np.ndarray, quantiles: np.ndarray, color:
 # ---------------------------------------------------------------------------------------------- VL Norm's own, and α
 
 
-def draw_vl_norm(setting: Setting, methods: Methods, smooth: int) -> Drawing | None:
+def draw_vl_norm(setting: Setting, methods: Methods, smooth: int | None) -> Drawing | None:
     """The metrics that the plugin logs: A and H, √(A/H), effective responses, range of the weights."""
     prefix = "actor/vl_norm/"
     panels: list[tuple[str, tuple[tuple[str, Any], ...]]] = [
@@ -802,6 +844,7 @@ def draw_alpha(setting: Setting, methods: Methods) -> Drawing | None:
     caption = (
         "Left: accuracy on validation prompts over training. Right: at the last validation, with its 95% interval."
         f"{_band_words(curve for _, curve in variants.values())}"
+        f"{_ended_words(_ended({key: runs for key, (runs, _) in variants.items()}))}"
         + (" Dr. GRPO Norm is VL Norm at α = 0." if zero is not None else "")
     )
     return Drawing(figure, _name("alpha", *setting), title, caption)

@@ -25,8 +25,7 @@ from vlnorm_verl.report.estimates import (
     pass_at_k,
     rank_correlation,
 )
-from vlnorm_verl.report.readers import Logged, logged_accuracies, value_at
-from vlnorm_verl.report.runs import Run, Setting, Validation
+from vlnorm_verl.report.runs import Logged, Run, Setting, Validation, logged_accuracies, value_at
 
 K = 8  # of Pass@k, the paper's
 Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]  # responses [P], correct [P] -> score [P]
@@ -65,14 +64,14 @@ def of_seed(runs: Sequence[Run], seed: int) -> Run | None:
 
 def validation_sets(runs: Sequence[Run]) -> list[str]:
     """Names of the validation sets of these runs, sorted."""
-    names = {name for run in runs for name in logged_accuracies(run.metrics)}
+    names = {name for run in runs for name in logged_accuracies(run)}
     names |= {name for run in runs for sets in run.validations.values() for name in sets}
     return sorted(names)
 
 
 def validated_steps(run: Run) -> list[int]:
     """Steps with a validation that verl logged; of a run without any such metric, those with a dump."""
-    logged = {int(s) for one in logged_accuracies(run.metrics).values() for s in run.steps[np.isfinite(one.values)]}
+    logged = {int(s) for one in logged_accuracies(run).values() for s in run.steps[np.isfinite(one.values)]}
     return sorted(logged or run.validations)
 
 
@@ -95,7 +94,7 @@ def accuracy_curve(run: Run, name: str | None = None) -> tuple[np.ndarray, np.nd
 
     verl's own value where it is logged, else the dump's. Empty for several sets of unknown size.
     """
-    logged, names = logged_accuracies(run.metrics), validation_sets([run]) if name is None else [name]
+    logged, names = logged_accuracies(run), validation_sets([run]) if name is None else [name]
     sizes = set_sizes(run)
     if len(names) > 1 and not all(one in sizes for one in names):
         return np.empty(0, dtype=np.int64), np.empty(0)
@@ -143,17 +142,23 @@ def entropy_per_token(run: Run) -> np.ndarray | None:
     return None
 
 
-def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of each value and the `window` − 1 before it, of fewer at the beginning."""
+def trailing_mean(steps: np.ndarray, values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of each value and those before it that are less than `window` steps away."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
+    starts = np.searchsorted(steps, np.asarray(steps) - window, side="right")
     return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
+
+
+def smoothing(runs: Iterable[Run], asked: int | None) -> int:
+    """Steps of the trailing mean: as asked, else three validations of the run that is validated least often."""
+    gaps = [float(np.median(np.diff(steps))) for run in runs if len(steps := validated_steps(run)) > 1]
+    return asked or int(np.ceil(3 * max(gaps, default=1.0)))
 
 
 def first_hit(steps: np.ndarray, values: np.ndarray, target: float) -> int | None:
     """First step at which the curve is at the target or above; None if it never is."""
-    reached = np.flatnonzero(values >= target - 1e-9)  # verl's mean and a sum of it differ in the last bit
+    reached = np.flatnonzero(values >= target - 1e-7)  # equal as far as tensorboard's float32 tells
     return int(steps[reached[0]]) if len(reached) else None
 
 
@@ -245,7 +250,8 @@ def accuracy_at(runs: Sequence[Run], step: int, name: str | None = None) -> Esti
     values = [float(found[steps == step][0]) for steps, found in curves if step in steps]
     if not values:
         return None
-    found = over_seeds(values, 0.0, 1.0)
+    # A reward or another metric may have any values.
+    found = over_seeds(values, 0.0, 1.0) if min(values) >= 0 and max(values) <= 1 else over_seeds(values)
     return replace(found, note="no dumps, over seeds only" if len(values) > 1 else "no dumps")
 
 
@@ -288,8 +294,9 @@ def difference(runs: Sequence[Run], reference: Sequence[Run], name: str | None =
     """Accuracy of `runs` minus that of `reference` at the last step that both have; None without accuracies there.
 
     Paired as far as there are dumps of the same problems; else the plain difference, without an interval. Seeds that
-    both have are the ones compared, if there is any. The note names the step where it is not the last of both, and how
-    many seeds it is of where that is not all.
+    both have are the ones compared, if there are several or no others. The note names the step where it is not the last
+    of both, and how many seeds it is of where that is not all. One seed in common where there are more: all seeds, if
+    both sides have several; else that seed, without an interval, which would be of problems only.
     """
     step = common_step(runs, reference)
     if step is None:
@@ -298,11 +305,14 @@ def difference(runs: Sequence[Run], reference: Sequence[Run], name: str | None =
     every = {run.seed for run in [*runs, *reference]}
     runs, reference = at_step(runs, step), at_step(reference, step)
     shared = {run.seed for run in runs} & {run.seed for run in reference}
-    if shared:
+    lone = len(shared) == 1 and shared != every and 1 in (len(runs), len(reference))
+    if lone or len(shared) > 1:
         runs, reference = ([run for run in side if run.seed in shared] for side in (runs, reference))
         if shared != every:
-            notes.append(f"{len(shared)} of {len(every)} seeds")
+            notes.append(f"{len(shared)} of {len(every)} seeds" + (": no interval" if lone else ""))
     found = _difference_at(runs, reference, step, name)
+    if found is not None and lone:
+        found = replace(found, low=nan, high=nan)
     return None if found is None else _with_note(found, *notes)
 
 
@@ -344,7 +354,7 @@ def own_best(runs: Sequence[Run]) -> float | None:
     """
     step, found = final_step(runs), []
     for run in final_runs(runs):
-        names, sizes, logged = validation_sets([run]), set_sizes(run), logged_accuracies(run.metrics)
+        names, sizes, logged = validation_sets([run]), set_sizes(run), logged_accuracies(run)
         if step is None or (len(names) > 1 and not all(name in sizes for name in names)):
             return None
         columns = [
@@ -359,9 +369,16 @@ def own_best(runs: Sequence[Run]) -> float | None:
     return float(np.mean(found)) if found else None
 
 
+def accuracy_name(runs: Sequence[Run]) -> str:
+    """Avg@8, or of how many responses the accuracies are; the metric's name where it is another."""
+    _, counts = accuracies_of(runs)
+    other = next((run.metric for run in runs if run.metric and counts <= {0}), "")
+    return other or (f"Avg@{next(iter(counts))}" if len(counts) == 1 else "Avg@k")
+
+
 def accuracies_of(runs: Sequence[Run]) -> tuple[set[str], set[int]]:
     """What the runs' accuracies are means of: variables of the reward, and numbers of responses to a problem."""
-    logged = [one for run in runs for one in logged_accuracies(run.metrics).values()]
+    logged = [one for run in runs for one in logged_accuracies(run).values()]
     counts = {one.n for one in logged}
     for sets in (sets for run in runs for sets in run.validations.values()):
         counts |= {int(one.n.max()) for one in sets.values() if len(one.n)}
@@ -424,10 +441,12 @@ class Reach:
     first: int | None
     last: int
     above_start: bool  # whether the target was not met already by the validation before the first step
+    late: bool  # whether the log's beginning is lost, so that the target may have been met before `first`
+    reference_late: bool
 
 
 def reach(run: Run, reference: Run, smooth: int) -> Reach | None:
-    """smooth: validations in the trailing mean that both curves and the target are taken of; 1 is raw.
+    """smooth: steps of the trailing mean that both curves and the target are taken of; 1 is raw.
 
     None if either has no validation after its first step.
     """
@@ -435,7 +454,7 @@ def reach(run: Run, reference: Run, smooth: int) -> Reach | None:
     if any(not len(steps) or steps[-1] <= 0 for steps, _ in curves):
         return None
     (steps, values), (reference_steps, reference_values) = (
-        (steps, trailing_mean(values, smooth)) for steps, values in curves
+        (steps, trailing_mean(steps, values, smooth)) for steps, values in curves
     )
     target = float(reference_values[-1])
     begun, reference_begun = steps > 0, reference_steps > 0
@@ -449,6 +468,8 @@ def reach(run: Run, reference: Run, smooth: int) -> Reach | None:
         first=first_hit(steps[begun], values[begun], target),
         last=int(steps[-1]),
         above_start=all(start < target for start in starts),
+        late=run.late_start is not None,
+        reference_late=reference.late_start is not None,
     )
 
 
@@ -472,10 +493,14 @@ class SpeedUp:
     by_first: Estimate | None  # reference's first hit / first hit
     waiting: int | None
     note: str
+    late: bool  # whether `first`, and below whether `reference_first`, is the latest that it can have been
+    reference_late: bool
 
 
 def speed_up(runs: Sequence[Run], reference: Sequence[Run], smooth: int) -> SpeedUp | None:
     """Ratios are geometric means over seeds, with a t interval of their logarithms where every seed reached.
+
+    A seed whose log has lost its beginning has a first hit "at or before" a step, and no ratio.
 
     Seeds are paired by number if any is in both, else in their order: independent samples may be paired at will. None
     if no pair has validations after the first step.
@@ -502,7 +527,13 @@ def speed_up(runs: Sequence[Run], reference: Sequence[Run], smooth: int) -> Spee
     waiting = [one.last for run, _, one in usable if one.first is None and unfinished(run)]
     shown = reached or [one for _, _, one in usable]
     firsts = [one.first for one in reached if one.first is not None]
-    complete = len(reached) == len(usable)
+    late = [one for one in shown if one.late or one.reference_late]
+    which = "that reached"
+    if late:
+        notes.append(f"the beginning of a log is lost in {len(late)} of {len(shown)} seeds")
+        which += ", with a whole log"
+    by_last = [one.reference_last / one.first for one in reached if one.first and not one.late]
+    by_first = [one.reference_first / one.first for one in reached if one.first and one not in late]
     return SpeedUp(
         pairs=len(usable),
         reached=len(reached),
@@ -510,10 +541,12 @@ def speed_up(runs: Sequence[Run], reference: Sequence[Run], smooth: int) -> Spee
         reference_last=_mean([one.reference_last for one in shown]),
         reference_first=_mean([one.reference_first for one in shown]),
         first=_mean(firsts) if firsts else None,
-        by_last=_ratio([one.reference_last / one.first for one in reached if one.first], complete),
-        by_first=_ratio([one.reference_first / one.first for one in reached if one.first], complete),
+        by_last=_ratio(by_last, len(usable), which),
+        by_first=_ratio(by_first, len(usable), which),
         waiting=min(waiting, default=None),
         note="; ".join(notes),
+        late=any(one.late for one in reached),
+        reference_late=any(one.reference_late for one in shown),
     )
 
 
@@ -529,17 +562,23 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else nan
 
 
-def _ratio(ratios: list[float], complete: bool) -> Estimate | None:
+def _ratio(ratios: list[float], seeds: int, which: str) -> Estimate | None:
     if not ratios:
         return None
     found = over_seeds(np.log(ratios).tolist())
     value = float(np.exp(found.value))
-    if not complete:
-        return Estimate(value, note=f"of the {'seed' if len(ratios) == 1 else f'{len(ratios)} seeds'} that reached")
+    if len(ratios) < seeds:
+        return Estimate(value, note=f"of the {'seed' if len(ratios) == 1 else f'{len(ratios)} seeds'} {which}")
     return Estimate(value, float(np.exp(found.low)), float(np.exp(found.high)), found.note)
 
 
-# ---------------------------------------------------------------------------------------------------- which VL Norm
+# ---------------------------------------------------------------------------------------- what is compared with what
+
+
+def compared_with(setting: Setting, method_keys: Iterable[str], baseline: str = "") -> str | None:
+    """The method that the others of a setting are compared with: the baseline asked for, else VL Norm."""
+    keys = list(method_keys)
+    return main_vl_norm(setting, keys) if not baseline else baseline if baseline in keys else None
 
 
 def main_vl_norm(setting: Setting, method_keys: Iterable[str]) -> str | None:

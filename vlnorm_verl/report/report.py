@@ -11,6 +11,7 @@ The parts are the modules beside this one. What is written to DIR:
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 from importlib.metadata import version
@@ -19,44 +20,53 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
+from vlnorm_verl.report.identity import parse_method
 from vlnorm_verl.report.output import missing_libraries
-from vlnorm_verl.report.readers import ReportError, read_runs
-from vlnorm_verl.report.runs import Run
+from vlnorm_verl.report.readers import read_runs
+from vlnorm_verl.report.runs import ReportError, Run
 from vlnorm_verl.running import write_json
 
 WRITTEN = ".written.json"
 
 
-def build(arguments: list[str], out: Path, smooth: int = 3, console: Console | None = None) -> int:
+def build(
+    arguments: list[str],
+    out: Path,
+    smooth: int | None = None,
+    console: Console | None = None,
+    metric: str = "",
+    baseline: str = "",
+) -> int:
     """Write the report of the runs at and below the arguments, each RUN or label=RUN. Exit code: 2 for a wrong request.
 
-    smooth: validations in the trailing mean of curves and of the speed-up, 1 for none.
+    smooth: steps of the trailing mean of curves and of the speed-up, 1 for none; None for three validations.
+    metric: what the accuracy is, instead of verl's mean@n. baseline: what others are compared with, instead of VL Norm.
     """
     console = console or Console()
     try:
-        return _build(arguments, out, smooth, console)
+        return _build(arguments, out, smooth, console, metric, baseline)
     except ReportError as error:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
 
 
-def _build(arguments: list[str], out: Path, smooth: int, console: Console) -> int:
-    if smooth < 1:
+def _build(arguments: list[str], out: Path, smooth: int | None, console: Console, metric: str, baseline: str) -> int:
+    if smooth is not None and smooth < 1:
         raise ReportError(f"--smooth {smooth}: accepted are whole numbers from 1 (no smoothing)")
     if problem := missing_libraries():
         raise ReportError(problem)
     if out.exists() and not out.is_dir():
         raise ReportError(f"--out {out}: is a file; accepted is a folder, which is made if it is not there")
-    runs = _read(arguments, out)
+    runs, baseline = _read(arguments, out, metric, baseline)
 
     from vlnorm_verl.report import tables as tables_module
     from vlnorm_verl.report.figures import figures as draw
     from vlnorm_verl.report.output import Figure, Table, print_table, write_figures, write_page, write_tables
 
-    tables = tables_module.tables(runs, smooth)
+    tables = tables_module.tables(runs, smooth, baseline)
     missing = tables_module.missing(tables)
     with console.status("drawing …"):
-        figures = draw([run for run in runs if len(run.steps)], smooth)
+        figures = draw([run for run in runs if len(run.steps)], smooth, baseline)
     write_tables(tables, out / "tables")
     write_figures(figures, out / "figures")
     files = [f"tables/{table.name}.{ending}" for table in tables for ending in ("md", "csv", "json", "tex")]
@@ -79,8 +89,20 @@ def _build(arguments: list[str], out: Path, smooth: int, console: Console) -> in
     return 0
 
 
-def _read(arguments: list[str], out: Path) -> list[Run]:
-    """The runs; `out` is made before, since reading may take long, and not left behind for a wrong request."""
+def _method_key(baseline: str, runs: list[Run]) -> str:
+    """The key of the method that --baseline names, as a loss_agg_mode or as the runs' own method."""
+    if not baseline:
+        return ""
+    method, alpha = parse_method(baseline, "--baseline")
+    key = method if alpha is None else f"{method}:{alpha:g}"
+    known = {run.method_key for run in runs if len(run.steps)}
+    if key not in known:
+        raise ReportError(f"--baseline {baseline}: no run of that method; there are {', '.join(sorted(known))}")
+    return key
+
+
+def _read(arguments: list[str], out: Path, metric: str, baseline: str) -> tuple[list[Run], str]:
+    """The runs and the baseline's key; `out` is made before, and not left behind for a wrong request."""
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -89,10 +111,12 @@ def _read(arguments: list[str], out: Path) -> list[Run]:
     if not os.access(out, os.W_OK | os.X_OK):
         raise ReportError(f"--out {out}: cannot be written to; accepted is a folder to write to")
     try:
-        return read_runs(arguments, out)
+        runs = read_runs(arguments, out, metric=metric)
+        return runs, _method_key(baseline, runs)
     except ReportError:
-        for folder in made:
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # the counts of dumps stay for the next try
+            for folder in made:
+                folder.rmdir()
         raise
 
 

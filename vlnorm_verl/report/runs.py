@@ -1,15 +1,22 @@
 """What the report knows of a run: its settings, its metrics over steps and its validation counts.
 
-Covered: the data model that reading, tables and figures share. Reading files is readers.py.
+Covered: the data model that reading, tables and figures share, and the accuracies in it. Reading files is readers.py.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+VALIDATION_METRIC = re.compile(r"val-core/(?P<set>.+)/(?P<variable>[^/]+)/mean@(?P<n>\d+)")
+
+
+class ReportError(ValueError):
+    """A request that cannot be met; the message names the argument and what is accepted."""
 
 
 class Setting(NamedTuple):
@@ -50,6 +57,8 @@ class Run:
     validations: step -> validation set -> counts, from the dumps.
     notes: what was odd while reading.
     scale_factor: M, verl's loss_scale_factor, tokens.
+    metric: what the accuracy is, if not verl's mean@n of the validation sets.
+    ended: metric -> the step from which on it was logged, but not as a finite number.
     """
 
     folder: Path
@@ -68,6 +77,8 @@ class Run:
     validations: dict[int, dict[str, Validation]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     scale_factor: float | None = None
+    metric: str = ""
+    ended: dict[str, int] = field(default_factory=dict)
 
     @property
     def setting(self) -> Setting:
@@ -76,3 +87,51 @@ class Run:
     @property
     def method_key(self) -> str:
         return self.method if self.alpha is None else f"{self.method}:{self.alpha:g}"
+
+    @property
+    def late_start(self) -> int | None:
+        """The first step of a log whose beginning is lost; None where the log has it.
+
+        verl's file logger empties its file at each start: what is left of a resumed run begins in the middle. A log's
+        beginning is at most as far from 0 as its records are from each other.
+        """
+        if not len(self.steps):
+            return None
+        spacing = max(1.0, float(np.median(np.diff(self.steps)))) if len(self.steps) > 1 else 1.0
+        return int(self.steps[0]) if self.steps[0] > spacing else None
+
+
+class Logged(NamedTuple):
+    """verl's mean@n of one validation set: of which variable of the reward, of how many responses, values [T].
+
+    Of another metric: its name, 0 responses.
+    """
+
+    variable: str
+    n: int
+    values: np.ndarray
+
+
+def logged_accuracies(run: Run) -> dict[str, Logged]:
+    """{validation set: verl's mean@n over steps}; of `acc` where there is one, else of what verl calls core.
+
+    Of the run's `metric` alone where it has one.
+    """
+    found: dict[str, Logged] = {}
+    for key in [run.metric] if run.metric else run.metrics:
+        column, match = run.metrics.get(key), VALIDATION_METRIC.fullmatch(key)
+        if column is not None and match:
+            one = Logged(match["variable"], int(match["n"]), column)
+            other = found.get(match["set"])
+            if other is None or (one.variable == "acc", one.n) > (other.variable == "acc", other.n):
+                found[match["set"]] = one
+        elif column is not None and run.metric:
+            found[key] = Logged(key, 0, column)
+    return found
+
+
+def value_at(run: Run, column: np.ndarray, step: int) -> float | None:
+    """A metric's value at a step; None where there is none."""
+    at = int(np.searchsorted(run.steps, step))
+    there = at < len(run.steps) and run.steps[at] == step and np.isfinite(column[at])
+    return float(column[at]) if there else None

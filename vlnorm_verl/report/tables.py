@@ -7,13 +7,14 @@ foot how its columns are defined and which of its rows cannot be compared as the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import isnan
 
 from vlnorm_verl.report import measures, paper
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.measures import Group
 from vlnorm_verl.report.output import Cell, Table, method_label
-from vlnorm_verl.report.runs import Run, Setting
+from vlnorm_verl.report.runs import VALIDATION_METRIC, Run, Setting
 
 Groups = dict[Group, list[Run]]
 
@@ -43,10 +44,7 @@ ACCURACY = (
     "problems (a problem's responses stay together) and, where there are several, over seeds; with one seed it holds "
     "for that training run only."
 )
-PAIRED = (
-    f"{DIFFERENCE}: positive where VL Norm is better; 95% interval of the paired difference (same problems; same seeds "
-    "where both have them)."
-)
+PAIRED = "95% interval of the paired difference (same problems; same seeds where both have them)."
 PASS = (
     "Pass@8: 1 − C(n−c, 8)/C(n, 8), unbiased, mean over problems. verl's best@8: a bootstrap with replacement, which "
     "lies below it."
@@ -58,18 +56,25 @@ MONOTONICITY = (
 WEIGHTED = "Weighted: over the validation sets by their number of problems; its interval resamples within each set."
 
 
-def tables(runs: Sequence[Run], smooth: int) -> list[Table]:
-    """Every table that there are runs for, `inputs` last. smooth: validations in the speed-up's trailing mean."""
+def tables(runs: Sequence[Run], smooth: int | None = None, baseline: str = "") -> list[Table]:
+    """Every table that there are runs for, `inputs` last; of the others without the columns that are empty.
+
+    smooth: steps of the speed-up's trailing mean, see `measures.smoothing`.
+    baseline: the method that others are compared with, instead of VL Norm.
+    """
     groups = _ordered({group: found for group, found in measures.grouped(runs).items() if _validated(found)})
+    # The paper's tables are of verl's accuracy.
+    of_paper = {g: r for g, r in groups.items() if paper.has(g[0]) and not any(run.metric for run in r)}
+    others = {g: r for g, r in groups.items() if g not in of_paper}
     made = [
-        _comparison("countdown", {g: r for g, r in groups.items() if _is_main(g, "countdown")}),
-        _math({g: r for g, r in groups.items() if _is_main(g, "math")}),
-        _alpha(groups),
-        _comparison("dapo", {g: r for g, r in groups.items() if g[0].family == "dapo"}, with_task=True),
-        _speed_up(groups, smooth),
-        _comparison("runs", {g: r for g, r in groups.items() if not paper.has(g[0])}, with_task=True),
+        _comparison("countdown", {g: r for g, r in of_paper.items() if _is_main(g, "countdown")}, baseline),
+        _math({g: r for g, r in of_paper.items() if _is_main(g, "math")}, baseline),
+        _alpha(of_paper),
+        _comparison("dapo", {g: r for g, r in of_paper.items() if g[0].family == "dapo"}, baseline, with_task=True),
+        _speed_up(groups, smooth, baseline),
+        _comparison("runs", others, baseline, with_task=True),
     ]
-    return [table for table in made if table is not None] + [inputs(runs)]
+    return [_without_empty(table) for table in made if table is not None] + [inputs(runs)]
 
 
 def missing(made: Sequence[Table]) -> list[str]:
@@ -80,6 +85,18 @@ def missing(made: Sequence[Table]) -> list[str]:
         for name in ("countdown", "math", "alpha", "dapo")
         if name not in have
     ]
+
+
+def _without_empty(table: Table) -> Table:
+    """Without the columns in which no row says anything."""
+
+    def says(cell: Cell) -> bool:
+        if isinstance(cell, Estimate):
+            return bool(cell.note) or not isnan(cell.value)
+        return cell not in (None, "")
+
+    kept = [i for i in range(len(table.columns)) if any(says(row[i]) for row in table.rows)]
+    return replace(table, columns=[table.columns[i] for i in kept], rows=[[row[i] for i in kept] for row in table.rows])
 
 
 # -------------------------------------------------------------------------------------------------- which runs where
@@ -113,9 +130,9 @@ def _ordered(groups: Groups) -> Groups:
     return {group: groups[group] for group in sorted(groups, key=key)}
 
 
-def reference(groups: Groups, setting: Setting) -> Group | None:
-    """VL Norm in a setting, as `measures.main_vl_norm` chooses it."""
-    key = measures.main_vl_norm(setting, [key for of, key in groups if of == setting])
+def reference(groups: Groups, setting: Setting, baseline: str = "") -> Group | None:
+    """What the others of a setting are compared with."""
+    key = measures.compared_with(setting, [key for of, key in groups if of == setting], baseline)
     return None if key is None else (setting, key)
 
 
@@ -147,12 +164,27 @@ def _step(runs: Sequence[Run]) -> str:
     return str(step) if step >= planned else f"{step} of {planned}"
 
 
-def _difference(groups: Groups, group: Group) -> Cell:
-    """VL Norm minus this."""
-    other = reference(groups, group[0])
+def _difference(groups: Groups, group: Group, baseline: str = "") -> Cell:
+    """VL Norm minus this, or this minus the baseline."""
+    other = reference(groups, group[0], baseline)
     if other is None or other == group:
         return None
-    return measures.difference(_with_validation(groups[other]), _with_validation(groups[group]))
+    one, other = (group, other) if baseline else (other, group)
+    return measures.difference(_with_validation(groups[one]), _with_validation(groups[other]))
+
+
+def _difference_heading(baseline: str) -> str:
+    return f"this minus {method_label(baseline)}" if baseline else DIFFERENCE
+
+
+def _paired(groups: Groups, baseline: str) -> str:
+    """The foot's sentence on the difference, or on that there is none."""
+    if any(reference(groups, setting, baseline) for setting, _ in groups):
+        better = "this" if baseline else "VL Norm"
+        return f"{_difference_heading(baseline)}: positive where {better} is better; {PAIRED}"
+    if baseline:
+        return f"No differences: {method_label(baseline)} was not run here."
+    return "No VL Norm here that the others could be compared with: --baseline METHOD names another method."
 
 
 def _with_validation(runs: Sequence[Run]) -> list[Run]:
@@ -161,9 +193,14 @@ def _with_validation(runs: Sequence[Run]) -> list[Run]:
 
 
 def _average(groups: Groups) -> str:
-    """The accuracies' heading: Avg@8, or of how many responses they are."""
-    _, counts = measures.accuracies_of([run for runs in groups.values() for run in runs])
-    return f"Avg@{next(iter(counts))}" if len(counts) == 1 else "Avg@k"
+    """The accuracies' heading."""
+    return measures.accuracy_name([run for runs in groups.values() for run in runs])
+
+
+def _accuracy(groups: Groups) -> str:
+    """The foot's sentence on the accuracies."""
+    metric = next((run.metric for runs in groups.values() for run in runs), "")
+    return f"{metric}: as it was logged. {ACCURACY.partition(': ')[2]}" if metric == _average(groups) else ACCURACY
 
 
 def _caveats(groups: Groups) -> list[str]:
@@ -175,6 +212,14 @@ def _caveats(groups: Groups) -> list[str]:
     ]
     if unfinished:
         feet.append(f"Not finished: {', '.join(unfinished)}.")
+    ended = [
+        f"{run.name} (from step {step} on)"
+        for run in runs
+        for key, step in run.ended.items()
+        if key == run.metric or (not run.metric and VALIDATION_METRIC.fullmatch(key))
+    ]
+    if ended:
+        feet.append(f"Accuracy is not a number any more: {', '.join(ended)}.")
     waiting = [run.name for run in runs if not measures.validated_steps(run)]
     if waiting:
         feet.append(f"Without a validation, left out: {', '.join(waiting)}.")
@@ -214,7 +259,7 @@ def _only(groups: Groups, setting: Setting) -> Groups:
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
-def _comparison(name: str, groups: Groups, with_task: bool = False) -> Table | None:
+def _comparison(name: str, groups: Groups, baseline: str, with_task: bool = False) -> Table | None:
     """Rows model × length × method with what the paper has for CountDown; `with_task`: and the task."""
     if not groups:
         return None
@@ -223,8 +268,9 @@ def _comparison(name: str, groups: Groups, with_task: bool = False) -> Table | N
     )
     headings = {"avg@8": "paper's Avg@8", "pass@8": "paper's Pass@8", "accuracy": "paper's accuracy"}
     headings["vl_norm_minus_this"] = f"paper's {DIFFERENCE}"
+    difference = _difference_heading(baseline)
     columns = [*(["task"] if with_task else []), "model", "length", "method"]
-    for measured, known in zip((_average(groups), DIFFERENCE, "Pass@8"), of_paper, strict=True):
+    for measured, known in zip((_average(groups), difference, "Pass@8"), of_paper, strict=True):
         columns += [measured, headings[known]] if known else [measured]
     columns += ["verl's best@8", "monotonicity", "seeds", "step"]
     rows: list[list[Cell]] = []
@@ -232,11 +278,12 @@ def _comparison(name: str, groups: Groups, with_task: bool = False) -> Table | N
         setting, runs = group[0], _with_validation(all_runs)
         row: list[Cell] = [setting.task] if with_task else []
         row += [_model(setting), _length(setting), _label(group)]
-        values: list[Cell] = [measures.final_accuracy(runs), _difference(groups, group), measures.final_pass(runs)]
+        values: list[Cell] = [measures.final_accuracy(runs), _difference(groups, group, baseline)]
+        values.append(measures.final_pass(runs))
         for value, known in zip(values, of_paper, strict=True):
             row += [value, paper.cell(setting, group[1], known)] if known else [value]
         rows.append([*row, measures.own_best(runs), measures.monotonicity(runs), _seeds(runs), _step(runs)])
-    feet = [ACCURACY, PAIRED, PASS, MONOTONICITY]
+    feet = [_accuracy(groups), _paired(groups, baseline), PASS, MONOTONICITY]
     if any(len(measures.validation_sets(runs)) > 1 for runs in groups.values()):
         feet.append(WEIGHTED)
     feet += [*_caveats(groups), *paper.sources(groups, of_paper)]
@@ -250,6 +297,8 @@ def _other_accuracies(groups: Groups) -> list[str]:
     found = []
     for run in (run for runs in groups.values() for run in _with_validation(runs)):
         variables, counts = measures.accuracies_of([run])
+        if counts <= {0}:
+            continue
         if variables - {"acc"} or counts != {measures.K}:
             what = f" of {', '.join(sorted(variables))}" if variables - {"acc"} else ""
             found.append(f"{run.name}: mean@{', '.join(map(str, sorted(counts)))}{what}")
@@ -258,23 +307,28 @@ def _other_accuracies(groups: Groups) -> list[str]:
     return [f"Not Avg@8 of verl's acc: {'; '.join(found)}. Pass@8 is over the problems that have eight responses."]
 
 
-def _math(groups: Groups) -> Table | None:
+def _math(groups: Groups, baseline: str) -> Table | None:
     if not groups:
         return None
     found = {name for runs in groups.values() for name in measures.validation_sets(runs)}
     names = [*MATH_SETS, *sorted(found - MATH_SETS.keys())]
     columns = ["model", "length", "method", *(MATH_SETS.get(name, name) for name in names)]
-    columns += [f"weighted {_average(groups)}", "paper's weighted Avg@8", DIFFERENCE, "weighted Pass@8"]
-    columns += ["verl's best@8", "monotonicity", "seeds", "step"]
+    columns += [f"weighted {_average(groups)}", "paper's weighted Avg@8", _difference_heading(baseline)]
+    columns += ["weighted Pass@8", "verl's best@8", "monotonicity", "seeds", "step"]
     rows: list[list[Cell]] = []
     for group, all_runs in groups.items():
         setting, runs = group[0], _with_validation(all_runs)
         row: list[Cell] = [_model(setting), _length(setting), _label(group)]
         row += [measures.final_accuracy(runs, name) for name in names]
-        row += [measures.final_accuracy(runs), paper.cell(setting, group[1], "avg@8"), _difference(groups, group)]
-        row += [measures.final_pass(runs), measures.own_best(runs), measures.monotonicity(runs)]
+        row += [measures.final_accuracy(runs), paper.cell(setting, group[1], "avg@8")]
+        row += [
+            _difference(groups, group, baseline),
+            measures.final_pass(runs),
+            measures.own_best(runs),
+            measures.monotonicity(runs),
+        ]
         rows.append([*row, _seeds(runs), _step(runs)])
-    feet = [ACCURACY, WEIGHTED, PAIRED, PASS, MONOTONICITY]
+    feet = [ACCURACY, WEIGHTED, _paired(groups, baseline), PASS, MONOTONICITY]
     if any(len(measures.set_sizes(run)) < len(measures.validation_sets([run])) for g in groups.values() for run in g):
         feet.append(
             "Where no dump that can be used says which validation set a response is of, each set's number is verl's "
@@ -319,19 +373,24 @@ def _alpha(groups: Groups) -> Table | None:
     return Table("alpha", TITLES["alpha"], [*columns, "monotonicity", "seeds", "step"], rows, feet)
 
 
-def _speed_up(groups: Groups, smooth: int) -> Table | None:
-    """VL Norm against each other method of its setting, and each of those against VL Norm; raw and smoothed."""
+def _speed_up(groups: Groups, smooth: int | None, baseline: str) -> Table | None:
+    """VL Norm against each other method of its setting, and each of those against VL Norm; raw and smoothed.
+
+    With a baseline, each other method against it, and the reverse.
+    """
     columns = ["task", "model", "length", "method", "reaches the final accuracy of", "curve", "target"]
     columns += ["its last step", "its own first hit", "first hit", "paper's first hit", *RATIOS, "seeds reached"]
     pairs: list[tuple[Group, Group]] = []
     for setting in dict.fromkeys(setting for setting, _ in groups):
-        if vl := reference(groups, setting):
-            pairs += [(vl, other) for other in _only(groups, setting) if other != vl]
-    pairs += [(other, vl) for vl, other in pairs]
+        if main := reference(groups, setting, baseline):
+            others = [other for other in _only(groups, setting) if other != main]
+            pairs += [(other, main) if baseline else (main, other) for other in others]
+    pairs += [(other, one) for one, other in pairs]
     rows: list[list[Cell]] = []
     used: Groups = {}
     for one, other in pairs:
-        for window in dict.fromkeys((1, smooth)):
+        smoothed = measures.smoothing((run for runs in _only(groups, one[0]).values() for run in runs), smooth)
+        for window in dict.fromkeys((1, smoothed)):
             found = measures.speed_up(_with_validation(groups[one]), _with_validation(groups[other]), window)
             if found is not None:
                 used |= {one: groups[one], other: groups[other]}
@@ -339,14 +398,16 @@ def _speed_up(groups: Groups, smooth: int) -> Table | None:
     if not rows:
         return None
     feet = [
-        f"Target: the reference's accuracy at its last validation; of the smoothed curve, of its trailing mean over "
-        f"{smooth} validations. First hit: the first validation at the target or above, of a run's own curve; both "
-        "methods are treated alike. Steps are means over seeds, ratios geometric means over seeds with Student's t "
-        "interval of their logarithm; no interval where a seed did not reach. All of a row is of the seeds that "
-        "reached; where none did, target and the reference's steps are of all that can be compared.",
+        "Target: the reference's accuracy at its last validation; of a smoothed curve, of its trailing mean over as "
+        f"many steps as it says{'' if smooth else ' (three validations)'}. First hit: the first validation at the "
+        "target or above, of a run's own curve; both methods are treated alike. Steps are means over seeds, ratios "
+        "geometric means over seeds with Student's t interval of their logarithm; no interval where a seed did not "
+        "reach. All of a row is of the seeds that reached; where none did, target and the reference's steps are of all "
+        "that can be compared.",
         "Last step / first hit is the paper's count (its 1000 / 375). It flatters whoever reaches a plateau, since the "
         "reference too had reached its own final accuracy before its last step: first hit / first hit does not.",
-        "Steps are those with a validation, so a first hit is known to one validation's distance.",
+        "Steps are those with a validation, so a first hit is known to one validation's distance. In a log whose "
+        "beginning is lost it is at or before a step, and there is no ratio.",
         *_caveats(used),
         *paper.sources(used, ("first_hit", "speed_up")),
         *_other_accuracies(used),
@@ -356,25 +417,27 @@ def _speed_up(groups: Groups, smooth: int) -> Table | None:
 
 def _speed_up_row(one: Group, other: Group, window: int, found: measures.SpeedUp) -> list[Cell]:
     setting = one[0]
-    if not found.pairs:
+    if not found.pairs or found.first is not None:
         instead: Cell = None
     else:
         instead = "not reached" if found.waiting is None else f"not yet (step {found.waiting})"
     return [
         setting.task, _model(setting), _length(setting), _label(one), _label(other),
-        "raw" if window == 1 else f"mean of {window}", Estimate(found.target, note=found.note),
-        _mean_step(found.reference_last), _mean_step(found.reference_first),
-        instead if found.first is None else _mean_step(found.first), _papers_first_hit(one, other),
+        "raw" if window == 1 else f"mean of {window} steps", Estimate(found.target, note=found.note),
+        _mean_step(found.reference_last), _mean_step(found.reference_first, found.reference_late),
+        _mean_step(found.first, found.late) or instead, _papers_first_hit(one, other),
         found.by_last or instead, found.by_first or instead, f"{found.reached} of {found.pairs}",
     ]  # fmt: skip
 
 
-def _mean_step(step: float) -> Cell:
-    return None if isnan(step) else f"{step:.6g}"
+def _mean_step(step: float | None, at_or_before: bool = False) -> Cell:
+    return None if step is None or isnan(step) else f"{'at or before ' if at_or_before else ''}{step:.6g}"
 
 
 def _papers_first_hit(one: Group, other: Group) -> str:
     """ "375 (2.67×) [paper, Fig. 2]": when VL Norm reaches DAPO's final accuracy, and the paper's count of it."""
+    if not paper.has(one[0]):
+        return ""
     hit, ratio = (paper.known(*one, metric) for metric in ("first_hit", "speed_up"))
     if one[0].scale == "cpu" or hit is None or ratio is None or other[1] != "dapo":
         return paper.TINY if one[0].scale == "cpu" else paper.NOT_FOUND
@@ -388,12 +451,13 @@ def inputs(runs: Sequence[Run]) -> Table:
     for run in runs:
         last = str(int(run.steps[-1])) if len(run.steps) else "none"
         planned = f" of {run.planned_steps}" if run.planned_steps else ""
-        notes = [*run.notes, *(["another run has the same seed: left out"] if id(run) in left_out else [])]
+        double = id(run) in left_out and len(run.steps)
+        notes = [*run.notes, *(["another run has the same seed: left out"] if double else [])]
         setting = " ".join(filter(None, run.setting)) or "unknown"
         rows.append(
             [
-                run.name, str(run.folder), setting, run.method_key, run.seed, f"{last}{planned}",
-                len(measures.validated_steps(run)), "; ".join(dict.fromkeys(notes)),
+                run.name, str(run.folder), setting, run.method_key, None if run.seed < 0 else run.seed,
+                f"{last}{planned}", len(measures.validated_steps(run)), "; ".join(dict.fromkeys(notes)),
             ]
         )  # fmt: skip
     columns = ["run", "folder", "setting", "method", "seed", "last step", "validations", "notes"]
