@@ -151,9 +151,7 @@ def test_a_local_run_gets_a_ray_of_its_own(tmp_path: Path) -> None:
     assert not [a for a in launch.trainer_command(request, complete, on_cluster=False) if "env_vars" in a]
 
 
-def test_a_cluster_keeps_its_resources_and_is_given_the_plugin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cluster_keeps_its_resources_and_is_given_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command's own overrides, composed by Hydra as verl does."""
     monkeypatch.setenv("VERL_PLATFORM", "cpu")  # as launch.prepare_environment does for such a run
     request, complete, _ = composed(tmp_path, "scale=cpu")

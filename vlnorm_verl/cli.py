@@ -147,6 +147,4 @@ def reproduce(
     except RecipeError as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(2) from None
-    _in_its_environment(
-        lambda: module.reproduce(recipes, names, overrides, numbers, list_sets, status, dry_run)
-    )
+    _in_its_environment(lambda: module.reproduce(recipes, names, overrides, numbers, list_sets, status, dry_run))

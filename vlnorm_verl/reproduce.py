@@ -230,9 +230,7 @@ def check(recipes: Path, runs: list[Run], console: Console, need_data: bool) -> 
         except RecipeError as error:
             problems.setdefault(str(error), []).append(run.name)
             continue
-        if not recipe.is_cpu(config) and (
-            problem := recipe.missing_files(config)
-        ):  # the launcher makes the tiny data
+        if not recipe.is_cpu(config) and (problem := recipe.missing_files(config)):  # the launcher makes the tiny data
             missing[problem] = None
     for message, names in problems.items():
         console.print(f"{', '.join(names)}:\n  {message}", style="red", markup=False, soft_wrap=True)
