@@ -163,7 +163,7 @@ def complete_overrides(request: Request) -> list[str]:
 
 
 def prepare_environment(recipes: Path, config: DictConfig) -> str:
-    """CPU or GPUs: decided by the composed configuration, here for all that follows, before verl looks for its platform.
+    """CPU or GPUs: decided by the composed configuration, here for all that follows; verl's platform goes by it too.
 
     Returns why no environment of this project can do the run; "" if this one can.
 

@@ -1,7 +1,7 @@
 """What a Python environment and a machine lack for a run on GPUs, or on the CPU, each with what mends it.
 
-Only the standard library, and torch is not imported (but by `flash_attention_problem`): recipes/install_gpu.sh runs this
-file before anything is installed, and the launcher runs it in environments other than its own.
+Only the standard library; only `flash_attention_problem` imports torch. So recipes/install_gpu.sh can run this file
+before anything is installed, and the launcher in environments other than its own.
 
     python vlnorm_verl/machine.py driver         in words; exit code 1 if the driver is too old for the wheels
     python vlnorm_verl/machine.py environment    the versions that decide between CPU and GPU, as JSON
