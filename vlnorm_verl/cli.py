@@ -95,6 +95,7 @@ def launch(
     Choices:
 
         family=aggregation|dapo   task=countdown|math   model=3b|7b   length=3072|8192   scale=gpu|cpu
+        attention=flash|sdpa                                              (sdpa: without the package flash-attn; slower)
         method=grpo_norm|dapo_norm|dr_grpo_norm|dr_grpo|vl_norm           (family=aggregation)
         method=dapo|overlong_filtering|soft_punishment|vl_norm            (family=dapo, length=3072)
 

@@ -134,6 +134,9 @@ def _launch(request: Request, console: Console) -> int:
         missing = None if recipe.is_cpu(config) else recipe.missing_files(config)
         raise RecipeError("\n".join(filter(None, [unfit, missing])))
     console.print(f"environment: {machine.this_environment()}", markup=False, highlight=False, soft_wrap=True)
+    if not recipe.is_cpu(config):
+        for problem in machine.tight(Path(config.recipe.folder), (config.recipe.model,)):
+            console.print(f"note: {problem}", style="yellow", markup=False, soft_wrap=True)
     return run_here(request, config, overrides, console)
 
 
@@ -188,11 +191,11 @@ def cannot_run(config: DictConfig) -> str:
     """What this machine lacks for a run on GPUs, "" if nothing."""
     if recipe.is_cpu(config):
         return ""
-    attention = config.actor_rollout_ref.model.override_config.get("attn_implementation", "flash_attention_2")
-    problems = [machine.flash_attention_problem()] if attention == "flash_attention_2" else []
-    if not os.environ.get("RAY_ADDRESS"):
-        problems.append(machine.driver_problem(machine.this_environment().cuda, config.trainer.n_gpus_per_node))
-    return "\n".join(str(problem) for problem in problems if problem)
+    problems = machine.environment_problems(False, recipe.wants_flash_attention(config))
+    driver = machine.driver_problem(machine.this_environment().cuda, config.trainer.n_gpus_per_node)
+    if driver and not os.environ.get("RAY_ADDRESS"):
+        problems.append(str(driver))
+    return "\n".join(problems)
 
 
 def smoke_folder(root: Path, name: str) -> Path:
@@ -367,7 +370,12 @@ def check_nodes(config: DictConfig, console: Console) -> None:
     with console.status("asking every node of the Ray cluster …"):
         try:
             reports = probe(
-                config.actor_rollout_ref.actor.loss_agg_mode, Path(config.recipe.folder), flat, worker_variables()
+                config.actor_rollout_ref.actor.loss_agg_mode,
+                Path(config.recipe.folder),
+                flat,
+                worker_variables(),
+                recipe.is_cpu(config),
+                recipe.wants_flash_attention(config),
             )
         except ConnectionError as error:
             raise RecipeError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error

@@ -189,12 +189,19 @@ def flash_attention_problem() -> Problem | None:
     except Exception as error:  # not there, or built for another torch: an undefined symbol
         return Problem(
             f"flash-attn cannot be loaded ({type(error).__name__}: {error})",
-            f"FLASH_ATTN=build {INSTALL_GPU} compiles it; runs without it: add attention=sdpa, which is slower",
+            f"Give runs attention=sdpa, which is slower, or compile it: FLASH_ATTN=build {INSTALL_GPU}",
         )
     return None
 
 
-def tight(folder: Path) -> list[Problem]:
+def environment_problems(on_cpu: bool, flash_attention: bool) -> list[str]:
+    """What this process's environment lacks for a run, which may want verl's default attention."""
+    here = this_environment()
+    problems = [f"{here.prefix} {reason}" for reason in here.lacks(on_cpu)]
+    return problems + ([str(problem)] if flash_attention and (problem := flash_attention_problem()) else [])
+
+
+def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Problem]:
     """What ends a run late: a small /dev/shm, a disk without room for the checkpoints that are kept below `folder`."""
     problems = []
     shared = shutil.disk_usage("/dev/shm").total / 1e9
@@ -207,7 +214,7 @@ def tight(folder: Path) -> list[Problem]:
         )
     there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     free = shutil.disk_usage(there).free / 1e9
-    needs = {name: 2 * CHECKPOINT_BYTES * count / 1e9 for name, count in PARAMETERS.items()}
+    needs = {name: 2 * CHECKPOINT_BYTES * PARAMETERS[name] / 1e9 for name in models}
     if too_large := [f"{need:.0f} GB with model={name}" for name, need in needs.items() if need > free]:
         problems.append(
             Problem(

@@ -88,6 +88,12 @@ def is_cpu(config: DictConfig) -> bool:
     return bool(config.trainer.device == "cpu")
 
 
+def wants_flash_attention(config: DictConfig) -> bool:
+    """Whether the actor is loaded with the package flash-attn, verl's default (workers/config/model.py:185)."""
+    attention = config.actor_rollout_ref.model.override_config.get("attn_implementation", "flash_attention_2")
+    return bool(attention == "flash_attention_2")
+
+
 def flatten(config: Any) -> dict[str, Any]:
     """{dotted key: value} of all leaves; an empty mapping or a list is a leaf."""
     plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
