@@ -192,7 +192,8 @@ def cannot_run(config: DictConfig) -> str:
     if recipe.is_cpu(config):
         return ""
     problems = machine.environment_problems(False, recipe.wants_flash_attention(config))
-    driver = machine.driver_problem(machine.this_environment().cuda, config.trainer.n_gpus_per_node)
+    cuda = machine.this_environment().cuda or machine.WHEELS_CUDA
+    driver = machine.driver_problem(cuda, config.trainer.n_gpus_per_node)
     if driver and not os.environ.get("RAY_ADDRESS"):
         problems.append(str(driver))
     return "\n".join(problems)
