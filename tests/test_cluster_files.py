@@ -150,6 +150,12 @@ def test_outside_the_project(job: Job) -> None:
     assert "submit from the project's folder" in job.recorded("log")
 
 
+def test_without_an_environment_for_the_run_the_job_ends_and_says_why(job: Job) -> None:
+    Job.put(job.project / "recipes" / "launch.sh", "echo no environment here can do it; exit 2")
+    assert job.run("task=countdown") == 2
+    assert job.recorded("log") == "no environment here can do it\n"
+
+
 @pytest.mark.parametrize(
     ("named", "own", "taken"),
     [

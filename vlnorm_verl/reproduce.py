@@ -219,19 +219,19 @@ def show_states(runs: list[Run], codes: dict[Path, int], console: Console) -> No
 
 
 def check(recipes: Path, runs: list[Run], console: Console, need_data: bool) -> bool:
-    """Whether verl accepts every run (and its data are here). Prints what it says of the others, each message once."""
+    """Whether verl accepts every run (and its data and an environment are here). Prints each thing that is wrong once."""
     problems: dict[str, list[str]] = {}
     missing: dict[str, None] = {}  # as an ordered set
     for run in track(runs, "checking every run against verl", console=console, transient=True):
         try:
             config = recipe.compose(recipes / "config", run.overrides)
-            launch.prepare_environment(recipes, config)
+            unfit = launch.prepare_environment(recipes, config)
             recipe.validate(config)
         except RecipeError as error:
             problems.setdefault(str(error), []).append(run.name)
             continue
-        if not recipe.is_cpu(config) and (problem := recipe.missing_files(config)):  # the launcher makes the tiny data
-            missing[problem] = None
+        data = None if recipe.is_cpu(config) else recipe.missing_files(config)  # the launcher makes the tiny data
+        missing |= dict.fromkeys(filter(None, (data, unfit)))
     for message, names in problems.items():
         console.print(f"{', '.join(names)}:\n  {message}", style="red", markup=False, soft_wrap=True)
     need_data &= not os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://"))  # else they are there
