@@ -219,7 +219,7 @@ def show_states(runs: list[Run], codes: dict[Path, int], console: Console) -> No
 
 
 def check(recipes: Path, runs: list[Run], console: Console, need_data: bool) -> bool:
-    """Whether verl accepts every run (and its data and an environment are here). Prints each thing that is wrong once."""
+    """Whether verl accepts every run (and data and an environment are here). Prints each thing that is wrong once."""
     problems: dict[str, list[str]] = {}
     missing: dict[str, None] = {}  # as an ordered set
     for run in track(runs, "checking every run against verl", console=console, transient=True):
