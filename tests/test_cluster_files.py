@@ -187,8 +187,9 @@ def test_exit_code_of_the_launcher_and_nothing_left(job: Job) -> None:
 @pytest.mark.slow
 def test_two_nodes_and_the_real_launcher(job: Job) -> None:
     job.environment |= {"SLURM_SUBMIT_DIR": str(PROJECT), "NODES": "node-a node-b"}
-    assert job.run(*CHOICE, "trainer.nnodes=2", "--dry-run") == 0, job.recorded("log")
+    assert job.run(*CHOICE, "scale=cpu", "trainer.nnodes=2", "--dry-run") == 0, job.recorded("log")
     log = job.recorded("log")
+    assert f"environment: {sys.executable}" in log
     assert f"Ray: 2 node(s) at 127.0.0.1:{job.environment['VLNORM_RAY_PORT']}" in log
     assert "+ray_kwargs.ray_init.runtime_env" in log  # the launcher has seen that it is on a cluster
     assert {"--nodes=1", "--ntasks=1", "--relative=1"} <= set(job.recorded("srun").split())
