@@ -80,6 +80,11 @@ class Job:
         path.write_text(f"#!/usr/bin/env bash\n{text}\n")
         path.chmod(0o755)
 
+    def launcher(self, text: str) -> None:
+        """recipes/launch.sh in this text, which says too which Python the run takes, as the real one does."""
+        answer = f'if [ "${{@: -1}}" = --python ]; then echo {sys.executable}; exit; fi'
+        self.put(self.project / "recipes" / "launch.sh", f"{answer}\n{text}")
+
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         copy = self.record / "slurm_script"  # as sbatch does
         shutil.copy(SCRIPT, copy)
@@ -145,6 +150,12 @@ def test_outside_the_project(job: Job) -> None:
     assert "submit from the project's folder" in job.recorded("log")
 
 
+def test_without_an_environment_for_the_run_the_job_ends_and_says_why(job: Job) -> None:
+    Job.put(job.project / "recipes" / "launch.sh", "echo no environment here can do it; exit 2")
+    assert job.run("task=countdown") == 2
+    assert job.recorded("log") == "no environment here can do it\n"
+
+
 @pytest.mark.parametrize(
     ("named", "own", "taken"),
     [
@@ -166,7 +177,7 @@ def test_address_of_the_head(tmp_path: Path, named: str, own: str, taken: str) -
 
 
 def test_exit_code_of_the_launcher_and_nothing_left(job: Job) -> None:
-    Job.put(job.project / "recipes" / "launch.sh", 'echo "$RAY_ADDRESS $*" >"$RECORD/launcher"; exit 3')
+    job.launcher('echo "$RAY_ADDRESS $*" >"$RECORD/launcher"; exit 3')
     assert job.run("a=1", "b='x y'") == 3
     assert job.recorded("launcher") == f"127.0.0.1:{job.environment['VLNORM_RAY_PORT']} a=1 b='x y'\n"
     assert not job.recorded("scontrol")
@@ -176,8 +187,9 @@ def test_exit_code_of_the_launcher_and_nothing_left(job: Job) -> None:
 @pytest.mark.slow
 def test_two_nodes_and_the_real_launcher(job: Job) -> None:
     job.environment |= {"SLURM_SUBMIT_DIR": str(PROJECT), "NODES": "node-a node-b"}
-    assert job.run(*CHOICE, "trainer.nnodes=2", "--dry-run") == 0, job.recorded("log")
+    assert job.run(*CHOICE, "scale=cpu", "trainer.nnodes=2", "--dry-run") == 0, job.recorded("log")
     log = job.recorded("log")
+    assert f"environment: {sys.executable}" in log
     assert f"Ray: 2 node(s) at 127.0.0.1:{job.environment['VLNORM_RAY_PORT']}" in log
     assert "+ray_kwargs.ray_init.runtime_env" in log  # the launcher has seen that it is on a cluster
     assert {"--nodes=1", "--ntasks=1", "--relative=1"} <= set(job.recorded("srun").split())
@@ -187,7 +199,7 @@ def test_two_nodes_and_the_real_launcher(job: Job) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "requeued"), [(signal.SIGUSR1, "requeue 7\n"), (signal.SIGTERM, "")])
 def test_stops_in_order(job: Job, sent: signal.Signals, requeued: str) -> None:
-    Job.put(job.project / "recipes" / "launch.sh", WAITING_LAUNCHER)
+    job.launcher(WAITING_LAUNCHER)
     process = job.start()
     while not job.recorded("launcher"):
         assert process.poll() is None, job.recorded("log")
@@ -202,7 +214,7 @@ def test_stops_in_order(job: Job, sent: signal.Signals, requeued: str) -> None:
 
 @pytest.mark.slow
 def test_a_node_that_does_not_come_is_named(job: Job) -> None:
-    Job.put(job.project / "recipes" / "launch.sh", 'touch "$RECORD/launcher"')
+    job.launcher('touch "$RECORD/launcher"')
     here = socket.gethostname()
     job.environment |= {"NODES": f"{here} node-b", "VLNORM_RAY_SECONDS": "60"}
     Job.put(job.bin / "srun", "exec sleep 300")
@@ -214,7 +226,7 @@ def test_a_node_that_does_not_come_is_named(job: Job) -> None:
 
 @pytest.mark.slow
 def test_a_ray_that_cannot_start_ends_the_job_at_once(job: Job) -> None:
-    Job.put(job.project / "recipes" / "launch.sh", 'touch "$RECORD/launcher"')
+    job.launcher('touch "$RECORD/launcher"')
     Job.put(job.bin / "srun", "echo srun: error >&2; exit 1")
     job.environment["NODES"] = "node-a node-b"
     start = time.monotonic()
@@ -254,6 +266,19 @@ def test_manifest() -> None:
         for folder in ("runs", "data"):
             assert kinds[mounts[f"{container['workingDir']}/{folder}"]] == {"persistentVolumeClaim"}
         assert kinds[mounts["/dev/shm"]] == {"emptyDir"}
+        secrets = {v["name"]: v["valueFrom"]["secretKeyRef"] for v in container["env"] if "valueFrom" in v}
+        assert set(secrets) == {"HF_TOKEN", "WANDB_API_KEY"}
+        assert all(secret["optional"] for secret in secrets.values())  # a run without wandb and with open models starts
+
+
+def test_the_manifest_names_the_image_that_the_dockerfile_makes() -> None:
+    text = (PROJECT / "recipes" / "cluster" / "Dockerfile").read_text()
+    (container,) = groups(manifest(*CHOICE))[0]["template"]["spec"]["containers"]
+    assert f"docker build -f recipes/cluster/Dockerfile -t {container['image']} ." in text
+    assert f"WORKDIR {container['workingDir']}\n" in text
+    for line in text.splitlines():  # what it copies is there
+        if line.startswith("COPY "):
+            assert all((PROJECT / source).exists() for source in line.split()[1:-1])
 
 
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 8), (4, 2)])
@@ -261,8 +286,10 @@ def test_size_of_the_cluster(nodes: int, gpus: int) -> None:
     head, workers = groups(manifest(*CHOICE, f"trainer.nnodes={nodes}", f"trainer.n_gpus_per_node={gpus}"))
     assert [workers[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [nodes - 1] * 3
     for group in (head, workers):
-        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        assert limits == {"nvidia.com/gpu": gpus}
+        resources = group["template"]["spec"]["containers"][0]["resources"]
+        assert resources["limits"]["nvidia.com/gpu"] == gpus
+        assert resources["limits"]["memory"] == resources["requests"]["memory"]
+        assert "cpu" not in resources["limits"]
 
 
 def test_the_command_arrives_as_it_was_given() -> None:

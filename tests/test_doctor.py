@@ -24,13 +24,48 @@ def test_works_here_and_in_a_ray_worker() -> None:
     assert "works in a Ray worker: yes" in done.stdout
     assert "What vl_norm is known to do with verl 0.9.1" in done.stdout
     assert re.search(r"policy losses +│ exact +│ vanilla; gspo; gpg", done.stdout)
+    assert re.search(
+        r"What a run on GPUs would fail for here.*built without CUDA +│ bash recipes/install_gpu.sh", done.stdout, re.S
+    )
+    assert re.search(r"flash-attn cannot be loaded.*attention=sdpa", done.stdout, re.S)
+    # Nothing of what verl, Ray and vLLM say meanwhile.
+    assert "arning" not in done.stdout + done.stderr
+    assert "WARN" not in done.stdout + done.stderr
 
 
-def test_says_no_and_why_where_verl_does_not_load_plugins() -> None:
-    done = run_doctor("--no-ray", VERL_USE_EXTERNAL_PLUGINS="none")
+@pytest.mark.parametrize(
+    ("name", "value"), [("VERL_USE_EXTERNAL_PLUGINS", ""), ("VERL_USE_EXTERNAL_MODULES", "no_such_module")]
+)
+def test_says_no_and_names_the_variable_that_did_it(name: str, value: str) -> None:
+    done = run_doctor("--no-ray", **{name: value})
     assert done.returncode == 1
-    assert "works in this process: no" in done.stdout
-    assert "not patched" in done.stdout
+    said = " ".join(done.stdout.split())
+    assert "works in this process: no" in said
+    assert f"{name}={value!r} keeps" in said or f"{name}={value} names" in said
+    assert "vlnorm-verl doctor" not in said
+
+
+@pytest.mark.parametrize("policy", ["", "none", " None", "other, another"])
+def test_a_policy_that_leaves_the_plugin_out_is_the_reason(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", policy)
+    assert doctor.not_loaded().startswith(f"VERL_USE_EXTERNAL_PLUGINS={policy!r} keeps verl from loading it")
+
+
+@pytest.mark.parametrize("policy", ["auto", "AUTO ", "vlnorm", "other, vlnorm"])
+def test_a_policy_that_has_the_plugin_is_not(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", policy)
+    assert doctor.not_loaded() == ""
+
+
+def test_before_0_9_the_other_variable_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "version", {"verl": "0.8.0"}.get)
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "mine")
+    assert "VERL_USE_EXTERNAL_MODULES, which is 'mine': add vlnorm_verl.verl_entry" in doctor.not_loaded()
+
+
+def test_where_the_package_is_not_installed_there_is_no_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: ())
+    assert "pip install ." in doctor.not_loaded()
 
 
 def test_either_cpu_build_of_vllm_will_do(monkeypatch: pytest.MonkeyPatch) -> None:

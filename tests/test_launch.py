@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vlnorm_verl import launch, recipe
+from vlnorm_verl import launch, machine, recipe
 from vlnorm_verl.launch import Request
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -97,6 +97,8 @@ def test_a_run_that_cannot_work_is_refused(tmp_path: Path, overrides: list[str],
 def test_missing_data_names_both_ways_to_get_it(tmp_path: Path) -> None:
     code, text = answered(Request(RECIPES, [f"recipe.root={tmp_path}", f"recipe.data={tmp_path}/none", "task=math"]))
     assert code == 2
+    assert "which is built without CUDA" in text  # all that is missing, at once
+    assert "bash recipes/install_gpu.sh" in text
     assert f"vlnorm-verl data math --out {tmp_path}/none/math" in text
     assert "--offline" in text
     assert "minerva.parquet" in text
@@ -142,6 +144,46 @@ def test_state_is_that_of_the_last_whole_checkpoint(tmp_path: Path) -> None:
     assert launch.state(config) == "finished"
 
 
+# -------------------------------------------------------------------------------------------------------- CPU or GPUs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "on_cpu", "flash"),
+    [
+        ([], False, True),
+        (["scale=gpu", "attention=sdpa"], False, False),
+        (["scale='cpu'"], True, False),
+        (['scale="cpu"', "attention=sdpa"], True, False),
+    ],
+)
+def test_the_configuration_says_where_a_run_is(tmp_path: Path, overrides: list[str], on_cpu: bool, flash: bool) -> None:
+    _, _, config = composed(tmp_path, *overrides)
+    assert recipe.is_cpu(config) == on_cpu
+    assert recipe.wants_flash_attention(config) == flash
+
+
+@pytest.mark.parametrize("override", ["trainer.device=cpu", "recipe.scale=cpu"])
+def test_half_a_choice_of_the_cpu_is_refused(override: str) -> None:
+    code, text = answered(Request(RECIPES, [override], dry_run=True))
+    assert code == 2
+    assert "the two are set by scale=gpu or scale=cpu" in text
+
+
+def test_a_leftover_of_a_cpu_run_in_the_shell_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    code, text = answered(Request(RECIPES, [], dry_run=True))
+    assert code == 2
+    assert "VERL_PLATFORM=cpu is set, and this run is on GPUs: unset it" in text
+
+
+def test_without_flash_attn_a_run_on_gpus_is_told_of_sdpa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "driver", lambda: ((13, 0), 8))
+    assert "Give runs attention=sdpa" in launch.cannot_run(composed(tmp_path)[2])
+    said = launch.cannot_run(composed(tmp_path, "attention=sdpa")[2])
+    assert "sdpa" not in said
+    assert "built without CUDA" in said  # the environment of the tests
+
+
 # ------------------------------------------------------------------------------------------------------- the commands
 
 
@@ -151,8 +193,9 @@ def test_a_local_run_gets_a_ray_of_its_own(tmp_path: Path) -> None:
     assert not [a for a in launch.trainer_command(request, complete, on_cluster=False) if "env_vars" in a]
 
 
-def test_a_cluster_keeps_its_resources_and_is_given_the_plugin(tmp_path: Path) -> None:
+def test_a_cluster_keeps_its_resources_and_is_given_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command's own overrides, composed by Hydra as verl does."""
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")  # as launch.prepare_environment does for such a run
     request, complete, _ = composed(tmp_path, "scale=cpu")
     arguments = launch.trainer_command(request, complete, on_cluster=True)
     overrides = [a for a in arguments[3:] if not a.startswith("--") and not a.startswith("hydra.")]

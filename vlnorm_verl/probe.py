@@ -3,8 +3,8 @@
 A node that lacks verl or this package fails minutes into the start of a run, in a worker's log, or (the plugin) not at
 all: verl hides plugin load errors. The answers are named by node here.
 
-Covered: imports and versions, whether the plugin is in verl, whether the node sees the run's folder and data.
-Not covered: GPUs, network speed, free disk.
+Covered: imports and versions, whether torch and vLLM are those for the run, flash-attn, whether the plugin is in verl,
+whether the node sees the run's folder and data. Not covered: drivers and GPUs, network speed, free disk.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class NodeReport:
     problems: list[str]
 
 
-def probe(mode: str, folder: Path, files: list[str], environment: dict[str, str]) -> list[NodeReport]:
+def probe(
+    mode: str, folder: Path, files: list[str], environment: dict[str, str], on_cpu: bool, flash_attention: bool
+) -> list[NodeReport]:
     """Ask each living node of the cluster that RAY_ADDRESS names.
 
     Args:
@@ -35,6 +37,8 @@ def probe(mode: str, folder: Path, files: list[str], environment: dict[str, str]
         folder: the run's folder, which every node must see.
         files: the run's data.
         environment: variables that the run's workers get.
+        on_cpu: whether the run is on the CPU stack.
+        flash_attention: whether the run's model needs flash-attn.
 
     Raises:
         ConnectionError: there is no cluster at RAY_ADDRESS.
@@ -43,7 +47,7 @@ def probe(mode: str, folder: Path, files: list[str], environment: dict[str, str]
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # Nested, hence sent by value: a node without this package could not even load a function of it.
-    def examine(mode: str, token: str, files: list[str]) -> dict[str, Any]:
+    def examine(mode: str, token: str, files: list[str], on_cpu: bool, flash_attention: bool) -> dict[str, Any]:
         import importlib.metadata
         import os
         import sys
@@ -62,8 +66,9 @@ def probe(mode: str, folder: Path, files: list[str], environment: dict[str, str]
             except importlib.metadata.PackageNotFoundError:
                 versions[name] = "-"  # vllm has another name on a CPU
         if not problems:
-            from vlnorm_verl import plugin
+            from vlnorm_verl import machine, plugin
 
+            problems += machine.environment_problems(on_cpu, flash_attention)
             try:
                 plugin.require_installed(mode)
             except RuntimeError as error:
@@ -87,7 +92,7 @@ def probe(mode: str, folder: Path, files: list[str], environment: dict[str, str]
         task = ray.remote(num_cpus=0, max_retries=0)(examine)
         pending = {
             node_id: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
-                mode, str(token), files
+                mode, str(token), files, on_cpu, flash_attention
             )
             for node_id in nodes
         }

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 CONFIG_NAME = "recipe"
 # In the order in which recipe.yaml composes them: a later one wins.
-GROUPS = ("family", "task", "model", "length", "method", "scale")
+GROUPS = ("family", "task", "model", "length", "method", "attention", "scale")
 TINY_MODEL = Path(__file__).parent / "tiny" / "weights"
 LOGGERS = ("console", "file", "wandb", "tensorboard", "trackio", "swanlab", "mlflow")
 
@@ -75,7 +75,23 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
                 f"{key}={chosen} is none of the paper's for family={config.recipe.family}.{hint} "
                 f"Accepted: {', '.join(accepted)}"
             )
+    if is_cpu(config) != (config.recipe.scale == "cpu"):
+        raise RecipeError(
+            f"trainer.device={config.trainer.device} with recipe.scale={config.recipe.scale}: the two are set by "
+            "scale=gpu or scale=cpu, not one by one"
+        )
     return config
+
+
+def is_cpu(config: DictConfig) -> bool:
+    """Whether a run is on the CPU: verl's own key says so."""
+    return bool(config.trainer.device == "cpu")
+
+
+def wants_flash_attention(config: DictConfig) -> bool:
+    """Whether the actor is loaded with the package flash-attn, verl's default (workers/config/model.py:185)."""
+    attention = config.actor_rollout_ref.model.override_config.get("attn_implementation", "flash_attention_2")
+    return bool(attention == "flash_attention_2")
 
 
 def flatten(config: Any) -> dict[str, Any]:

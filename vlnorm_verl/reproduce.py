@@ -124,7 +124,8 @@ def outline(config_folder: Path, overrides: list[str]) -> DictConfig:
         RecipeError: a choice that there is not.
     """
     given = dict(override.split("=", 1) for override in overrides)
-    choices = {group: given.get(group, "gpu" if group == "scale" else "").strip("'\"") for group in recipe.GROUPS}
+    defaults = {"attention": "flash", "scale": "gpu"}
+    choices = {group: given.get(group, defaults.get(group, "")).strip("'\"") for group in recipe.GROUPS}
     for group, choice in choices.items():
         accepted = sorted(file.stem for file in (config_folder / group).glob("*.yaml"))
         if choice not in accepted:
@@ -218,22 +219,19 @@ def show_states(runs: list[Run], codes: dict[Path, int], console: Console) -> No
 
 
 def check(recipes: Path, runs: list[Run], console: Console, need_data: bool) -> bool:
-    """Whether verl accepts every run (and its data are here). Prints what it says of the others, each message once."""
+    """Whether verl accepts every run (and data and an environment are here). Prints each thing that is wrong once."""
     problems: dict[str, list[str]] = {}
     missing: dict[str, None] = {}  # as an ordered set
     for run in track(runs, "checking every run against verl", console=console, transient=True):
-        request = launch.Request(recipes, run.overrides)
-        launch.prepare_environment(request)
         try:
-            config = recipe.compose(request.config_folder, run.overrides)
+            config = recipe.compose(recipes / "config", run.overrides)
+            unfit = launch.prepare_environment(recipes, config)
             recipe.validate(config)
         except RecipeError as error:
             problems.setdefault(str(error), []).append(run.name)
             continue
-        if config.recipe.scale != "cpu" and (
-            problem := recipe.missing_files(config)
-        ):  # the launcher makes the tiny data
-            missing[problem] = None
+        data = None if recipe.is_cpu(config) else recipe.missing_files(config)  # the launcher makes the tiny data
+        missing |= dict.fromkeys(filter(None, (data, unfit)))
     for message, names in problems.items():
         console.print(f"{', '.join(names)}:\n  {message}", style="red", markup=False, soft_wrap=True)
     need_data &= not os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://"))  # else they are there

@@ -19,8 +19,7 @@ try:
     plugin.register()
 except Exception:
     logger.warning(
-        "vlnorm-verl could not be loaded into verl: loss_agg_mode=vl_norm is not available in this process. "
-        "`vlnorm-verl doctor` tells more. The reason:",
+        "vlnorm-verl could not be loaded into verl: loss_agg_mode=vl_norm is not available here. The reason:",
         exc_info=True,
     )
     raise

