@@ -5,19 +5,27 @@ cluster and a Ray job. Not covered: runs (test_recipes_e2e.py), SLURM and Kubern
 recipes' values (test_recipes.py).
 """
 
+import importlib.metadata
 import io
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
-from vlnorm_verl import launch, recipe
+from vlnorm_verl import launch, recipe, reproduce
+from vlnorm_verl.cli import app
+from vlnorm_verl.clusters import submit_command
 from vlnorm_verl.launch import Request
+from vlnorm_verl.reproduce import RunSet
+from vlnorm_verl.run_folder import remember, state
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+UNFIT = ["'3072'", "8k", "[3]", "true", "0", "-1", "inf", "nan"]  # as M
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +37,14 @@ def composed(tmp_path: Path, *overrides: str, **request: Any) -> tuple[Request, 
     asked = Request(
         RECIPES, [f"recipe.root={tmp_path / 'runs'}", f"recipe.data={tmp_path / 'data'}", *overrides], **request
     )
-    complete = launch.complete_overrides(asked)
+    complete = overrides_of(asked)
     return asked, complete, recipe.compose(asked.config_folder, complete)
+
+
+def overrides_of(request: Request) -> list[str]:
+    """What the trainer's command line has, as `launch` decides it."""
+    asked = recipe.compose(request.config_folder, request.overrides)
+    return launch.trainer_overrides(request, asked, launch.folder_of(request, asked))
 
 
 def answered(request: Request) -> tuple[int, str]:
@@ -57,10 +71,44 @@ def test_metrics_cannot_be_switched_off(tmp_path: Path) -> None:
 
 def test_paths_are_absolute_and_last_overrides_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    request = Request(RECIPES, ["recipe.root=here", "recipe.steps=7"])
-    config = recipe.compose(request.config_folder, launch.complete_overrides(request))
+    monkeypatch.setenv("HOME", "/home/me")
+    request = Request(RECIPES, ["recipe.root=here", "recipe.data='~/data'", "recipe.steps=7"])
+    config = recipe.compose(request.config_folder, overrides_of(request))
     assert config.recipe.folder == f"{tmp_path}/here/aggregation-countdown-3b-8192-vl_norm-seed0"
+    assert config.recipe.data == "/home/me/data"
     assert config.trainer.total_training_steps == 7
+
+
+@pytest.mark.parametrize(
+    "name", ["a,b", "run(copy)", "x=y", "proj (copy), v1", "exp#2", "it's", "[1]", "{a: b}", "a:b"]
+)
+def test_paths_may_have_hydras_characters(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given by the user in quotes, and as the project's folder, which relative paths begin with."""
+    project = tmp_path / name
+    shutil.copytree(RECIPES / "config", project / "recipes" / "config")
+    monkeypatch.chdir(project)
+    for given in ([], [recipe.override("recipe.root", str(project / "runs"))]):
+        request = Request(Path("recipes"), given)
+        overrides = overrides_of(request)
+        config = recipe.compose(request.config_folder, overrides)
+        assert config.recipe.data == f"{project}/data"
+        assert config.recipe.folder == f"{project}/runs/aggregation-countdown-3b-8192-vl_norm-seed0"
+        (run,) = reproduce.plan(
+            request.recipes,
+            [
+                RunSet(
+                    "x",
+                    "",
+                    "",
+                    "",
+                    "",
+                    [["family=aggregation", "task=countdown", "model=3b", "length=8192", "method=vl_norm"]],
+                )
+            ],
+            [],
+            given,
+        )
+        assert run.folder.absolute() == Path(config.recipe.folder)
 
 
 def test_smoke_is_two_steps_at_full_size_in_a_new_folder(tmp_path: Path) -> None:
@@ -81,7 +129,24 @@ def test_smoke_is_two_steps_at_full_size_in_a_new_folder(tmp_path: Path) -> None
     [
         (["method=vl-norm"], "vl_norm"),
         (["trainer.n_gpus_per_nod=4"], "n_gpus_per_nod"),
-        (["actor_rollout_ref.actor.loss_scale_factor=null", "method=dr_grpo"], "give M in tokens"),
+        (["actor_rollout_ref.actor.loss_scale_factor=null", "method=dr_grpo"], "loss_scale_factor=None with"),
+        *(
+            ([f"actor_rollout_ref.actor.loss_scale_factor={text}"], "actor_rollout_ref.actor.loss_scale_factor=")
+            for text in UNFIT
+        ),
+        (
+            [
+                "actor_rollout_ref.actor.loss_agg_mode=vl_norm",
+                "method=grpo_norm",
+                "actor_rollout_ref.actor.loss_scale_factor='3072'",
+            ],
+            "loss_scale_factor='3072' with",
+        ),
+        (["trainer.nnodes=two"], "trainer.nnodes='two': accepted is a number, as in trainer.nnodes=1"),
+        (["recipe.steps=[3]"], "recipe.steps=[3]: accepted is a number"),
+        (["actor_rollout_ref.actor.shuffle=yes"], "actor_rollout_ref.actor.shuffle='yes': accepted is true or false"),
+        (["recipe.data=/tmp/a,b"], """"recipe.root='~/a, (b)=#1'\""""),
+        (["recipe.data=/tmp/run(copy)"], "Hydra cannot read this"),
         (["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=6"], "a divisor of 40"),
         (["trainer.nnodes=3", "data.train_batch_size=96"], "ppo_micro_batch_size_per_gpu=4"),
         (["actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=7"], "a divisor of 160"),
@@ -106,12 +171,35 @@ def test_a_dry_run_shows_value_source_and_command(tmp_path: Path) -> None:
     code, text = answered(Request(RECIPES, [f"recipe.root={tmp_path}", "recipe.alpha=0.5"], dry_run=True))
     assert code == 0
     assert not list(tmp_path.iterdir())
-    (alpha,) = [line for line in text.splitlines() if line.startswith("│ recipe.alpha")]
-    assert all(part in alpha for part in ("0.5", "command line"))
-    (mode,) = [line for line in text.splitlines() if "actor.loss_agg_mode" in line and "│" in line]
-    assert all(part in mode for part in ("vl_norm:0.5", "method/vl_norm.yaml", "paper:"))
+    lines = text.splitlines()
+    assert "recipe.alpha=0.5  # command line" in lines
+    (mode,) = [line for line in lines if line.startswith("actor_rollout_ref.actor.loss_agg_mode=")]
+    assert all(part in mode for part in ("=vl_norm:0.5  # method/vl_norm.yaml", "paper:"))
+    assert 'trainer.logger=["console", "file"]' in text
     assert "-m verl.trainer.main_ppo" in text
     assert text.rstrip().endswith(": valid")
+
+
+def test_a_narrow_terminal_cuts_no_key() -> None:
+    console = Console(record=True, width=60, file=io.StringIO(), force_terminal=True)
+    assert launch.launch(Request(RECIPES, [], dry_run=True), console) == 0
+    table = console.export_text().split("note: ")[0]
+    cells = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
+    assert "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu" in "".join(cells)
+    assert "…" not in table
+
+
+def test_outside_of_the_checkout_the_option_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["launch", "--dry-run"], ["reproduce", "--list"], ["reproduce", "--values"]):
+        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
+        assert result.exit_code == 2
+        assert f"Invalid value for '--recipes': {tmp_path}/recipes has no config/recipe.yaml" in result.output
+
+
+def test_the_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"vlnorm-verl {importlib.metadata.version('vlnorm-verl')}\n")
 
 
 # ------------------------------------------------------------------------------------------------ the folder of a run
@@ -120,47 +208,66 @@ def test_a_dry_run_shows_value_source_and_command(tmp_path: Path) -> None:
 def test_a_folder_keeps_to_its_first_configuration(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    launch.remember(composed(tmp_path)[2], folder)
-    launch.remember(composed(tmp_path, "recipe.steps=2000", "trainer.save_freq=5", loggers=["wandb"])[2], folder)
+    remember(composed(tmp_path)[2], folder)
+    remember(composed(tmp_path, "recipe.steps=2000", "trainer.save_freq=5", loggers=["wandb"])[2], folder)
     for override, message in (
         ("recipe.alpha=0.5", "loss_agg_mode: 'vl_norm:1.0' then, 'vl_norm:0.5' now"),
         ("trainer.nnodes=2", "trainer.nnodes: 1 then, 2 now"),
         ("recipe.seed=1", "recipe.seed: 0 then, 1 now"),
     ):
         with pytest.raises(recipe.RecipeError, match=message):
-            launch.remember(composed(tmp_path, override)[2], folder)
+            remember(composed(tmp_path, override)[2], folder)
 
 
 def test_state_is_that_of_the_last_whole_checkpoint(tmp_path: Path) -> None:
     _, _, config = composed(tmp_path, "recipe.steps=40")
-    assert launch.state(config) == "not begun"
+    assert state(config) == "not begun"
     checkpoints = Path(config.recipe.folder) / "checkpoints"
     (checkpoints / "global_step_40").mkdir(parents=True)  # verl names it in the tracker once it is whole
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("20")
-    assert launch.state(config) == "step 20 of 40"
+    assert state(config) == "step 20 of 40"
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("40")
-    assert launch.state(config) == "finished"
+    assert state(config) == "finished"
 
 
 # ------------------------------------------------------------------------------------------------------- the commands
 
 
 def test_a_local_run_gets_a_ray_of_its_own(tmp_path: Path) -> None:
-    request, complete, config = composed(tmp_path, "scale=cpu")
+    _, complete, config = composed(tmp_path, "scale=cpu")
     assert config.ray_kwargs.ray_init.address == "local"
-    assert not [a for a in launch.trainer_command(request, complete, on_cluster=False) if "env_vars" in a]
+    assert not [a for a in complete if "env_vars" in a]
 
 
-def test_a_cluster_keeps_its_resources_and_is_given_the_plugin(tmp_path: Path) -> None:
-    """The command's own overrides, composed by Hydra as verl does."""
-    request, complete, _ = composed(tmp_path, "scale=cpu")
-    arguments = launch.trainer_command(request, complete, on_cluster=True)
-    overrides = [a for a in arguments[3:] if not a.startswith("--") and not a.startswith("hydra.")]
-    ray_init = recipe.compose(request.config_folder, overrides).ray_kwargs.ray_init
+MODULES = "ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES"
+
+
+def test_a_cluster_keeps_its_resources_and_is_given_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
+    _, _, config = composed(tmp_path, "scale=cpu")
+    ray_init = config.ray_kwargs.ray_init
     assert ray_init.address == "auto"
     assert (ray_init.num_cpus, ray_init.num_gpus, ray_init.object_store_memory) == (None, None, None)
     assert ray_init.runtime_env.py_executable is None
-    assert ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES == "vlnorm_verl.verl_entry"
+    variables = dict(ray_init.runtime_env.env_vars)
+    assert variables["VERL_USE_EXTERNAL_MODULES"] == "vlnorm_verl.verl_entry"
+    assert variables["VERL_FILE_LOGGER_PATH"] == f"{config.recipe.folder}/metrics-000.jsonl"
+
+
+@pytest.mark.parametrize("given", ["+{}=json", "++{}=json", "+{}='vlnorm_verl.verl_entry, json'", "in the environment"])
+def test_a_cluster_keeps_the_users_modules(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--dry-run composes the very command: a key that stands twice would be refused by Hydra."""
+    monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "csv")
+    request = Request(
+        RECIPES, [f"recipe.root={tmp_path}", *([given.format(MODULES)] if "{}" in given else [])], dry_run=True
+    )
+    code, text = answered(request)
+    assert code == 0, text
+    wanted = "vlnorm_verl.verl_entry,json" if "{}" in given else "vlnorm_verl.verl_entry,csv"
+    (command,) = [line for line in text.splitlines() if line.startswith("command: ")]
+    assert [word for word in shlex.split(command) if MODULES in word] == [f"++{MODULES}='{wanted}'"]
+    assert f"{MODULES}={wanted}  # launcher" in text
 
 
 def test_a_ray_job_is_the_same_command_with_this_project_sent_along(
@@ -168,7 +275,7 @@ def test_a_ray_job_is_the_same_command_with_this_project_sent_along(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     request, _, config = composed(tmp_path, "method=dr_grpo", "trainer.nnodes=2", smoke=True)
-    command = launch.submit_command(request, config)
+    command = submit_command(RECIPES, launch.again(request, config), config)
     assert "--address=http://head:8265" in command
     (folder,) = [a.split("=", 1)[1] for a in command if a.startswith("--working-dir=")]
     assert Path(folder) == RECIPES.parent

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vlnorm_verl import __version__
 from vlnorm_verl.data.cli import data_app
 from vlnorm_verl.lab.cli import lab_app
 from vlnorm_verl.report.cli import report
@@ -20,9 +21,30 @@ app.add_typer(lab_app, name="lab")
 app.command()(report)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"vlnorm-verl {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version; stop.")
+    ] = False,
+) -> None:
     """Keeps the sub-command's name needed, however many commands there are."""
+
+
+def _recipes(folder: Path) -> Path:
+    if not (folder / "config" / "recipe.yaml").is_file():
+        raise typer.BadParameter(
+            f"{folder.absolute()} has no config/recipe.yaml. Give the folder recipes/ of a checkout of this project"
+        )
+    return folder
+
+
+Recipes = Annotated[Path, typer.Option(callback=_recipes, help="The folder recipes/ of a checkout of this project.")]
 
 
 @app.command()
@@ -67,7 +89,7 @@ def quickstart(
 @app.command(context_settings={"allow_interspersed_args": True})
 def launch(
     overrides: Annotated[list[str] | None, typer.Argument(help="Choices and Hydra overrides, key=value.")] = None,
-    recipes: Annotated[Path, typer.Option(help="The folder recipes/ of this project.")] = Path("recipes"),
+    recipes: Recipes = Path("recipes"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every value and the command; check; stop.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="2 steps at full size: memory and time, then stop.")] = False,
     logger: Annotated[
@@ -102,7 +124,7 @@ def reproduce(
     what: Annotated[
         list[str] | None, typer.Argument(help="Sets of runs; then choices and Hydra overrides, key=value.")
     ] = None,
-    recipes: Annotated[Path, typer.Option(help="The folder recipes/ of this project.")] = Path("recipes"),
+    recipes: Recipes = Path("recipes"),
     list_sets: Annotated[bool, typer.Option("--list", help="Sets, numbers of runs, how far they are.")] = False,
     status: Annotated[bool, typer.Option("--status", help="How far each run is.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check each run against verl; stop.")] = False,

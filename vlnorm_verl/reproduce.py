@@ -27,6 +27,7 @@ from rich.table import Table
 
 from vlnorm_verl import launch, recipe
 from vlnorm_verl.recipe import RecipeError
+from vlnorm_verl.run_folder import state
 from vlnorm_verl.running import STOP_SIGNALS
 
 SOURCES = ("ours", "verl", "paper", "code")  # of a value; see recipes/config/recipe.yaml
@@ -71,11 +72,11 @@ class Run:
     overrides: list[str]
     name: str
     folder: Path
-    progress: DictConfig  # what launch.state looks at
+    progress: DictConfig  # what run_folder.state looks at
 
     @property
     def state(self) -> str:
-        return launch.state(self.progress)
+        return state(self.progress)
 
 
 # ------------------------------------------------------------------------------------------------------ which runs
@@ -123,24 +124,25 @@ def outline(config_folder: Path, overrides: list[str]) -> DictConfig:
     Raises:
         RecipeError: a choice that there is not.
     """
-    given = dict(override.split("=", 1) for override in overrides)
-    choices = {group: given.get(group, "gpu" if group == "scale" else "").strip("'\"") for group in recipe.GROUPS}
+    given = {one.key_or_group: one.value() for one in recipe.parsed(recipe.hydra_overrides(overrides))}
+    choices = {group: given.get(group, "gpu" if group == "scale" else "") for group in recipe.GROUPS}
     for group, choice in choices.items():
         accepted = sorted(file.stem for file in (config_folder / group).glob("*.yaml"))
         if choice not in accepted:
             raise RecipeError(f"{group}={choice}: accepted are {', '.join(accepted)}")
-    own = [o for o in overrides if o.startswith(("recipe.", "trainer.total_training_steps="))]
-    merged = OmegaConf.merge(_outline_of_choices(config_folder, tuple(choices.items())), OmegaConf.from_dotlist(own))
-    assert isinstance(merged, DictConfig)
-    return merged
+    outlined = _outline_of_choices(config_folder, tuple(choices.items())).copy()
+    for key, value in given.items():
+        if key.startswith("recipe.") or key == "trainer.total_training_steps":
+            OmegaConf.update(outlined, key, value)
+    return outlined
 
 
 @functools.cache  # --list asks for the same choices again and again
-def _outline_of_choices(config_folder: Path, choices: tuple[tuple[str, str], ...]) -> Any:
+def _outline_of_choices(config_folder: Path, choices: tuple[tuple[str, str], ...]) -> DictConfig:
     files = recipe.config_files(config_folder, OmegaConf.create({"recipe": dict(choices)}))
     parts = [yaml.safe_load(file.read_text()).get("recipe") or {} for file in files]
     steps = {"trainer": {"total_training_steps": "${recipe.steps}"}}
-    return OmegaConf.merge(steps, *({"recipe": part} for part in parts))
+    return OmegaConf.create(OmegaConf.merge(steps, *({"recipe": part} for part in parts)))
 
 
 # ------------------------------------------------------------------------------------------------------- what is done
