@@ -22,7 +22,6 @@ from vlnorm_verl.cli import app
 from vlnorm_verl.clusters import submit_command
 from vlnorm_verl.launch import Request
 from vlnorm_verl.reproduce import RunSet
-from vlnorm_verl.run_folder import remember, state
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 UNFIT = ["'3072'", "8k", "[3]", "true", "0", "-1", "inf", "nan"]  # as M
@@ -200,34 +199,6 @@ def test_outside_of_the_checkout_the_option_is_named(tmp_path: Path, monkeypatch
 def test_the_version() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.output) == (0, f"vlnorm-verl {importlib.metadata.version('vlnorm-verl')}\n")
-
-
-# ------------------------------------------------------------------------------------------------ the folder of a run
-
-
-def test_a_folder_keeps_to_its_first_configuration(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    remember(composed(tmp_path)[2], folder)
-    remember(composed(tmp_path, "recipe.steps=2000", "trainer.save_freq=5", loggers=["wandb"])[2], folder)
-    for override, message in (
-        ("recipe.alpha=0.5", "loss_agg_mode: 'vl_norm:1.0' then, 'vl_norm:0.5' now"),
-        ("trainer.nnodes=2", "trainer.nnodes: 1 then, 2 now"),
-        ("recipe.seed=1", "recipe.seed: 0 then, 1 now"),
-    ):
-        with pytest.raises(recipe.RecipeError, match=message):
-            remember(composed(tmp_path, override)[2], folder)
-
-
-def test_state_is_that_of_the_last_whole_checkpoint(tmp_path: Path) -> None:
-    _, _, config = composed(tmp_path, "recipe.steps=40")
-    assert state(config) == "not begun"
-    checkpoints = Path(config.recipe.folder) / "checkpoints"
-    (checkpoints / "global_step_40").mkdir(parents=True)  # verl names it in the tracker once it is whole
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text("20")
-    assert state(config) == "step 20 of 40"
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text("40")
-    assert state(config) == "finished"
 
 
 # ------------------------------------------------------------------------------------------------------- the commands

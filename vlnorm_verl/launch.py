@@ -36,7 +36,7 @@ from rich.table import Table
 from vlnorm_verl import clusters, recipe
 from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.recipe import CONFIG_NAME, RecipeError, hydra_overrides
-from vlnorm_verl.run_folder import completed_steps, remember, state
+from vlnorm_verl.run_folder import begin, completed_steps, finish, prune, remember, state, validation_due
 from vlnorm_verl.running import (
     STOP_SIGNALS,
     TrainingFailed,
@@ -154,8 +154,10 @@ def trainer_overrides(request: Request, asked: DictConfig, folder: Path) -> list
             "trainer.save_freq=-1",
         ]
     overrides = own + recipe.without(request.overrides, *paths)
-    if completed_steps(folder):
-        overrides.append("trainer.val_before_train=false")  # it was validated when it began
+    if done := completed_steps(folder):
+        # It was validated when it began. What a crash has kept from being validated is, now.
+        overrides.append(f"trainer.val_before_train={str(validation_due(asked, folder)).lower()}")
+        overrides.append(f"trainer.val_only={str(done >= asked.trainer.total_training_steps).lower()}")
     if request.on_cluster:
         overrides = clusters.with_cluster(overrides, asked, next_metrics(folder))
     return overrides
@@ -231,11 +233,21 @@ def run_here(request: Request, asked: DictConfig, config: DictConfig, console: C
         except BlockingIOError:
             raise RecipeError(f"{folder}: another run is writing there; wait for it, or set recipe.folder=…") from None
         remember(config, folder)
+        begin(config, folder)
         if os.environ.get("RAY_ADDRESS"):
             clusters.check_nodes(config, console)
-        # Once more, now that nobody else writes there.
-        command = trainer_command(request, trainer_overrides(request, asked, folder))
-        return _run(request, config, command, console, lock)
+        trained = completed_steps(folder) >= config.trainer.total_training_steps
+        if not trained or validation_due(config, folder):
+            # Once more, now that nobody else writes there.
+            command = trainer_command(request, trainer_overrides(request, asked, folder))
+            if code := _run(config, command, console, lock):
+                return code
+        if request.smoke:
+            console.print(smoke_table(folder, config))
+            return 0
+        finish(config, folder)
+        _say(console, f"{config.recipe.name}: {state(config)}; {folder}")
+        return 0
 
 
 def make_tiny_data(config: DictConfig) -> None:
@@ -265,8 +277,10 @@ def make_tiny_data(config: DictConfig) -> None:
         write(file, boxed.rows(Path(file).stem, 32, seed, "test"))
 
 
-def _run(request: Request, config: DictConfig, command: list[str], console: Console, lock: IO[str]) -> int:
+def _run(config: DictConfig, command: list[str], console: Console, lock: IO[str]) -> int:
+    """One start of the trainer. Returns the exit code."""
     folder, steps = Path(config.recipe.folder), config.trainer.total_training_steps
+    began = completed_steps(folder)
     metrics, log = next_metrics(folder), folder / "train.log"
     _say(console, f"{config.recipe.name}: {state(config)}; verl's log goes to {log}")
     start, status = time.monotonic(), console.status("starting Ray, the actor and the vLLM engines …")
@@ -275,6 +289,7 @@ def _run(request: Request, config: DictConfig, command: list[str], console: Cons
         with contextlib.closing(train(command, {}, metrics, log, lock)) as records:
             for record in records:
                 status.update(f"{time.monotonic() - start:.0f} s")
+                prune(folder, config.trainer.max_actor_ckpt_to_keep, began)
                 if line := progress_line(record, steps):
                     _say(console, line)
     except KeyboardInterrupt:
@@ -286,10 +301,6 @@ def _run(request: Request, config: DictConfig, command: list[str], console: Cons
         return 1
     finally:
         status.stop()
-    if request.smoke:
-        console.print(smoke_table(folder, config))
-    else:
-        _say(console, f"{config.recipe.name}: {state(config)}; {folder}")
     return 0
 
 

@@ -117,6 +117,8 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
         if not _is_number(value) and usual is not None and _is_number(usual):
             what = "true or false" if isinstance(usual, bool) else f"a number, as in {key}={usual}"
             raise RecipeError(f"{key}={value!r}: accepted is {what}")
+    if config.recipe.keep not in ("model", "all"):
+        raise RecipeError(f"recipe.keep={config.recipe.keep}: accepted are model and all")
     for key, accepted in (("method", config.recipe.methods), ("length", config.recipe.lengths)):
         chosen = config.recipe[key]
         if chosen not in accepted:
