@@ -8,8 +8,11 @@ recipes' values (test_recipes.py).
 import importlib.metadata
 import io
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vlnorm_verl import launch, recipe, reproduce
+from vlnorm_verl import clusters, launch, recipe, reproduce, smoke
 from vlnorm_verl.cli import app
-from vlnorm_verl.clusters import submit_command
 from vlnorm_verl.launch import Request
 from vlnorm_verl.reproduce import RunSet
 
@@ -110,14 +112,58 @@ def test_paths_may_have_hydras_characters(tmp_path: Path, name: str, monkeypatch
         assert run.folder.absolute() == Path(config.recipe.folder)
 
 
-def test_smoke_is_two_steps_at_full_size_in_a_new_folder(tmp_path: Path) -> None:
-    _, _, full = composed(tmp_path)
-    _, _, smoke = composed(tmp_path, smoke=True)
-    assert (smoke.trainer.total_training_steps, smoke.trainer.save_freq, smoke.trainer.test_freq) == (2, -1, -1)
-    assert smoke.data == full.data
-    assert smoke.actor_rollout_ref == full.actor_rollout_ref
-    Path(smoke.recipe.folder).mkdir(parents=True)
-    assert composed(tmp_path, smoke=True)[2].recipe.folder != smoke.recipe.folder
+def test_smoke_is_the_worst_case_and_then_an_ordinary_step(tmp_path: Path) -> None:
+    _, _, full = composed(tmp_path, "family=dapo", "length=3072")
+    _, _, worst = composed(tmp_path, "family=dapo", "length=3072", "trainer.save_freq=-1", smoke=True)
+    assert (worst.trainer.total_training_steps, worst.trainer.save_freq, worst.trainer.test_freq) == (1, 1, -1)
+    assert worst.actor_rollout_ref.rollout.ignore_eos
+    assert not worst.algorithm.filter_groups.enable  # answers without an end would never fill a batch
+    changed = {k for k, v in recipe.flatten(worst).items() if recipe.flatten(full)[k] != v}
+    assert not [
+        key for key in changed if key.startswith(("data.", "actor_rollout_ref.actor.", "actor_rollout_ref.model."))
+    ]
+
+    folder = Path(worst.recipe.folder)
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1")
+    given = [f"recipe.root={tmp_path}/runs", "family=dapo", "length=3072"]
+    second = launch.trainer_overrides(Request(RECIPES, given, smoke=True), full, folder)
+    usual = recipe.compose(RECIPES / "config", second)
+    assert (usual.trainer.total_training_steps, usual.trainer.save_freq, usual.trainer.test_freq) == (2, -1, 1)
+    assert usual.algorithm.filter_groups.enable
+    assert not usual.actor_rollout_ref.rollout.ignore_eos
+    assert composed(tmp_path, "family=dapo", "length=3072", smoke=True)[2].recipe.folder != str(folder)
+
+
+def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
+    """1,000 steps by the two that were measured: 20 s without the checkpoint, 10 s; 20 validations, 50 checkpoints."""
+    timings = [
+        {"timing_s/step": 25.0, "timing_s/save_checkpoint": 5.0},
+        {"timing_s/step": 10.0, "timing_s/testing": 60.0},
+    ]
+    memory = [{"actor/perf/max_memory_allocated_gb": value} for value in (70.04, 30.0)]
+    lines = [json.dumps({"step": n, "data": {**timings[n - 1], **memory[n - 1]}}) for n in (1, 2)]
+    (tmp_path / "metrics-000.jsonl").write_text(f"{lines[0]}\n")
+    (tmp_path / "metrics-001.jsonl").write_text(f"{lines[1]}\n")
+    for name in ("model", "optim"):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / f"{name}_world_size_1_rank_0.pt").write_bytes(bytes(10**7))
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(smoke.table(tmp_path, composed(tmp_path)[2], 100.0))
+    rows = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:4]]
+        for line in console.export_text().splitlines()
+        if len(cells := line.split("│")) > 3
+    }
+    assert rows["GPU memory, most allocated by the actor"] == ["70.0 GB", "30.0 GB"]
+    assert rows["seconds: validation"] == ["", "60.0 s"]
+    assert rows["seconds: start, with a checkpoint loaded, and end"] == ["", "30.0 s"]
+    total = 20 * 60 + 50 * 5
+    assert rows["1000 steps like this one, validated and saved"] == [
+        f"{(20_000 + total) / 3600:.1f} h",
+        f"{(10_000 + total) / 3600:.1f} h",
+    ]
+    assert rows["disk: a checkpoint; when finished, without the optimizer"] == ["0.02 GB", "0.01 GB"]
 
 
 # ------------------------------------------------------------------------------------------------- before it starts
@@ -146,6 +192,7 @@ def test_smoke_is_two_steps_at_full_size_in_a_new_folder(tmp_path: Path) -> None
         (["actor_rollout_ref.actor.shuffle=yes"], "actor_rollout_ref.actor.shuffle='yes': accepted is true or false"),
         (["recipe.data=/tmp/a,b"], """"recipe.root='~/a, (b)=#1'\""""),
         (["recipe.data=/tmp/run(copy)"], "Hydra cannot read this"),
+        (["data.max_prompt_length=2000"], "max_model_len=9216: vLLM would cut responses. Accepted: at least"),
         (["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=6"], "a divisor of 40"),
         (["trainer.nnodes=3", "data.train_batch_size=96"], "ppo_micro_batch_size_per_gpu=4"),
         (["actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=7"], "a divisor of 160"),
@@ -246,16 +293,72 @@ def test_a_ray_job_is_the_same_command_with_this_project_sent_along(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     request, _, config = composed(tmp_path, "method=dr_grpo", "trainer.nnodes=2", smoke=True)
-    command = submit_command(RECIPES, launch.again(request, config), config)
+    command = clusters.submit_command(RECIPES, launch.again(request, config), config, tmp_path / "runtime_env.yaml")
     assert "--address=http://head:8265" in command
     (folder,) = [a.split("=", 1)[1] for a in command if a.startswith("--working-dir=")]
     assert Path(folder) == RECIPES.parent
-    (runtime,) = [json.loads(a.split("=", 1)[1]) for a in command if a.startswith("--runtime-env-json=")]
-    assert all(name.startswith("/") for name in runtime["excludes"])  # /data, and not vlnorm_verl/data
+    assert all(name.startswith("/") for name in clusters.NOT_SHIPPED)  # /data, and not vlnorm_verl/data
     entry = command[command.index("--") + 1 :]
     assert entry[:6] == ["python", "-m", "vlnorm_verl", "launch", "--recipes", "recipes"]
     assert {"--smoke", "method=dr_grpo", "trainer.nnodes=2", f"recipe.root={tmp_path}/runs"} <= set(entry)
     assert shlex.split(shlex.join(entry)) == entry
+
+
+VARIABLES = {
+    "WANDB_API_KEY": "secret",
+    "HF_HOME": "/shared/hf",
+    "NCCL_SOCKET_IFNAME": "ib0",
+    "https_proxy": "http://proxy",
+}
+ON_A_WORKER = """
+import json, os, ray
+verls = {"env_vars": {"NCCL_SOCKET_IFNAME": "verl's"}}
+ray.init(address="local", num_cpus=1, include_dashboard=False, runtime_env=verls, log_to_driver=False)
+print(json.dumps(ray.get(ray.remote(lambda: dict(os.environ)).remote())))
+"""
+
+
+def test_variables_are_forwarded_past_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real Ray's worker has them, and the command line, which verl logs, has no key."""
+    monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
+    for name, value in (VARIABLES | {"OTHER_TOKEN": "x"}).items():
+        monkeypatch.setenv(name, value)
+    job = clusters.job_environment()
+    code, text = answered(Request(RECIPES, [f"recipe.root={tmp_path}"], dry_run=True))
+    assert code == 0
+    assert "forwarded to the workers: HF_HOME, NCCL_SOCKET_IFNAME, WANDB_API_KEY, https_proxy" in text
+    assert "secret" not in text
+    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES and k != "RAY_ADDRESS"} | job
+    done = subprocess.run([sys.executable, "-c", ON_A_WORKER], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    worker = json.loads(done.stdout.splitlines()[-1])
+    assert {name: worker.get(name) for name in VARIABLES} == VARIABLES | {"NCCL_SOCKET_IFNAME": "verl's"}
+
+
+def test_a_ray_jobs_own_configuration_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "mine")
+    given = {
+        "runtime_env": {"working_dir": "gcs://x.zip", "env_vars": {"WANDB_API_KEY": "the job's"}},
+        "metadata": {"a": "b"},
+    }
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(given))
+    job = json.loads(clusters.job_environment()["RAY_JOB_CONFIG_JSON_ENV_VAR"])
+    assert (job["metadata"], job["runtime_env"]["working_dir"]) == ({"a": "b"}, "gcs://x.zip")
+    assert job["runtime_env"]["env_vars"]["WANDB_API_KEY"] == "the job's"
+
+
+def test_a_missing_login_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "SWANLAB_API_KEY", "SWANLAB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert clusters.missing_logins(["console", "file", "mlflow"]) == []
+    (problem,) = clusters.missing_logins(["file", "wandb"])
+    assert problem == "logger wandb needs WANDB_API_KEY (or WANDB_MODE=offline|disabled, or its login in ~/.netrc)"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert len(clusters.missing_logins(["wandb", "swanlab"])) == 1
+    monkeypatch.delenv("WANDB_MODE")
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x\n")
+    assert clusters.missing_logins(["wandb"]) == []
 
 
 def test_where_is_one_of_two(tmp_path: Path) -> None:

@@ -86,16 +86,21 @@ def quickstart(
     )
 
 
+On = Annotated[str, typer.Option(help="slurm: submit with sbatch. kubernetes: print a RayJob manifest.")]
+
+
 @app.command(context_settings={"allow_interspersed_args": True})
 def launch(
     overrides: Annotated[list[str] | None, typer.Argument(help="Choices and Hydra overrides, key=value.")] = None,
     recipes: Recipes = Path("recipes"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every value and the command; check; stop.")] = False,
-    smoke: Annotated[bool, typer.Option("--smoke", help="2 steps at full size: memory and time, then stop.")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="The worst case and an ordinary step: memory, time, disk.")
+    ] = False,
     logger: Annotated[
         str, typer.Option(help="Beside console and file: wandb,tensorboard,trackio,swanlab,mlflow.")
     ] = "",
-    on: Annotated[str, typer.Option(help="slurm: submit with sbatch. kubernetes: print a RayJob manifest.")] = "",
+    on: On = "",
 ) -> None:
     """Run one experiment of the paper on verl (what recipes/*.sh call).
 
@@ -131,8 +136,9 @@ def reproduce(
     all_sets: Annotated[bool, typer.Option("--all", help="All sets.")] = False,
     seeds: Annotated[str, typer.Option(help="Seeds of each run: 0,1,2.")] = "",
     values: Annotated[bool, typer.Option("--values", help="Print every value with its source as Markdown.")] = False,
+    on: On = "",
 ) -> None:
-    """Run the paper's experiments by table and figure, one after the other (recipes/manifest.yaml).
+    """Run the paper's experiments by table and figure (recipes/manifest.yaml): one after the other, or --on as jobs.
 
     Sets: countdown (table2), math (table3), alpha (table4), dapo (table5), fig2, fig3, each, all.
 
@@ -154,4 +160,4 @@ def reproduce(
     except RecipeError as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(2) from None
-    raise typer.Exit(module.reproduce(recipes, names, overrides, numbers, list_sets, status, dry_run))
+    raise typer.Exit(module.reproduce(recipes, names, overrides, numbers, list_sets, status, dry_run, on))

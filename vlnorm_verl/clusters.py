@@ -11,8 +11,11 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
+import tempfile
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +26,16 @@ from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.recipe import RecipeError
 
 PLUGIN = "vlnorm_verl.verl_entry"
+# Variables of whoever starts a run on an existing cluster that its workers get, too.
+FORWARDED = (
+    *("WANDB_*", "SWANLAB_*", "MLFLOW_*", "TRACKIO_*", "HF_*", "TOKENIZERS_*", "NCCL_*", "GLOO_*"),
+    *("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+)
+# What a logger needs where verl's driver runs: a key, or another mode than online, or a file of `wandb login` and such.
+LOGINS = {
+    "wandb": ("WANDB_API_KEY", "WANDB_MODE", ("offline", "disabled"), "~/.netrc"),
+    "swanlab": ("SWANLAB_API_KEY", "SWANLAB_MODE", ("local", "offline", "disabled"), "~/.swanlab/.netrc"),
+}
 ENV_VARS = "ray_kwargs.ray_init.runtime_env.env_vars"
 RAYJOB_NAME = 47  # characters that KubeRay takes for the name of a RayJob
 # Not sent to a cluster with `ray job submit`, beside what .gitignore has (Ray reads it).
@@ -62,16 +75,54 @@ def worker_variables(config: DictConfig) -> dict[str, str]:
     return variables | given
 
 
+def forwarded() -> dict[str, str]:
+    """The variables of FORWARDED that are set here."""
+    return {k: v for k, v in os.environ.items() if any(fnmatchcase(k, pattern) for pattern in FORWARDED)}
+
+
+def job_environment() -> dict[str, str]:
+    """Environment of the trainer by which Ray gives its workers what is `forwarded`.
+
+    Ray merges this job configuration into that of `ray.init` (ray/_private/worker.py:1789); `ray job submit` works by
+    it, and verl reads it (trainer/constants_ppo.py:103). verl's own door, ray_kwargs, would put API keys into verl's
+    log and into the configuration that it hands to wandb.
+    """
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    job = {"runtime_env": {}, "metadata": {}} | json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    job["runtime_env"]["env_vars"] = forwarded() | job["runtime_env"].get("env_vars", {})
+    # Where both name a variable, verl's value is taken instead of an error.
+    return {RAY_JOB_CONFIG_JSON_ENV_VAR: json.dumps(job), "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}
+
+
+def missing_logins(loggers: list[str]) -> list[str]:
+    """What a logger of the run lacks in this process, each as a message."""
+    problems = []
+    for logger, (key, mode, enough, file) in LOGINS.items():
+        login = Path(file).expanduser()
+        known = (
+            os.environ.get(key) or os.environ.get(mode) in enough or (login.exists() and logger in login.read_text())
+        )
+        if logger in loggers and not known:
+            problems.append(f"logger {logger} needs {key} (or {mode}={'|'.join(enough)}, or its login in {file})")
+    return problems
+
+
 def check_nodes(config: DictConfig, console: Console) -> None:
     """Raises RecipeError that names each node of the cluster where the run could not work."""
     from vlnorm_verl.probe import probe
 
     files = [config.data.train_files, config.data.val_files]
     flat = [file for entry in files for file in ([entry] if isinstance(entry, str) else entry)]
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # see job_environment
     with console.status("asking every node of the Ray cluster …"):
         try:
             reports = probe(
-                config.actor_rollout_ref.actor.loss_agg_mode, Path(config.recipe.folder), flat, worker_variables(config)
+                config.actor_rollout_ref.actor.loss_agg_mode,
+                Path(config.recipe.folder),
+                flat,
+                list(config.trainer.logger),
+                forwarded() | worker_variables(config),
             )
         except ConnectionError as error:
             raise RecipeError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
@@ -87,11 +138,18 @@ def check_nodes(config: DictConfig, console: Console) -> None:
 # `arguments` are those of `vlnorm-verl launch`: flags, choices and overrides.
 
 
-def submit_command(recipes: Path, arguments: list[str], config: DictConfig) -> list[str]:
-    """`ray job submit` of a launch, with this project's folder, to the cluster of RAY_ADDRESS=http://…
+def submit(recipes: Path, arguments: list[str], config: DictConfig, console: Console) -> int:
+    """`ray job submit` of a launch to the cluster of RAY_ADDRESS=http://…; follows its log, returns its exit code."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:  # not on the command line: it may have keys in it
+        json.dump({"excludes": NOT_SHIPPED, "env_vars": forwarded()}, file)
+        file.flush()
+        command = submit_command(recipes, arguments, config, Path(file.name))
+        console.print(shlex.join(command), markup=False, highlight=False, soft_wrap=True)
+        return subprocess.call(command)
 
-    The launcher in the job finds the cluster by the RAY_ADDRESS that Ray gives it.
-    """
+
+def submit_command(recipes: Path, arguments: list[str], config: DictConfig, runtime_env: Path) -> list[str]:
+    """With this project's folder. The launcher in the job finds the cluster by the RAY_ADDRESS that Ray gives it."""
     return [
         str(Path(sys.executable).with_name("ray")),
         "job",
@@ -99,7 +157,7 @@ def submit_command(recipes: Path, arguments: list[str], config: DictConfig) -> l
         f"--address={os.environ['RAY_ADDRESS']}",
         f"--submission-id={config.recipe.name}-seed{config.recipe.seed}-{time.strftime('%Y%m%d-%H%M%S')}",
         f"--working-dir={recipes.resolve().parent}",
-        f"--runtime-env-json={json.dumps({'excludes': NOT_SHIPPED})}",
+        f"--runtime-env={runtime_env}",
         "--",
         *_elsewhere(recipes, arguments),
     ]
@@ -112,6 +170,7 @@ def sbatch_command(recipes: Path, arguments: list[str], config: DictConfig) -> l
         f"--nodes={config.trainer.nnodes}",
         f"--gpus-per-node={config.trainer.n_gpus_per_node}",
         f"--job-name={config.recipe.name}-seed{config.recipe.seed}",
+        "--dependency=singleton",  # submitted twice, a run waits for itself
         str(recipes / "cluster" / "slurm.sbatch"),
         *arguments,
     ]

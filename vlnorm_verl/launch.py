@@ -20,7 +20,6 @@ import os
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -33,7 +32,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlnorm_verl import clusters, recipe
+from vlnorm_verl import clusters, recipe, resources, smoke
 from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.recipe import CONFIG_NAME, RecipeError, hydra_overrides
 from vlnorm_verl.run_folder import begin, completed_steps, finish, prune, remember, state, validation_due
@@ -44,11 +43,8 @@ from vlnorm_verl.running import (
     locked,
     next_metrics,
     progress_line,
-    read_metrics,
     train,
 )
-
-SMOKE_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -82,9 +78,13 @@ def launch(request: Request, console: Console | None = None) -> int:
         return 2
 
 
+def check_place(on: str) -> None:
+    if on not in ("", "slurm", "kubernetes"):
+        raise RecipeError(f"--on {on}: accepted are slurm and kubernetes; without it RAY_ADDRESS decides")
+
+
 def _launch(request: Request, console: Console) -> int:
-    if request.on not in ("", "slurm", "kubernetes"):
-        raise RecipeError(f"--on {request.on}: accepted are slurm and kubernetes; without it RAY_ADDRESS decides")
+    check_place(request.on)
     prepare_environment(request)
     asked = recipe.compose(request.config_folder, request.overrides)
     folder = folder_of(request, asked)
@@ -101,9 +101,7 @@ def _launch(request: Request, console: Console) -> int:
     if request.on == "slurm":
         return subprocess.call(clusters.sbatch_command(request.recipes, arguments, config))
     if os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")):
-        command = clusters.submit_command(request.recipes, arguments, config)
-        _say(console, shlex.join(command))
-        return subprocess.call(command)  # follows the job's log until it ends
+        return clusters.submit(request.recipes, arguments, config, console)
     return run_here(request, asked, config, console)
 
 
@@ -146,15 +144,11 @@ def trainer_overrides(request: Request, asked: DictConfig, folder: Path) -> list
         if unknown:
             raise RecipeError(f"--logger {','.join(request.loggers)}: accepted are {', '.join(recipe.LOGGERS)}")
         own.append(f"trainer.logger=[{','.join(dict.fromkeys(['console', 'file', *request.loggers]))}]")
-    if request.smoke:
-        own += [
-            f"trainer.total_training_steps={SMOKE_STEPS}",
-            "trainer.val_before_train=false",
-            "trainer.test_freq=-1",
-            "trainer.save_freq=-1",
-        ]
     overrides = own + recipe.without(request.overrides, *paths)
-    if done := completed_steps(folder):
+    done = completed_steps(folder)
+    if request.smoke:
+        overrides += smoke.overrides(done)
+    elif done:
         # It was validated when it began. What a crash has kept from being validated is, now.
         overrides.append(f"trainer.val_before_train={str(validation_due(asked, folder)).lower()}")
         overrides.append(f"trainer.val_only={str(done >= asked.trainer.total_training_steps).lower()}")
@@ -201,6 +195,12 @@ def show(request: Request, config: DictConfig, overrides: list[str], console: Co
             _say(console, f"{value.key}={text}  # {value.place}{': ' if value.source else ''}{value.source}")
     if problem := recipe.missing_files(config):
         _say(console, f"note: {problem}", style="yellow")
+    if cost := resources.cost([config]):
+        _say(console, cost)
+    disk = next(path for path in (Path(config.recipe.folder), *Path(config.recipe.folder).parents) if path.exists())
+    _say(console, f"free disk at {disk}: {shutil.disk_usage(disk).free / resources.GB:.0f} GB")
+    if request.on_cluster:
+        _say(console, f"forwarded to the workers: {', '.join(sorted(clusters.forwarded())) or 'no variable'}")
     _say(console, f"command: {shlex.join(trainer_command(request, overrides))}")
     _say(console, "(the same with --cfg job --resolve prints verl's defaults too)")
     _say(console, f"{config.recipe.name}: valid", style="green")
@@ -223,6 +223,8 @@ def run_here(request: Request, asked: DictConfig, config: DictConfig, console: C
         make_tiny_data(config)
     if problem := recipe.missing_files(config):
         raise RecipeError(problem)
+    if not request.on_cluster and (problems := clusters.missing_logins(config.trainer.logger)):
+        raise RecipeError("; ".join(problems))
     # As Ctrl-C, also where a shell or a scheduler made this process ignore that: nothing of the run may stay behind.
     for end in STOP_SIGNALS:
         signal.signal(end, signal.default_int_handler)
@@ -236,15 +238,22 @@ def run_here(request: Request, asked: DictConfig, config: DictConfig, console: C
         begin(config, folder)
         if os.environ.get("RAY_ADDRESS"):
             clusters.check_nodes(config, console)
-        trained = completed_steps(folder) >= config.trainer.total_training_steps
-        if not trained or validation_due(config, folder):
-            # Once more, now that nobody else writes there.
-            command = trainer_command(request, trainer_overrides(request, asked, folder))
-            if code := _run(config, command, console, lock):
-                return code
+
+        def start() -> int:
+            # The overrides once more, now that nobody else writes there.
+            return _run(config, trainer_command(request, trainer_overrides(request, asked, folder)), console, lock)
+
         if request.smoke:
-            console.print(smoke_table(folder, config))
+            for _ in range(smoke.STARTS):
+                began = time.monotonic()
+                if code := start():
+                    return code
+            console.print(smoke.table(folder, asked, time.monotonic() - began))
+            shutil.rmtree(folder / "checkpoints")
             return 0
+        trained = completed_steps(folder) >= config.trainer.total_training_steps
+        if (not trained or validation_due(config, folder)) and (code := start()):
+            return code
         finish(config, folder)
         _say(console, f"{config.recipe.name}: {state(config)}; {folder}")
         return 0
@@ -282,50 +291,27 @@ def _run(config: DictConfig, command: list[str], console: Console, lock: IO[str]
     folder, steps = Path(config.recipe.folder), config.trainer.total_training_steps
     began = completed_steps(folder)
     metrics, log = next_metrics(folder), folder / "train.log"
+    variables = clusters.job_environment() if os.environ.get("RAY_ADDRESS") else {}
     _say(console, f"{config.recipe.name}: {state(config)}; verl's log goes to {log}")
     start, status = time.monotonic(), console.status("starting Ray, the actor and the vLLM engines …")
     status.start()
     try:
-        with contextlib.closing(train(command, {}, metrics, log, lock)) as records:
+        with contextlib.closing(train(command, variables, metrics, log, lock)) as records:
             for record in records:
                 status.update(f"{time.monotonic() - start:.0f} s")
                 prune(folder, config.trainer.max_actor_ckpt_to_keep, began)
-                if line := progress_line(record, steps):
+                if line := progress_line(record, max(steps, record["step"])):
                     _say(console, line)
     except KeyboardInterrupt:
         _say(console, f"stopped at {state(config)}; the same command goes on from there")
         return 130
     except TrainingFailed as error:
+        end = "".join(last_lines(log))
         _say(console, f"{error} {state(config)}; the same command goes on from there. The end of {log}:", style="red")
-        _say(console, "".join(last_lines(log)))
+        _say(console, end)
+        if "out of memory" in end or "OutOfMemoryError" in end:
+            _say(console, 'Out of memory: recipes/README.md, "Memory and time", has what the same run may change.')
         return 1
     finally:
         status.stop()
     return 0
-
-
-def smoke_table(folder: Path, config: DictConfig) -> Table:
-    """Memory and time of the smoke run's last step, and the whole run by it."""
-    steps = [record["data"] for record in read_metrics(folder) if "timing_s/step" in record["data"]]
-    last = steps[-1]
-    table = Table("", "", title=f"{config.recipe.name}, {len(steps)} steps at full size")
-
-    def row(name: str, key: str, unit: str) -> None:
-        if key in last:
-            table.add_row(name, f"{last[key]:.1f} {unit}")
-
-    row("GPU memory, most allocated by the actor", "actor/perf/max_memory_allocated_gb", "GB")
-    row("GPU memory, most reserved by the actor", "actor/perf/max_memory_reserved_gb", "GB")
-    row("host memory", "actor/perf/cpu_memory_used_gb", "GB")
-    row("response length, mean (it grows in training)", "response_length/mean", "tokens")
-    for key, name in (
-        ("step", "step"),
-        ("gen", "generation"),
-        ("old_log_prob", "old log-probabilities"),
-        ("update_actor", "update"),
-        ("update_weights", "weight sync"),
-    ):
-        row(f"seconds: {name}", f"timing_s/{key}", "s")
-    hours = config.recipe.steps * statistics.fmean(d["timing_s/step"] for d in steps[1:] or steps) / 3600
-    table.add_row(f"{config.recipe.steps} steps at this speed, without validation", f"{hours:.1f} h")
-    return table

@@ -3,7 +3,8 @@
 A node that lacks verl or this package fails minutes into the start of a run, in a worker's log, or (the plugin) not at
 all: verl hides plugin load errors. The answers are named by node here.
 
-Covered: imports and versions, whether the plugin is in verl, whether the node sees the run's folder and data.
+Covered: imports and versions, whether the plugin is in verl, whether the node sees the run's folder and data, logins of
+loggers.
 Not covered: GPUs, network speed, free disk.
 """
 
@@ -27,13 +28,16 @@ class NodeReport:
     problems: list[str]
 
 
-def probe(mode: str, folder: Path, files: list[str], environment: dict[str, str]) -> list[NodeReport]:
+def probe(
+    mode: str, folder: Path, files: list[str], loggers: list[str], environment: dict[str, str]
+) -> list[NodeReport]:
     """Ask each living node of the cluster that RAY_ADDRESS names.
 
     Args:
         mode: the run's loss_agg_mode.
         folder: the run's folder, which every node must see.
         files: the run's data.
+        loggers: the run's `trainer.logger`; verl's driver may be on any node.
         environment: variables that the run's workers get.
 
     Raises:
@@ -43,7 +47,7 @@ def probe(mode: str, folder: Path, files: list[str], environment: dict[str, str]
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # Nested, hence sent by value: a node without this package could not even load a function of it.
-    def examine(mode: str, token: str, files: list[str]) -> dict[str, Any]:
+    def examine(mode: str, token: str, files: list[str], loggers: list[str]) -> dict[str, Any]:
         import importlib.metadata
         import os
         import sys
@@ -62,8 +66,9 @@ def probe(mode: str, folder: Path, files: list[str], environment: dict[str, str]
             except importlib.metadata.PackageNotFoundError:
                 versions[name] = "-"  # vllm has another name on a CPU
         if not problems:
-            from vlnorm_verl import plugin
+            from vlnorm_verl import clusters, plugin
 
+            problems += clusters.missing_logins(loggers)
             try:
                 plugin.require_installed(mode)
             except RuntimeError as error:
@@ -87,7 +92,7 @@ def probe(mode: str, folder: Path, files: list[str], environment: dict[str, str]
         task = ray.remote(num_cpus=0, max_retries=0)(examine)
         pending = {
             node_id: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
-                mode, str(token), files
+                mode, str(token), files, loggers
             )
             for node_id in nodes
         }

@@ -202,6 +202,12 @@ def validate(config: DictConfig) -> None:
         raise RecipeError(f"verl refuses the configuration: {type(error).__name__}: {error}") from error
 
     check_micro_batches(config)
+    rollout, needed = config.actor_rollout_ref.rollout, config.data.max_prompt_length + config.data.max_response_length
+    if rollout.max_model_len is not None and rollout.max_model_len < needed:
+        raise RecipeError(
+            f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len}: vLLM would cut responses. Accepted: at "
+            f"least data.max_prompt_length + data.max_response_length = {needed}, or null"
+        )
     unknown = [name for name in config.trainer.logger if name not in Tracking.supported_backend]
     if unknown:
         raise RecipeError(
