@@ -276,6 +276,7 @@ def test_seeds_and_overrides_reach_every_run() -> None:
         f"elsewhere/dapo-countdown-3b-3072-{method}-seed{seed}" for method in ("dapo", "vl_norm") for seed in (0, 1, 2)
     ]
     config = composed(tuple(runs[-1].overrides))
+    recipe.validate(config)  # with a whole number of micro-batches on 4 GPUs
     assert config.trainer.n_gpus_per_node == 4
     assert config.actor_rollout_ref.rollout.seed == config.data.seed == 2
     # A choice that the set makes, too: the user's wins, and what becomes the same run is one.
