@@ -26,7 +26,7 @@ import typer.main
 import yaml
 
 from vlnorm_verl.cli import app
-from vlnorm_verl.launch import Request, rayjob, sbatch_command
+from vlnorm_verl.clusters import rayjob, sbatch_command
 from vlnorm_verl.recipe import compose
 
 PROJECT = Path(__file__).parent.parent
@@ -139,8 +139,7 @@ def test_sbatch_sees_every_option() -> None:
 
 def test_the_launcher_submits_this_script() -> None:
     overrides = [*CHOICE, "method=vl_norm", "trainer.nnodes=2", "trainer.n_gpus_per_node=4"]
-    request = Request(PROJECT / "recipes", overrides)
-    command = sbatch_command(request, compose(request.config_folder, overrides))
+    command = sbatch_command(PROJECT / "recipes", overrides, compose(PROJECT / "recipes/config", overrides))
     assert {"--nodes=2", "--gpus-per-node=4"} <= set(command)
     assert command[command.index(str(SCRIPT)) + 1 :] == overrides
 
@@ -164,11 +163,13 @@ def test_without_an_environment_for_the_run_the_job_ends_and_says_why(job: Job) 
         ("", "2001:db8::7 192.0.2.7", "192.0.2.7"),
         ("2001:db8::8", "2001:db8::7 2001:db8::8", "2001:db8::8"),
         ("192.0.2.99", "192.0.2.9", "192.0.2.9"),
+        ("192.0.2.7", "", "192.0.2.7"),  # no -I: the name's, if that is not this node's loopback
+        ("127.0.1.1", "", ""),
     ],
 )
 def test_address_of_the_head(tmp_path: Path, named: str, own: str, taken: str) -> None:
     Job.put(tmp_path / "getent", f"[ -n '{named}' ] && printf '%s STREAM\\n%s DGRAM\\n' '{named}' '{named}'")
-    Job.put(tmp_path / "hostname", f"echo '{own} '")
+    Job.put(tmp_path / "hostname", f"echo '{own} '" if own else "echo 'invalid option -- I' >&2; exit 64")
     text = SCRIPT.read_text()
     function = text[text.index("own_address() {") :].split("\n}\n")[0] + "\n}\n"
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -241,8 +242,8 @@ def test_a_ray_that_cannot_start_ends_the_job_at_once(job: Job) -> None:
 
 
 def manifest(*overrides: str) -> dict[str, Any]:
-    request = Request(PROJECT / "recipes", list(overrides))
-    text = rayjob(request, compose(request.config_folder, request.overrides))
+    arguments = list(overrides)
+    text = rayjob(PROJECT / "recipes", arguments, compose(PROJECT / "recipes/config", arguments))
     loaded: dict[str, Any] = yaml.safe_load(text)
     return loaded
 

@@ -169,6 +169,8 @@ def test_hub_columns(row: dict[str, Any], expected: tuple[str, str]) -> None:
         {"problem": "Q", "answer": []},
         {"problem": "Q", "answer": " \n"},
         {"problem": "Q", "answer": True},
+        {"problem": "Q", "answer": float("nan")},
+        {"problem": "Q", "answer": float("-inf")},
         {"problem": "", "answer": "5"},
         {"problem": 3, "answer": "5"},
         {"prompt": [{"value": "a"}, {"value": "b"}], "final_answer": "5"},
@@ -192,6 +194,9 @@ def test_a_row_of_no_known_format_is_refused(row: Any) -> None:
         {"nums": [1, 2.5], "target": 3},
         {"nums": [], "target": 3},
         {"nums": 1, "target": 3},
+        {"nums": [1, 2], "target": float("inf")},
+        {"nums": [1, float("nan")], "target": 3},
+        {"nums": [-1, 2], "target": 1},  # no answer could use -1
         [],
     ],
 )

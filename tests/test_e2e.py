@@ -20,7 +20,8 @@ import psutil
 import pytest
 from rich.console import Console
 
-from vlnorm_verl.quickstart import Settings, check, run
+from vlnorm_verl.quickstart import Settings, check, command, run
+from vlnorm_verl.recipe import parsed
 from vlnorm_verl.running import average_at_8, read_metrics
 
 SMALL_VALIDATION = "data.val_max_samples=8"
@@ -45,6 +46,15 @@ def processes_of(out: Path) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return [p for p in found if p.pid != os.getpid() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_out_may_have_hydras_characters(tmp_path: Path) -> None:
+    out = tmp_path / "runs (copy), a=1#2" / "it's"
+    given = parsed([word for word in command(Settings(out=out))[3:] if not word.startswith("--")])
+    values = {one.key_or_group: one.value() for one in given}
+    assert values["hydra.run.dir"] == str(out)
+    assert values["data.train_files"] == f"{out}/data/train.parquet"
+    assert values["trainer.default_local_dir"] == f"{out}/checkpoints"
 
 
 def test_two_steps(tmp_path: Path) -> None:

@@ -677,9 +677,9 @@ def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
     }
     (tmp_path / "empty").mkdir()
     for change, message in (
-        ({"model": str(tmp_path / "nothing")}, "there is no such folder"),
-        ({"model": str(tmp_path / "empty")}, "neither config.json"),
-        ({"model": str(WEIGHTS / "config.json")}, "is a file"),
+        ({"model": str(tmp_path / "nothing")}, f"MODEL {tmp_path}/nothing: there is no such folder"),
+        ({"model": str(tmp_path / "empty")}, f"MODEL {tmp_path}/empty holds neither config.json"),
+        ({"model": str(WEIGHTS / "config.json")}, f"MODEL {WEIGHTS}/config.json is a file"),
         ({"engine": "sglang"}, "--engine sglang is not known. Accepted: auto, vllm, transformers"),
         ({"temperature": 0.0}, "--temperature 0: must be above 0"),
         ({"max_response_length": 0}, "--max-response-length 0"),

@@ -5,19 +5,28 @@ cluster and a Ray job. Not covered: runs (test_recipes_e2e.py), SLURM and Kubern
 recipes' values (test_recipes.py).
 """
 
+import importlib.metadata
 import io
 import json
+import os
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
-from vlnorm_verl import launch, machine, recipe
+from vlnorm_verl import clusters, launch, machine, recipe, reproduce, smoke
+from vlnorm_verl.cli import app
 from vlnorm_verl.launch import Request
+from vlnorm_verl.reproduce import RunSet
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+UNFIT = ["'3072'", "8k", "[3]", "true", "0", "-1", "inf", "nan"]  # as M
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +38,14 @@ def composed(tmp_path: Path, *overrides: str, **request: Any) -> tuple[Request, 
     asked = Request(
         RECIPES, [f"recipe.root={tmp_path / 'runs'}", f"recipe.data={tmp_path / 'data'}", *overrides], **request
     )
-    complete = launch.complete_overrides(asked)
+    complete = overrides_of(asked)
     return asked, complete, recipe.compose(asked.config_folder, complete)
+
+
+def overrides_of(request: Request) -> list[str]:
+    """What the trainer's command line has, as `launch` decides it."""
+    asked = recipe.compose(request.config_folder, request.overrides)
+    return launch.trainer_overrides(request, asked, launch.folder_of(request, asked))
 
 
 def answered(request: Request) -> tuple[int, str]:
@@ -57,20 +72,98 @@ def test_metrics_cannot_be_switched_off(tmp_path: Path) -> None:
 
 def test_paths_are_absolute_and_last_overrides_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    request = Request(RECIPES, ["recipe.root=here", "recipe.steps=7"])
-    config = recipe.compose(request.config_folder, launch.complete_overrides(request))
+    monkeypatch.setenv("HOME", "/home/me")
+    request = Request(RECIPES, ["recipe.root=here", "recipe.data='~/data'", "recipe.steps=7"])
+    config = recipe.compose(request.config_folder, overrides_of(request))
     assert config.recipe.folder == f"{tmp_path}/here/aggregation-countdown-3b-8192-vl_norm-seed0"
+    assert config.recipe.data == "/home/me/data"
     assert config.trainer.total_training_steps == 7
 
 
-def test_smoke_is_two_steps_at_full_size_in_a_new_folder(tmp_path: Path) -> None:
-    _, _, full = composed(tmp_path)
-    _, _, smoke = composed(tmp_path, smoke=True)
-    assert (smoke.trainer.total_training_steps, smoke.trainer.save_freq, smoke.trainer.test_freq) == (2, -1, -1)
-    assert smoke.data == full.data
-    assert smoke.actor_rollout_ref == full.actor_rollout_ref
-    Path(smoke.recipe.folder).mkdir(parents=True)
-    assert composed(tmp_path, smoke=True)[2].recipe.folder != smoke.recipe.folder
+@pytest.mark.parametrize(
+    "name", ["a,b", "run(copy)", "x=y", "proj (copy), v1", "exp#2", "it's", "[1]", "{a: b}", "a:b"]
+)
+def test_paths_may_have_hydras_characters(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given by the user in quotes, and as the project's folder, which relative paths begin with."""
+    project = tmp_path / name
+    shutil.copytree(RECIPES / "config", project / "recipes" / "config")
+    monkeypatch.chdir(project)
+    for given in ([], [recipe.override("recipe.root", str(project / "runs"))]):
+        request = Request(Path("recipes"), given)
+        overrides = overrides_of(request)
+        config = recipe.compose(request.config_folder, overrides)
+        assert config.recipe.data == f"{project}/data"
+        assert config.recipe.folder == f"{project}/runs/aggregation-countdown-3b-8192-vl_norm-seed0"
+        (run,) = reproduce.plan(
+            request.recipes,
+            [
+                RunSet(
+                    "x",
+                    "",
+                    "",
+                    "",
+                    "",
+                    [["family=aggregation", "task=countdown", "model=3b", "length=8192", "method=vl_norm"]],
+                )
+            ],
+            [],
+            given,
+        )
+        assert run.folder.absolute() == Path(config.recipe.folder)
+
+
+def test_smoke_is_the_worst_case_and_then_an_ordinary_step(tmp_path: Path) -> None:
+    _, _, full = composed(tmp_path, "family=dapo", "length=3072")
+    _, _, worst = composed(tmp_path, "family=dapo", "length=3072", "trainer.save_freq=-1", smoke=True)
+    assert (worst.trainer.total_training_steps, worst.trainer.save_freq, worst.trainer.test_freq) == (1, 1, -1)
+    assert worst.actor_rollout_ref.rollout.ignore_eos
+    assert not worst.algorithm.filter_groups.enable  # answers without an end would never fill a batch
+    changed = {k for k, v in recipe.flatten(worst).items() if recipe.flatten(full)[k] != v}
+    assert not [
+        key for key in changed if key.startswith(("data.", "actor_rollout_ref.actor.", "actor_rollout_ref.model."))
+    ]
+
+    folder = Path(worst.recipe.folder)
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1")
+    given = [f"recipe.root={tmp_path}/runs", "family=dapo", "length=3072"]
+    second = launch.trainer_overrides(Request(RECIPES, given, smoke=True), full, folder)
+    usual = recipe.compose(RECIPES / "config", second)
+    assert (usual.trainer.total_training_steps, usual.trainer.save_freq, usual.trainer.test_freq) == (2, -1, 1)
+    assert usual.algorithm.filter_groups.enable
+    assert not usual.actor_rollout_ref.rollout.ignore_eos
+    assert composed(tmp_path, "family=dapo", "length=3072", smoke=True)[2].recipe.folder != str(folder)
+
+
+def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
+    """1,000 steps by the two that were measured: 20 s without the checkpoint, 10 s; 20 validations, 50 checkpoints."""
+    timings = [
+        {"timing_s/step": 25.0, "timing_s/save_checkpoint": 5.0},
+        {"timing_s/step": 10.0, "timing_s/testing": 60.0},
+    ]
+    memory = [{"actor/perf/max_memory_allocated_gb": value} for value in (70.04, 30.0)]
+    lines = [json.dumps({"step": n, "data": {**timings[n - 1], **memory[n - 1]}}) for n in (1, 2)]
+    (tmp_path / "metrics-000.jsonl").write_text(f"{lines[0]}\n")
+    (tmp_path / "metrics-001.jsonl").write_text(f"{lines[1]}\n")
+    for name in ("model", "optim"):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / f"{name}_world_size_1_rank_0.pt").write_bytes(bytes(10**7))
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(smoke.table(tmp_path, composed(tmp_path)[2], 100.0))
+    rows = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:4]]
+        for line in console.export_text().splitlines()
+        if len(cells := line.split("│")) > 3
+    }
+    assert rows["GPU memory, most allocated by the actor"] == ["70.0 GB", "30.0 GB"]
+    assert rows["seconds: validation"] == ["", "60.0 s"]
+    assert rows["seconds: start, with a checkpoint loaded, and end"] == ["", "30.0 s"]
+    total = 20 * 60 + 50 * 5
+    assert rows["1000 steps like this one, validated and saved"] == [
+        f"{(20_000 + total) / 3600:.1f} h",
+        f"{(10_000 + total) / 3600:.1f} h",
+    ]
+    assert rows["disk: a checkpoint; when finished, without the optimizer"] == ["0.02 GB", "0.01 GB"]
 
 
 # ------------------------------------------------------------------------------------------------- before it starts
@@ -81,7 +174,25 @@ def test_smoke_is_two_steps_at_full_size_in_a_new_folder(tmp_path: Path) -> None
     [
         (["method=vl-norm"], "vl_norm"),
         (["trainer.n_gpus_per_nod=4"], "n_gpus_per_nod"),
-        (["actor_rollout_ref.actor.loss_scale_factor=null", "method=dr_grpo"], "give M in tokens"),
+        (["actor_rollout_ref.actor.loss_scale_factor=null", "method=dr_grpo"], "loss_scale_factor=None with"),
+        *(
+            ([f"actor_rollout_ref.actor.loss_scale_factor={text}"], "actor_rollout_ref.actor.loss_scale_factor=")
+            for text in UNFIT
+        ),
+        (
+            [
+                "actor_rollout_ref.actor.loss_agg_mode=vl_norm",
+                "method=grpo_norm",
+                "actor_rollout_ref.actor.loss_scale_factor='3072'",
+            ],
+            "loss_scale_factor='3072' with",
+        ),
+        (["trainer.nnodes=two"], "trainer.nnodes='two': accepted is a number, as in trainer.nnodes=1"),
+        (["recipe.steps=[3]"], "recipe.steps=[3]: accepted is a number"),
+        (["actor_rollout_ref.actor.shuffle=yes"], "actor_rollout_ref.actor.shuffle='yes': accepted is true or false"),
+        (["recipe.data=/tmp/a,b"], """"recipe.root='~/a, (b)=#1'\""""),
+        (["recipe.data=/tmp/run(copy)"], "Hydra cannot read this"),
+        (["data.max_prompt_length=2000"], "max_model_len=9216: vLLM would cut responses. Accepted: at least"),
         (["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=6"], "a divisor of 40"),
         (["trainer.nnodes=3", "data.train_batch_size=96"], "ppo_micro_batch_size_per_gpu=4"),
         (["actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=7"], "a divisor of 160"),
@@ -108,40 +219,35 @@ def test_a_dry_run_shows_value_source_and_command(tmp_path: Path) -> None:
     code, text = answered(Request(RECIPES, [f"recipe.root={tmp_path}", "recipe.alpha=0.5"], dry_run=True))
     assert code == 0
     assert not list(tmp_path.iterdir())
-    (alpha,) = [line for line in text.splitlines() if line.startswith("│ recipe.alpha")]
-    assert all(part in alpha for part in ("0.5", "command line"))
-    (mode,) = [line for line in text.splitlines() if "actor.loss_agg_mode" in line and "│" in line]
-    assert all(part in mode for part in ("vl_norm:0.5", "method/vl_norm.yaml", "paper:"))
+    lines = text.splitlines()
+    assert "recipe.alpha=0.5  # command line" in lines
+    (mode,) = [line for line in lines if line.startswith("actor_rollout_ref.actor.loss_agg_mode=")]
+    assert all(part in mode for part in ("=vl_norm:0.5  # method/vl_norm.yaml", "paper:"))
+    assert 'trainer.logger=["console", "file"]' in text
     assert "-m verl.trainer.main_ppo" in text
     assert text.rstrip().endswith(": valid")
 
 
-# ------------------------------------------------------------------------------------------------ the folder of a run
+def test_a_narrow_terminal_cuts_no_key() -> None:
+    console = Console(record=True, width=60, file=io.StringIO(), force_terminal=True)
+    assert launch.launch(Request(RECIPES, [], dry_run=True), console) == 0
+    table = console.export_text().split("note: ")[0]
+    cells = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
+    assert "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu" in "".join(cells)
+    assert "…" not in table
 
 
-def test_a_folder_keeps_to_its_first_configuration(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    launch.remember(composed(tmp_path)[2], folder)
-    launch.remember(composed(tmp_path, "recipe.steps=2000", "trainer.save_freq=5", loggers=["wandb"])[2], folder)
-    for override, message in (
-        ("recipe.alpha=0.5", "loss_agg_mode: 'vl_norm:1.0' then, 'vl_norm:0.5' now"),
-        ("trainer.nnodes=2", "trainer.nnodes: 1 then, 2 now"),
-        ("recipe.seed=1", "recipe.seed: 0 then, 1 now"),
-    ):
-        with pytest.raises(recipe.RecipeError, match=message):
-            launch.remember(composed(tmp_path, override)[2], folder)
+def test_outside_of_the_checkout_the_option_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["launch", "--dry-run"], ["reproduce", "--list"], ["reproduce", "--values"]):
+        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
+        assert result.exit_code == 2
+        assert f"Invalid value for '--recipes': {tmp_path}/recipes has no config/recipe.yaml" in result.output
 
 
-def test_state_is_that_of_the_last_whole_checkpoint(tmp_path: Path) -> None:
-    _, _, config = composed(tmp_path, "recipe.steps=40")
-    assert launch.state(config) == "not begun"
-    checkpoints = Path(config.recipe.folder) / "checkpoints"
-    (checkpoints / "global_step_40").mkdir(parents=True)  # verl names it in the tracker once it is whole
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text("20")
-    assert launch.state(config) == "step 20 of 40"
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text("40")
-    assert launch.state(config) == "finished"
+def test_the_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"vlnorm-verl {importlib.metadata.version('vlnorm-verl')}\n")
 
 
 # -------------------------------------------------------------------------------------------------------- CPU or GPUs
@@ -188,22 +294,40 @@ def test_without_flash_attn_a_run_on_gpus_is_told_of_sdpa(tmp_path: Path, monkey
 
 
 def test_a_local_run_gets_a_ray_of_its_own(tmp_path: Path) -> None:
-    request, complete, config = composed(tmp_path, "scale=cpu")
+    _, complete, config = composed(tmp_path, "scale=cpu")
     assert config.ray_kwargs.ray_init.address == "local"
-    assert not [a for a in launch.trainer_command(request, complete, on_cluster=False) if "env_vars" in a]
+    assert not [a for a in complete if "env_vars" in a]
+
+
+MODULES = "ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES"
 
 
 def test_a_cluster_keeps_its_resources_and_is_given_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command's own overrides, composed by Hydra as verl does."""
-    monkeypatch.setenv("VERL_PLATFORM", "cpu")  # as launch.prepare_environment does for such a run
-    request, complete, _ = composed(tmp_path, "scale=cpu")
-    arguments = launch.trainer_command(request, complete, on_cluster=True)
-    overrides = [a for a in arguments[3:] if not a.startswith("--") and not a.startswith("hydra.")]
-    ray_init = recipe.compose(request.config_folder, overrides).ray_kwargs.ray_init
+    monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
+    _, _, config = composed(tmp_path, "scale=cpu")
+    ray_init = config.ray_kwargs.ray_init
     assert ray_init.address == "auto"
     assert (ray_init.num_cpus, ray_init.num_gpus, ray_init.object_store_memory) == (None, None, None)
     assert ray_init.runtime_env.py_executable is None
-    assert ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES == "vlnorm_verl.verl_entry"
+    variables = dict(ray_init.runtime_env.env_vars)
+    assert variables["VERL_USE_EXTERNAL_MODULES"] == "vlnorm_verl.verl_entry"
+    assert variables["VERL_FILE_LOGGER_PATH"] == f"{config.recipe.folder}/metrics-000.jsonl"
+
+
+@pytest.mark.parametrize("given", ["+{}=json", "++{}=json", "+{}='vlnorm_verl.verl_entry, json'", "in the environment"])
+def test_a_cluster_keeps_the_users_modules(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--dry-run composes the very command: a key that stands twice would be refused by Hydra."""
+    monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "csv")
+    request = Request(
+        RECIPES, [f"recipe.root={tmp_path}", *([given.format(MODULES)] if "{}" in given else [])], dry_run=True
+    )
+    code, text = answered(request)
+    assert code == 0, text
+    wanted = "vlnorm_verl.verl_entry,json" if "{}" in given else "vlnorm_verl.verl_entry,csv"
+    (command,) = [line for line in text.splitlines() if line.startswith("command: ")]
+    assert [word for word in shlex.split(command) if MODULES in word] == [f"++{MODULES}='{wanted}'"]
+    assert f"{MODULES}={wanted}  # launcher" in text
 
 
 def test_a_ray_job_is_the_same_command_with_this_project_sent_along(
@@ -211,16 +335,72 @@ def test_a_ray_job_is_the_same_command_with_this_project_sent_along(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     request, _, config = composed(tmp_path, "method=dr_grpo", "trainer.nnodes=2", smoke=True)
-    command = launch.submit_command(request, config)
+    command = clusters.submit_command(RECIPES, launch.again(request, config), config, tmp_path / "runtime_env.yaml")
     assert "--address=http://head:8265" in command
     (folder,) = [a.split("=", 1)[1] for a in command if a.startswith("--working-dir=")]
     assert Path(folder) == RECIPES.parent
-    (runtime,) = [json.loads(a.split("=", 1)[1]) for a in command if a.startswith("--runtime-env-json=")]
-    assert all(name.startswith("/") for name in runtime["excludes"])  # /data, and not vlnorm_verl/data
+    assert all(name.startswith("/") for name in clusters.NOT_SHIPPED)  # /data, and not vlnorm_verl/data
     entry = command[command.index("--") + 1 :]
     assert entry[:6] == ["python", "-m", "vlnorm_verl", "launch", "--recipes", "recipes"]
     assert {"--smoke", "method=dr_grpo", "trainer.nnodes=2", f"recipe.root={tmp_path}/runs"} <= set(entry)
     assert shlex.split(shlex.join(entry)) == entry
+
+
+VARIABLES = {
+    "WANDB_API_KEY": "secret",
+    "HF_HOME": "/shared/hf",
+    "NCCL_SOCKET_IFNAME": "ib0",
+    "https_proxy": "http://proxy",
+}
+ON_A_WORKER = """
+import json, os, ray
+verls = {"env_vars": {"NCCL_SOCKET_IFNAME": "verl's"}}
+ray.init(address="local", num_cpus=1, include_dashboard=False, runtime_env=verls, log_to_driver=False)
+print(json.dumps(ray.get(ray.remote(lambda: dict(os.environ)).remote())))
+"""
+
+
+def test_variables_are_forwarded_past_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real Ray's worker has them, and the command line, which verl logs, has no key."""
+    monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
+    for name, value in (VARIABLES | {"OTHER_TOKEN": "x"}).items():
+        monkeypatch.setenv(name, value)
+    job = clusters.job_environment()
+    code, text = answered(Request(RECIPES, [f"recipe.root={tmp_path}"], dry_run=True))
+    assert code == 0
+    assert "forwarded to the workers: HF_HOME, NCCL_SOCKET_IFNAME, WANDB_API_KEY, https_proxy" in text
+    assert "secret" not in text
+    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES and k != "RAY_ADDRESS"} | job
+    done = subprocess.run([sys.executable, "-c", ON_A_WORKER], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    worker = json.loads(done.stdout.splitlines()[-1])
+    assert {name: worker.get(name) for name in VARIABLES} == VARIABLES | {"NCCL_SOCKET_IFNAME": "verl's"}
+
+
+def test_a_ray_jobs_own_configuration_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "mine")
+    given = {
+        "runtime_env": {"working_dir": "gcs://x.zip", "env_vars": {"WANDB_API_KEY": "the job's"}},
+        "metadata": {"a": "b"},
+    }
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(given))
+    job = json.loads(clusters.job_environment()["RAY_JOB_CONFIG_JSON_ENV_VAR"])
+    assert (job["metadata"], job["runtime_env"]["working_dir"]) == ({"a": "b"}, "gcs://x.zip")
+    assert job["runtime_env"]["env_vars"]["WANDB_API_KEY"] == "the job's"
+
+
+def test_a_missing_login_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "SWANLAB_API_KEY", "SWANLAB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert clusters.missing_logins(["console", "file", "mlflow"]) == []
+    (problem,) = clusters.missing_logins(["file", "wandb"])
+    assert problem == "logger wandb needs WANDB_API_KEY (or WANDB_MODE=offline|disabled, or its login in ~/.netrc)"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert len(clusters.missing_logins(["wandb", "swanlab"])) == 1
+    monkeypatch.delenv("WANDB_MODE")
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x\n")
+    assert clusters.missing_logins(["wandb"]) == []
 
 
 def test_where_is_one_of_two(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import functools
 import io
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -20,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import DictConfig
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vlnorm_verl import recipe, reproduce
+from vlnorm_verl import recipe, reproduce, resources
 from vlnorm_verl.cli import app
 from vlnorm_verl.recipe import RecipeError
 from vlnorm_verl.reproduce import Run
@@ -92,6 +92,7 @@ ALL_RUNS = {
     "actor_rollout_ref.rollout.top_k": -1,
     "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
     "actor_rollout_ref.rollout.gpu_memory_utilization": 0.8,
+    "actor_rollout_ref.rollout.max_num_seqs": 512,
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 4,
     "actor_rollout_ref.rollout.val_kwargs.n": 8,
     "actor_rollout_ref.rollout.val_kwargs.do_sample": True,
@@ -172,6 +173,7 @@ def papers_values(name: str) -> dict[str, Any]:
         expected["trainer.test_freq"] = DAPO_VALIDATES_EVERY[task]
     expected["actor_rollout_ref.model.path"] = MODEL[model]
     expected["data.max_response_length"] = int(length)
+    expected["actor_rollout_ref.rollout.max_model_len"] = 1024 + int(length)  # the longest prompt of both tasks
     if method == "vl_norm":
         given = alpha[0].removeprefix("alpha") if alpha else ALPHA[task]
         expected["actor_rollout_ref.actor.loss_agg_mode"] = f"vl_norm:{given}"
@@ -274,6 +276,7 @@ def test_seeds_and_overrides_reach_every_run() -> None:
         f"elsewhere/dapo-countdown-3b-3072-{method}-seed{seed}" for method in ("dapo", "vl_norm") for seed in (0, 1, 2)
     ]
     config = composed(tuple(runs[-1].overrides))
+    recipe.validate(config)  # with a whole number of micro-batches on 4 GPUs
     assert config.trainer.n_gpus_per_node == 4
     assert config.actor_rollout_ref.rollout.seed == config.data.seed == 2
     # A choice that the set makes, too: the user's wins, and what becomes the same run is one.
@@ -370,27 +373,62 @@ def test_readme_has_every_value() -> None:
 
 
 def test_readme_has_the_resources() -> None:
-    generated("python benchmarks/resources.py", runpy.run_path(str(PROJECT / "benchmarks/resources.py"))["table"]())
+    generated("python -m vlnorm_verl.resources", resources.tables())
 
 
 def test_resources_know_the_models() -> None:
     """The dimensions give Qwen's number of parameters, and the recipes' own values are those of the composed runs."""
-    resources = runpy.run_path(str(PROJECT / "benchmarks/resources.py"))
-    for model in resources["MODELS"]:
+    for model in resources.MODELS:
         attention = 2 * model.hidden**2 + 2 * model.hidden * model.kv_heads * model.head_size
         total = model.layers * (attention + 3 * model.hidden * model.intermediate) + model.embedding_parameters
         assert total == pytest.approx(model.parameters, rel=0.002)
-    assert {entry.script for entry in resources["RECIPES"]} == SCRIPTS
-    for entry in resources["RECIPES"]:
+    assert {entry.script for entry in resources.RECIPES} == SCRIPTS
+    for entry in resources.RECIPES:
         family, task = ("dapo", entry.script[5:-3]) if entry.dapo else ("aggregation", entry.script[:-3])
         run = next(run for run in RUNS if run.name == f"{family}-{task}-3b-{entry.limit}-vl_norm-seed0")
         config = composed(tuple(run.overrides))
         assert entry.n == config.actor_rollout_ref.rollout.n
         assert (entry.prompt, entry.limit) == (config.data.max_prompt_length, config.data.max_response_length)
-        assert resources["MICRO_BATCH"] == config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu
-        assert resources["PROMPTS"] == config.data.train_batch_size
-        assert resources["GPUS"] == config.trainer.n_gpus_per_node
-        assert resources["VLLM_SHARE"] == config.actor_rollout_ref.rollout.gpu_memory_utilization
+        assert config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu == resources.MICRO_BATCH
+        assert config.data.train_batch_size == resources.PROMPTS
+        assert config.trainer.n_gpus_per_node in resources.NODES
+        assert config.actor_rollout_ref.rollout.gpu_memory_utilization == resources.VLLM_SHARE
+
+
+def test_what_fits_where() -> None:
+    """As two readings of verl's code came to, by hand."""
+    three, seven = resources.MODELS
+    short, long = resources.RECIPES[:2]
+    h100, _, a100_40, rtx = resources.GPU_TYPES
+
+    def named(model: Any, row: Any, gpu: Any, gpus: int) -> str | None:
+        found = resources.remedy(model, row, gpu, gpus)
+        return found and found[0]
+
+    assert [named(three, row, rtx, 8) for row in (short, long)] == ["micro 2", "micro 1"]
+    assert named(seven, short, rtx, 8) is None
+    assert named(seven, short, a100_40, 4) is None
+    assert named(seven, long, h100, 4) == "yes"
+    # 40 micro-batches a step: seconds on NVLink, over a minute on PCIe
+    nvlink, pcie = (resources.link_seconds(three, long, 8, 4, link[1]) for link in (h100.link, rtx.link))
+    assert nvlink < 6
+    assert pcie > 60
+
+
+def test_the_cost_of_a_set(tmp_path: Path) -> None:
+    runs = planned("fig2", overrides=(f"recipe.root={tmp_path}", "trainer.n_gpus_per_node=4"))
+    text = resources.cost([run.left for run in runs])
+    h100, row = resources.GPU_TYPES[0], resources.RECIPES[4]
+    low, high = resources.run_hours(resources.MODELS[0], row, h100, 4, 2000) or (0, 0)
+    assert f"H100 80 GB: {resources.between(low, high)} hours of 4 GPUs" in text
+    assert "disk: 150 GB for two checkpoints of each" in text  # 4 · 12 bytes · 3.09e9
+    checkpoints = runs[0].folder / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("500")
+    low, high = resources.run_hours(resources.MODELS[0], row, h100, 4, 1500) or (0, 0)
+    assert f"H100 80 GB: {resources.between(low, high)} hours of 4 GPUs" in resources.cost([run.left for run in runs])
+    assert "; 10 of 20 runs do not fit" in resources.cost([run.left for run in planned("countdown")])  # 7B on 24 GB
+    assert resources.cost([run.left for run in planned("fig2", overrides=("scale=cpu",))]) == ""
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -420,6 +458,7 @@ def test_status_counts_checkpoints(tmp_path: Path) -> None:
     assert "step 375 of 1000" in output
     assert "not begun" in output
     assert output.splitlines()[-1] == "0 of 2 runs are finished"
+    (tracker.parent.parent / "finished").write_text("375\n")
     assert invoked("fig2", "--status", f"recipe.root={tmp_path}", "recipe.steps=375")[1].endswith(
         "1 of 2 runs are finished\n"
     )
@@ -429,7 +468,8 @@ def test_status_counts_checkpoints(tmp_path: Path) -> None:
 def test_dry_run_of_a_set() -> None:
     code, output = invoked("fig2", "--dry-run")
     assert code == 0
-    assert output.splitlines()[-1] == "2 of 2 runs are valid"
+    assert "2 of 2 runs are valid" in output.splitlines()
+    assert "H100 80 GB: 12–97 hours of 8 GPUs" in output
 
 
 def test_dry_run_fails_if_a_run_does() -> None:
@@ -459,6 +499,7 @@ def test_dry_run_on_the_cpu() -> None:
         ([], "name what to reproduce: countdown"),
         (["fig2", "--seeds", "0,x"], "--seeds 0,x: give whole numbers with commas, as in 0,1,2"),
         (["fig2", "model=14b"], "model=14b: accepted are 3b, 7b"),
+        (["fig2", "--on", "lsf"], "--on lsf: accepted are slurm and kubernetes"),
     ],
 )
 def test_wrong_requests_are_refused(arguments: list[str], message: str) -> None:
@@ -474,6 +515,42 @@ def test_nothing_starts_without_data(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "vlnorm-verl data countdown" in output
 
 
+# --------------------------------------------------------------------------------------------------- a job for each run
+
+
+def test_one_job_for_each_run_on_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sbatch").write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/jobs\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for file in ("countdown/train.parquet", "countdown/test.parquet"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    done = tmp_path / "dapo-countdown-3b-3072-dapo-seed1"
+    done.mkdir()
+    (done / "finished").write_text("1000")
+    code, output = invoked(
+        "fig2", "--seeds", "0,1", "--on", "slurm", f"recipe.root={tmp_path}", f"recipe.data={tmp_path}"
+    )
+    assert code == 0, output
+    assert "3 of 3 jobs are made" in output
+    jobs = (tmp_path / "jobs").read_text().splitlines()
+    assert [job.split("--job-name=")[1].split()[0] for job in jobs] == [
+        f"dapo-countdown-3b-3072-{name}" for name in ("dapo-seed0", "vl_norm-seed0", "vl_norm-seed1")
+    ]
+    assert all("--dependency=singleton" in job and f"recipe.root={tmp_path}" in job for job in jobs)
+
+
+def test_one_manifest_for_each_run_on_kubernetes() -> None:
+    """The manifests alone are on stdout: it goes to `kubectl create -f -`."""
+    result = CliRunner().invoke(app, ["reproduce", "--recipes", str(RECIPES), "fig2", "--on", "kubernetes"])
+    assert result.exit_code == 0
+    jobs = list(yaml.safe_load_all(result.stdout))
+    assert [job["metadata"]["name"] for job in jobs] == [
+        f"dapo-countdown-3b-3072-{method}-seed0" for method in ("dapo", "vl-norm")
+    ]
+    assert "cost, worked out on paper" in result.stderr
+
+
 # --------------------------------------------------------------------------- running: a launcher that only pretends
 
 PRETENDS = """#!/usr/bin/env bash
@@ -481,8 +558,8 @@ echo "$@" >> {folder}/calls
 case " $* " in
   *" method=dapo "*) {dapo} ;;
 esac
-mkdir -p {folder}/dapo-countdown-3b-3072-vl_norm-seed0/checkpoints
-echo 1000 > {folder}/dapo-countdown-3b-3072-vl_norm-seed0/checkpoints/latest_checkpointed_iteration.txt
+mkdir -p {folder}/dapo-countdown-3b-3072-vl_norm-seed0
+echo 1000 > {folder}/dapo-countdown-3b-3072-vl_norm-seed0/finished
 """
 
 

@@ -71,6 +71,8 @@ def test_aggregation_only(tmp_path: Path, data: Path) -> None:
     assert again.returncode == 0
     assert "finished, step 2" in again.stdout
     assert len(list(folder.glob("metrics-*.jsonl"))) == 1  # a finished run is not repeated
+    kept = {path.name.split("_world")[0] for path in folder.glob("checkpoints/global_step_2/actor/*.pt")}
+    assert kept == {"model", "extra_state"}  # and its optimizer is gone
 
     other = started(
         command(
@@ -205,6 +207,28 @@ def test_a_killed_run_goes_on_where_it_was(victims: list[str], tmp_path: Path, d
     )
     assert after == list(range(kept + 1, steps + 1))  # only what was not in the last checkpoint was done again
     assert set(before) | set(after) == set(range(1, steps + 1))
+    assert [path.name for path in (folder / "checkpoints").glob("global_step_*")] == [f"global_step_{steps}"]
+
+
+@pytest.mark.slow
+def test_a_validation_that_a_crash_took_is_made(tmp_path: Path, data: Path) -> None:
+    """verl names the last checkpoint before it validates and logs that step; no record, no validation."""
+    arguments = ["method=vl_norm", "trainer.val_before_train=false", "trainer.test_freq=2", "recipe.keep=all"]
+    folder, (_, last) = trained("countdown.sh", tmp_path, data, *arguments)
+    (folder / "finished").unlink()
+    (folder / "validation" / "2.jsonl").unlink()
+    first, _ = (folder / "metrics-000.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics-000.jsonl").write_text(first)
+    done = started(command("countdown.sh", tmp_path, data, *arguments))
+    assert done.returncode == 0, done.stdout[-3000:]
+    (record,) = map(json.loads, (folder / "metrics-001.jsonl").read_text().splitlines())
+    assert record["step"] == 2
+    key = "val-core/vlnorm_tiny_countdown/acc/mean@8"
+    assert key in last
+    assert key in record["data"]
+    assert "timing_s/step" not in record["data"]  # nothing was trained
+    assert len(dumped(folder, "validation", 2)) == 4 * 8
+    assert (folder / "finished").read_text() == "2\n"
 
 
 # ------------------------------------------------------------------------------------------------------------ clusters
@@ -321,6 +345,9 @@ def test_smoke_shows_memory_and_time(tmp_path: Path, data: Path) -> None:
     done = started(command("countdown.sh", tmp_path, data, "method=grpo_norm", "--smoke"))
     assert done.returncode == 0, done.stdout[-3000:]
     assert "host memory" in done.stdout
-    assert "2 steps at this speed, without validation" in done.stdout
+    assert "2 steps like this one, validated and saved" in done.stdout
     (folder,) = (tmp_path / "smoke").iterdir()
     assert not (folder / "checkpoints").exists()
+    worst, usual = (record["data"] for record in read_metrics(folder))
+    assert worst["response_length/mean"] == worst["response_length/max"] == 128
+    assert usual["response_length/mean"] < 128

@@ -320,7 +320,8 @@ def test_ground_truths(value: Any) -> None:
     "value",
     ["", "8", "[]", "{}", '{"numbers": [3, 5]}', '{"numbers": [], "target": 8}', None, 8,
      {"numbers": [3.5], "target": 8}, {"numbers": ["3"], "target": 8}, {"numbers": [3], "target": "8"},
-     {"numbers": 3, "target": 8}, json.dumps({"numbers": [3], "target": 8.0})],
+     {"numbers": 3, "target": 8}, json.dumps({"numbers": [3], "target": 8.0}), {"numbers": [-3, 5], "target": 2},
+     '{"numbers": [3], "target": Infinity}'],
 )  # fmt: skip
 def test_bad_ground_truths_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"reward_model\.ground_truth must be"):

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from vlnorm_verl import __version__
 from vlnorm_verl.data.cli import data_app
 from vlnorm_verl.lab.cli import lab_app
 from vlnorm_verl.report.cli import report
@@ -23,8 +24,18 @@ app.add_typer(lab_app, name="lab")
 app.command()(report)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"vlnorm-verl {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version; stop.")
+    ] = False,
+) -> None:
     """Keeps the sub-command's name needed, however many commands there are."""
 
 
@@ -37,6 +48,17 @@ def _in_its_environment(command: Callable[[], int]) -> None:
     except Elsewhere as there:
         typer.echo(str(there), err=True)
         os.execv(there.python, [there.python, "-m", "vlnorm_verl", *sys.argv[1:]])
+
+
+def _recipes(folder: Path) -> Path:
+    if not (folder / "config" / "recipe.yaml").is_file():
+        raise typer.BadParameter(
+            f"{folder.absolute()} has no config/recipe.yaml. Give the folder recipes/ of a checkout of this project"
+        )
+    return folder
+
+
+Recipes = Annotated[Path, typer.Option(callback=_recipes, help="The folder recipes/ of a checkout of this project.")]
 
 
 @app.command()
@@ -78,16 +100,21 @@ def quickstart(
     )
 
 
+On = Annotated[str, typer.Option(help="slurm: submit with sbatch. kubernetes: print a RayJob manifest.")]
+
+
 @app.command(context_settings={"allow_interspersed_args": True})
 def launch(
     overrides: Annotated[list[str] | None, typer.Argument(help="Choices and Hydra overrides, key=value.")] = None,
-    recipes: Annotated[Path, typer.Option(help="The folder recipes/ of this project.")] = Path("recipes"),
+    recipes: Recipes = Path("recipes"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every value and the command; check; stop.")] = False,
-    smoke: Annotated[bool, typer.Option("--smoke", help="2 steps at full size: memory and time, then stop.")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="The worst case and an ordinary step: memory, time, disk.")
+    ] = False,
     logger: Annotated[
         str, typer.Option(help="Beside console and file: wandb,tensorboard,trackio,swanlab,mlflow.")
     ] = "",
-    on: Annotated[str, typer.Option(help="slurm: submit with sbatch. kubernetes: print a RayJob manifest.")] = "",
+    on: On = "",
     python: Annotated[bool, typer.Option("--python", help="Print the Python that this run takes; stop.")] = False,
 ) -> None:
     """Run one experiment of the paper on verl (what recipes/*.sh call).
@@ -118,15 +145,16 @@ def reproduce(
     what: Annotated[
         list[str] | None, typer.Argument(help="Sets of runs; then choices and Hydra overrides, key=value.")
     ] = None,
-    recipes: Annotated[Path, typer.Option(help="The folder recipes/ of this project.")] = Path("recipes"),
+    recipes: Recipes = Path("recipes"),
     list_sets: Annotated[bool, typer.Option("--list", help="Sets, numbers of runs, how far they are.")] = False,
     status: Annotated[bool, typer.Option("--status", help="How far each run is.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check each run against verl; stop.")] = False,
     all_sets: Annotated[bool, typer.Option("--all", help="All sets.")] = False,
     seeds: Annotated[str, typer.Option(help="Seeds of each run: 0,1,2.")] = "",
     values: Annotated[bool, typer.Option("--values", help="Print every value with its source as Markdown.")] = False,
+    on: On = "",
 ) -> None:
-    """Run the paper's experiments by table and figure, one after the other (recipes/manifest.yaml).
+    """Run the paper's experiments by table and figure (recipes/manifest.yaml): one after the other, or --on as jobs.
 
     Sets: countdown (table2), math (table3), alpha (table4), dapo (table5), fig2, fig3, each, all.
 
@@ -148,4 +176,4 @@ def reproduce(
     except RecipeError as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(2) from None
-    _in_its_environment(lambda: module.reproduce(recipes, names, overrides, numbers, list_sets, status, dry_run))
+    _in_its_environment(lambda: module.reproduce(recipes, names, overrides, numbers, list_sets, status, dry_run, on))

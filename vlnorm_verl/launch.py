@@ -8,25 +8,18 @@ Where a run happens:
     --on slurm                        `sbatch recipes/cluster/slurm.sbatch` of this same command
     --on kubernetes                   nowhere: prints a KubeRay RayJob of this same command
 
-The folder of a run (`recipe.folder`), on a disk that every node sees:
-
-    config.yaml         the whole configuration of the first start; a later start must agree with it
-    checkpoints/        verl's; the same command again goes on from the last
-    rollouts/, validation/    every response, as verl dumps them
-    train.log, metrics-NNN.jsonl, .lock      see vlnorm_verl/running.py
+What is in the folder of a run: vlnorm_verl/run_folder.py. Ray clusters, SLURM, Kubernetes: vlnorm_verl/clusters.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import itertools
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -36,10 +29,12 @@ from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from vlnorm_verl import cpu, machine, recipe
-from vlnorm_verl.recipe import CONFIG_NAME, RecipeError, compose, hydra_overrides
+from vlnorm_verl import clusters, cpu, machine, recipe, resources, smoke
+from vlnorm_verl.recipe import CONFIG_NAME, RecipeError, hydra_overrides
+from vlnorm_verl.run_folder import begin, completed_steps, finish, prune, remember, state, validation_due
 from vlnorm_verl.running import (
     STOP_SIGNALS,
     TrainingFailed,
@@ -47,38 +42,8 @@ from vlnorm_verl.running import (
     locked,
     next_metrics,
     progress_line,
-    read_metrics,
     train,
 )
-
-PROJECT = Path(__file__).parent.parent
-SMOKE_STEPS = 2
-RAYJOB_NAME = 47  # characters that KubeRay takes for the name of a RayJob
-# What may change between two starts of one run: how long it is, where it lies, what it prints and keeps. Not the number
-# of GPUs: verl's FSDP checkpoints are read by as many ranks as wrote them.
-MAY_CHANGE = (
-    "trainer.total_training_steps",
-    "trainer.total_epochs",
-    "trainer.logger",
-    "trainer.save_freq",
-    "trainer.test_freq",
-    "trainer.val_before_train",
-    "trainer.max_actor_ckpt_to_keep",
-    "trainer.log_val_generations",
-    "recipe.steps",
-    "recipe.root",
-    "recipe.data",
-    "recipe.folder",
-    "data.train_files",
-    "data.val_files",
-    "trainer.default_local_dir",
-    "trainer.rollout_data_dir",
-    "trainer.validation_data_dir",
-    "actor_rollout_ref.rollout.gpu_memory_utilization",
-    "ray_kwargs.",
-)
-# Not sent to a cluster with `ray job submit`, beside what .gitignore has (Ray reads it).
-NOT_SHIPPED = ["/runs", "/data", "/docs", "/tests"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +62,11 @@ class Request:
     def config_folder(self) -> Path:
         return self.recipes / "config"
 
+    @property
+    def on_cluster(self) -> bool:
+        """Whether the trainer finds a Ray cluster where it starts."""
+        return bool(self.on or os.environ.get("RAY_ADDRESS"))
+
 
 def launch(request: Request, console: Console | None = None) -> int:
     """Run, submit or only check one recipe. Returns the exit code: 2 for what is wrong with the request."""
@@ -104,65 +74,92 @@ def launch(request: Request, console: Console | None = None) -> int:
     try:
         return _launch(request, console)
     except RecipeError as error:
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        _say(console, str(error), style="red")
         return 2
 
 
+def check_place(on: str) -> None:
+    if on not in ("", "slurm", "kubernetes"):
+        raise RecipeError(f"--on {on}: accepted are slurm and kubernetes; without it RAY_ADDRESS decides")
+
+
 def _launch(request: Request, console: Console) -> int:
-    if request.on not in ("", "slurm", "kubernetes"):
-        raise RecipeError(f"--on {request.on}: accepted are slurm and kubernetes; without it RAY_ADDRESS decides")
-    overrides = complete_overrides(request)
-    config = compose(request.config_folder, overrides)
-    unfit = prepare_environment(request.recipes, config)
+    check_place(request.on)
+    asked = recipe.compose(request.config_folder, request.overrides)
+    unfit = prepare_environment(request.recipes, asked)
     if request.python:
         if unfit:
             raise RecipeError(unfit)
         print(sys.executable)
         return 0
+    folder = folder_of(request, asked)
+    overrides = trainer_overrides(request, asked, folder)
+    config = recipe.compose(request.config_folder, overrides)
     recipe.validate(config)
     if request.dry_run:
         show(request, config, overrides, console, unfit)
         return 0
+    arguments = again(request, config)
     if request.on == "kubernetes":
-        print(rayjob(request, config))
+        print(clusters.rayjob(request.recipes, arguments, config))
         return 0
     if request.on == "slurm":
-        return subprocess.call(sbatch_command(request, config))
+        return subprocess.call(clusters.sbatch_command(request.recipes, arguments, config))
     if os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")):
-        return submit(request, config, overrides, console)
+        return clusters.submit(request.recipes, arguments, config, console)
     if unfit := unfit or cannot_run(config):
         missing = None if recipe.is_cpu(config) else recipe.missing_files(config)
         raise RecipeError("\n".join(filter(None, [unfit, missing])))
-    console.print(f"environment: {machine.this_environment()}", markup=False, highlight=False, soft_wrap=True)
+    _say(console, f"environment: {machine.this_environment()}")
     if not recipe.is_cpu(config):
         for problem in machine.tight(Path(config.recipe.folder), (config.recipe.model,)):
-            console.print(f"note: {problem}", style="yellow", markup=False, soft_wrap=True)
-    return run_here(request, config, overrides, console)
+            _say(console, f"note: {problem}", style="yellow")
+    return run_here(request, asked, config, console)
 
 
 # ------------------------------------------------------------------------------------------------------ the command
 
 
-def complete_overrides(request: Request) -> list[str]:
-    """The user's overrides, before them what the launcher itself decides."""
-    first = compose(request.config_folder, request.overrides)
-    # Absolute, since verl's processes have working directories of their own.
-    own = [f"recipe.root={Path(first.recipe.root).resolve()}", f"recipe.data={Path(first.recipe.data).resolve()}"]
+def folder_of(request: Request, asked: DictConfig) -> Path:
+    """The folder of the run. Each smoke run has a new one: it is measured, not resumed.
+
+    asked: what the user's overrides alone compose to.
+    """
+    if not request.smoke:
+        return absolute(asked.recipe.folder)
+    folders = (absolute(asked.recipe.root) / "smoke" / f"{asked.recipe.name}-{n:03d}" for n in itertools.count())
+    return next(folder for folder in folders if not folder.exists())
+
+
+def absolute(path: str) -> Path:
+    """verl's processes have working directories of their own, and bash leaves the ~ of key=~/x to us."""
+    return Path(path).expanduser().resolve()
+
+
+def trainer_overrides(request: Request, asked: DictConfig, folder: Path) -> list[str]:
+    """All overrides of the trainer's command line: the launcher's, the user's over them, what this start needs last.
+
+    asked: what the user's overrides alone compose to.
+    folder: the run's; what is in it decides, too.
+    """
+    paths = {f"recipe.{name}": absolute(asked.recipe[name]) for name in ("root", "data")} | {"recipe.folder": folder}
+    own = ["hydra.run.dir=${recipe.folder}", *(recipe.override(key, str(path)) for key, path in paths.items())]
     if request.loggers:
         unknown = [name for name in request.loggers if name not in recipe.LOGGERS]
         if unknown:
             raise RecipeError(f"--logger {','.join(request.loggers)}: accepted are {', '.join(recipe.LOGGERS)}")
         own.append(f"trainer.logger=[{','.join(dict.fromkeys(['console', 'file', *request.loggers]))}]")
+    overrides = own + recipe.without(request.overrides, *paths)
+    done = completed_steps(folder)
     if request.smoke:
-        own += [
-            f"trainer.total_training_steps={SMOKE_STEPS}",
-            "trainer.val_before_train=false",
-            "trainer.test_freq=-1",
-            "trainer.save_freq=-1",
-            f"recipe.folder={smoke_folder(Path(first.recipe.root).resolve(), first.recipe.name)}",
-        ]
-    kept = [o for o in request.overrides if not o.startswith(("recipe.root=", "recipe.data="))]
-    return own + kept
+        overrides += smoke.overrides(done)
+    elif done:
+        # It was validated when it began. What a crash has kept from being validated is, now.
+        overrides.append(f"trainer.val_before_train={str(validation_due(asked, folder)).lower()}")
+        overrides.append(f"trainer.val_only={str(done >= asked.trainer.total_training_steps).lower()}")
+    if request.on_cluster:
+        overrides = clusters.with_cluster(overrides, asked, next_metrics(folder))
+    return overrides
 
 
 def prepare_environment(recipes: Path, config: DictConfig) -> str:
@@ -199,102 +196,74 @@ def cannot_run(config: DictConfig) -> str:
     return "\n".join(problems)
 
 
-def smoke_folder(root: Path, name: str) -> Path:
-    """A new folder for each smoke run: it is measured, not resumed."""
-    number = 0
-    while (folder := root / "smoke" / f"{name}-{number:03d}").exists():
-        number += 1
-    return folder
-
-
-def trainer_command(request: Request, overrides: list[str], on_cluster: bool) -> list[str]:
-    """The command line of verl's trainer."""
-    arguments = [
+def trainer_command(request: Request, overrides: list[str]) -> list[str]:
+    """The command line of verl's trainer with the overrides of `trainer_overrides`."""
+    return [
         sys.executable,
         "-m",
         "verl.trainer.main_ppo",
         f"--config-path={request.config_folder.resolve()}",
         f"--config-name={CONFIG_NAME}",
-        "hydra.run.dir=${recipe.folder}",
         *hydra_overrides(overrides),
     ]
-    if on_cluster:
-        arguments += cluster_overrides()
-    return arguments
 
 
-def cluster_overrides() -> list[str]:
-    """What changes on a Ray cluster that exists already: it has its own resources, its workers need our variables."""
-    settings = ["ray_kwargs.ray_init.address=auto"]
-    settings += [
-        f"+ray_kwargs.ray_init.runtime_env.env_vars.{name}='{value}'" for name, value in worker_variables().items()
-    ]
-    if cpu.is_active():
-        # Only a Ray that verl starts itself may be given resources, and only its workers are forked by the zygote.
-        settings += [f"ray_kwargs.ray_init.{key}=null" for key in ("num_cpus", "num_gpus", "object_store_memory")]
-        settings += ["ray_kwargs.ray_init.runtime_env.py_executable=null", "~ray_kwargs.ray_init.include_dashboard"]
-    return settings
-
-
-def worker_variables() -> dict[str, str]:
-    """Environment variables that the workers of an existing cluster must be given."""
-    variables = {
-        # Loads the plugin where the package is importable but not installed (sent by `ray job submit`).
-        "VERL_USE_EXTERNAL_MODULES": "vlnorm_verl.verl_entry",
-    }
-    if cpu.is_active():
-        variables |= {k: v for k, v in cpu.cpu_environment().items() if not k.startswith("VLNORM_")}
-    return variables
+def again(request: Request, config: DictConfig) -> list[str]:
+    """The arguments of this launch for another machine: the same, with the same paths."""
+    flags = ["--smoke"] if request.smoke else []
+    flags += [f"--logger={','.join(request.loggers)}"] if request.loggers else []
+    # A job has a working directory of its own. --on starts in the project's folder, which may lie elsewhere there.
+    keys = [] if request.on else ["recipe.root", "recipe.data", *([] if request.smoke else ["recipe.folder"])]
+    paths = [recipe.override(key, OmegaConf.select(config, key)) for key in keys]
+    return [*flags, *recipe.without(request.overrides, *keys), *paths]
 
 
 def show(request: Request, config: DictConfig, overrides: list[str], console: Console, unfit: str) -> None:
-    """Every value that differs from verl's default, its source, what the run would miss here, and the command."""
-    table = Table("value", "", "from", "why", title=config.recipe.name, title_justify="left")
-    for value in recipe.provenance(request.config_folder, config, overrides):
-        table.add_row(value.key, str(value.value), value.place, value.source)
-    console.print(table)
+    """Every value that differs from verl's default, its source, and the command. In a pipe one value a line."""
+    values = recipe.provenance(request.config_folder, config, overrides, request.overrides)
+    texts = [v.value if isinstance(v.value, str) else json.dumps(v.value, ensure_ascii=False) for v in values]
+    if console.is_terminal:
+        table = Table(title=config.recipe.name, title_justify="left")
+        for column in ("value", "", "from", "why"):
+            table.add_column(column, overflow="fold")
+        for value, text in zip(values, texts, strict=True):
+            table.add_row(*map(escape, (value.key, text, value.place, value.source)))
+        console.print(table)
+    else:
+        for value, text in zip(values, texts, strict=True):
+            _say(console, f"{value.key}={text}  # {value.place}{': ' if value.source else ''}{value.source}")
     for problem in filter(None, (recipe.missing_files(config), unfit)):
-        console.print(f"note: {problem}", style="yellow", markup=False, soft_wrap=True)
-    console.print(
-        "command:",
-        shlex.join(trainer_command(request, overrides, bool(os.environ.get("RAY_ADDRESS")))),
-        markup=False,
-        soft_wrap=True,
-        highlight=False,
-    )
-    console.print("(the same with --cfg job --resolve prints verl's defaults too)", markup=False)
-    console.print(f"{config.recipe.name}: valid", style="green", markup=False, soft_wrap=True)
+        _say(console, f"note: {problem}", style="yellow")
+    if cost := resources.cost([config]):
+        _say(console, cost)
+    disk = next(path for path in (Path(config.recipe.folder), *Path(config.recipe.folder).parents) if path.exists())
+    _say(console, f"free disk at {disk}: {shutil.disk_usage(disk).free / resources.GB:.0f} GB")
+    if request.on_cluster:
+        _say(console, f"forwarded to the workers: {', '.join(sorted(clusters.forwarded())) or 'no variable'}")
+    _say(console, f"command: {shlex.join(trainer_command(request, overrides))}")
+    _say(console, "(the same with --cfg job --resolve prints verl's defaults too)")
+    _say(console, f"{config.recipe.name}: valid", style="green")
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    """A line as it is: not wrapped, no markup."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 # --------------------------------------------------------------------------------------------------------- run here
 
 
-def completed_steps(folder: Path) -> int:
-    """The step of the last whole checkpoint in a run's folder; 0 without one."""
-    tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
-    return int(tracker.read_text()) if tracker.exists() else 0
-
-
-def state(config: DictConfig) -> str:
-    """`finished`, `step x of y` (of the last checkpoint) or `not begun`."""
-    folder, steps = Path(config.recipe.folder), config.trainer.total_training_steps
-    done = completed_steps(folder)
-    if done >= steps:
-        return "finished"
-    return f"step {done} of {steps}" if done or (folder / "config.yaml").exists() else "not begun"
-
-
-def run_here(request: Request, config: DictConfig, overrides: list[str], console: Console) -> int:
+def run_here(request: Request, asked: DictConfig, config: DictConfig, console: Console) -> int:
     folder = Path(config.recipe.folder)
     if state(config) == "finished":
-        console.print(
-            f"{config.recipe.name}: finished, step {completed_steps(folder)}; {folder}", markup=False, soft_wrap=True
-        )
+        _say(console, f"{config.recipe.name}: finished, step {completed_steps(folder)}; {folder}")
         return 0
     if recipe.is_cpu(config):
         make_tiny_data(config)
     if problem := recipe.missing_files(config):
         raise RecipeError(problem)
+    if not request.on_cluster and (problems := clusters.missing_logins(config.trainer.logger)):
+        raise RecipeError("; ".join(problems))
     # As Ctrl-C, also where a shell or a scheduler made this process ignore that: nothing of the run may stay behind.
     for end in STOP_SIGNALS:
         signal.signal(end, signal.default_int_handler)
@@ -305,9 +274,28 @@ def run_here(request: Request, config: DictConfig, overrides: list[str], console
         except BlockingIOError:
             raise RecipeError(f"{folder}: another run is writing there; wait for it, or set recipe.folder=…") from None
         remember(config, folder)
+        begin(config, folder)
         if os.environ.get("RAY_ADDRESS"):
-            check_nodes(config, console)
-        return _run(request, config, overrides, console, lock)
+            clusters.check_nodes(config, console)
+
+        def start() -> int:
+            # The overrides once more, now that nobody else writes there.
+            return _run(config, trainer_command(request, trainer_overrides(request, asked, folder)), console, lock)
+
+        if request.smoke:
+            for _ in range(smoke.STARTS):
+                began = time.monotonic()
+                if code := start():
+                    return code
+            console.print(smoke.table(folder, asked, time.monotonic() - began))
+            shutil.rmtree(folder / "checkpoints")
+            return 0
+        trained = completed_steps(folder) >= config.trainer.total_training_steps
+        if (not trained or validation_due(config, folder)) and (code := start()):
+            return code
+        finish(config, folder)
+        _say(console, f"{config.recipe.name}: {state(config)}; {folder}")
+        return 0
 
 
 def make_tiny_data(config: DictConfig) -> None:
@@ -337,183 +325,32 @@ def make_tiny_data(config: DictConfig) -> None:
         write(file, boxed.rows(Path(file).stem, 32, seed, "test"))
 
 
-def remember(config: DictConfig, folder: Path) -> None:
-    """Keep the configuration of the first start; refuse a later one that would be another run.
-
-    Raises:
-        RecipeError: the folder holds a run with other values; the message lists them.
-    """
-    file = folder / "config.yaml"
-    if not file.exists():
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(OmegaConf.to_yaml(config, resolve=True))
-        temporary.replace(file)
-        return
-    before, now = recipe.flatten(OmegaConf.load(file)), recipe.flatten(config)
-    changed = [
-        f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
-    ]
-    if changed:
-        raise RecipeError(
-            f"{folder} holds a run with other values; give the same, or another folder with recipe.folder=…\n  "
-            + "\n  ".join(changed)
-        )
-
-
-def check_nodes(config: DictConfig, console: Console) -> None:
-    """Raises RecipeError that names each node of the cluster where the run could not work."""
-    from vlnorm_verl.probe import probe
-
-    files = [config.data.train_files, config.data.val_files]
-    flat = [file for entry in files for file in ([entry] if isinstance(entry, str) else entry)]
-    with console.status("asking every node of the Ray cluster …"):
-        try:
-            reports = probe(
-                config.actor_rollout_ref.actor.loss_agg_mode,
-                Path(config.recipe.folder),
-                flat,
-                worker_variables(),
-                recipe.is_cpu(config),
-                recipe.wants_flash_attention(config),
-            )
-        except ConnectionError as error:
-            raise RecipeError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
-    for report in reports:
-        versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-        console.print(f"node {report.node}: {versions or 'no answer'}", markup=False, highlight=False, soft_wrap=True)
-    bad = [f"node {report.node}: {problem}" for report in reports for problem in report.problems]
-    if bad:
-        raise RecipeError("the run cannot work on every node:\n  " + "\n  ".join(bad))
-
-
-def _run(request: Request, config: DictConfig, overrides: list[str], console: Console, lock: IO[str]) -> int:
+def _run(config: DictConfig, command: list[str], console: Console, lock: IO[str]) -> int:
+    """One start of the trainer. Returns the exit code."""
     folder, steps = Path(config.recipe.folder), config.trainer.total_training_steps
+    began = completed_steps(folder)
     metrics, log = next_metrics(folder), folder / "train.log"
-    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
-    command = trainer_command(request, overrides, on_cluster)
-    if completed_steps(folder):
-        command.append("trainer.val_before_train=false")  # it was validated when it began
-    if on_cluster:
-        command.append(f"+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH='{metrics.resolve()}'")
-    console.print(f"{config.recipe.name}: {state(config)}; verl's log goes to {log}", markup=False, soft_wrap=True)
+    variables = clusters.job_environment() if os.environ.get("RAY_ADDRESS") else {}
+    _say(console, f"{config.recipe.name}: {state(config)}; verl's log goes to {log}")
     start, status = time.monotonic(), console.status("starting Ray, the actor and the vLLM engines …")
     status.start()
     try:
-        with contextlib.closing(train(command, {}, metrics, log, lock)) as records:
+        with contextlib.closing(train(command, variables, metrics, log, lock)) as records:
             for record in records:
                 status.update(f"{time.monotonic() - start:.0f} s")
-                if line := progress_line(record, steps):
-                    console.print(line, markup=False, highlight=False)
+                prune(folder, config.trainer.max_actor_ckpt_to_keep, began)
+                if line := progress_line(record, max(steps, record["step"])):
+                    _say(console, line)
     except KeyboardInterrupt:
-        console.print(f"stopped at {state(config)}; the same command goes on from there", markup=False, soft_wrap=True)
+        _say(console, f"stopped at {state(config)}; the same command goes on from there")
         return 130
     except TrainingFailed as error:
-        console.print(
-            f"{error} {state(config)}; the same command goes on from there. The end of {log}:",
-            style="red",
-            markup=False,
-            soft_wrap=True,
-        )
-        console.print("".join(last_lines(log)), markup=False, highlight=False, soft_wrap=True)
+        end = "".join(last_lines(log))
+        _say(console, f"{error} {state(config)}; the same command goes on from there. The end of {log}:", style="red")
+        _say(console, end)
+        if "out of memory" in end or "OutOfMemoryError" in end:
+            _say(console, 'Out of memory: recipes/README.md, "Memory and time", has what the same run may change.')
         return 1
     finally:
         status.stop()
-    if request.smoke:
-        console.print(smoke_table(folder, config))
-    else:
-        console.print(f"{config.recipe.name}: {state(config)}; {folder}", markup=False, soft_wrap=True)
     return 0
-
-
-def smoke_table(folder: Path, config: DictConfig) -> Table:
-    """Memory and time of the smoke run's last step, and the whole run by it."""
-    steps = [record["data"] for record in read_metrics(folder) if "timing_s/step" in record["data"]]
-    last = steps[-1]
-    table = Table("", "", title=f"{config.recipe.name}, {len(steps)} steps at full size")
-
-    def row(name: str, key: str, unit: str) -> None:
-        if key in last:
-            table.add_row(name, f"{last[key]:.1f} {unit}")
-
-    row("GPU memory, most allocated by the actor", "actor/perf/max_memory_allocated_gb", "GB")
-    row("GPU memory, most reserved by the actor", "actor/perf/max_memory_reserved_gb", "GB")
-    row("host memory", "actor/perf/cpu_memory_used_gb", "GB")
-    row("response length, mean (it grows in training)", "response_length/mean", "tokens")
-    for key, name in (
-        ("step", "step"),
-        ("gen", "generation"),
-        ("old_log_prob", "old log-probabilities"),
-        ("update_actor", "update"),
-        ("update_weights", "weight sync"),
-    ):
-        row(f"seconds: {name}", f"timing_s/{key}", "s")
-    hours = config.recipe.steps * statistics.fmean(d["timing_s/step"] for d in steps[1:] or steps) / 3600
-    table.add_row(f"{config.recipe.steps} steps at this speed, without validation", f"{hours:.1f} h")
-    return table
-
-
-# --------------------------------------------------------------------------------------------------------- clusters
-
-
-def same_command(request: Request, overrides: list[str]) -> list[str]:
-    """This launch again, as a command of the project's folder on another machine."""
-    flags = ["--smoke"] if request.smoke else []
-    flags += [f"--logger={','.join(request.loggers)}"] if request.loggers else []
-    return ["launch", "--recipes", request.recipes.name, *flags, *overrides]
-
-
-def submit(request: Request, config: DictConfig, overrides: list[str], console: Console) -> int:
-    """`ray job submit` of the same command; follows its log until it ends, and returns its exit code."""
-    command = submit_command(request, config)
-    console.print(shlex.join(command), markup=False, highlight=False, soft_wrap=True)
-    return subprocess.call(command)
-
-
-def submit_command(request: Request, config: DictConfig) -> list[str]:
-    # The launcher in the job finds the cluster by the RAY_ADDRESS that Ray gives it, and completes the overrides there.
-    absolute = [f"recipe.root={config.recipe.root}", f"recipe.data={config.recipe.data}"]
-    given = [o for o in request.overrides if not o.startswith(("recipe.root=", "recipe.data="))]
-    return [
-        str(Path(sys.executable).with_name("ray")),
-        "job",
-        "submit",
-        f"--address={os.environ['RAY_ADDRESS']}",
-        f"--submission-id={config.recipe.name}-seed{config.recipe.seed}-{time.strftime('%Y%m%d-%H%M%S')}",
-        f"--working-dir={request.recipes.resolve().parent}",
-        f"--runtime-env-json={json.dumps({'excludes': NOT_SHIPPED})}",
-        "--",
-        "python",
-        "-m",
-        "vlnorm_verl",
-        *same_command(request, [*given, *absolute]),
-    ]
-
-
-def sbatch_command(request: Request, config: DictConfig) -> list[str]:
-    return [
-        "sbatch",
-        f"--nodes={config.trainer.nnodes}",
-        f"--gpus-per-node={config.trainer.n_gpus_per_node}",
-        f"--job-name={config.recipe.name}-seed{config.recipe.seed}",
-        str(request.recipes / "cluster" / "slurm.sbatch"),
-        *same_command(request, request.overrides)[3:],
-    ]
-
-
-def rayjob(request: Request, config: DictConfig) -> str:
-    """The RayJob manifest of recipes/cluster/rayjob.yaml for this run."""
-    text = (request.recipes / "cluster" / "rayjob.yaml").read_text()
-    command = shlex.join(["python", "-m", "vlnorm_verl", *same_command(request, request.overrides)])
-    name = re.sub(r"[^a-z0-9]+", "-", f"{config.recipe.name}-seed{config.recipe.seed}".lower())
-    if len(name) > RAYJOB_NAME:
-        name = f"{name[: RAYJOB_NAME - 7].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-    for placeholder, value in {
-        "${NAME}": name,
-        "${ENTRYPOINT}": json.dumps(command),
-        "${WORKERS}": str(config.trainer.nnodes - 1),
-        "${GPUS}": str(config.trainer.n_gpus_per_node),
-    }.items():
-        text = text.replace(placeholder, value)
-    return text

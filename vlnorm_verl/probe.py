@@ -4,7 +4,8 @@ A node that lacks verl or this package fails minutes into the start of a run, in
 all: verl hides plugin load errors. The answers are named by node here.
 
 Covered: imports and versions, whether torch and vLLM are those for the run, flash-attn, whether the plugin is in verl,
-whether the node sees the run's folder and data. Not covered: drivers and GPUs, network speed, free disk.
+whether the node sees the run's folder and data, logins of loggers. Not covered: drivers and GPUs, network speed, free
+disk.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ class NodeReport:
 
 
 def probe(
-    mode: str, folder: Path, files: list[str], environment: dict[str, str], on_cpu: bool, flash_attention: bool
+    mode: str,
+    folder: Path,
+    files: list[str],
+    loggers: list[str],
+    environment: dict[str, str],
+    on_cpu: bool,
+    flash_attention: bool,
 ) -> list[NodeReport]:
     """Ask each living node of the cluster that RAY_ADDRESS names.
 
@@ -36,6 +43,7 @@ def probe(
         mode: the run's loss_agg_mode.
         folder: the run's folder, which every node must see.
         files: the run's data.
+        loggers: the run's `trainer.logger`; verl's driver may be on any node.
         environment: variables that the run's workers get.
         on_cpu: whether the run is on the CPU stack.
         flash_attention: whether the run's model needs flash-attn.
@@ -47,7 +55,9 @@ def probe(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # Nested, hence sent by value: a node without this package could not even load a function of it.
-    def examine(mode: str, token: str, files: list[str], on_cpu: bool, flash_attention: bool) -> dict[str, Any]:
+    def examine(
+        mode: str, token: str, files: list[str], loggers: list[str], on_cpu: bool, flash_attention: bool
+    ) -> dict[str, Any]:
         import importlib.metadata
         import os
         import sys
@@ -66,9 +76,10 @@ def probe(
             except importlib.metadata.PackageNotFoundError:
                 versions[name] = "-"  # vllm has another name on a CPU
         if not problems:
-            from vlnorm_verl import machine, plugin
+            from vlnorm_verl import clusters, machine, plugin
 
             problems += machine.environment_problems(on_cpu, flash_attention)
+            problems += clusters.missing_logins(loggers)
             try:
                 plugin.require_installed(mode)
             except RuntimeError as error:
@@ -92,7 +103,7 @@ def probe(
         task = ray.remote(num_cpus=0, max_retries=0)(examine)
         pending = {
             node_id: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
-                mode, str(token), files, on_cpu, flash_attention
+                mode, str(token), files, loggers, on_cpu, flash_attention
             )
             for node_id in nodes
         }

@@ -33,6 +33,7 @@ from rich.table import Table
 from vlnorm_verl.aggregation import parse_mode
 from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.plugin import STOCK_MODES
+from vlnorm_verl.recipe import override
 from vlnorm_verl.running import (
     STOP_SIGNALS,
     Record,
@@ -127,6 +128,16 @@ def kept(settings: Settings) -> dict[str, Any]:
 def command(settings: Settings) -> list[str]:
     """The command line of verl's trainer."""
     folder = settings.out.resolve()
+    # Texts that may have any characters.
+    texts = {
+        "hydra.run.dir": folder,
+        "actor_rollout_ref.actor.loss_agg_mode": settings.mode,
+        "actor_rollout_ref.model.path": MODEL_FOLDER,
+        "data.train_files": folder / "data" / "train.parquet",
+        "data.val_files": folder / "data" / "test.parquet",
+        "reward.custom_reward_function.path": REWARD_FILE,
+        "trainer.default_local_dir": folder / "checkpoints",
+    }
     return [
         sys.executable,
         "-m",
@@ -134,21 +145,15 @@ def command(settings: Settings) -> list[str]:
         f"--config-path={CONFIG_FOLDER}",
         "--config-name=quickstart",
         "hydra.searchpath=[pkg://verl.trainer.config]",
-        f"hydra.run.dir={folder}",
-        f"actor_rollout_ref.actor.loss_agg_mode={settings.mode}",
-        f"actor_rollout_ref.model.path={MODEL_FOLDER}",
-        f"data.train_files={folder}/data/train.parquet",
-        f"data.val_files={folder}/data/test.parquet",
+        *(override(key, str(text)) for key, text in texts.items()),
         f"data.seed={settings.seed}",
         f"actor_rollout_ref.rollout.seed={settings.seed}",
         f"actor_rollout_ref.actor.data_loader_seed={settings.seed}",
         f"actor_rollout_ref.actor.fsdp_config.seed={settings.seed}",
-        f"reward.custom_reward_function.path={REWARD_FILE}",
         f"trainer.n_gpus_per_node={settings.ranks}",
         f"trainer.total_training_steps={settings.steps}",
         f"trainer.test_freq={settings.steps}",
         f"trainer.save_freq={min(CHECKPOINT_EVERY, settings.steps)}",
-        f"trainer.default_local_dir={folder}/checkpoints",
         f"trainer.resume_mode={'auto' if settings.resume else 'disable'}",
         f"trainer.val_before_train={not settings.resume}",
         *settings.overrides,

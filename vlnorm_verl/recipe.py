@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import importlib.metadata
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,12 +38,49 @@ class RecipeError(ValueError):
     """A recipe that cannot run; the message names the key, its value and what is accepted."""
 
 
-# -------------------------------------------------------------------------------------------------------- compose
+# ------------------------------------------------------------------------------------------------------ overrides
+
+
+def parsed(overrides: list[str]) -> list[Override]:
+    """Overrides as Hydra reads them, one for one.
+
+    Raises:
+        RecipeError: Hydra cannot read one, or it stands for several values.
+    """
+    found = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+            if override.is_sweep_override():
+                raise HydraException("several values")
+        except HydraException as error:
+            raise RecipeError(
+                f"{text}: Hydra cannot read this as key=value ({str(error).splitlines()[0]}). A value with special "
+                """characters needs quotes of its own, inside of the shell's: "recipe.root='~/a, (b)=#1'\""""
+            ) from error
+        found.append(override)
+    return found
+
+
+def override(key: str, text: str) -> str:
+    """`key=text`, or `key='text'` where Hydra would not read it back as this text."""
+    with contextlib.suppress(RecipeError):
+        if parsed([f"{key}={text}"])[0].value() == text:
+            return f"{key}={text}"
+    return f"{key}={QuotedString(text, Quote.single).with_quotes()}"
+
+
+def without(overrides: list[str], *keys: str) -> list[str]:
+    """The overrides but those of these keys, with or without + before them."""
+    return [text for text, one in zip(overrides, parsed(overrides), strict=True) if one.key_or_group not in keys]
 
 
 def hydra_overrides(overrides: list[str]) -> list[str]:
     """Overrides as Hydra takes them: a group's choice must be a string, and `length=3072` would be a number."""
     return [re.sub(r"^length=([0-9]+)$", r"length='\1'", override) for override in overrides]
+
+
+# -------------------------------------------------------------------------------------------------------- compose
 
 
 def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
@@ -55,17 +95,30 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
             f"the installed verl is {release}: recipes are written for the V1 trainer of verl 0.9.0 and later. "
             "loss_agg_mode=vl_norm itself works in runs of your own (docs/support.md)"
         )
+    given = parsed(hydra_overrides(overrides))
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_folder.resolve()), version_base=None):
-            config = hydra_compose(CONFIG_NAME, overrides=hydra_overrides(overrides))
-        OmegaConf.resolve(config)
+            config = hydra_compose(CONFIG_NAME, overrides=[one.input_line for one in given])
+            OmegaConf.resolve(config)
+            # Does anything stand where the recipe has a number or a switch?
+            others = [one.key_or_group for one in given if "." in one.key_or_group and not _is_number(one.value())]
+            if others:
+                choices = [one.input_line for one in given if "." not in one.key_or_group]
+                plain = hydra_compose(CONFIG_NAME, overrides=choices)
         missing = OmegaConf.missing_keys(config.recipe)
     except (HydraException, OmegaConfBaseException) as error:
         # Hydra lists its whole search path below the accepted choices.
         raise RecipeError(str(error).split("\nConfig search path")[0]) from error
     if missing:
         raise RecipeError(f"not set: {', '.join(f'recipe.{key}' for key in sorted(missing))}")
+    for key in others:
+        value, usual = OmegaConf.select(config, key), OmegaConf.select(plain, key)
+        if not _is_number(value) and usual is not None and _is_number(usual):
+            what = "true or false" if isinstance(usual, bool) else f"a number, as in {key}={usual}"
+            raise RecipeError(f"{key}={value!r}: accepted is {what}")
+    if config.recipe.keep not in ("model", "all"):
+        raise RecipeError(f"recipe.keep={config.recipe.keep}: accepted are model and all")
     for key, accepted in (("method", config.recipe.methods), ("length", config.recipe.lengths)):
         chosen = config.recipe[key]
         if chosen not in accepted:
@@ -92,6 +145,11 @@ def wants_flash_attention(config: DictConfig) -> bool:
     """Whether the actor is loaded with the package flash-attn, verl's default (workers/config/model.py:185)."""
     attention = config.actor_rollout_ref.model.override_config.get("attn_implementation", "flash_attention_2")
     return bool(attention == "flash_attention_2")
+
+
+def _is_number(value: Any) -> bool:
+    """Or a switch, or null, which stands for either."""
+    return value is None or isinstance(value, bool | int | float)
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -132,6 +190,14 @@ def validate(config: DictConfig) -> None:
 
     from vlnorm_verl.plugin import STOCK_MODES
 
+    actor = config.actor_rollout_ref.actor
+    sums_by_m = actor.loss_agg_mode not in STOCK_MODES or actor.loss_agg_mode == "seq-mean-token-sum-norm"
+    m = actor.loss_scale_factor
+    if sums_by_m and (isinstance(m, bool) or not isinstance(m, int | float) or not 0 < m < math.inf):
+        raise RecipeError(
+            f"actor_rollout_ref.actor.loss_scale_factor={m!r} with loss_agg_mode={actor.loss_agg_mode!r}: give M, a "
+            "number of tokens above 0. verl's null takes each micro-batch's own width"
+        )
     config = config.copy()  # verl and the plugin fill in values
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -151,14 +217,13 @@ def validate(config: DictConfig) -> None:
     except Exception as error:  # verl raises asserts, ValueErrors, KeyErrors, ImportErrors …: each refuses the run
         raise RecipeError(f"verl refuses the configuration: {type(error).__name__}: {error}") from error
 
-    actor = config.actor_rollout_ref.actor
-    sums_by_m = actor.loss_agg_mode not in STOCK_MODES or actor.loss_agg_mode == "seq-mean-token-sum-norm"
-    if sums_by_m and not actor.loss_scale_factor:
-        raise RecipeError(
-            f"actor_rollout_ref.actor.loss_scale_factor={actor.loss_scale_factor!r} with loss_agg_mode="
-            f"{actor.loss_agg_mode!r}: give M in tokens. verl's null takes each micro-batch's own width"
-        )
     check_micro_batches(config)
+    rollout, needed = config.actor_rollout_ref.rollout, config.data.max_prompt_length + config.data.max_response_length
+    if rollout.max_model_len is not None and rollout.max_model_len < needed:
+        raise RecipeError(
+            f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len}: vLLM would cut responses. Accepted: at "
+            f"least data.max_prompt_length + data.max_response_length = {needed}, or null"
+        )
     unknown = [name for name in config.trainer.logger if name not in Tracking.supported_backend]
     if unknown:
         raise RecipeError(
@@ -225,7 +290,7 @@ class Value:
 
     key: str
     value: Any
-    place: str  # "task/math.yaml:9", or "command line"
+    place: str  # "task/math.yaml:9", "command line" or "launcher"
     source: str  # the comment behind the value
 
 
@@ -271,8 +336,11 @@ def config_files(config_folder: Path, config: DictConfig) -> list[Path]:
     return files
 
 
-def provenance(config_folder: Path, config: DictConfig, overrides: list[str]) -> list[Value]:
-    """Every value that the recipe or the command line sets, in the order of the files."""
+def provenance(config_folder: Path, config: DictConfig, overrides: list[str], given: list[str]) -> list[Value]:
+    """Every value that the recipe or the command line sets, in the order of the files.
+
+    overrides: all of the run's; given: those of them that the user typed.
+    """
     values = flatten(config)
     found: dict[str, Value] = {}
     for file in config_files(config_folder, config):
@@ -281,9 +349,9 @@ def provenance(config_folder: Path, config: DictConfig, overrides: list[str]) ->
                 before = found.pop(key, None)
                 comment = comment or (before.source if before else "")
                 found[key] = Value(key, values[key], f"{file.parent.name}/{file.name}:{line}", comment)
-    for override in overrides:
-        key = override.lstrip("+").split("=", 1)[0]
-        if key in values:
-            found.pop(key, None)
-            found[key] = Value(key, values[key], "command line", "")
+    for text, one in zip(overrides, parsed(overrides), strict=True):
+        for key in values:
+            if key == one.key_or_group or key.startswith(f"{one.key_or_group}."):
+                found.pop(key, None)
+                found[key] = Value(key, values[key], "command line" if text in given else "launcher", "")
     return list(found.values())

@@ -1,8 +1,8 @@
-"""`vlnorm-verl reproduce`: the paper's runs by table and figure, from recipes/manifest.yaml, one after the other.
+"""`vlnorm-verl reproduce`: the paper's runs by table and figure, from recipes/manifest.yaml.
 
-Each run is a `vlnorm-verl launch` in a process of its own, so that one that fails does not end the rest. Resuming,
-clusters and the folder of a run are the launcher's. Covered here: which runs there are, that all of them are valid
-before the first one starts, and what became of each.
+Each run is a `vlnorm-verl launch`: here one after the other in processes of their own, so that one that fails does not
+end the rest, or with --on each as a job of its own. Resuming, clusters and the folder of a run are the launcher's.
+Covered here: which runs there are, that all are valid before the first one starts, their cost, what became of each.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vlnorm_verl import launch, recipe
+from vlnorm_verl import launch, recipe, resources
 from vlnorm_verl.recipe import RecipeError
+from vlnorm_verl.run_folder import completed_steps, state
 from vlnorm_verl.running import STOP_SIGNALS
 
+NODES = ("trainer.nnodes", "trainer.n_gpus_per_node")
 SOURCES = ("ours", "verl", "paper", "code")  # of a value; see recipes/config/recipe.yaml
 
 
@@ -71,11 +73,18 @@ class Run:
     overrides: list[str]
     name: str
     folder: Path
-    progress: DictConfig  # what launch.state looks at
+    progress: DictConfig  # what run_folder.state looks at
 
     @property
     def state(self) -> str:
-        return launch.state(self.progress)
+        return state(self.progress)
+
+    @property
+    def left(self) -> DictConfig:
+        """`progress` with the number of steps that are still to be trained."""
+        left = self.progress.copy()
+        left.trainer.total_training_steps -= min(completed_steps(self.folder), left.trainer.total_training_steps)
+        return left
 
 
 # ------------------------------------------------------------------------------------------------------ which runs
@@ -118,30 +127,34 @@ def plan(recipes: Path, sets: Iterable[RunSet], seeds: list[int], overrides: lis
 
 
 def outline(config_folder: Path, overrides: list[str]) -> DictConfig:
-    """`recipe` and the number of steps of a run, without the rest: to compose a thousand values takes half a second.
+    """`recipe`, the steps and the GPUs of a run, without the rest: to compose a thousand values takes half a second.
 
     Raises:
         RecipeError: a choice that there is not.
     """
-    given = dict(override.split("=", 1) for override in overrides)
+    given = {one.key_or_group: one.value() for one in recipe.parsed(recipe.hydra_overrides(overrides))}
     defaults = {"attention": "flash", "scale": "gpu"}
-    choices = {group: given.get(group, defaults.get(group, "")).strip("'\"") for group in recipe.GROUPS}
+    choices = {group: given.get(group, defaults.get(group, "")) for group in recipe.GROUPS}
     for group, choice in choices.items():
         accepted = sorted(file.stem for file in (config_folder / group).glob("*.yaml"))
         if choice not in accepted:
             raise RecipeError(f"{group}={choice}: accepted are {', '.join(accepted)}")
-    own = [o for o in overrides if o.startswith(("recipe.", "trainer.total_training_steps="))]
-    merged = OmegaConf.merge(_outline_of_choices(config_folder, tuple(choices.items())), OmegaConf.from_dotlist(own))
-    assert isinstance(merged, DictConfig)
-    return merged
+    outlined = _outline_of_choices(config_folder, tuple(choices.items())).copy()
+    for key, value in given.items():
+        if key.startswith("recipe.") or key in ("trainer.total_training_steps", *NODES):
+            OmegaConf.update(outlined, key, value)
+    return outlined
 
 
 @functools.cache  # --list asks for the same choices again and again
-def _outline_of_choices(config_folder: Path, choices: tuple[tuple[str, str], ...]) -> Any:
+def _outline_of_choices(config_folder: Path, choices: tuple[tuple[str, str], ...]) -> DictConfig:
     files = recipe.config_files(config_folder, OmegaConf.create({"recipe": dict(choices)}))
-    parts = [yaml.safe_load(file.read_text()).get("recipe") or {} for file in files]
-    steps = {"trainer": {"total_training_steps": "${recipe.steps}"}}
-    return OmegaConf.merge(steps, *({"recipe": part} for part in parts))
+    content = [yaml.safe_load(file.read_text()) for file in files]
+    parts = [{"recipe": part.get("recipe") or {}} for part in content]
+    parts += [
+        {"trainer": {k: v for k, v in part.get("trainer", {}).items() if f"trainer.{k}" in NODES}} for part in content
+    ]
+    return OmegaConf.create(OmegaConf.merge({"trainer": {"total_training_steps": "${recipe.steps}"}}, *parts))
 
 
 # ------------------------------------------------------------------------------------------------------- what is done
@@ -155,11 +168,13 @@ def reproduce(
     list_sets: bool = False,
     status: bool = False,
     dry_run: bool = False,
+    on: str = "",
     console: Console | None = None,
 ) -> int:
     """Run, check or only list sets of runs. Exit code: 1 if a run is not valid or failed, 2 for a wrong request."""
-    console = console or Console()
+    console = console or Console(stderr=on == "kubernetes")  # whose manifests are the output
     try:
+        launch.check_place(on)
         manifest = read_manifest(recipes)
         sets = list({one.name: one for name in names for one in manifest.find(name)}.values())
         if list_sets:
@@ -173,9 +188,13 @@ def reproduce(
         if status:
             show_states(runs, {}, console)
             return 0
-        if not check(recipes, runs, console, need_data=not dry_run):
+        if not check(recipes, runs, console, need_data=not dry_run and on != "kubernetes"):
             return 1
-        return 0 if dry_run else run_all(recipes, runs, console)
+        if cost := resources.cost([run.left for run in runs if run.state != "finished"]):
+            console.print(cost, highlight=False, soft_wrap=True)
+        if dry_run:
+            return 0
+        return submit_all(recipes, runs, on, console) if on else run_all(recipes, runs, console)
     except RecipeError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return 2
@@ -267,6 +286,18 @@ def run_all(recipes: Path, runs: list[Run], console: Console) -> int:
         console.print("stopped; the same command goes on from there", highlight=False)
         return 130
     return 1 if any(codes.values()) else 0
+
+
+def submit_all(recipes: Path, runs: list[Run], on: str, console: Console) -> int:
+    """Submit each run that is not finished as a job of its own; kubernetes: print their manifests. 1 if any failed."""
+    codes = []
+    for run in runs:
+        if run.state != "finished":
+            if on == "kubernetes":
+                print("---")
+            codes.append(launch.launch(launch.Request(recipes, run.overrides, on=on), console))
+    console.print(f"{codes.count(0)} of {len(codes)} jobs are made", highlight=False)
+    return 1 if any(codes) else 0
 
 
 # ------------------------------------------------------------------------------------------- every value, as Markdown

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,13 +92,16 @@ def math_row(raw: Any) -> tuple[str, str]:
         raise ValueError(f"neither question nor answer found in {_shown(raw)}") from None
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"the question must be a text, in {_shown(raw)}")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
-        raise ValueError(f"the answer must be a text or a number, in {_shown(raw)}")
+    number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
+    if not number and not (isinstance(answer, str) and answer.strip()):
+        raise ValueError(f"the answer must be a text or a finite number, in {_shown(raw)}")
     return question, str(answer).strip()
 
 
 def countdown_row(raw: Any) -> tuple[list[int], int]:
     """Numbers and target of one row with the columns ``nums`` (or ``numbers``) and ``target``.
+
+    A number below 0 is refused: the reward reads ``-3`` as the sign of a 3, so no answer could use it.
 
     Raises:
         ValueError: no such format.
@@ -106,10 +110,12 @@ def countdown_row(raw: Any) -> tuple[list[int], int]:
         numbers = raw["nums"] if "nums" in raw else raw["numbers"]
         target = raw["target"]
         whole = [*numbers, target]
-        if len(whole) < 2 or any(isinstance(n, bool) or n != int(n) for n in whole):
+        if len(whole) < 2 or any(isinstance(n, bool) or n != int(n) for n in whole) or min(numbers) < 0:
             raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"columns nums (whole numbers) and target (one) not found in {_shown(raw)}") from None
+    except (KeyError, OverflowError, TypeError, ValueError):  # int() of infinity overflows
+        raise ValueError(
+            f"columns nums (whole numbers, none below 0) and target (a whole number) not found in {_shown(raw)}"
+        ) from None
     return [int(n) for n in numbers], int(target)
 
 

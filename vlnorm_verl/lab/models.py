@@ -31,7 +31,7 @@ _HEAD = 1 << 20  # bytes of each weights file that go into the fingerprint
 
 
 def resolve(model: str, out: Path) -> str:
-    """What transformers and vLLM load for `--model`; merges a verl checkpoint into `out`/model.
+    """What transformers and vLLM load for MODEL; merges a verl checkpoint into `out`/model.
 
     Args:
         model: a Hugging Face folder, `…/global_step_N` or `…/global_step_N/actor` of a verl run, or a name on the hub.
@@ -54,14 +54,14 @@ def resolve(model: str, out: Path) -> str:
         if (actor / "fsdp_config.json").is_file():
             return str(_merged(actor, out / MERGED))
         raise LabError(
-            f"--model {model} holds neither config.json (a Hugging Face folder) nor fsdp_config.json, here or in "
+            f"MODEL {model} holds neither config.json (a Hugging Face folder) nor fsdp_config.json, here or in "
             "actor/ (an FSDP checkpoint of verl, …/checkpoints/global_step_N)"
         )
     if path.exists():
-        raise LabError(f"--model {model} is a file; give the model's folder")
+        raise LabError(f"MODEL {model} is a file; give the model's folder")
     # A name on the hub is "owner/name" or "name".
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise LabError(f"--model {model}: there is no such folder")
+        raise LabError(f"MODEL {model}: there is no such folder")
     return model
 
 
@@ -93,7 +93,7 @@ def _merged(actor: Path, target: Path) -> Path:
             check=False,
         )
         if done.returncode != 0:
-            raise LabError(f"--model {actor}: verl cannot merge this checkpoint:\n{done.stdout[-2000:]}")
+            raise LabError(f"MODEL {actor}: verl cannot merge this checkpoint:\n{done.stdout[-2000:]}")
         (temporary / MERGED_FROM).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, target)
     finally:
@@ -114,7 +114,7 @@ def fingerprint(resolved: str) -> str:
         return str(getattr(load_config(resolved), "_commit_hash", None))
     files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS)
     if not files:
-        raise LabError(f"--model {resolved} has no weights ({' or '.join(f'*{suffix}' for suffix in _WEIGHTS)})")
+        raise LabError(f"MODEL {resolved} has no weights ({' or '.join(f'*{suffix}' for suffix in _WEIGHTS)})")
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
@@ -134,7 +134,7 @@ def load_config(resolved: str) -> Any:
     try:
         return AutoConfig.from_pretrained(resolved)
     except (OSError, ValueError) as error:
-        raise LabError(f"--model {resolved} is not a model of transformers: {error}") from error
+        raise LabError(f"MODEL {resolved} is not a model of transformers: {error}") from error
 
 
 def load_tokenizer(resolved: str) -> PreTrainedTokenizerBase:
@@ -147,7 +147,7 @@ def load_tokenizer(resolved: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(resolved)
     except (OSError, ValueError) as error:
-        raise LabError(f"--model {resolved} has no tokenizer that transformers reads: {error}") from error
+        raise LabError(f"MODEL {resolved} has no tokenizer that transformers reads: {error}") from error
 
 
 def load_model(resolved: str) -> PreTrainedModel:
@@ -162,5 +162,5 @@ def load_model(resolved: str) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(resolved, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise LabError(f"--model {resolved} is not a causal language model of transformers: {error}") from error
+        raise LabError(f"MODEL {resolved} is not a causal language model of transformers: {error}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -193,7 +193,7 @@ def end_tokens(resolved: str, eos_token_id: int | None) -> set[int]:
     candidates = [eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     ends = {token for token in candidates if token is not None}
     if not ends:
-        raise LabError(f"--model {resolved} has no end-of-sequence token in its tokenizer or generation_config.json")
+        raise LabError(f"MODEL {resolved} has no end-of-sequence token in its tokenizer or generation_config.json")
     return ends
 
 

@@ -59,19 +59,19 @@ def parse_ground_truth(value: str | Mapping[str, Any]) -> Problem:
             TinyZero's parquet files hold it).
 
     Raises:
-        ValueError: it is neither, or a number is not whole: the data file is not this task's.
+        ValueError: it is neither, or a number is not whole or below 0: the data file is not this task's.
     """
     try:
         fields = json.loads(value) if isinstance(value, str) else value
         # operator.index takes numpy's integers, and refuses floats and strings, which int() would round or parse.
         numbers = tuple(operator.index(n) for n in fields["numbers"])
         target = operator.index(fields["target"])
-        if not numbers:
-            raise ValueError("no numbers")
+        if not numbers or min(numbers) < 0:  # an answer's -3 is the sign of a 3
+            raise ValueError("no numbers, or one below 0")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             "reward_model.ground_truth must be a JSON string or a mapping like "
-            f'{{"numbers": [3, 5, 7], "target": 8}}, not {value!r:.200}; '
+            f'{{"numbers": [3, 5, 7], "target": 8}}, no number below 0, not {value!r:.200}; '
             "make the string with vlnorm_verl.rewards.countdown.ground_truth"
         ) from error
     return Problem(numbers, target)

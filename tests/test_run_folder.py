@@ -1,0 +1,192 @@
+"""The folder of a run: which later start fits, which checkpoints are kept, what counts as finished.
+
+Covered: all of run_folder.py on folders as verl leaves them, whole or cut by a crash. Not covered: verl itself, which
+writes, loads and validates (tests/test_recipes_e2e.py).
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from vlnorm_verl import launch, recipe
+from vlnorm_verl.launch import Request
+from vlnorm_verl.recipe import RecipeError
+from vlnorm_verl.run_folder import begin, completed_steps, finish, prune, remember, state, validation_due
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def configured(folder: Path, *overrides: str) -> DictConfig:
+    return recipe.compose(RECIPES / "config", [recipe.override("recipe.folder", str(folder)), *overrides])
+
+
+def saved(folder: Path, *steps: int, tracker: str | None = None) -> None:
+    """Checkpoints as verl writes them, the last one named by the tracker."""
+    for step in steps:
+        actor = folder / "checkpoints" / f"global_step_{step}" / "actor"
+        actor.mkdir(parents=True)
+        for name in ("model", "optim", "extra_state"):
+            (actor / f"{name}_world_size_1_rank_0.pt").touch()
+        (actor.parent / "data.pt").touch()
+    text = str(max(steps)) if tracker is None else tracker
+    (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(text)
+
+
+def logged(folder: Path, *steps: int) -> None:
+    lines = (json.dumps({"step": step, "data": {"training/global_step": step}}) + "\n" for step in steps)
+    (folder / "metrics-000.jsonl").write_text("".join(lines))
+
+
+def there(folder: Path) -> list[int]:
+    return sorted(int(path.name[12:]) for path in (folder / "checkpoints").glob("global_step_*"))
+
+
+# ------------------------------------------------------------------------------------------------- which start fits
+
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+
+
+def test_what_is_no_part_of_the_experiment_may_change(tmp_path: Path) -> None:
+    """The remedies for memory in recipes/README.md, all at once, and how long the run is."""
+    remember(configured(tmp_path), tmp_path)
+    changes = [
+        *("recipe.steps=2000", "trainer.save_freq=5", "trainer.logger=[console,file,wandb]", "recipe.root=/elsewhere"),
+        *(f"{ACTOR}.ppo_micro_batch_size_per_gpu=1", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=1"),
+        *(f"{ACTOR}.entropy_from_logits_with_chunking=true", f"{ACTOR}.use_dynamic_bsz=true"),
+        *(f"{ACTOR}.fsdp_config.param_offload=false", f"{ACTOR}.fsdp_config.offload_policy=true"),
+        *(f"{ROLLOUT}.max_num_seqs=64", f"{ROLLOUT}.gpu_memory_utilization=0.5", f"{ROLLOUT}.enforce_eager=true"),
+        f"{ROLLOUT}.tensor_model_parallel_size=2",
+    ]
+    remember(configured(tmp_path, *changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("recipe.alpha=0.5", "loss_agg_mode: 'vl_norm:1.0' then, 'vl_norm:0.5' now"),
+        ("trainer.nnodes=2", "trainer.nnodes: 1 then, 2 now"),
+        ("recipe.seed=1", "recipe.seed: 0 then, 1 now"),
+        (f"{ACTOR}.ppo_mini_batch_size=16", "ppo_mini_batch_size: 32 then, 16 now"),
+        (f"{ACTOR}.loss_scale_factor=9", "loss_scale_factor: 8192 then, 9 now"),
+        ("data.max_response_length=9", "data.max_response_length: 8192 then, 9 now"),
+        (f"{ROLLOUT}.temperature=0.6", "temperature: 1.0 then, 0.6 now"),
+        ("data.val_max_samples=4", "data.val_max_samples: -1 then, 4 now"),
+    ],
+)
+def test_the_experiment_may_not(tmp_path: Path, override: str, message: str) -> None:
+    remember(configured(tmp_path), tmp_path)
+    with pytest.raises(RecipeError, match=message):
+        remember(configured(tmp_path, override), tmp_path)
+
+
+def test_a_method_may_fix_more(tmp_path: Path) -> None:
+    fixed = f"+recipe.fixed=[{ACTOR}.ppo_micro_batch_size_per_gpu]"
+    remember(configured(tmp_path, fixed), tmp_path)
+    with pytest.raises(RecipeError, match="ppo_micro_batch_size_per_gpu: 4 then, 2 now"):
+        remember(configured(tmp_path, fixed, f"{ACTOR}.ppo_micro_batch_size_per_gpu=2"), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- how far a run is
+
+
+def test_state_is_that_of_the_last_whole_checkpoint(tmp_path: Path) -> None:
+    config = configured(tmp_path, "recipe.steps=40")
+    assert state(config) == "not begun"
+    saved(tmp_path, 20, 40, tracker="20")  # verl names it once it is whole
+    assert state(config) == "step 20 of 40"
+    saved(tmp_path, 41, tracker="40")
+    assert state(config) == "step 40 of 40"  # trained, and perhaps not validated
+    finish(config, tmp_path)
+    assert state(config) == "finished"
+    assert state(configured(tmp_path, "recipe.steps=60")) == "step 40 of 60"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "last", "due"),
+    [
+        (40, 39, False),  # no validation at 40
+        (100, 99, True),  # saved, and lost before or within its validation
+        (100, 100, False),
+        (100, 107, False),
+        (180, 179, True),  # the last step is always validated
+    ],
+)
+def test_a_validation_that_a_crash_took_is_repeated(tmp_path: Path, checkpoint: int, last: int, due: bool) -> None:
+    given = [f"recipe.folder={tmp_path}", "recipe.steps=180", "trainer.test_freq=50"]
+    saved(tmp_path, checkpoint)
+    logged(tmp_path, *range(last + 1))
+    asked = configured(tmp_path, *given)
+    assert validation_due(asked, tmp_path) == due
+    overrides = launch.trainer_overrides(Request(RECIPES, given), asked, tmp_path)
+    config = recipe.compose(RECIPES / "config", overrides)
+    assert config.trainer.val_before_train == due
+    assert config.trainer.val_only == (checkpoint == 180)
+    assert not validation_due(configured(tmp_path, "trainer.test_freq=-1"), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_tracker_that_a_crash_left_empty(tmp_path: Path) -> None:
+    """verl's int('') would fail at every later start."""
+    saved(tmp_path, 20, 40, tracker="")
+    (tmp_path / "checkpoints" / "global_step_60" / "actor").mkdir(parents=True)  # cut, without data.pt
+    assert completed_steps(tmp_path) == 40
+    begin(configured(tmp_path), tmp_path)
+    assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "40"
+    assert there(tmp_path) == [20, 40]  # what the crash left unfinished is gone
+
+
+def test_a_checkpoint_that_is_gone_is_said(tmp_path: Path) -> None:
+    saved(tmp_path, 20, tracker="40")
+    with pytest.raises(RecipeError, match="names step 40, which is not there: verl would begin anew"):
+        begin(configured(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keep", "done", "left"),
+    [
+        (2, 40, [20, 40]),  # nothing newer yet
+        (2, 60, [40, 60]),
+        (2, 80, [60, 80]),  # 60 and 80 are the present start's, which removes its own
+        (1, 60, [60]),
+        (3, 60, [20, 40, 60]),
+        (None, 80, [20, 40, 60, 80]),
+    ],
+)
+def test_an_earlier_starts_checkpoints_go_once_newer_ones_are_whole(
+    tmp_path: Path, keep: int | None, done: int, left: list[int]
+) -> None:
+    saved(tmp_path, *range(20, done + 1, 20))
+    (tmp_path / "checkpoints" / "global_step_100" / "actor").mkdir(parents=True)  # which verl is writing
+    prune(tmp_path, keep, began=40)
+    assert there(tmp_path) == [*left, 100]
+
+
+@pytest.mark.parametrize(
+    ("override", "steps", "optimizers"),
+    [
+        ("recipe.keep=model", [40], 0),
+        ("recipe.keep=all", [20, 40], 2),
+        ("trainer.max_actor_ckpt_to_keep=null", [20, 40], 0),
+    ],
+)
+def test_what_a_finished_run_keeps(tmp_path: Path, override: str, steps: list[int], optimizers: int) -> None:
+    saved(tmp_path, 20, 40)
+    finish(configured(tmp_path, override, "recipe.steps=40"), tmp_path)
+    assert there(tmp_path) == steps
+    assert len(list(tmp_path.rglob("optim_*"))) == optimizers
+    assert len(list(tmp_path.rglob("model_*"))) == len(steps)
+    longer = configured(tmp_path, "recipe.steps=60")
+    if optimizers:
+        begin(longer, tmp_path)
+    else:
+        with pytest.raises(RecipeError, match=r"without the optimizer, so it cannot go on.*recipe\.keep=all"):
+            begin(longer, tmp_path)
+
+
+def test_what_may_be_kept_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="accepted are model and all"):
+        configured(tmp_path, "recipe.keep=optimizer")
