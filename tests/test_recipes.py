@@ -65,7 +65,7 @@ ALL_RUNS = {
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 4,
     "actor_rollout_ref.actor.use_dynamic_bsz": False,
     "actor_rollout_ref.actor.ppo_epochs": 1,
-    "actor_rollout_ref.actor.shuffle": True,
+    "actor_rollout_ref.actor.shuffle": False,
     "actor_rollout_ref.actor.clip_ratio_low": 0.2,
     "actor_rollout_ref.actor.clip_ratio_high": 0.3,
     "actor_rollout_ref.actor.grad_clip": 1.0,
@@ -108,6 +108,7 @@ ALL_RUNS = {
     "trainer.max_actor_ckpt_to_keep": 2,
     "trainer.logger": ["console", "file"],
     "trainer.log_val_generations": 0,
+    "trainer.v1.trainer_mode": "sync_whole_groups",
     "trainer.v1.sampler.custom_sampler.path": "pkg://vlnorm_verl.sampler",
     "trainer.v1.sampler.custom_sampler.name": "BoundedReplayBuffer",
 }

@@ -110,10 +110,12 @@ def validate(config: DictConfig) -> None:
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
     from verl.trainer.ppo.reward import get_custom_reward_fn, resolve_reward_manager_cls
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.trainer.ppo.v1 import get_trainer_cls
     from verl.utils.config import omega_conf_to_dataclass, validate_config
     from verl.utils.import_utils import load_extern_object
     from verl.utils.tracking import Tracking
 
+    from vlnorm_verl import whole_groups
     from vlnorm_verl.plugin import STOCK_MODES
 
     config = config.copy()  # verl and the plugin fill in values
@@ -125,6 +127,8 @@ def validate(config: DictConfig) -> None:
                 omega_conf_to_dataclass(OmegaConf.select(config, part))
             if Path(config.actor_rollout_ref.model.path).is_dir():  # else a name on the hub, which needs a network
                 omega_conf_to_dataclass(config.actor_rollout_ref.model)
+            get_trainer_cls(config.trainer.v1.trainer_mode)
+            whole_groups.check(config)
             get_adv_estimator_fn(config.algorithm.adv_estimator)
             config = migrate_legacy_reward_impl(config)
             get_custom_reward_fn(config)
