@@ -72,6 +72,7 @@ ALL_RUNS = {
     "actor_rollout_ref.actor.use_kl_loss": False,
     "actor_rollout_ref.actor.entropy_coeff": 0,
     "actor_rollout_ref.actor.loss_scale_factor": None,
+    "actor_rollout_ref.actor.policy_loss.loss_mode": "vanilla",
     "actor_rollout_ref.actor.optim.lr": 1e-6,
     "actor_rollout_ref.actor.optim.lr_scheduler_type": "constant",
     "actor_rollout_ref.actor.optim.lr_warmup_steps": 0,
@@ -162,6 +163,8 @@ MODE = {
     "dapo": "token-mean",
     "overlong_filtering": "token-mean",
     "soft_punishment": "token-mean",
+    "dapo_norm_as_coded": "token-mean",
+    "vl_norm_as_coded": "seq-mean-token-sum-norm",
 }
 
 
@@ -178,10 +181,17 @@ def papers_values(name: str) -> dict[str, Any]:
         expected["actor_rollout_ref.actor.loss_agg_mode"] = f"vl_norm:{given}"
     else:
         expected["actor_rollout_ref.actor.loss_agg_mode"] = MODE[method]
-    if method in ("vl_norm", "dr_grpo", "dr_grpo_norm"):
+    if method in ("vl_norm", "vl_norm_as_coded", "dr_grpo", "dr_grpo_norm"):
         expected["actor_rollout_ref.actor.loss_scale_factor"] = int(length)  # M
     if method == "dr_grpo":
         expected["algorithm.norm_adv_by_std_in_grpo"] = False
+    if method.endswith("as_coded"):
+        expected["actor_rollout_ref.model.external_lib"] = "vlnorm_verl.as_coded"
+    if method == "dapo_norm_as_coded":
+        expected["actor_rollout_ref.actor.policy_loss.loss_mode"] = "dapo_norm_as_coded"
+    if method == "vl_norm_as_coded":
+        expected["algorithm.adv_estimator"] = "grpo_vl_norm_as_coded"
+        expected["algorithm.vl_norm_as_coded_alpha"] = float(ALPHA[task])
     if method == "overlong_filtering":
         expected["algorithm.adv_estimator"] = "grpo_overlong_filtering"
         expected["algorithm.overlong_filtering_length"] = 3072
@@ -231,10 +241,11 @@ def test_verl_accepts_each_run(run: Run) -> None:
         ("math", "table3", 20),
         ("alpha", "table4", 8),
         ("dapo", "table5", 16),
+        ("as_coded", "as_coded", 12),
         ("fig2", "fig2", 2),
         ("fig3", "fig3", 40),
-        ("each", "each", 18),
-        ("all", "all", 62),
+        ("each", "each", 26),
+        ("all", "all", 74),
     ],
 )
 def test_number_of_runs(name: str, alias: str, runs: int) -> None:
@@ -246,7 +257,7 @@ def test_a_folder_belongs_to_one_run() -> None:
     """Rows of two sets with one folder must be the same run, else one of them would never be made."""
     seen: dict[Path, list[str]] = {}
     rows = [row for one in reproduce.read_manifest(RECIPES).sets.values() for row in one.rows]
-    assert len(rows) == 124  # 20 + 20 + 8 + 16 + 2 + 40 + 18
+    assert len(rows) == 144  # 20 + 20 + 8 + 16 + 12 + 2 + 40 + 26
     for row in rows:
         folder = Path(reproduce.outline(CONFIG, row).recipe.folder)
         assert seen.setdefault(folder, sorted(row)) == sorted(row)
@@ -308,7 +319,10 @@ def test_every_recipe_script(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method=dapo"], "Accepted: grpo_norm, dapo_norm, dr_grpo_norm, dr_grpo, vl_norm"),
+        (
+            ["method=dapo"],
+            "Accepted: grpo_norm, dapo_norm, dr_grpo_norm, dr_grpo, vl_norm, dapo_norm_as_coded, vl_norm_as",
+        ),
         (["family=dapo", "length=3072", "method=grpo_norm"], "dapo, overlong_filtering, soft_punishment, vl_norm"),
         (["family=dapo", "length=8192"], "Accepted: 3072"),
         (["method=vlnorm"], "vl_norm"),
@@ -409,7 +423,7 @@ def test_list_names_every_set_and_the_assumption() -> None:
     for name in ("countdown", "math", "alpha", "dapo", "fig2", "fig3", "(table2)", "(table5)"):
         assert name in output
     assert "is our assumption" in " ".join(output.split())
-    assert output.splitlines()[-1] == "62 different runs"
+    assert output.splitlines()[-1] == "74 different runs"
 
 
 def test_status_counts_checkpoints(tmp_path: Path) -> None:
@@ -424,7 +438,7 @@ def test_status_counts_checkpoints(tmp_path: Path) -> None:
     assert invoked("fig2", "--status", f"recipe.root={tmp_path}", "recipe.steps=375")[1].endswith(
         "1 of 2 runs are finished\n"
     )
-    assert invoked("--all", "--status", f"recipe.root={tmp_path}")[1].endswith("0 of 62 runs are finished\n")
+    assert invoked("--all", "--status", f"recipe.root={tmp_path}")[1].endswith("0 of 74 runs are finished\n")
 
 
 def test_dry_run_of_a_set() -> None:

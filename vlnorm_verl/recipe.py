@@ -107,12 +107,12 @@ def validate(config: DictConfig) -> None:
         RecipeError: verl would refuse this configuration, or could not train it as it says.
     """
     from verl.experimental.reward_loop.reward_loop import migrate_legacy_reward_impl
-    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
     from verl.trainer.ppo.reward import get_custom_reward_fn, resolve_reward_manager_cls
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.trainer.ppo.v1 import get_trainer_cls
     from verl.utils.config import omega_conf_to_dataclass, validate_config
-    from verl.utils.import_utils import load_extern_object
+    from verl.utils.import_utils import import_external_libs, load_extern_object
     from verl.utils.tracking import Tracking
 
     from vlnorm_verl import whole_groups
@@ -129,7 +129,9 @@ def validate(config: DictConfig) -> None:
                 omega_conf_to_dataclass(config.actor_rollout_ref.model)
             get_trainer_cls(config.trainer.v1.trainer_mode)
             whole_groups.check(config)
+            import_external_libs(config.actor_rollout_ref.model.external_lib)  # may register what is asked for next
             get_adv_estimator_fn(config.algorithm.adv_estimator)
+            get_policy_loss_fn(config.actor_rollout_ref.actor.policy_loss.loss_mode)
             config = migrate_legacy_reward_impl(config)
             get_custom_reward_fn(config)
             resolve_reward_manager_cls(config)
