@@ -114,6 +114,13 @@ def test_a_dry_run_shows_value_source_and_command(tmp_path: Path) -> None:
     assert text.rstrip().endswith(": valid")
 
 
+def test_a_dry_run_names_what_does_nothing(tmp_path: Path) -> None:
+    overrides = [f"recipe.root={tmp_path}", "actor_rollout_ref.actor.grad_clip=0.5"]
+    _, text = answered(Request(RECIPES, overrides, dry_run=True))
+    (note,) = [line for line in text.splitlines() if "does nothing" in line]
+    assert "actor_rollout_ref.actor.grad_clip" in note
+
+
 # ------------------------------------------------------------------------------------------------ the folder of a run
 
 

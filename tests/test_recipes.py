@@ -68,7 +68,6 @@ ALL_RUNS = {
     "actor_rollout_ref.actor.shuffle": False,
     "actor_rollout_ref.actor.clip_ratio_low": 0.2,
     "actor_rollout_ref.actor.clip_ratio_high": 0.3,
-    "actor_rollout_ref.actor.grad_clip": 1.0,
     "actor_rollout_ref.actor.use_kl_loss": False,
     "actor_rollout_ref.actor.entropy_coeff": 0,
     "actor_rollout_ref.actor.loss_scale_factor": None,
@@ -77,6 +76,7 @@ ALL_RUNS = {
     "actor_rollout_ref.actor.optim.lr_scheduler_type": "constant",
     "actor_rollout_ref.actor.optim.lr_warmup_steps": 0,
     "actor_rollout_ref.actor.optim.weight_decay": 0.01,
+    "actor_rollout_ref.actor.optim.clip_grad": 1.0,
     "actor_rollout_ref.actor.strategy": "fsdp2",
     "actor_rollout_ref.actor.fsdp_config.param_offload": True,
     "actor_rollout_ref.actor.fsdp_config.optimizer_offload": True,
@@ -357,6 +357,32 @@ def test_every_value_has_a_source() -> None:
         if not key.startswith("recipe.") and comment.partition(":")[0] not in reproduce.SOURCES
     ]
     assert not bare, "two spaces, `# `, and code, paper, verl or ours are missing behind\n" + "\n".join(bare)
+
+
+def test_every_key_is_read_by_somebody() -> None:
+    """Of the recipes, and of the CPU stack."""
+    files = [*CONFIG.rglob("*.yaml"), *(PROJECT / "vlnorm_verl/cpu/config").glob("*.yaml")]
+    keys = [key for file in files for key, _, _ in recipe.commented_values(file)]
+    assert len(keys) > 170
+    assert recipe.unread_keys(composed(()), keys) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "read"),
+    [
+        ("actor_rollout_ref.actor.optim.clip_grad", True),
+        ("actor_rollout_ref.actor.grad_clip", False),  # its dataclass still has it
+        ("actor_rollout_ref.actor.optim.warmup_style", True),  # by its own dataclass, which renames it
+        ("actor_rollout_ref.actor.freeze_vision_tower", False),
+        ("algorithm.overlong_filtering_length", True),  # by this package
+        ("algorithm.overlong_length", False),  # a new key of a config file, misspelled
+        ("actor_rollout_ref.rollout.engine_kwargs.vllm.stream_interval", True),  # vLLM's
+        ("actor_rollout_ref.actor.megatron.use_mbridge", False),  # another engine's
+    ],
+)
+def test_a_key_that_nobody_reads_is_found(key: str, read: bool) -> None:
+    config = composed(())
+    assert recipe.unread_keys(config, [key]) == ([] if read else [key])
 
 
 def generated(command: str, content: str) -> None:

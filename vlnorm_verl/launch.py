@@ -214,9 +214,12 @@ def worker_variables() -> dict[str, str]:
 def show(request: Request, config: DictConfig, overrides: list[str], console: Console) -> None:
     """Every value that differs from verl's default, its source, and the command."""
     table = Table("value", "", "from", "why", title=config.recipe.name, title_justify="left")
-    for value in recipe.provenance(request.config_folder, config, overrides):
+    values = recipe.provenance(request.config_folder, config, overrides)
+    for value in values:
         table.add_row(value.key, str(value.value), value.place, value.source)
     console.print(table)
+    for key in recipe.unread_keys(config, [value.key for value in values]):
+        console.print(f"note: {key} does nothing: no code of this run reads it", style="yellow", soft_wrap=True)
     if problem := recipe.missing_files(config):
         console.print(f"note: {problem}", style="yellow", markup=False, soft_wrap=True)
     console.print(

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import importlib
 import importlib.metadata
+import inspect
 import io
 import re
 import warnings
@@ -187,6 +190,49 @@ def check_micro_batches(config: DictConfig) -> None:
                 f"{ranks} GPUs (trainer.nnodes · n_gpus_per_node) is no whole number of micro-batches. Accepted: "
                 f"a divisor of {prompts * rollout.n / ranks:g}"
             )
+
+
+# What is handed on whole, to Ray, vLLM, transformers and TransferQueue: its keys are theirs. recipe.* is interpolated.
+HANDED_ON = re.compile(r"^(recipe|ray_kwargs|transfer_queue)\.|\.(engine_kwargs|override_config)\.")
+
+
+def unread_keys(config: DictConfig, keys: list[str]) -> list[str]:
+    """Those of `keys` (dotted, leaves) that no code of verl's or of this package reads in such a run: they do nothing.
+
+    By name: a key is read if its last part stands somewhere behind a dot or in quotes, in the source of this package or
+    of verl without the engines that the run does not use, or as `self.<name>` in the dataclass that its `_target_`
+    names. So a key that is read nowhere, but has the name of another one that is, is not found.
+    """
+    names = _names_read(config.actor_rollout_ref.actor.strategy.removesuffix("2"))
+    unread = [key for key in keys if not HANDED_ON.search(key) and key.rpartition(".")[2] not in names]
+    return [key for key in unread if not _read_by_its_class(config, *key.rpartition(".")[::2])]
+
+
+@functools.cache
+def _names_read(engine: str) -> frozenset[str]:
+    import verl
+
+    package, names = Path(verl.__file__).parent, set[str]()
+    engines = package / "workers" / "engine"
+    others = {folder for folder in engines.iterdir() if folder.is_dir() and folder.name != engine}
+    for file in [*package.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]:
+        if not others & set(file.parents):
+            text = file.read_text(encoding="utf-8")
+            if package / "workers" / "config" in file.parents:
+                text = text.replace("self.", "")  # what a dataclass only checks is not read by that
+            names.update(re.findall(r"[.\"'](\w+)", text))
+    return frozenset(names)
+
+
+def _read_by_its_class(config: DictConfig, parent: str, name: str) -> bool:
+    target = OmegaConf.select(config, f"{parent}._target_")
+    if target is None:
+        return False
+    module, _, cls = target.rpartition(".")
+    classes = getattr(importlib.import_module(module), cls).__mro__
+    functions = [inspect.unwrap(found) for one in classes for found in vars(one).values() if inspect.isfunction(found)]
+    written = [one.__code__ for one in functions if one.__code__.co_filename != "<string>"]  # not dataclass's __init__
+    return any(name in code.co_names for code in written)
 
 
 def missing_files(config: DictConfig) -> str | None:
