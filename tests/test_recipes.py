@@ -33,6 +33,7 @@ PROJECT = Path(__file__).parent.parent
 RECIPES = PROJECT / "recipes"
 CONFIG = RECIPES / "config"
 README = RECIPES / "README.md"
+SCALE = PROJECT / "docs" / "scale.md"
 SCRIPTS = {"countdown.sh", "math.sh", "dapo_countdown.sh", "dapo_math.sh"}
 
 
@@ -405,6 +406,39 @@ def test_readme_has_every_value() -> None:
     for key in ("`actor_rollout_ref.actor.shuffle`", "`data.train_batch_size`", "`vl_norm:${recipe.alpha}`"):
         assert key in content
     generated("bash recipes/reproduce.sh --values", content)
+
+
+# --------------------------------------------------------------------------------------------------------------- scale
+
+
+@pytest.mark.parametrize(
+    ("overrides", "eps"),
+    [((), 1e-8), (("actor_rollout_ref.actor.optim.override_optimizer_config={eps: 1e-12}",), 1e-12)],
+)
+def test_adams_eps_is_what_the_docs_say(overrides: tuple[str, ...], eps: float) -> None:
+    import torch
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.config.optimizer import build_optimizer
+
+    if overrides:
+        assert f"'{overrides[0]}'" in SCALE.read_text()
+    config = omega_conf_to_dataclass(composed(overrides).actor_rollout_ref.actor.optim)
+    optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], config)
+    assert [group["eps"] for group in optimizer.param_groups] == [eps]
+
+
+def test_the_docs_arithmetic_of_eps() -> None:
+    rows = re.findall(r"^\| Qwen\S+ \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$", SCALE.read_text(), re.MULTILINE)
+    assert len(rows) == 6
+    for row in rows:
+        parameters, scaled, tenth, hundredth = map(float, row)
+        expected = 1e-8 * parameters**0.5
+        assert (scaled, tenth / 10, hundredth / 100) == pytest.approx((expected,) * 3, rel=0.04)
+    mean, harmonic, longest, norm = 600, 270, 8192, 0.1
+    vl_norm, grpo = norm * (mean * harmonic) ** 0.5 / longest, norm * (mean / harmonic) ** 0.5
+    assert (vl_norm, grpo) == pytest.approx((0.005, 0.15), rel=0.02)
+    shares = [1e-8 * parameters**0.5 / of for of in (vl_norm, grpo) for parameters in (3.09e9, 7.62e9)]
+    assert shares == pytest.approx([0.11, 0.18, 0.004, 0.006], rel=0.08)
 
 
 # ----------------------------------------------------------------------------------------------------------- resources
