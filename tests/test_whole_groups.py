@@ -120,6 +120,17 @@ def test_groups_of_unequal_size_lose_no_response() -> None:
     assert sorted(row for share in shares for row in share) == list(range(16))
 
 
+def test_verls_own_buffer_is_the_synchronous_one() -> None:
+    """Without a sampler of the user's, verl chooses by the trainer's name."""
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+    made = trainer(ranks=1, step=1)
+    made.trainer_mode = "sync_whole_groups"
+    made.config = recipe.compose(CONFIG, ["trainer.v1.sampler.custom_sampler.path=null"])
+    assert type(made._build_replay_buffer()) is ReplayBuffer
+    assert made.trainer_mode == "sync"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
