@@ -96,10 +96,12 @@ def test_it_takes_no_other_aggregation() -> None:
         as_coded.dapo_norm_as_coded(MASK, MASK, MASK, MASK, "vl_norm", SimpleNamespace())
 
 
-def test_a_name_that_nothing_registers_is_refused_before_ray() -> None:
+def test_a_wrong_name_or_alpha_is_refused_before_ray() -> None:
     for wrong in (
         "actor_rollout_ref.actor.policy_loss.loss_mode=dapo_norm",
         "algorithm.adv_estimator=vl_norm_as_coded",
     ):
         with pytest.raises(recipe.RecipeError, match=wrong.partition("=")[2]):
             recipe.validate(recipe.compose(CONFIG, [wrong]))
+    with pytest.raises(recipe.RecipeError, match="α = 9 is out of range; accepted: 0 ≤ α ≤ 2"):
+        recipe.validate(recipe.compose(CONFIG, ["method=vl_norm_as_coded", "recipe.alpha=9"]))

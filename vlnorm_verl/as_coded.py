@@ -9,8 +9,8 @@
 File names are those of github.com/zerolllin/Delta-L-Normalization, a verl of June 2025.
 
 dapo_norm_as_coded depends on the micro-batch size and on which responses share a micro-batch: alone among all methods
-here, on purpose. It is a policy loss, since only the worker knows its micro-batches. Use it with fixed micro-batch
-sizes, as the authors' runs have them.
+here, on purpose. It is a policy loss, since only the worker knows its micro-batches. Those of dynamic size count by
+their responses, as in that code.
 
 A run loads this module by verl's own actor_rollout_ref.model.external_lib=vlnorm_verl.as_coded, which the trainer and
 every worker import (workers/config/model.py:149); recipes/config/method has the other keys.
@@ -39,7 +39,7 @@ def grpo_vl_norm_as_coded(
 
     Args:
         token_level_rewards, response_mask [B x T], index [B] (the prompt of each response): as in verl's estimators.
-        config: the run's `algorithm`, with α under ALPHA_KEY.
+        config: the run's `algorithm`, with α under ALPHA_KEY; ValueError if it is out of range.
     """
     advantages, _ = core_algos.compute_grpo_outcome_advantage(
         token_level_rewards=token_level_rewards,

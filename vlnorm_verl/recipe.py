@@ -119,6 +119,7 @@ def validate(config: DictConfig) -> None:
     from verl.utils.tracking import Tracking
 
     from vlnorm_verl import whole_groups
+    from vlnorm_verl.aggregation import vl_norm
     from vlnorm_verl.plugin import STOCK_MODES
 
     config = config.copy()  # verl and the plugin fill in values
@@ -135,6 +136,7 @@ def validate(config: DictConfig) -> None:
             import_external_libs(config.actor_rollout_ref.model.external_lib)  # may register what is asked for next
             get_adv_estimator_fn(config.algorithm.adv_estimator)
             get_policy_loss_fn(config.actor_rollout_ref.actor.policy_loss.loss_mode)
+            vl_norm(config.algorithm.get("vl_norm_as_coded_alpha", 1.0))  # as_coded's, which is not imported for others
             config = migrate_legacy_reward_impl(config)
             get_custom_reward_fn(config)
             resolve_reward_manager_cls(config)
