@@ -3,7 +3,7 @@
 Covered: both prompts to the character; each source's format from small files (tests/data_samples/README.md); row
 counts; real `datasets` and `huggingface_hub` against a hub on this machine, and without a network; checksums,
 idempotence, refusals, the lock, processes killed in the middle; the generated problems, recomputed another way; the
-files through verl's RLHFDataset. Not covered: huggingface.co itself, which the tests never reach.
+files through verl's RLHFDataset. Not covered: huggingface.co and GitHub themselves, which the tests never reach.
 
     pytest tests/test_data.py
 """
@@ -11,12 +11,15 @@ files through verl's RLHFDataset. Not covered: huggingface.co itself, which the 
 from __future__ import annotations
 
 import ast
+import dataclasses
+import functools
 import hashlib
 import http.server
 import json
 import operator
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +31,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -499,6 +503,7 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
         (["math", "--file", "amd=x"], "NAME one of train, math500, aime2024, amc, minerva"),
         (["math", "--repo", "amc=a/b", "--repo", "amc=c/d"], "at most once"),
         (["math", "--file", "amc=x", "--revision", "amc=y"], "amc is given by --file already"),
+        (["math", "--revision", "amc=y"], "give --repo amc=… too: the paper's file has its commit"),
     ],
 )
 def test_contradictory_options(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -521,6 +526,7 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 # ------------------------------------------------------------------------------------------ a hub, and no hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HUB_MATH = [part for name, source in sources.MATH.items() for part in ("--repo", f"{name}={source.repo}")]
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -584,7 +590,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def put(path: Path, rows: list[Any]) -> None:
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".jsonl":
@@ -674,7 +680,7 @@ def test_countdown_from_a_hub(hub: tuple[dict[str, str], type[Hub], Path], tmp_p
 
 def test_math_from_a_hub_and_wrong_names(hub: tuple[dict[str, str], type[Hub], Path], tmp_path: Path) -> None:
     environment, _, root = hub
-    code, _, errors = data_process(environment, "math", "--out", tmp_path / "o")
+    code, _, errors = data_process(environment, "math", *HUB_MATH, "--out", tmp_path / "o")
     assert code == 0, errors
     manifest = manifest_of(tmp_path / "o")
     assert {name: record["rows"] for name, record in manifest["files"].items()} == {
@@ -698,7 +704,10 @@ def test_math_from_a_hub_and_wrong_names(hub: tuple[dict[str, str], type[Hub], P
         (["countdown", "--revision", "nope"], "no data set Jiayi-Pan/Countdown-Tasks-3to4 at revision nope"),
         (["countdown", "--repo", "no/pe"], "no data set no/pe at revision main"),
         (["countdown", "--repo", "empty/repo"], "cannot read empty/repo"),
-        (["math", "--repo", "amc=short/amc"], "amc (short/amc) has 1 rows, the paper's set has 83: check --repo"),
+        (
+            ["math", *("amc=short/amc" if part.startswith("amc=") else part for part in HUB_MATH)],
+            "amc (short/amc) has 1 rows, the paper's set has 83: check --repo",
+        ),
     ]
     for arguments, message in wrong:
         code, _, errors = data_process(environment, *arguments, *new)
@@ -725,13 +734,75 @@ def test_without_a_network_one_message_names_the_offline_way(tmp_path: Path, how
         more = {"HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}"}
         if how == "switched off":
             more = {"HF_HUB_OFFLINE": "1"}
-        code, output, errors = data_process(clean_environment(tmp_path, **more), task, "--out", tmp_path / "o")
+        repos = HUB_MATH if task == "math" else []
+        code, output, errors = data_process(clean_environment(tmp_path, **more), task, *repos, "--out", tmp_path / "o")
     assert (code, output) == (1, "")
     message = [line for line in errors.splitlines() if line.startswith("Error: ")]
     assert len(message) == 1
     assert message[0].startswith("Error: cannot reach http")
     assert f"Without a network: vlnorm-verl data {task} --offline (generated problems), or --from" in message[0]
     assert "Traceback" not in errors
+    assert visible(tmp_path / "o") == []
+
+
+# ------------------------------------------------------------------------------ the files that the paper's code reads
+
+
+@pytest.fixture
+def github(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A server of the folder it returns, with files of the paper's names, formats and row counts.
+
+    Their content is made up, so their object ids are those that git gives these here.
+    """
+    root = tmp_path / "github"
+    made = {
+        "train": [[{"value": f"Q{i}"}, {"ground_truth": {"value": str(i)}}] for i in range(56_878)],
+        "math500": [{"prompt": [{"value": f"Q{i}"}], "final_answer": str(i)} for i in range(500)],
+        "aime2024": [{"prompt": [{"value": f"Q{i}"}], "final_answer": str(i)} for i in range(30)],
+        "amc": [{"problem": f"Q{i}", "answer": float(i)} for i in range(83)],
+        "minerva": [{"problem": f"Q{i}", "answer": [f"{i}\n", "other"]} for i in range(272)],
+    }
+    for name, file in sources.PAPER.items():
+        path = root / file.repo / file.commit / file.path
+        if path.suffix == ".arrow":
+            datasets.Dataset.from_list(made[name]).save_to_disk(str(path.parent))
+        else:
+            put(path, made[name])
+        blob = subprocess.run(["git", "hash-object", path], capture_output=True, text=True, check=True).stdout.strip()
+        monkeypatch.setitem(sources.PAPER, name, dataclasses.replace(file, blob=blob))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(root))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(sources, "GITHUB", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield root
+    server.shutdown()
+    server.server_close()
+
+
+def test_math_is_the_papers_own_files(github: Path, tmp_path: Path) -> None:
+    output = must_run("math", "--out", tmp_path / "o")
+    assert f"amc: sail-sg/understand-r1-zero at commit {sources.PAPER['amc'].commit}" in output
+    manifest = manifest_of(tmp_path / "o")
+    assert [record["rows"] for record in manifest["files"].values()] == [56_878, 500, 30, 83, 272]
+    assert manifest["sources"]["math500"] == {"kind": "github", **dataclasses.asdict(sources.PAPER["math500"])}
+    answers = [rows_of(tmp_path / f"o/{name}")[7]["reward_model"]["ground_truth"] for name in MATH_FILES]
+    assert answers == ["7", "7", "7", "7.0", "7"]
+    assert must_run("math", "--out", tmp_path / "o").rstrip().endswith("up to date")
+
+
+def test_another_content_is_refused_and_other_ways_are_named(github: Path, tmp_path: Path) -> None:
+    amc = sources.PAPER["amc"]
+    (github / amc.repo / amc.commit / amc.path).write_bytes(b"a captive portal's page")
+    code, output = data("math", "--out", tmp_path / "o")
+    assert code == 1
+    assert "gave other content" in output
+    shutil.rmtree(github / amc.repo)
+    code, output = data("math", "--out", tmp_path / "o")
+    assert code == 1
+    assert "HTTP Error 404" in output
+    assert "Without GitHub: --repo amc=AI-MO/aimo-validation-amc" in output
+    assert "Without a network: vlnorm-verl data math --offline" in output
     assert visible(tmp_path / "o") == []
 
 

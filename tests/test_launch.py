@@ -237,6 +237,13 @@ def test_a_narrow_terminal_cuts_no_key() -> None:
     assert "…" not in table
 
 
+def test_a_dry_run_names_what_does_nothing(tmp_path: Path) -> None:
+    overrides = [f"recipe.root={tmp_path}", "actor_rollout_ref.actor.grad_clip=0.5"]
+    _, text = answered(Request(RECIPES, overrides, dry_run=True))
+    (note,) = [line for line in text.splitlines() if "does nothing" in line]
+    assert "actor_rollout_ref.actor.grad_clip" in note
+
+
 def test_outside_of_the_checkout_the_option_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for arguments in (["launch", "--dry-run"], ["reproduce", "--list"], ["reproduce", "--values"]):

@@ -236,6 +236,7 @@ def test_mode_alone_is_enough(compose: Any, mode: str) -> None:
 
 
 SEPARATE = "++trainer.v1.trainer_mode=separate_async"
+WHOLE_GROUPS = "++trainer.v1.trainer_mode=sync_whole_groups"
 
 
 @pytest.mark.parametrize(
@@ -245,6 +246,7 @@ SEPARATE = "++trainer.v1.trainer_mode=separate_async"
         (["data.train_batch_size=8", *actor(ppo_mini_batch_size="4", shuffle="true")], False),
         (["data.train_batch_size=8", *actor(ppo_mini_batch_size="8")], False),
         (["data.train_batch_size=8", *actor(ppo_mini_batch_size="4"), SEPARATE], False),
+        (["data.train_batch_size=8", *actor(ppo_mini_batch_size="4"), WHOLE_GROUPS], False),
         (["data.train_batch_size=0", *actor(ppo_mini_batch_size="4"), "+async_training.require_batches=2"], True),
         (["data.train_batch_size=0", *actor(ppo_mini_batch_size="4"), "+async_training.require_batches=1"], False),
     ],
@@ -253,7 +255,7 @@ def test_mini_batches_sorted_by_length_are_warned_of(
     compose: Any, caplog: pytest.LogCaptureFixture, overrides: list[str], warned: bool
 ) -> None:
     plugin.check_config(compose(*actor(loss_agg_mode="vl_norm"), *overrides))
-    assert ("actor.shuffle=true" in caplog.text) == warned
+    assert ("actor.shuffle=true" in caplog.text) == (WHOLE_GROUPS[2:] in caplog.text) == warned
 
 
 def test_verls_own_key_sets_m(compose: Any) -> None:

@@ -33,6 +33,7 @@ PROJECT = Path(__file__).parent.parent
 RECIPES = PROJECT / "recipes"
 CONFIG = RECIPES / "config"
 README = RECIPES / "README.md"
+SCALE = PROJECT / "docs" / "scale.md"
 SCRIPTS = {"countdown.sh", "math.sh", "dapo_countdown.sh", "dapo_math.sh"}
 
 
@@ -65,17 +66,18 @@ ALL_RUNS = {
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 4,
     "actor_rollout_ref.actor.use_dynamic_bsz": False,
     "actor_rollout_ref.actor.ppo_epochs": 1,
-    "actor_rollout_ref.actor.shuffle": True,
+    "actor_rollout_ref.actor.shuffle": False,
     "actor_rollout_ref.actor.clip_ratio_low": 0.2,
     "actor_rollout_ref.actor.clip_ratio_high": 0.3,
-    "actor_rollout_ref.actor.grad_clip": 1.0,
     "actor_rollout_ref.actor.use_kl_loss": False,
     "actor_rollout_ref.actor.entropy_coeff": 0,
     "actor_rollout_ref.actor.loss_scale_factor": None,
+    "actor_rollout_ref.actor.policy_loss.loss_mode": "vanilla",
     "actor_rollout_ref.actor.optim.lr": 1e-6,
     "actor_rollout_ref.actor.optim.lr_scheduler_type": "constant",
     "actor_rollout_ref.actor.optim.lr_warmup_steps": 0,
     "actor_rollout_ref.actor.optim.weight_decay": 0.01,
+    "actor_rollout_ref.actor.optim.clip_grad": 1.0,
     "actor_rollout_ref.actor.strategy": "fsdp2",
     "actor_rollout_ref.actor.fsdp_config.param_offload": True,
     "actor_rollout_ref.actor.fsdp_config.optimizer_offload": True,
@@ -109,6 +111,7 @@ ALL_RUNS = {
     "trainer.max_actor_ckpt_to_keep": 2,
     "trainer.logger": ["console", "file"],
     "trainer.log_val_generations": 0,
+    "trainer.v1.trainer_mode": "sync_whole_groups",
     "trainer.v1.sampler.custom_sampler.path": "pkg://vlnorm_verl.sampler",
     "trainer.v1.sampler.custom_sampler.name": "BoundedReplayBuffer",
 }
@@ -162,6 +165,8 @@ MODE = {
     "dapo": "token-mean",
     "overlong_filtering": "token-mean",
     "soft_punishment": "token-mean",
+    "dapo_norm_as_coded": "token-mean",
+    "vl_norm_as_coded": "seq-mean-token-sum-norm",
 }
 
 
@@ -179,10 +184,17 @@ def papers_values(name: str) -> dict[str, Any]:
         expected["actor_rollout_ref.actor.loss_agg_mode"] = f"vl_norm:{given}"
     else:
         expected["actor_rollout_ref.actor.loss_agg_mode"] = MODE[method]
-    if method in ("vl_norm", "dr_grpo", "dr_grpo_norm"):
+    if method in ("vl_norm", "vl_norm_as_coded", "dr_grpo", "dr_grpo_norm"):
         expected["actor_rollout_ref.actor.loss_scale_factor"] = int(length)  # M
     if method == "dr_grpo":
         expected["algorithm.norm_adv_by_std_in_grpo"] = False
+    if method.endswith("as_coded"):
+        expected["actor_rollout_ref.model.external_lib"] = "vlnorm_verl.as_coded"
+    if method == "dapo_norm_as_coded":
+        expected["actor_rollout_ref.actor.policy_loss.loss_mode"] = "dapo_norm_as_coded"
+    if method == "vl_norm_as_coded":
+        expected["algorithm.adv_estimator"] = "grpo_vl_norm_as_coded"
+        expected["algorithm.vl_norm_as_coded_alpha"] = float(ALPHA[task])
     if method == "overlong_filtering":
         expected["algorithm.adv_estimator"] = "grpo_overlong_filtering"
         expected["algorithm.overlong_filtering_length"] = 3072
@@ -232,10 +244,11 @@ def test_verl_accepts_each_run(run: Run) -> None:
         ("math", "table3", 20),
         ("alpha", "table4", 8),
         ("dapo", "table5", 16),
+        ("as_coded", "as_coded", 12),
         ("fig2", "fig2", 2),
         ("fig3", "fig3", 40),
-        ("each", "each", 18),
-        ("all", "all", 62),
+        ("each", "each", 26),
+        ("all", "all", 74),
     ],
 )
 def test_number_of_runs(name: str, alias: str, runs: int) -> None:
@@ -247,7 +260,7 @@ def test_a_folder_belongs_to_one_run() -> None:
     """Rows of two sets with one folder must be the same run, else one of them would never be made."""
     seen: dict[Path, list[str]] = {}
     rows = [row for one in reproduce.read_manifest(RECIPES).sets.values() for row in one.rows]
-    assert len(rows) == 124  # 20 + 20 + 8 + 16 + 2 + 40 + 18
+    assert len(rows) == 144  # 20 + 20 + 8 + 16 + 12 + 2 + 40 + 26
     for row in rows:
         folder = Path(reproduce.outline(CONFIG, row).recipe.folder)
         assert seen.setdefault(folder, sorted(row)) == sorted(row)
@@ -310,7 +323,10 @@ def test_every_recipe_script(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method=dapo"], "Accepted: grpo_norm, dapo_norm, dr_grpo_norm, dr_grpo, vl_norm"),
+        (
+            ["method=dapo"],
+            "Accepted: grpo_norm, dapo_norm, dr_grpo_norm, dr_grpo, vl_norm, dapo_norm_as_coded, vl_norm_as",
+        ),
         (["family=dapo", "length=3072", "method=grpo_norm"], "dapo, overlong_filtering, soft_punishment, vl_norm"),
         (["family=dapo", "length=8192"], "Accepted: 3072"),
         (["method=vlnorm"], "vl_norm"),
@@ -347,6 +363,32 @@ def test_every_value_has_a_source() -> None:
     assert not bare, "two spaces, `# `, and code, paper, verl or ours are missing behind\n" + "\n".join(bare)
 
 
+def test_every_key_is_read_by_somebody() -> None:
+    """Of the recipes, and of the CPU stack."""
+    files = [*CONFIG.rglob("*.yaml"), *(PROJECT / "vlnorm_verl/cpu/config").glob("*.yaml")]
+    keys = [key for file in files for key, _, _ in recipe.commented_values(file)]
+    assert len(keys) > 170
+    assert recipe.unread_keys(composed(()), keys) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "read"),
+    [
+        ("actor_rollout_ref.actor.optim.clip_grad", True),
+        ("actor_rollout_ref.actor.grad_clip", False),  # its dataclass still has it
+        ("actor_rollout_ref.actor.optim.warmup_style", True),  # by its own dataclass, which renames it
+        ("actor_rollout_ref.actor.freeze_vision_tower", False),
+        ("algorithm.overlong_filtering_length", True),  # by this package
+        ("algorithm.overlong_length", False),  # a new key of a config file, misspelled
+        ("actor_rollout_ref.rollout.engine_kwargs.vllm.stream_interval", True),  # vLLM's
+        ("actor_rollout_ref.actor.megatron.use_mbridge", False),  # another engine's
+    ],
+)
+def test_a_key_that_nobody_reads_is_found(key: str, read: bool) -> None:
+    config = composed(())
+    assert recipe.unread_keys(config, [key]) == ([] if read else [key])
+
+
 def generated(command: str, content: str) -> None:
     """The README has that command's output between two marks. UPDATE_README=1 writes it."""
     start, end = f"<!-- output of: {command} -->\n", "<!-- end of output -->"
@@ -367,6 +409,39 @@ def test_readme_has_every_value() -> None:
     for key in ("`actor_rollout_ref.actor.shuffle`", "`data.train_batch_size`", "`vl_norm:${recipe.alpha}`"):
         assert key in content
     generated("bash recipes/reproduce.sh --values", content)
+
+
+# --------------------------------------------------------------------------------------------------------------- scale
+
+
+@pytest.mark.parametrize(
+    ("overrides", "eps"),
+    [((), 1e-8), (("actor_rollout_ref.actor.optim.override_optimizer_config={eps: 1e-12}",), 1e-12)],
+)
+def test_adams_eps_is_what_the_docs_say(overrides: tuple[str, ...], eps: float) -> None:
+    import torch
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.config.optimizer import build_optimizer
+
+    if overrides:
+        assert f"'{overrides[0]}'" in SCALE.read_text()
+    config = omega_conf_to_dataclass(composed(overrides).actor_rollout_ref.actor.optim)
+    optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], config)
+    assert [group["eps"] for group in optimizer.param_groups] == [eps]
+
+
+def test_the_docs_arithmetic_of_eps() -> None:
+    rows = re.findall(r"^\| Qwen\S+ \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$", SCALE.read_text(), re.MULTILINE)
+    assert len(rows) == 6
+    for row in rows:
+        parameters, scaled, tenth, hundredth = map(float, row)
+        expected = 1e-8 * parameters**0.5
+        assert (scaled, tenth / 10, hundredth / 100) == pytest.approx((expected,) * 3, rel=0.04)
+    mean, harmonic, longest, norm = 600, 270, 8192, 0.1
+    vl_norm, grpo = norm * (mean * harmonic) ** 0.5 / longest, norm * (mean / harmonic) ** 0.5
+    assert (vl_norm, grpo) == pytest.approx((0.005, 0.15), rel=0.02)
+    shares = [1e-8 * parameters**0.5 / of for of in (vl_norm, grpo) for parameters in (3.09e9, 7.62e9)]
+    assert shares == pytest.approx([0.11, 0.18, 0.004, 0.006], rel=0.08)
 
 
 # ----------------------------------------------------------------------------------------------------------- resources
@@ -446,7 +521,7 @@ def test_list_names_every_set_and_the_assumption() -> None:
     for name in ("countdown", "math", "alpha", "dapo", "fig2", "fig3", "(table2)", "(table5)"):
         assert name in output
     assert "is our assumption" in " ".join(output.split())
-    assert output.splitlines()[-1] == "62 different runs"
+    assert output.splitlines()[-1] == "74 different runs"
 
 
 def test_status_counts_checkpoints(tmp_path: Path) -> None:
@@ -462,7 +537,7 @@ def test_status_counts_checkpoints(tmp_path: Path) -> None:
     assert invoked("fig2", "--status", f"recipe.root={tmp_path}", "recipe.steps=375")[1].endswith(
         "1 of 2 runs are finished\n"
     )
-    assert invoked("--all", "--status", f"recipe.root={tmp_path}")[1].endswith("0 of 62 runs are finished\n")
+    assert invoked("--all", "--status", f"recipe.root={tmp_path}")[1].endswith("0 of 74 runs are finished\n")
 
 
 def test_dry_run_of_a_set() -> None:

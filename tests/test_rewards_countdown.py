@@ -42,7 +42,8 @@ PROBLEM = Problem((25, 4, 3, 10), 63)
 
 def papers_rule(response: str, problem: Problem) -> bool:
     """The rule of the paper's code in our words, with the float arithmetic and the `eval` that it has."""
-    answers = re.findall(r"<answer>(.*?)</answer>", response.strip().split("\n")[-1])
+    read = response.split("Assistant:", 1)[-1]
+    answers = re.findall(r"<answer>(.*?)</answer>", read.strip().split("\n")[-1])
     if not answers:
         return False
     answer = answers[-1].strip()
@@ -129,6 +130,16 @@ def test_correct_answers(answer: str, numbers: tuple[int, ...], target: int) -> 
 
 def test_division_by_zero_is_a_wrong_value() -> None:
     assert judge(tagged("25 / (10 - 4 - 6)"), Problem((25, 10, 4, 6), 1)) == "wrong_value"
+
+
+def test_an_answer_before_a_further_assistant_counts() -> None:
+    """Of the documented differences the one in which answer counts."""
+    earlier = tagged("25 + 4 * 10 - 3 + 1 - 1")
+    problem = Problem((1, 1, 3, 4, 10, 25), 62)
+    assert judge(f"Assistant:\n{earlier}", problem) == "correct"
+    assert papers_rule(f"Assistant:\n{earlier}", problem)
+    assert judge(f"{earlier} Assistant: done", problem) == "correct"
+    assert not papers_rule(f"{earlier} Assistant: done", problem)
 
 
 @pytest.mark.parametrize(

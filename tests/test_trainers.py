@@ -1,8 +1,9 @@
 """verl's trainers with vl_norm: two logged steps of each on the CPU stack (Ray, FSDP2, vLLM, the tiny CountDown).
 
-V1 sync is in test_e2e.py. Here: V1 colocate_async and separate_async, V0, one_step_off_policy, fully_async_policy; and
-V1 sync with LoRA, and with the rollout's log-probabilities as old ones. What each step logs of its mini-batches is
-compared with the lengths of the responses that were trained on, as written down by verl or by the reward function.
+V1 sync is in test_e2e.py. Here: V1 colocate_async, separate_async and our sync_whole_groups, V0, one_step_off_policy,
+fully_async_policy; and V1 sync with LoRA, and with the rollout's log-probabilities as old ones. What each step logs of
+its mini-batches is compared with the lengths of the responses that were trained on, as written down by verl or by the
+reward function.
 Also: a setting that cannot be trained ends each of them before Ray starts.
 
 Not covered: a critic with one_step_off_policy or fully_async_policy. verl 0.9.1 has none there: both call
@@ -158,6 +159,16 @@ TRAINERS = {
         ),
         expected=of_two_halves,
         synced=(1,),
+    ),
+    "v1-sync_whole_groups": Trainer(
+        *MAIN,
+        (
+            mini_batch(PROMPTS // 2),
+            "trainer.v1.trainer_mode=sync_whole_groups",
+            "actor_rollout_ref.actor.shuffle=false",
+            "trainer.n_gpus_per_node=2",
+        ),
+        expected=of_two_halves,
     ),
     "v0": Trainer(*MAIN, (mini_batch(PROMPTS), "trainer.use_v1=false")),
     "one_step_off_policy": Trainer(

@@ -232,6 +232,8 @@ def show(request: Request, config: DictConfig, overrides: list[str], console: Co
     else:
         for value, text in zip(values, texts, strict=True):
             _say(console, f"{value.key}={text}  # {value.place}{': ' if value.source else ''}{value.source}")
+    for key in recipe.unread_keys(config, [value.key for value in values]):
+        _say(console, f"note: {key} does nothing: no code of this run reads it", style="yellow")
     for problem in filter(None, (recipe.missing_files(config), unfit)):
         _say(console, f"note: {problem}", style="yellow")
     if cost := resources.cost([config]):

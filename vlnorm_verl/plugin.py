@@ -696,10 +696,10 @@ def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
     verl keeps the order of the rollout batch unless told to shuffle. The V1 trainer's replay buffer returns responses
     in the order in which they were finished (trainer/ppo/v1/replay_buffer.py), the V0 trainer's `_balance_batch` sorts
     each rank's share by length (trainer/ppo/ray_trainer.py:1240). Both put short responses into the first mini-batch.
-    V1 separate_async is not asked: it draws each mini-batch by itself (trainer/ppo/v1/trainer_base.py:549), whatever
-    `shuffle` is.
+    Two of V1's trainers are not asked, whatever `shuffle` is: separate_async, which draws each mini-batch by itself
+    (trainer/ppo/v1/trainer_base.py:549), and ours (vlnorm_verl.whole_groups).
     """
-    if OmegaConf.select(config, "trainer.v1.trainer_mode") == "separate_async":
+    if OmegaConf.select(config, "trainer.v1.trainer_mode") in ("separate_async", "sync_whole_groups"):
         return
     mini_batches = OmegaConf.select(config, "async_training.require_batches")  # of fully_async_policy
     several = (
@@ -712,8 +712,9 @@ def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
         logger.warning(
             "actor_rollout_ref.actor.shuffle=false with several optimizer mini-batches a rollout batch: verl orders "
             "responses by when they were finished, so each mini-batch holds responses of similar lengths, and "
-            "loss_agg_mode=%s has little left to weigh. Set actor_rollout_ref.actor.shuffle=true for mini-batches "
-            "drawn at random.",
+            "loss_agg_mode=%s has little left to weigh. Set trainer.v1.trainer_mode=sync_whole_groups (verl 0.9's "
+            "synchronous trainer) for mini-batches of whole prompt groups in random order, as the paper has them, or "
+            "with any trainer actor_rollout_ref.actor.shuffle=true for single responses drawn at random.",
             actor.loss_agg_mode,
         )
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import importlib
 import importlib.metadata
+import inspect
 import io
 import math
 import re
@@ -133,6 +136,11 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
             f"trainer.device={config.trainer.device} with recipe.scale={config.recipe.scale}: the two are set by "
             "scale=gpu or scale=cpu, not one by one"
         )
+    if config.recipe.get("fixed") and not is_cpu(config) and not wants_flash_attention(config):
+        raise RecipeError(
+            f"method={config.recipe.method} is a loss of micro-batches, and attention=sdpa trains one response a "
+            "micro-batch. Accepted: attention=flash"
+        )
     return config
 
 
@@ -181,13 +189,16 @@ def validate(config: DictConfig) -> None:
         RecipeError: verl would refuse this configuration, or could not train it as it says.
     """
     from verl.experimental.reward_loop.reward_loop import migrate_legacy_reward_impl
-    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
     from verl.trainer.ppo.reward import get_custom_reward_fn, resolve_reward_manager_cls
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.trainer.ppo.v1 import get_trainer_cls
     from verl.utils.config import omega_conf_to_dataclass, validate_config
-    from verl.utils.import_utils import load_extern_object
+    from verl.utils.import_utils import import_external_libs, load_extern_object
     from verl.utils.tracking import Tracking
 
+    from vlnorm_verl import whole_groups
+    from vlnorm_verl.aggregation import vl_norm
     from vlnorm_verl.plugin import STOCK_MODES
 
     actor = config.actor_rollout_ref.actor
@@ -207,7 +218,12 @@ def validate(config: DictConfig) -> None:
                 omega_conf_to_dataclass(OmegaConf.select(config, part))
             if Path(config.actor_rollout_ref.model.path).is_dir():  # else a name on the hub, which needs a network
                 omega_conf_to_dataclass(config.actor_rollout_ref.model)
+            get_trainer_cls(config.trainer.v1.trainer_mode)
+            whole_groups.check(config)
+            import_external_libs(config.actor_rollout_ref.model.external_lib)  # may register what is asked for next
             get_adv_estimator_fn(config.algorithm.adv_estimator)
+            get_policy_loss_fn(config.actor_rollout_ref.actor.policy_loss.loss_mode)
+            vl_norm(config.algorithm.get("vl_norm_as_coded_alpha", 1.0))  # as_coded's, which is not imported for others
             config = migrate_legacy_reward_impl(config)
             get_custom_reward_fn(config)
             resolve_reward_manager_cls(config)
@@ -262,6 +278,49 @@ def check_micro_batches(config: DictConfig) -> None:
                 f"{ranks} GPUs (trainer.nnodes · n_gpus_per_node) is no whole number of micro-batches. Accepted: "
                 f"a divisor of {prompts * rollout.n / ranks:g}"
             )
+
+
+# What is handed on whole, to Ray, vLLM, transformers and TransferQueue: its keys are theirs. recipe.* is interpolated.
+HANDED_ON = re.compile(r"^(recipe|ray_kwargs|transfer_queue)\.|\.(engine_kwargs|override_config)\.")
+
+
+def unread_keys(config: DictConfig, keys: list[str]) -> list[str]:
+    """Those of `keys` (dotted, leaves) that no code of verl's or of this package reads in such a run: they do nothing.
+
+    By name: a key is read if its last part stands somewhere behind a dot or in quotes, in the source of this package or
+    of verl without the engines that the run does not use, or as `self.<name>` in the dataclass that its `_target_`
+    names. So a key that is read nowhere, but has the name of another one that is, is not found.
+    """
+    names = _names_read(config.actor_rollout_ref.actor.strategy.removesuffix("2"))
+    unread = [key for key in keys if not HANDED_ON.search(key) and key.rpartition(".")[2] not in names]
+    return [key for key in unread if not _read_by_its_class(config, *key.rpartition(".")[::2])]
+
+
+@functools.cache
+def _names_read(engine: str) -> frozenset[str]:
+    import verl
+
+    package, names = Path(verl.__file__).parent, set[str]()
+    engines = package / "workers" / "engine"
+    others = {folder for folder in engines.iterdir() if folder.is_dir() and folder.name != engine}
+    for file in [*package.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]:
+        if not others & set(file.parents):
+            text = file.read_text(encoding="utf-8")
+            if package / "workers" / "config" in file.parents:
+                text = text.replace("self.", "")  # what a dataclass only checks is not read by that
+            names.update(re.findall(r"[.\"'](\w+)", text))
+    return frozenset(names)
+
+
+def _read_by_its_class(config: DictConfig, parent: str, name: str) -> bool:
+    target = OmegaConf.select(config, f"{parent}._target_")
+    if target is None:
+        return False
+    module, _, cls = target.rpartition(".")
+    classes = getattr(importlib.import_module(module), cls).__mro__
+    functions = [inspect.unwrap(found) for one in classes for found in vars(one).values() if inspect.isfunction(found)]
+    written = [one.__code__ for one in functions if one.__code__.co_filename != "<string>"]  # not dataclass's __init__
+    return any(name in code.co_names for code in written)
 
 
 def missing_files(config: DictConfig) -> str | None:

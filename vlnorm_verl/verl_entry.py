@@ -10,6 +10,9 @@ failure stock verl goes on untouched, and a run that asks for `vl_norm` stops in
 """
 
 import logging
+from types import ModuleType
+
+import wrapt
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,17 @@ except Exception:
         exc_info=True,
     )
     raise
+
+
+def _add_trainer(_: ModuleType) -> None:
+    try:
+        import vlnorm_verl.whole_groups  # noqa: F401  registers it
+    except Exception as error:  # the import of verl must go on; it refuses the trainer's name itself
+        logger.warning("vlnorm-verl cannot add the trainer of whole groups (%s: %s)", type(error).__name__, error)
+
+
+wrapt.register_post_import_hook(_add_trainer, "verl.trainer.ppo.v1.trainer_sync")  # since verl 0.9.0
+
 try:
     from vlnorm_verl import cpu
 

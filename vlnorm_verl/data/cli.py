@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -119,11 +120,13 @@ def math(
         list[str] | None, typer.Option(help="NAME=PATH, local copy of one set; may be repeated.", metavar="NAME=PATH")
     ] = None,
     repo: Annotated[
-        list[str] | None, typer.Option(help="NAME=REPO, other Hugging Face data set.", metavar="NAME=REPO")
+        list[str] | None, typer.Option(help="NAME=REPO, a Hugging Face data set instead.", metavar="NAME=REPO")
     ] = None,
     revision: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=REVISION, branch, tag or commit; main if not given.", metavar="NAME=REVISION"),
+        typer.Option(
+            help="NAME=REVISION, branch, tag or commit of that --repo; main if not given.", metavar="NAME=REVISION"
+        ),
     ] = None,
     allow_any_rows: Annotated[
         bool, typer.Option("--allow-any-rows", help="Accept local copies with other row counts than the paper's sets.")
@@ -132,6 +135,7 @@ def math(
 ) -> None:
     """Math: Open-Reasoner-Zero's 57k to train on; MATH500, AIME2024, AMC (83) and Minerva (272) to test.
 
+    Without options these are the files that the paper's code reads, from GitHub at a fixed commit.
     NAME is train, math500, aime2024, amc or minerva. Local copies may be .json, .jsonl, .parquet or a folder of
     datasets.save_to_disk. A second call with the same arguments only verifies the files' checksums.
     """
@@ -144,6 +148,8 @@ def math(
     _only_offline({"--seed": seed, "--train-rows": train_rows, "--test-rows": test_rows}, offline)
     for name in files.keys() & (repos.keys() | revisions.keys()):
         raise typer.BadParameter(f"{name} is given by --file already", param_hint="--repo / --revision")
+    for name in revisions.keys() - repos.keys():
+        raise typer.BadParameter(f"give --repo {name}=… too: the paper's file has its commit", param_hint="--revision")
 
     request: dict[str, Any] = {
         "task": "math",
@@ -157,8 +163,10 @@ def math(
                 files[name] = sources.find_in_folder(from_dir, name, source)
             if name in files:
                 request[name] = _local(files[name])
+            elif name in repos:
+                request[name] = _hub(repos[name], revisions.get(name, source.revision))
             else:
-                request[name] = _hub(repos.get(name, source.repo), revisions.get(name, source.revision))
+                request[name] = {"kind": "github", **asdict(sources.PAPER[name])}
     except sources.DataError as error:
         _fail(error)
     if offline:
@@ -180,9 +188,11 @@ def math(
                 if name in files:
                     raw, where = sources.read_local(files[name]), str(files[name])
                     record[name]["path"] = where
-                else:
-                    where = record[name]["repo"]
+                elif name in repos:
+                    where = repos[name]
                     raw, record[name]["commit"] = sources.fetch(source, where, record[name]["revision"], OFFLINE_MATH)
+                else:
+                    where, raw = record[name]["repo"], sources.fetch_paper(name, OFFLINE_MATH)
                 if not (name in files and allow_any_rows):
                     way = "--allow-any-rows accepts it" if name in files else "check --repo and --revision"
                     sources.check_count(f"{name} ({where})", len(raw), source, way)
@@ -264,7 +274,7 @@ def _publish(out: Path, names: list[str], request: dict[str, Any], build: Any, f
         file = manifest["files"][name]
         typer.echo(f"{out / name}: {file['rows']} rows, sha256 {file['sha256'][:16]}")
     for name, source in manifest["sources"].items():
-        if source["kind"] == "hub":
+        if "commit" in source:
             typer.echo(f"{name}: {source['repo']} at commit {source['commit']}")
     typer.echo("written" if built else "up to date")
 

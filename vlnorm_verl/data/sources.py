@@ -1,25 +1,29 @@
-"""Where each set comes from, and how one row of it reads. The table ``SOURCES`` is the one place to correct.
+"""Where each set comes from, and how one row of it reads. The tables below are the one place to correct.
 
-Covered: Hugging Face repositories at a fixed commit; local ``.json``, ``.jsonl``, ``.parquet`` files and folders of
+Covered: single files of GitHub repositories at a fixed commit, checked by their git object id; Hugging Face
+repositories at a fixed commit; local ``.json``, ``.jsonl``, ``.parquet``, ``.arrow`` files and folders of
 ``datasets.save_to_disk``; the row formats of Open-Reasoner-Zero's JSON files (training and evaluation), of
 understand-r1-zero's evaluation suite and of the usual Hugging Face sets. Not covered: gated repositories, other
 formats.
 
-What was read in the sources themselves: the row formats of Open-Reasoner-Zero's ``data/eval_data/*.json`` and of
-understand-r1-zero's ``datasets/evaluation_suite``, with 500, 30, 83 and 272 rows. The Hugging Face repositories of
-the table were never reached from the machine that this was written on: their names, splits, columns and counts are
-taken from public code and pages that use them. ``--repo``, ``--revision``, ``--file`` and ``--from`` override them.
+``PAPER`` has the files that the authors' ``open_reasoner_zero_nochat.py`` reads: Open-Reasoner-Zero's for training,
+MATH500 and AIME2024, understand-r1-zero's for AMC and Minerva. The texts matter: AIME2024 is worded differently from
+collection to collection (6 of 30 agree between these two). The authors name no commits; these are the last ones, of
+June and August 2025. All but the training file were read here: 500, 30, 83 and 272 rows.
 
-The paper's own MATH500 and AIME2024 files are Open-Reasoner-Zero's, its AMC and Minerva files understand-r1-zero's
-(see the authors' ``open_reasoner_zero_nochat.py``). AIME2024 is worded differently from collection to collection
-(6 of 30 texts agree between these two), so for the paper's very texts give those repositories' files by ``--file``.
+The Hugging Face repositories of the other tables were never reached from the machine that this was written on: names,
+splits, columns and counts are taken from public code and pages that use them. ``--repo``, ``--revision``, ``--file``
+and ``--from`` override everything.
 """
 
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import math
+import tempfile
+import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +47,33 @@ class Source:
     revision: str = "main"
 
 
+@dataclass(frozen=True)
+class GitFile:
+    """A file on GitHub, and the git object id of its content (`git ls-tree COMMIT PATH`)."""
+
+    repo: str
+    commit: str
+    path: str
+    blob: str
+
+
+GITHUB = "https://raw.githubusercontent.com"
+_ORZ = ("Open-Reasoner-Zero/Open-Reasoner-Zero", "3fdd9a07b4fb01e06005e6e74fc56690cde8a341")
+_R1_ZERO = ("sail-sg/understand-r1-zero", "dfca49dd460ee7cc8e4a5a162c876a7fd6993b87")
+_SUITE = "datasets/evaluation_suite/{}/data-00000-of-00001.arrow"
+
+# The paper's Math sets: what is read if nothing else is asked for.
+PAPER = {
+    "train": GitFile(*_ORZ, "data/orz_math_57k_collected.json", "08812d4a47aadf8fa80a43f11431e6d41ba55b64"),
+    "math500": GitFile(*_ORZ, "data/eval_data/math500.json", "e8ba46e18ac1a0cd112c63d863a167ad5d1cf5a2"),
+    "aime2024": GitFile(*_ORZ, "data/eval_data/aime2024.json", "2b78e73d1460af1ab43727675d43ef498994a1d4"),
+    "amc": GitFile(*_R1_ZERO, _SUITE.format("amc"), "16f8737f361bb60f6741ac228e9de0ed7eaab16f"),
+    "minerva": GitFile(*_R1_ZERO, _SUITE.format("minerva"), "0a666bb23ca63f855b415b5c49d645d10f3949c6"),
+}
+
 COUNTDOWN = Source("Jiayi-Pan/Countdown-Tasks-3to4", rows=(0, 10**9))  # checked against the rows asked for
 
+# Each set's row count and other names, and a set of this name on the hub, worded in its own way, for --repo.
 MATH: dict[str, Source] = {
     "train": Source(
         "Open-Reasoner-Zero/orz_math_57k_collection",
@@ -156,7 +185,7 @@ def read_local(path: Path) -> list[Any]:
     """
     import datasets
 
-    accepted = "accepted: .json (a list), .jsonl, .parquet, or a folder written by datasets.save_to_disk"
+    accepted = "accepted: .json (a list), .jsonl, .parquet, .arrow, or a folder written by datasets.save_to_disk"
     if not path.exists():
         raise DataError(f"{path} does not exist; {accepted}")
     try:
@@ -178,6 +207,8 @@ def read_local(path: Path) -> list[Any]:
 
             rows = pq.read_table(path).to_pylist()
             return list(rows)
+        if path.suffix == ".arrow":  # of a folder written by datasets.save_to_disk
+            return list(datasets.Dataset.from_file(str(path)))
     except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors
         raise DataError(f"cannot read {path}: {_first_line(error)}; {accepted}") from error
     raise DataError(f"cannot read {path}: unknown ending {path.suffix!r}; {accepted}")
@@ -207,6 +238,29 @@ def content_sha256(path: Path) -> str:
     for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
         digest.update(f"{file_path.relative_to(path).as_posix()} {content_sha256(file_path)}\n".encode())
     return digest.hexdigest()
+
+
+def fetch_paper(name: str, offline_way: str) -> list[Any]:
+    """The raw rows of the file that the paper's code reads for a Math set.
+
+    Raises:
+        DataError: no network, no such file, or not the content that its commit has.
+    """
+    file = PAPER[name]
+    url = f"{GITHUB}/{file.repo}/{file.commit}/{file.path}"
+    way = f"Without GitHub: --repo {name}={MATH[name].repo} (the hub's wording). Without a network: {offline_way}"
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            content = answer.read()
+    except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
+        raise DataError(f"cannot reach {url} ({_first_line(error)}). {way}") from error
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    if blob != file.blob:
+        raise DataError(f"{url} gave other content (git object {blob}) than its commit has ({file.blob}). {way}")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / Path(file.path).name
+        copy.write_bytes(content)
+        return read_local(copy)
 
 
 def fetch(

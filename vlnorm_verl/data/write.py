@@ -31,7 +31,7 @@ def row(
 ) -> dict[str, Any]:
     """One row as verl's RLHFDataset reads it.
 
-    ``origin`` is hub, file or generated; ``solution`` is empty where the source has none.
+    ``origin`` is github, hub, file or generated; ``solution`` is empty where the source has none.
     """
     return {
         "data_source": source,

@@ -12,7 +12,9 @@ The rule is the paper's (`verl/utils/reward_score/countdown.py` of its code): of
 | no power ``**`` and no floor division ``//``: malformed  | both are evaluated                                        |
 | no decimals: ``1.5`` is malformed; ``3.`` is read as 3   | ``1.5`` uses up the numbers 1 and 5, and is worth 1.5     |
 | answers above MAX_ANSWER_LENGTH characters: too long     | any length                                                |
-| the response alone is read                               | prompt and response, from the prompt's "Assistant:" on    |
+| an "Assistant:" in the response means nothing            | what is before the response's first "Assistant:" (or      |
+|                                                          | "<|im_start|>assistant") is not read: an answer on the    |
+|                                                          | last line before a first one there does not count         |
 
 Covered: outcome classes, exact arithmetic, hostile text (tests/test_rewards_countdown.py). Pure Python: neither torch
 nor verl is imported here.
