@@ -6,7 +6,7 @@ case " $* " in *" scale=cpu "*) bash recipes/install_cpu.sh ;; esac
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
 if ! "$python" -c 'import sys, importlib.util as u; sys.exit(u.find_spec("vlnorm_verl") is None or u.find_spec("verl") is None)'; then
-  echo "$python lacks vlnorm_verl or verl. For GPUs: pip install -e '.[gpu,math]'. For this machine's CPU: add scale=cpu" >&2
+  echo "$python lacks vlnorm_verl or verl. For GPUs: pip install -e '.[gpu]'. For this machine's CPU: add scale=cpu" >&2
   exit 2
 fi
 exec "$python" -m vlnorm_verl "$@"

