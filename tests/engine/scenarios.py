@@ -14,8 +14,9 @@ The reference shares nothing with the project but the model's weights: transform
 at a time, on the engine's device, the clipped loss written out here, weights by numpy from paper §1.
 
 bfloat16 is verl's default: parameters in float32, computed in bfloat16, reduced in float32. The reference is then in
-float64 at the rounded weights, and every scenario of vl_norm runs with verl's token-mean as well ("stock …"): what that
-is off by is rounding.
+float64 at the rounded weights. Most of the distance to it is the engine's rounding of every g_i, so rows have a second
+one, `error_of_sum`: to Σ x_i g_i with g_i of the same engine for response i alone. Every scenario of vl_norm runs with
+verl's token-mean as well ("stock …"), which shows what rounding is.
 
 With fewer GPUs than ranks, all ranks share the first one.
 
@@ -115,8 +116,9 @@ def native_scenarios(ranks: int) -> list[Scenario]:
 def rounded_scenarios(ranks: int) -> list[Scenario]:
     """For bfloat16: those of vl_norm, honest ones with verl's token-mean too."""
     ours = [s for s in scenarios(ranks) if s.mode == "vl_norm" and not s.name.startswith("no valid token")]
-    stock = [replace(s, name=f"stock {s.name}", mode="token-mean") for s in ours if not s.sabotage]
-    return ours + stock
+    # verl's token-mean counts the tokens of rejected responses.
+    honest = [s for s in ours if not s.sabotage and not s.rejected]
+    return ours + [replace(s, name=f"stock {s.name}", mode="token-mean") for s in honest]
 
 
 STOCK_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -502,10 +504,31 @@ def finish(rank: int, args: argparse.Namespace, results: list[dict[str, Any]]) -
     torch.distributed.destroy_process_group()
 
 
+def engine_gradients(worker: Any, rows: Rows, scenario: Scenario, mine: range) -> torch.Tensor:
+    """As `response_gradients`, but by verl's engine: token-mean of a mini-batch that has no other token."""
+    gradients = []
+    for i, length in enumerate(LENGTHS):
+        others = tuple(j for j in range(ROWS) if j != i)
+        terms = {"entropy_coeff": scenario.entropy_coeff, "kl_coef": scenario.kl_coef}
+        alone = Scenario("alone", "token-mean", micro=1, masked=others, **terms)
+        with recording(worker.engine) as steps:
+            train(worker, alone, make_data(rows, alone, mine))
+        gradients.append(steps[0][0].double() * length)
+    return torch.stack(gradients)
+
+
+def relative_error(gradient: torch.Tensor, x: np.ndarray, g: torch.Tensor) -> tuple[float, float]:
+    """Distance from Σ x_i g_i relative to its norm, and the norm; the distance itself where that is 0."""
+    expected = torch.from_numpy(x).to(g.dtype) @ g
+    distance, norm = (gradient.to(g.dtype) - expected).norm().item(), expected.norm().item()
+    return distance / norm if norm else distance, norm
+
+
 def run_exact(rank: int, args: argparse.Namespace) -> None:
     """Our modes: relative error of the gradient."""
     reference, rows, worker, mine = start_rank(rank, args)
     gradients: dict[tuple[float, float], torch.Tensor] = {}
+    by_engine: dict[tuple[float, float], torch.Tensor] = {}
     results = []
     chosen = native_scenarios if args.native else rounded_scenarios if args.dtype == "bfloat16" else scenarios
     for scenario in chosen(args.ranks):
@@ -514,6 +537,8 @@ def run_exact(rank: int, args: argparse.Namespace) -> None:
         key = (scenario.entropy_coeff, scenario.kl_coef)
         if key not in gradients:
             gradients[key] = response_gradients(reference, rows, scenario)
+            if args.dtype == "bfloat16":
+                by_engine[key] = engine_gradients(worker, rows, scenario, mine)
         with recording(worker.engine) as steps:
             metrics = train(worker, scenario, make_data(rows, scenario, mine))
         for step, (gradient, own, all_reduces) in enumerate(steps):
@@ -521,9 +546,8 @@ def run_exact(rank: int, args: argparse.Namespace) -> None:
             torch.distributed.all_gather_object(everyone, own)
             used = [i for part in everyone for i in part]
             lengths = np.array([0 if i in scenario.masked + scenario.rejected else LENGTHS[i] for i in used])
-            g = gradients[key][used]
-            expected = torch.from_numpy(weights(scenario.mode, lengths)).to(g.dtype) @ g
-            distance, norm = (gradient.to(g.dtype) - expected).norm().item(), expected.norm().item()
+            x = weights(scenario.mode, lengths)
+            error, norm = relative_error(gradient, x, gradients[key][used])
             results.append(
                 {
                     "scenario": scenario.name,
@@ -533,10 +557,12 @@ def run_exact(rank: int, args: argparse.Namespace) -> None:
                     "lengths": lengths.tolist(),
                     "scale": M,
                     "norm": norm,
-                    "error": distance / norm if norm else distance,
+                    "error": error,
                     "metrics": {k: v for k, v in metrics.items() if k.startswith(("vl_norm/", "loss"))},
                 }
             )
+            if key in by_engine:
+                results[-1]["error_of_sum"], _ = relative_error(gradient, x, by_engine[key][used])
     finish(rank, args, results)
 
 
