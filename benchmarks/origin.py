@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,28 +12,37 @@ ROOT = Path(__file__).parent.parent
 
 
 def commit() -> str:
-    """This checkout's short commit, and whether there are changes that it does not have."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return head.stdout.strip() + (" with changes" if changed else "")
+    """This checkout's short commit, and whether there are changes that it does not have.
+
+    A copy without its history says COMMIT, an environment variable, or "unknown".
+    """
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    if given := os.environ.get("COMMIT"):
+        return given
+    if not shutil.which("git") or not (head := git("rev-parse", "--short", "HEAD")):
+        return "unknown"
+    return head + (" with changes" if git("status", "--porcelain") else "")
 
 
-def machine() -> str:
-    """Kind and name of the processor, number of cores, memory."""
+def machine(accelerator: str = "CPU only") -> str:
+    """Kind and name of the processor, number of cores, memory, accelerator."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     processor = names[0].partition(": ")[2] if names else platform.processor()
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{platform.machine()}, {processor}, {os.cpu_count()} cores, {memory_gib:.0f} GiB, CPU only"
+    return f"{platform.machine()}, {processor}, {os.cpu_count()} cores, {memory_gib:.0f} GiB, {accelerator}"
 
 
-def origin() -> dict[str, str]:
+def origin(accelerator: str = "CPU only") -> dict[str, str]:
     """Command, date, commit and machine of the running benchmark."""
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
     return {
         "command": " ".join(["python", str(script), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "machine": machine(),
+        "machine": machine(accelerator),
     }
 
 

@@ -1,14 +1,16 @@
 """What vl_norm costs: verl's actor update against token-mean, and the aggregation alone against verl's own modes.
 
     python benchmarks/update_cost.py [--part update|aggregation|both] [--rounds 40] [--out FILE]
+    python benchmarks/update_cost.py --device cuda --shape 3b --responses 16 --length 8192 --micro 1 --seconds 120
 
 Run it with nothing else on the machine. Every round runs each mode twice, in a random order and then in the reverse
 order (ABBA), so that a drift of the machine's speed cancels; a round gives one ratio for each mode, and the median of
 the rounds' ratios is reported with a 95% bootstrap interval over rounds.
 
-update: verl's TrainingWorker.train_mini_batch on the FSDP2 engine of the CPU stack, one rank, float32, nested data as
-the V1 trainer makes it; one optimizer step a call. "token-mean again" is the same mode a second time: what the
-measurement cannot tell apart from 1. CPU seconds of the process are reported beside wall seconds.
+update: verl's TrainingWorker.train_mini_batch on the FSDP2 engine, one rank, nested data as the V1 trainer makes it;
+one optimizer step a call. "token-mean again" is the same mode a second time: what the measurement cannot tell apart
+from 1. CPU seconds of the process are reported beside wall seconds. In float32 on --model; with --shape on random
+weights of that shape of Qwen2.5, trained as on a GPU (benchmarks/actor.py).
 
 aggregation: `agg_loss` as the policy loss calls it (a bool mask, inside the mini-batch), forward and forward with
 backward. Temporaries are measured once for each mode: every tensor of batch × length that an operator returns, by its
@@ -17,13 +19,15 @@ type, and the peak of all memory allocated above what was there before, which ha
 
 import functools
 import json
-import os
+import math
 import platform
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,12 +35,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import psutil
 import typer
+from actor import PROMPT, SHAPES, make_batch, make_worker, save_random_model, set_environment
 from origin import origin
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.quickstart import MODEL_FOLDER
 
 ROOT = Path(__file__).parent.parent
@@ -51,28 +54,55 @@ Seconds = dict[str, float]
 # -------------------------------------------------------------------------------------------------------- measuring
 
 
-def clocks() -> Seconds:
+@dataclass(frozen=True)
+class Plan:
+    """How to measure: at most `rounds`, and none after the first that `seconds` have no room for."""
+
+    device: str
+    rounds: int
+    seconds: float
+    seed: int
+
+
+def clocks(device: str) -> Seconds:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
     return {"wall": time.perf_counter(), "cpu": time.process_time()}
 
 
-def measure(arms: dict[str, Callable[[], Callable[[], None]]], rounds: int, seed: int) -> list[dict[str, Seconds]]:
+def measure(arms: dict[str, Callable[[], Callable[[], None]]], plan: Plan) -> list[dict[str, Seconds]]:
     """Seconds of each arm in each round. An arm prepares a call outside of the clock and returns it."""
-    order, shuffle = list(arms), random.Random(seed).shuffle
+    order, shuffle = list(arms), random.Random(plan.seed).shuffle
+    begin = time.monotonic()
     for name in order * WARM_UP:
         arms[name]()()
-    out = []
-    for _ in track(range(rounds), "measuring …", console=Console(stderr=True), transient=True):
+    out: list[dict[str, Seconds]] = []
+    longest = 0.0
+    while len(out) < plan.rounds and (not out or time.monotonic() - begin + longest < plan.seconds):
+        round_begin = time.monotonic()
         shuffle(order)
         total: dict[str, Seconds] = {name: {"wall": 0.0, "cpu": 0.0} for name in arms}
         for name in [*order, *reversed(order)]:
             call = arms[name]()
-            start = clocks()
+            start = clocks(plan.device)
             call()
-            end = clocks()
+            end = clocks(plan.device)
             for clock in start:
                 total[name][clock] += (end[clock] - start[clock]) / 2
         out.append(total)
+        longest = max(longest, time.monotonic() - round_begin)
     return out
+
+
+def gpu_peak_gib(call: Callable[[], None]) -> float:
+    """Most memory that tensors have on the GPU while it runs, with what they have before."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 def summary(rounds: list[dict[str, Seconds]], reference: str, seed: int) -> dict[str, Any]:
@@ -93,94 +123,13 @@ def summary(rounds: list[dict[str, Seconds]], reference: str, seed: int) -> dict
 # ----------------------------------------------------------------------------------------------------------- update
 
 
-def make_worker(model: Path, micro: int) -> Any:
-    """verl's actor worker in this process, one rank. The learning rate is 0: every round does the same work."""
-    from verl.trainer.config import CheckpointConfig
-    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
-    from verl.workers.engine_workers import TrainingWorker
-
-    types = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32")
-    worker = TrainingWorker(
-        TrainingWorkerConfig(
-            model_type="language_model",
-            model_config=HFModelConfig(
-                path=str(model),
-                load_tokenizer=False,
-                use_remove_padding=False,
-                enable_gradient_checkpointing=False,
-                override_config={"attn_implementation": "sdpa"},
-            ),
-            engine_config=FSDPEngineConfig(
-                strategy="fsdp2",
-                model_dtype="fp32",
-                mixed_precision=types,
-                use_torch_compile=False,
-                use_dynamic_bsz=False,
-                micro_batch_size_per_gpu=micro,
-            ),
-            optimizer_config=FSDPOptimizerConfig(lr=0.0),
-            checkpoint_config=CheckpointConfig(),
-            profiler_config=None,
-        )
-    )
-    worker.reset()
-    return worker
-
-
-def make_batch(responses: int, length: int, micro: int, vocabulary: int, seed: int) -> Callable[[], Any]:
-    """A maker of one and the same mini-batch; train_mini_batch takes keys out of what it is given.
-
-    Lengths are spread from 8 to `length` tokens, log-uniformly: many short responses, few long ones, as in RLVR.
-    """
-    import torch
-    from verl.utils import tensordict_utils as tu
-
-    generator, prompt = torch.Generator().manual_seed(seed), 24
-    shortest = min(8, length)
-    spread = torch.rand(responses, generator=generator)
-    lengths = (shortest * (length / shortest) ** spread).round().long()
-    lengths[0] = length
-    nest = functools.partial(torch.nested.as_nested_tensor, layout=torch.jagged)
-
-    def normal(n: int) -> Any:
-        return torch.randn(n, generator=generator)
-
-    sizes = lengths.tolist()
-    ids = [torch.randint(2, vocabulary, (prompt + n,), generator=generator) for n in sizes]
-    # Log-probabilities of a policy that knows little: ratios around 1, so that all branches of the loss are taken.
-    old = [-float(np.log(vocabulary)) + 0.2 * normal(n) for n in sizes]
-    tensors = {
-        "input_ids": nest(ids),
-        "position_ids": nest([torch.arange(prompt + n) for n in sizes]),
-        "prompts": nest([row[:prompt] for row in ids]),
-        "responses": nest([row[prompt:] for row in ids]),
-        "response_mask": nest([torch.ones(n, dtype=torch.long) for n in sizes]),
-        "loss_mask": nest([torch.cat([torch.zeros(prompt), torch.ones(n)]).long() for n in sizes]),
-        "old_log_probs": nest(old),
-        "advantages": nest([normal(1).expand(n).contiguous() for n in sizes]),
-    }
-    meta = {
-        "temperature": 1.0,
-        "global_batch_size": responses,
-        "mini_batch_size": responses,
-        "epochs": 1,
-        "seed": seed,
-        "dataloader_kwargs": {"shuffle": False},
-        "calculate_entropy": False,
-        "use_dynamic_bsz": False,
-        "micro_batch_size_per_gpu": micro,
-        "pad_token_id": 0,
-    }
-    return lambda: tu.get_tensordict(tensor_dict=dict(tensors), non_tensor_dict=dict(meta))
-
-
-def measure_update(model: Path, responses: int, length: int, micro: int, rounds: int, seed: int) -> dict[str, Any]:
+def measure_update(model: Path, half: bool, responses: int, length: int, micro: int, plan: Plan) -> dict[str, Any]:
     from transformers import AutoConfig
     from verl.workers.config import FSDPActorConfig
     from verl.workers.utils.losses import ppo_loss
 
-    worker = make_worker(model, micro)
-    batch = make_batch(responses, length, micro, AutoConfig.from_pretrained(model).vocab_size, seed)
+    worker = make_worker(model, micro, half)
+    batch = make_batch(responses, length, micro, AutoConfig.from_pretrained(model).vocab_size, plan.seed)
 
     def arm(mode: str) -> Callable[[], Callable[[], None]]:
         config = FSDPActorConfig(
@@ -199,14 +148,20 @@ def measure_update(model: Path, responses: int, length: int, micro: int, rounds:
         return prepare
 
     modes = {"token-mean": "token-mean", "token-mean again": "token-mean", "vl_norm": "vl_norm"}
-    measured = measure({name: arm(mode) for name, mode in modes.items()}, rounds, seed)
+    arms = {name: arm(mode) for name, mode in modes.items()}
+    measured = measure(arms, plan)
+    table = summary(measured, "token-mean", plan.seed)
     lengths = batch()["responses"].offsets().diff().tolist()
+    for name, prepare in arms.items():
+        table[name]["tokens_per_s"] = (sum(lengths) + responses * PROMPT) / table[name]["wall_s"]
+        if plan.device == "cuda":
+            table[name]["peak_gib"] = gpu_peak_gib(prepare())
     return {
         "model_parameters": sum(p.numel() for p in worker.engine.module.parameters()),
         "responses": responses,
         "micro_batch": micro,
         "response_tokens": {"sum": sum(lengths), "min": min(lengths), "max": max(lengths)},
-        "modes": summary(measured, "token-mean", seed),
+        "modes": table,
         "rounds": measured,
     }
 
@@ -223,45 +178,50 @@ def check(output: Any, mode: str) -> None:
 # ------------------------------------------------------------------------------------------------------ aggregation
 
 
-def measure_aggregation(batch: int, length: int, rounds: int, seed: int) -> dict[str, Any]:
+def measure_aggregation(batch: int, length: int, plan: Plan) -> dict[str, Any]:
     import torch
     from verl.trainer.ppo.core_algos import agg_loss
 
     from vlnorm_verl import aggregation, plugin
 
-    generator = torch.Generator().manual_seed(seed)
-    losses = torch.randn(batch, length, generator=generator).requires_grad_()
-    lengths = torch.randint(1, length + 1, (batch,), generator=generator)
+    generator = torch.Generator().manual_seed(plan.seed)
+    losses = torch.randn(batch, length, generator=generator).to(plan.device).requires_grad_()
+    lengths = torch.randint(1, length + 1, (batch,), generator=generator).to(plan.device)
     # verl's ppo_loss and value_loss make the mask bool (workers/utils/losses.py:93, 184).
-    mask = torch.arange(length) < lengths[:, None]
+    mask = torch.arange(length, device=plan.device) < lengths[:, None]
     method = aggregation.parse_mode("vl_norm")
     total = aggregation.mini_batch_sums(method, lengths)[0]
+    # On a GPU one call is over before the next clock is read.
+    calls = 20 if plan.device == "cuda" else 1
 
     def call(mode: str, backward: bool) -> None:
-        ours = plugin._in_mini_batch(plugin._MiniBatch(mode, method, total, dp_size=1, scale=M))
+        mini_batch = plugin._MiniBatch(mode, method, total, dp_size=1, scale=M, lengths=lengths)
+        ours = plugin._in_mini_batch(mini_batch)
         with ours if mode == "vl_norm" else nullcontext(), torch.set_grad_enabled(backward):
             loss = agg_loss(losses, mask, mode, loss_scale_factor=M)
         if backward:
             loss.backward()
+            losses.grad = None
 
     def arm(mode: str, backward: bool) -> Callable[[], Callable[[], None]]:
-        def prepare() -> Callable[[], None]:
-            losses.grad = None
-            return lambda: call(mode, backward)
+        def run() -> None:
+            for _ in range(calls):
+                call(mode, backward)
 
-        return prepare
+        return lambda: run
 
     modes = ("seq-mean-token-sum", "token-mean", "vl_norm")
-    out: dict[str, Any] = {"batch": batch, "length": length, "dtype": "float32", "mask": "bool"}
+    out: dict[str, Any] = {"batch": batch, "length": length, "dtype": "float32", "mask": "bool", "calls": calls}
     for name, backward in {"forward": False, "forward and backward": True}.items():
-        measured = measure({mode: arm(mode, backward) for mode in modes}, rounds, seed)
-        out[name] = {"modes": summary(measured, "seq-mean-token-sum", seed), "rounds": measured}
-        for mode in modes:
-            out[name]["modes"][mode] |= temporaries(arm(mode, backward), losses.numel())
+        measured = measure({mode: arm(mode, backward) for mode in modes}, plan)
+        out[name] = {"modes": summary(measured, "seq-mean-token-sum", plan.seed), "rounds": measured}
+        for mode, row in out[name]["modes"].items():
+            row["ms_per_call"] = row["wall_s"] * 1e3 / calls
+            row |= temporaries(functools.partial(call, mode, backward), losses.numel(), plan.device)
     return out
 
 
-def temporaries(prepare: Callable[[], Callable[[], None]], elements: int) -> dict[str, Any]:
+def temporaries(call: Callable[[], None], elements: int, device: str) -> dict[str, Any]:
     """Types of the new tensors of at least `elements` entries that operators return, and the peak of memory, MiB."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -283,10 +243,11 @@ def temporaries(prepare: Callable[[], Callable[[], None]], elements: int) -> dic
                     types[name] = types.get(name, 0) + 1
             return result
 
-    call = prepare()
     with Recorder():
         call()
-    call = prepare()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated() / 2**20
+        return {"new_tensors": types, "peak_mib": gpu_peak_gib(call) * 2**10 - before}
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
@@ -298,9 +259,11 @@ def temporaries(prepare: Callable[[], Callable[[], None]], elements: int) -> dic
 # ----------------------------------------------------------------------------------------------------------- report
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
+    import torch
+
     return {
-        **origin(),
+        **origin(torch.cuda.get_device_name() if device == "cuda" else "CPU only"),
         "load_before": psutil.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
@@ -336,7 +299,7 @@ def print_aggregation(console: Console, result: dict[str, Any]) -> None:
         for name, row in result[part]["modes"].items():
             tensors = ", ".join(f"{n} {kind}" for kind, n in row["new_tensors"].items())
             ratio = interval(row["wall_ratio"], 2)
-            table.add_row(f"{name}, {part}", f"{row['wall_s'] * 1e3:.1f}", ratio, f"{row['peak_mib']:.0f}", tensors)
+            table.add_row(f"{name}, {part}", f"{row['ms_per_call']:.3g}", ratio, f"{row['peak_mib']:.0f}", tensors)
     console.print(table)
 
 
@@ -361,7 +324,10 @@ def main(
     responses: Annotated[int, typer.Option(min=1, help="Responses of the mini-batch of the update.")] = 64,
     length: Annotated[int, typer.Option(min=1, help="Longest response of the update, tokens.")] = 256,
     micro: Annotated[int, typer.Option(min=1, help="Responses a micro-batch of the update.")] = 16,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
     model: Annotated[Path, typer.Option(exists=True, help="Hugging Face folder of the actor.")] = MODEL_FOLDER,
+    shape: Annotated[str, typer.Option(help=f"Random weights instead of --model: {', '.join(SHAPES)}.")] = "",
+    seconds: Annotated[float, typer.Option(help="Time for the rounds of each measurement.")] = math.inf,
     matrix: Annotated[tuple[int, int], typer.Option(help="Batch and length of the aggregation.")] = (1024, 8192),
     threads: Annotated[int, typer.Option(min=1, help="OpenMP threads.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the data, the orders and the bootstrap.")] = 0,
@@ -374,22 +340,24 @@ def main(
     """
     if responses % micro:
         raise typer.BadParameter(f"--responses {responses} is not a multiple of --micro {micro}")
-    # verl and OpenMP read these when they are imported.
-    os.environ.update(cpu_environment(threads))
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if shape and shape not in SHAPES:
+        raise typer.BadParameter(f"--shape {shape}: accepted are {', '.join(SHAPES)}")
+    set_environment(device, threads)
     import torch
     import verl  # noqa: F401  (loads the plugin)
 
     torch.set_num_threads(threads)
-    results: dict[str, Any] = environment() | {"threads": threads, "seed": seed}
+    results: dict[str, Any] = environment(device) | {"threads": threads, "seed": seed, "shape": shape}
+    plan = Plan(device, rounds, seconds, seed)
     console = Console()
     if part != "aggregation":
-        results["update"] = measure_update(model, responses, length, micro, rounds, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            actor = save_random_model(shape, Path(folder), device, seed) if shape else model
+            results["update"] = measure_update(actor, bool(shape), responses, length, micro, plan)
         print_update(console, results["update"])
         torch.distributed.destroy_process_group()
     if part != "update":
-        results["aggregation"] = measure_aggregation(*matrix, rounds, seed)
+        results["aggregation"] = measure_aggregation(*matrix, plan)
         print_aggregation(console, results["aggregation"])
     results["targets"] = verdicts(results)
     for what, met in results["targets"].items():

