@@ -242,13 +242,14 @@ def test_what_names_tell_apart_is_never_averaged(tmp_path: Path) -> None:
     assert [row["VL Norm minus this"].value for row in rows[::2]] == pytest.approx([0.1, 0.1])
 
 
+@pytest.mark.parametrize("prefix", ["", "exp-"])
 @pytest.mark.parametrize("given", ["folders", "files", "one folder"])
 def test_folders_named_as_modes_have_differences_and_speed_up(
-    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     files = [
-        put(Path(mode) / "experiment.jsonl", text((0, 40, gain)))
+        put(Path(prefix + mode) / "experiment.jsonl", text((0, 40, gain)))
         for mode, gain in (("vl_norm", 0.1), ("token-mean", 0))
     ]
     arguments = {"folders": [file.parent for file in files], "files": files, "one folder": ["."]}[given]
@@ -257,6 +258,14 @@ def test_folders_named_as_modes_have_differences_and_speed_up(
     assert float(rows["DAPO Norm"]["VL Norm minus this"]) == pytest.approx(0.1)
     speed = table_of(tmp_path / "out", "speedup")[0]
     assert (speed["first hit"], float(speed["last step / first hit"])) == ("20", 2.0)
+
+
+def test_the_name_of_what_all_runs_are_in_says_nothing(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        put(tmp_path / "vl_norm_study_seed3" / f"{name}.jsonl", text((0, 40, 0.0)))
+    folder = tmp_path / "vl_norm_study_seed3"
+    for arguments in ([folder], [folder / "a.jsonl", folder / "b.jsonl"]):
+        assert said(read(*arguments)) == [("a", 0), ("b", 0)]
 
 
 def test_a_label_with_a_seed(tmp_path: Path) -> None:

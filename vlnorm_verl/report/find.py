@@ -41,7 +41,7 @@ class Source:
     """Files of one run. kind: "jsonl", "tensorboard", "wandb", or "empty" (no metrics).
 
     names: of the file, if it is the run's own, and of the folders up to ABOVE the argument, nearest first.
-    below: how many of the names are below the argument.
+    below: how many of the names are below the argument. common: those that all sources have.
     label, seed: of label@seed=RUN; `alone`: RUN is this run only, so the label is its method whatever else says.
     shared: other runs' metrics are in the folder too, so its configuration and dumps may be another's.
     """
@@ -51,6 +51,7 @@ class Source:
     files: tuple[Path, ...] = ()
     names: tuple[str, ...] = ()
     below: int = 0
+    common: frozenset[str] = frozenset()
     label: str = ""
     seed: int | None = None
     alone: bool = False
@@ -92,7 +93,8 @@ def find(arguments: list[str]) -> list[Source]:
             f"RUN {' '.join(arguments)}: no run there. Looked for metrics-NNN.jsonl or another *.jsonl of verl's file "
             "logger, tensorboard's events.out.tfevents.* and *.wandb, in these folders and all below"
         )
-    return list(found.values())
+    common = frozenset.intersection(*(frozenset(source.names) for source in found.values()))
+    return [replace(source, common=common) for source in found.values()]
 
 
 def _many(source: Source) -> bool:

@@ -102,7 +102,7 @@ def identify(source: Source, config: dict[str, Any] | None = None, title: str = 
     else:
         found = from_config(config, str(source.files[0]))
     names = tuple(filter(None, (title, *source.names)))
-    method, seed, found.rest = read_names(names, source.below + bool(title))
+    method, seed, found.rest = read_names(names, source.below + bool(title), source.common)
     found.names = tuple(itertools.dropwhile(_SAYS_NOTHING.fullmatch, names)) or names
     found.seed = next((one for one in (source.seed, found.seed, seed) if one is not None), None)
     labelled = source.label if source.alone or not (found.method or method) else ""
@@ -137,11 +137,11 @@ _SAYS_NOTHING = re.compile(
 )
 
 
-def read_names(names: Sequence[str], below: int) -> tuple[str, int | None, tuple[str, ...]]:
+def read_names(names: Sequence[str], below: int, common: frozenset[str]) -> tuple[str, int | None, tuple[str, ...]]:
     """(mode or "", seed, what else they say) of names, nearest first.
 
-    Of the argument's own name and those above it, which may be anything (a home, a project), a mode or a seed counts
-    only if nothing nearer says what the run is, or if it is all of the name.
+    Of the argument's own name and those above it, which may be anything (a home, a project), one that all runs have in
+    common counts only if nothing nearer says what the run is, or if a mode or a seed is all of the name.
     """
     method, seed = "", None
     rest: list[str] = []
@@ -149,7 +149,7 @@ def read_names(names: Sequence[str], below: int) -> tuple[str, int | None, tuple
         said = bool(method or rest)
         left, own_seed = _cut_seed(name)
         left, mode = _cut_mode(left)
-        if index >= below and said and left:
+        if index >= below and name in common and said and left:
             mode, own_seed, left = "", None, name
         method = method or mode
         seed = own_seed if seed is None else seed

@@ -177,14 +177,17 @@ def _difference_heading(baseline: str) -> str:
     return f"this minus {method_label(baseline)}" if baseline else DIFFERENCE
 
 
-def _paired(groups: Groups, baseline: str) -> str:
-    """The foot's sentence on the difference, or on that there is none."""
-    if any(reference(groups, setting, baseline) for setting, _ in groups):
+def _paired(groups: Groups, baseline: str) -> list[str]:
+    """The foot's sentence on the difference, or on why several methods have none."""
+    references = {group: reference(groups, group[0], baseline) for group in groups}
+    if any(other not in (None, group) for group, other in references.items()):
         better = "this" if baseline else "VL Norm"
-        return f"{_difference_heading(baseline)}: positive where {better} is better; {PAIRED}"
+        return [f"{_difference_heading(baseline)}: positive where {better} is better; {PAIRED}"]
+    if len(groups) == 1 or any(references.values()):
+        return []
     if baseline:
-        return f"No differences: {method_label(baseline)} was not run here."
-    return "No VL Norm here that the others could be compared with: --baseline METHOD names another method."
+        return [f"No differences: {method_label(baseline)} was not run here."]
+    return ["No VL Norm here that the others could be compared with: --baseline METHOD names another method."]
 
 
 def _with_validation(runs: Sequence[Run]) -> list[Run]:
@@ -283,7 +286,7 @@ def _comparison(name: str, groups: Groups, baseline: str, with_task: bool = Fals
         for value, known in zip(values, of_paper, strict=True):
             row += [value, paper.cell(setting, group[1], known)] if known else [value]
         rows.append([*row, measures.own_best(runs), measures.monotonicity(runs), _seeds(runs), _step(runs)])
-    feet = [_accuracy(groups), _paired(groups, baseline), PASS, MONOTONICITY]
+    feet = [_accuracy(groups), *_paired(groups, baseline), PASS, MONOTONICITY]
     if any(len(measures.validation_sets(runs)) > 1 for runs in groups.values()):
         feet.append(WEIGHTED)
     feet += [*_caveats(groups), *paper.sources(groups, of_paper)]
@@ -321,14 +324,10 @@ def _math(groups: Groups, baseline: str) -> Table | None:
         row: list[Cell] = [_model(setting), _length(setting), _label(group)]
         row += [measures.final_accuracy(runs, name) for name in names]
         row += [measures.final_accuracy(runs), paper.cell(setting, group[1], "avg@8")]
-        row += [
-            _difference(groups, group, baseline),
-            measures.final_pass(runs),
-            measures.own_best(runs),
-            measures.monotonicity(runs),
-        ]
+        row += [_difference(groups, group, baseline), measures.final_pass(runs)]
+        row += [measures.own_best(runs), measures.monotonicity(runs)]
         rows.append([*row, _seeds(runs), _step(runs)])
-    feet = [ACCURACY, WEIGHTED, _paired(groups, baseline), PASS, MONOTONICITY]
+    feet = [ACCURACY, WEIGHTED, *_paired(groups, baseline), PASS, MONOTONICITY]
     if any(len(measures.set_sizes(run)) < len(measures.validation_sets([run])) for g in groups.values() for run in g):
         feet.append(
             "Where no dump that can be used says which validation set a response is of, each set's number is verl's "
