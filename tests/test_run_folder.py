@@ -100,7 +100,19 @@ def test_state_is_that_of_the_last_whole_checkpoint(tmp_path: Path) -> None:
     assert state(config) == "step 40 of 40"  # trained, and perhaps not validated
     finish(config, tmp_path)
     assert state(config) == "finished"
-    assert state(configured(tmp_path, "recipe.steps=60")) == "step 40 of 60"
+    longer = configured(tmp_path, "recipe.steps=60", "recipe.keep=all")
+    finish(longer, tmp_path)  # trainer.total_epochs has ended it
+    assert state(longer) == "step 40 of 60"
+
+
+def test_a_run_without_checkpoints_can_finish(tmp_path: Path) -> None:
+    config = configured(tmp_path, "recipe.steps=3", "trainer.save_freq=-1")
+    logged(tmp_path, 0, 1, 2)
+    finish(config, tmp_path)
+    assert state(config) == "not begun"
+    logged(tmp_path, 0, 1, 2, 3)
+    finish(config, tmp_path)
+    assert state(config) == "finished"
 
 
 @pytest.mark.parametrize(

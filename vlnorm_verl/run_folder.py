@@ -150,7 +150,13 @@ def prune(folder: Path, keep: int | None, began: int) -> None:
 
 
 def finish(config: DictConfig, folder: Path) -> None:
-    """Mark a run whose last step is trained and validated, and keep what `recipe.keep` says: `model` or `all`."""
+    """Mark a run whose last step is trained and validated, and keep what `recipe.keep` says: `model` or `all`.
+
+    verl also ends without an error where trainer.total_epochs are over before the last step; that run is not finished.
+    """
+    reached = max([completed_steps(folder), *(record["step"] for record in read_metrics(folder))])
+    if reached < config.trainer.total_training_steps:
+        return
     if config.recipe.keep == "model":
         every = config.trainer.max_actor_ckpt_to_keep is None
         prune(folder, None if every else 1, completed_steps(folder))
