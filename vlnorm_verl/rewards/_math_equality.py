@@ -72,7 +72,7 @@ class _Comparison:
             return self.unordered(gold.values, answer.values)
         if len(gold.values) != len(answer.values):
             return _equal_sets(gold, answer)
-        if kinds == {":"}:
+        if ":" in kinds and kinds <= {":", "::"}:
             first = gold.values[0], answer.values[0]
             return all(self.values(g * first[1], a * first[0]) for g, a in zip(gold.values, answer.values, strict=True))
         ordered = len(kinds) == 1 or ("" in kinds and not kinds & {":", "::"})
@@ -198,7 +198,7 @@ def _without_markers(gold: Expr, answer: Expr) -> Iterable[tuple[Expr, Expr]]:
         yield gold, answer
         return
     for percent in (1, Rational(1, 100)):
-        values = {AM: 1, PM: 1, PERCENT: percent}
+        values = {AM: 0, PM: 0, PERCENT: percent}
         yield gold.subs(values), answer.subs(values)
 
 

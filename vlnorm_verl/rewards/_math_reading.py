@@ -348,7 +348,7 @@ class _Parser:
         if text.strip("() ") in ("percent", "percentage", "per cent", "pct", "%"):
             return value * PERCENT
         if (letters := text.replace(".", "").strip("() ")) in ("am", "pm"):
-            return value * (AM if letters == "am" else PM)
+            return value + (AM if letters == "am" else PM)
         if len(text) == 1 and text.upper() not in UNIT_LETTERS:
             raise Unreadable(f"{text!r} after a value")
         if words[0] in _SCALES:
@@ -439,7 +439,7 @@ class _Parser:
         """The values in the brackets, and the bracket that closes them."""
         bars, angle = self.bars, self.angle
         self.bars, self.angle = 0, angle and opening in "{("
-        values = self.sequence(expand=opening not in ("(", "["))
+        values = self.sequence(expand=opening in (r"\{", r"\lbrace"))
         self.bars, self.angle = bars, angle
         if opening == "{":
             if len(values) == 1 and self.accept(r"\choose"):

@@ -44,8 +44,9 @@ UNIT_LETTERS = set("mgshlLJKNWVACFTHMGS")
 # Commands without a meaning of their own: alone, or with their first argument.
 _DROPPED = word_set(
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle scriptstyle"
-    " limits nolimits mathbf boldsymbol bm pmb underline boxed fbox mathit mathnormal mathsf rm bf it hline hfill"
-    " quad qquad thinspace medspace thickspace negthinspace ensuremath nobreak"
+    " limits nolimits mathbf boldsymbol bm pmb underline boxed fbox mathit mathnormal mathsf rm bf it bfseries hline"
+    " hfill tiny small normalsize large Large LARGE huge Huge quad qquad thinspace medspace thickspace negthinspace"
+    " ensuremath nobreak"
 )
 _DROPPED_WITH_ARGUMENT = word_set("color textcolor colorbox hspace vspace phantom hphantom tag label")
 _LAYOUTS = word_set("aligned align align* gathered split equation equation*")
@@ -88,10 +89,12 @@ def _repeating(match: re.Match[str]) -> str:
 
 
 _REWRITES = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replacement in (
-    (r"^\s*\*\*(.*)\*\*\s*$", r"\1"),
+    (r"^\s*(\*\*|`)(.*)\1\s*$", r"\2"),
     (r"(?<![.\\])[.,;:](?=[$\s]*$)", ""),  # the end of a sentence, not "0.333..."
     (r"[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}"),
-    (r"\b(?:np|numpy|math|sympy|sp)\.(?=[a-z])", ""),
+    (r"\b(?:np|numpy|math|sympy|sp)\.(?:log\b|(?=[a-z]))", lambda match: "ln" if match[0].endswith("log") else ""),
+    (r"(?<![A-Za-z\\])log(10|2)(?=\s*\()", r"\\log_{\1}"),
+    (r"\((\d+)\)(?=_)", r"\1"),
     (r"\*\*", "^"),
     (r"\{\s*\\rm\b\s*([^{}]*)\}", r"\\mathrm{\1}"),
     (r"(?<![A-Za-z\\])d([A-Za-z])\s*/\s*d([a-z])(?![a-z])", r"\\frac{d\1}{d\2}"),
