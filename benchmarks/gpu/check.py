@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -204,30 +205,31 @@ class Check:
             return {"status": "skipped", "words": f"{part.needs[0]} is not installed"}
         # A CPU is there to try the check, and is shared.
         deadline = time.monotonic() + min(part.limit if self.device == "cuda" else math.inf, self.left())
-        tried = []
+        failed: list[str] = []
         for way in part.ways:
             if deadline - time.monotonic() < LEAST:
                 break
+            name = f"{' '.join(way[-2:])}: " if len(part.ways) > 1 else ""
             with tempfile.TemporaryDirectory() as folder:
                 result = Path(folder) / "result.json"
-                tried.append(self.python([*way, "--out", str(result)], deadline))
+                how = self.python([*way, "--out", str(result)], deadline)
                 if result.exists():
                     raw = json.loads(result.read_text())
                     good, words = part.judge(raw)
+                    words = "; ".join([name + words, *([] if good or not how else [how]), *failed])
                     status = "met" if good else "missed"
-                    return {"status": status, "words": words, "command": " ".join(way), "tried": tried, "result": raw}
-        if not tried:
-            return {
-                "status": "skipped",
-                "words": f"{max(0, self.left()):.0f} s of --seconds {self.seconds:.0f} were left",
-            }
-        return {"status": "failed", "words": "; then ".join(tried)}
+                    return {"status": status, "words": words, "command": shlex.join(way), "result": raw}
+            failed.append(name + how)
+        if not failed:
+            left = max(0, self.left())
+            return {"status": "skipped", "words": f"{left:.0f} s of --seconds {self.seconds:.0f} were left"}
+        return {"status": "failed", "words": "; ".join(failed)}
 
     def python(self, arguments: list[str], deadline: float) -> str:
         """How it ended: "" if well."""
         log = self.out / f"{self.group}.log"
         with open(log, "ab") as output:
-            output.write(f"\n$ python {' '.join(arguments)}\n".encode())
+            output.write(f"\n$ python {shlex.join(arguments)}\n".encode())
             output.flush()
             begin = output.tell()
             process = subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
@@ -246,7 +248,7 @@ class Check:
             "date": datetime.date.today().isoformat(),
             "commit": commit(),
             "machine": machine(self.card),
-            "command": " ".join(["bash benchmarks/gpu/check.sh", *sys.argv[1:]]),
+            "command": f"bash benchmarks/gpu/check.sh {shlex.join(sys.argv[1:])}",
             "group": self.group,
             "device": self.device,
             "card": self.card,
