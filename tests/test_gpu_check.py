@@ -31,7 +31,7 @@ def run(
     *codes: str,
     seconds: float = 60,
     judge: Callable[[Any], tuple[bool, str]] = lambda raw: (True, "all well"),
-    needs: tuple[str, ...] = (),
+    needs: str = "verl",
 ) -> dict[str, Any]:
     """What becomes of a part that can be run in these ways."""
     runner = check.Check("engine", "cuda", "no card", seconds, folder)
@@ -56,8 +56,10 @@ def test_a_result_that_was_cut_says_by_what(tmp_path: Path) -> None:
     ("codes", "settings", "status", "words"),
     [
         ([FAILS], {}, "failed", "exit code 1: out of memory"),
+        (["0"], {}, "failed", "it wrote no result"),
+        ([WRITES], {"judge": lambda raw: raw["steps"]}, "failed", "a result that is not understood: KeyError('steps')"),
         ([WRITES], {"seconds": 10}, "skipped", "10 s of --seconds 10 were left"),
-        ([WRITES], {"needs": ("no_such_package",)}, "skipped", "no_such_package is not installed"),
+        ([WRITES], {"needs": "no_such_package"}, "skipped", "no_such_package is not installed"),
     ],
 )
 def test_says_why_there_is_no_result(
