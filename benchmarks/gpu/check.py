@@ -140,6 +140,7 @@ def parts(group: str, device: str) -> list[Part]:
         return Part(f"gradient, {name}", limit, [[*command, "--backend", backend] for backend in backends], judge)
 
     cost = ["benchmarks/update_cost.py", "--device", device, "--micro", "1", "--rounds", "2" if tiny else "40"]
+    cost += [] if tiny else ["--threads", "8"]  # a model of 3 G parameters is loaded on the CPU
     batch = ["--responses", "4", "--length", "64"] if tiny else ["--responses", "16", "--length", "8192"]
     matrix = ["64", "128"] if tiny else ["1024", "8192"]
     # A card with less memory gets a smaller model.
