@@ -16,18 +16,26 @@ import numpy as np
 from vlnorm_verl.cpu import cpu_environment
 
 PROMPT = 24  # tokens
-# Qwen2.5's config.json; "tiny" is for trying on a CPU.
-SHAPES = {
-    name: dict(
-        zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), sizes, strict=True)
-    )
-    | {"num_key_value_heads": heads, "vocab_size": vocabulary}
-    for name, sizes, heads, vocabulary in (
-        ("3b", (2048, 11008, 36, 16), 2, 151936),
-        ("1.5b", (1536, 8960, 28, 12), 2, 151936),
-        ("0.5b", (896, 4864, 24, 14), 2, 151936),
-        ("tiny", (64, 128, 2, 2), 1, 128),
-    )
+
+
+def qwen2(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int = 2, vocabulary: int = 151936
+) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+    }
+
+
+SHAPES = {  # Qwen2.5's config.json
+    "3b": qwen2(2048, 11008, 36, 16),
+    "1.5b": qwen2(1536, 8960, 28, 12),
+    "0.5b": qwen2(896, 4864, 24, 14),
+    "tiny": qwen2(64, 128, 2, 2, kv_heads=1, vocabulary=128),  # to try it on a CPU
 }
 
 
@@ -45,14 +53,14 @@ def set_environment(device: str, threads: int) -> None:
 def save_random_model(shape: str, folder: Path, device: str, seed: int) -> Path:
     """A Hugging Face folder with random bfloat16 weights of that shape; the heads' size is Qwen2.5's."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen2Config
 
     config = Qwen2Config(
         **SHAPES[shape], max_position_embeddings=32768, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1
     )
     torch.manual_seed(seed)
     with torch.device(device):
-        Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
 
 

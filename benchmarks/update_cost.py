@@ -360,11 +360,11 @@ def main(
         results["aggregation"] = measure_aggregation(*matrix, plan)
         print_aggregation(console, results["aggregation"])
     results["targets"] = verdicts(results)
-    for what, met in results["targets"].items():
-        console.print(f"{'met' if met else 'MISSED'}: {what}", style=None if met else "red", markup=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     console.print(f"written: {out}", markup=False)
+    for what, met in results["targets"].items():
+        console.print(f"{'met' if met else 'MISSED'}: {what}", style=None if met else "red", markup=False)
     if not all(results["targets"].values()):
         raise typer.Exit(1)
 

