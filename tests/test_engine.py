@@ -75,6 +75,13 @@ def test_one_all_reduce_a_mini_batch_and_none_a_micro_batch(run: tuple[int, str,
     assert {row["all_reduces"] for row in ours} == {stock["all_reduces"] + 1}
 
 
+def test_a_loss_without_gradient_is_of_the_whole_mini_batch_too(run: tuple[int, str, list[dict]]) -> None:
+    """verl's infer_batch with compute_loss, one response a micro-batch."""
+    for row in rows(run[2], "micro-batches of 1"):
+        assert row["metrics"]["loss_without_gradient"] == pytest.approx(row["metrics"]["loss"], rel=1e-5)
+        assert row["metrics"]["loss"]
+
+
 def test_local_sums_would_be_seen(run: tuple[int, str, list[dict]]) -> None:
     """What the tolerance above must catch is off by more than 10%."""
     for row in rows(run[2], "sabotage"):

@@ -469,6 +469,13 @@ def train(worker: Any, scenario: Scenario, data: TensorDict) -> dict[str, float]
     return {k: float(np.mean(v.values if hasattr(v, "values") else v)) for k, v in metrics.items()}
 
 
+def loss_without_gradient(worker: Any, data: TensorDict) -> float:
+    """Of the mini-batch, by the loss function that `worker` was trained with last."""
+    from verl.utils import tensordict_utils as tu
+
+    return float(tu.get(worker.infer_batch(data), "metrics")["loss"])
+
+
 def plugin_is_active() -> bool:
     from verl.trainer.ppo import core_algos
 
@@ -541,6 +548,8 @@ def run_exact(rank: int, args: argparse.Namespace) -> None:
                 by_engine[key] = engine_gradients(worker, rows, scenario, mine)
         with recording(worker.engine) as steps:
             metrics = train(worker, scenario, make_data(rows, scenario, mine))
+        if scenario.name == "micro-batches of 1" and not native:
+            metrics["loss_without_gradient"] = loss_without_gradient(worker, make_data(rows, scenario, mine))
         for step, (gradient, own, all_reduces) in enumerate(steps):
             everyone: list[list[int]] = [[] for _ in range(args.ranks)]
             torch.distributed.all_gather_object(everyone, own)

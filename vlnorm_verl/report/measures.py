@@ -131,9 +131,10 @@ def entropy_per_token(run: Run) -> np.ndarray | None:
     entropy = run.metrics.get("actor/entropy")
     if entropy is None:
         return None
-    weight = run.metrics.get("actor/vl_norm/token_weight")
-    if weight is not None:
-        return np.asarray(entropy / np.where(weight > 0, weight, nan))
+    weighted = run.metrics.get("actor/vl_norm/weighted_tokens")
+    denominator = run.metrics.get("actor/vl_norm/denominator")
+    if weighted is not None and denominator is not None:
+        return np.asarray(entropy * denominator / np.where(weighted > 0, weighted, nan))
     if run.method in MEANS_OVER_TOKENS:
         return entropy
     lengths = run.metrics.get("response_length/mean")
