@@ -1,6 +1,6 @@
 r"""Who is more lenient where: the Math reward, verl's math_verify reward and string rules, on golds spelled otherwise.
 
-    python benchmarks/math_rules.py GOLDS [--examples 0]
+    python benchmarks/math_rules.py GOLDS [--every 1] [--examples 0]
 
 GOLDS is a file or folder of a Math test set, as `vlnorm-verl data math` reads it (MATH500 is not in this repository).
 Each gold is spelled in other ways that mean the same, and changed so that it means something else, as far as that is
@@ -45,7 +45,7 @@ INTEGER, NUMBER = r"-?\d+", r"-?[\d.]+"
 FORMULA = r"(?!.*(text|mbox|circ|matrix|pm|in |[=,%$_])).*"
 SAME: dict[str, Spelling] = {
     r"\dfrac": _replaced(r"\\frac", r"\\dfrac"),
-    "a/b": _replaced(r"\\d?frac\{(\w+)\}\{(\w+)\}", r"(\1/\2)"),
+    "a/b": _replaced(r"(?<!\d)\\d?frac\{(\w+)\}\{(\w+)\}", r"(\1/\2)"),
     r"\[…\], line breaks": lambda gold: f"\\[\n{gold}\n\\]",
     r"\color": lambda gold: rf"\color{{blue}}{{{gold}}}",
     r"\left( … \right)": _replaced(r"(?<!t)([(\[])(.*)([)\]])$", r"\\left\1\2\\right\3"),
@@ -57,7 +57,7 @@ SAME: dict[str, Spelling] = {
     r"… \times 10^0": _where(INTEGER, lambda gold: rf"{gold} \times 10^{{0}}"),
     "… + 1 - 1": _where(FORMULA, lambda gold: f"{gold} + 1 - 1"),
     "bmatrix": _replaced("pmatrix", "bmatrix"),
-    "without unit": _replaced(r"\s*(\\(text|mbox)\{ ?[a-z]+\}(\^\d)?|\^\\circ)$", ""),
+    "without unit": _replaced(r"(?<=[\d}])\s*(\\(text|mbox)\{ ?[a-z]+\}(\^\d)?|\^\\circ)$", ""),
     "without base": _replaced(r"_\{?\d\}?$", ""),
 }
 OTHER: dict[str, Spelling] = {
@@ -97,6 +97,7 @@ def strings(response: str, gold: str) -> bool:
 
 def main(
     golds: Annotated[Path, typer.Argument(exists=True, help="A Math test set: .json, .jsonl, .parquet or a folder.")],
+    every: Annotated[int, typer.Option(min=1, help="Take each gold of so many.")] = 1,
     examples: Annotated[int, typer.Option(min=0, help="Golds to show for each cell that is off.")] = 0,
 ) -> None:
     """Print the table in Markdown."""
@@ -112,6 +113,7 @@ def main(
         "strings": strings,
     }
     texts = [answer for _, answer in sources.parse_rows(sources.read_local(golds), sources.math_row, str(golds))]
+    texts = texts[::every]
     for title, spellings in (("correct, of", {"the gold": str} | SAME), ("correct though it is not, of", OTHER)):
         console.print(f"\n| {title} | | {' | '.join(rules)} |\n|---|---|{'---|' * len(rules)}", markup=False)
         for name, spelling in spellings.items():
