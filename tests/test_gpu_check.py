@@ -200,6 +200,28 @@ def test_what_cannot_be_done_is_said(arguments: list[str], says: str, tmp_path: 
     assert says in " ".join(done.stderr.replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("bare", "archive", "says"),
+    [(False, True, "ran\n"), (True, True, ".gpu/engine.tar.xz"), (True, False, "see benchmarks/gpu/README.md\n")],
+)
+def test_archives_are_for_a_python_without_verl(tmp_path: Path, bare: bool, archive: bool, says: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {"-S" if bare else ""} "$@"\n')
+    python.chmod(0o755)
+    folder = tmp_path / "benchmarks/gpu"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks/gpu/check.sh", folder)
+    (folder / "check.py").write_text("print('ran')\n")
+    (tmp_path / ".gpu").mkdir()
+    if archive:
+        (tmp_path / ".gpu/engine.tar.xz").write_bytes(b"of another Python")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHON": str(python)}
+    command = ["bash", str(folder / "check.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert says in done.stdout + done.stderr
+    assert (done.returncode == 0) == (not bare)
+
+
 def test_one_part_from_the_shell(tmp_path: Path) -> None:
     done = script("engine", "--device", "cpu", "--only", "bfloat16", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -188,7 +188,7 @@ def reproduce(
         if status:
             show_states(runs, {}, console)
             return 0
-        if not check(recipes, runs, console, need_data=not dry_run and on != "kubernetes"):
+        if not check(recipes, runs, console, elsewhere=on, dry_run=dry_run):
             return 1
         if cost := resources.cost([run.left for run in runs if run.state != "finished"]):
             console.print(cost, highlight=False, soft_wrap=True)
@@ -237,8 +237,11 @@ def show_states(runs: list[Run], codes: dict[Path, int], console: Console) -> No
     console.print(f"{states.count('finished')} of {len(runs)} runs are finished", highlight=False)
 
 
-def check(recipes: Path, runs: list[Run], console: Console, need_data: bool) -> bool:
-    """Whether verl accepts every run (and data and an environment are here). Prints each thing that is wrong once."""
+def check(recipes: Path, runs: list[Run], console: Console, elsewhere: str, dry_run: bool) -> bool:
+    """Whether verl accepts every run, and data and an environment are here if it starts here.
+
+    Prints each thing that is wrong once. elsewhere: "slurm", where the data is needed too, or "kubernetes".
+    """
     problems: dict[str, list[str]] = {}
     missing: dict[str, None] = {}  # as an ordered set
     for run in track(runs, "checking every run against verl", console=console, transient=True):
@@ -250,15 +253,16 @@ def check(recipes: Path, runs: list[Run], console: Console, need_data: bool) -> 
             problems.setdefault(str(error), []).append(run.name)
             continue
         data = None if recipe.is_cpu(config) else recipe.missing_files(config)  # the launcher makes the tiny data
-        missing |= dict.fromkeys(filter(None, (data, unfit)))
+        missing |= dict.fromkeys(filter(None, (data, None if elsewhere else unfit)))
     for message, names in problems.items():
         console.print(f"{', '.join(names)}:\n  {message}", style="red", markup=False, soft_wrap=True)
-    need_data &= not os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://"))  # else they are there
+    on_cluster = os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")) or elsewhere == "kubernetes"
+    needed = not dry_run and not on_cluster
     for message in missing:
-        console.print(message, style="red" if need_data else "yellow", markup=False, soft_wrap=True)
+        console.print(message, style="red" if needed else "yellow", markup=False, soft_wrap=True)
     valid = len(runs) - sum(map(len, problems.values()))
     console.print(f"{valid} of {len(runs)} runs are valid", highlight=False)
-    return valid == len(runs) and not (need_data and missing)
+    return valid == len(runs) and not (needed and missing)
 
 
 def run_all(recipes: Path, runs: list[Run], console: Console) -> int:

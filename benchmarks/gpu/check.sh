@@ -5,7 +5,7 @@
 #   bash benchmarks/gpu/check.sh [engine|stack|all|page] [--device cpu] [--out FOLDER] [--write PAGE] …    (--help)
 #   PYTHON=.venv-gpu/bin/python bash benchmarks/gpu/check.sh    in another environment than .venv-gpu or the active one
 #
-# Archives that prepare.sh made are unpacked into .gpu/site first, once each.
+# Where that Python has no verl, the archives of prepare.sh are unpacked into .gpu/site, once each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 fail() {
@@ -15,22 +15,23 @@ fail() {
 python=${PYTHON:-python3}
 [ -n "${PYTHON:-}${VIRTUAL_ENV:-}" ] || [ ! -x .venv-gpu/bin/python ] || python=.venv-gpu/bin/python
 
-site=$PWD/.gpu/site
-for archive in .gpu/engine.tar.xz .gpu/stack.tar.xz; do
-  unpacked=$site/.$(basename "$archive")
-  if [ -f "$archive" ] && [ ! -f "$unpacked" ]; then
-    "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || fail "$python: $archive is for Python 3.12"
-    mkdir -p "$site"
-    "$python" -m tarfile --filter data -e "$archive" "$site"
-    # Else every process of Ray compiles the same files at once.
-    "$python" -m compileall -q -j 0 "$site" > /dev/null 2>&1 || true
-    touch "$unpacked"
-  fi
-done
-if [ -d "$site" ]; then
-  "$python" benchmarks/gpu/metadata.py "$site"
+has_verl() { "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("verl") is None)'; }
+if ! has_verl; then
+  site=$PWD/.gpu/site
+  mkdir -p "$site"
+  for archive in .gpu/engine.tar.xz .gpu/stack.tar.xz; do
+    unpacked=$site/.$(basename "$archive")
+    if [ -f "$archive" ] && [ ! -f "$unpacked" ]; then
+      "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || fail "$python: $archive is for Python 3.12"
+      "$python" -m tarfile --filter data -e "$archive" "$site"
+      # Else every process of Ray compiles the same files at once.
+      "$python" -m compileall -q -j 0 "$site" > /dev/null 2>&1 || true
+      touch "$unpacked"
+    fi
+  done
   export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}"
+  has_verl ||
+    fail "$python has no verl. bash recipes/install_gpu.sh installs it; without network see benchmarks/gpu/README.md"
+  "$python" benchmarks/gpu/metadata.py "$site"
 fi
-"$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("verl") is None)' ||
-  fail "$python has no verl. bash recipes/install_gpu.sh installs it; without network see benchmarks/gpu/README.md"
 exec "$python" -m benchmarks.gpu.check "$@"
