@@ -21,7 +21,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from vlnorm_verl import cpu, recipe
+from vlnorm_verl import recipe
+from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.recipe import RecipeError
 
 PLUGIN = "vlnorm_verl.verl_entry"
@@ -122,8 +123,6 @@ def check_nodes(config: DictConfig, console: Console) -> None:
                 flat,
                 list(config.trainer.logger),
                 forwarded() | worker_variables(config),
-                recipe.is_cpu(config),
-                recipe.wants_flash_attention(config),
                 recipe.is_cpu(config),
                 recipe.wants_flash_attention(config),
             )

@@ -97,7 +97,7 @@ def _launch(request: Request, console: Console) -> int:
     config = recipe.compose(request.config_folder, overrides)
     recipe.validate(config)
     if request.dry_run:
-        show(request, config, overrides, unfit, console)
+        show(request, config, overrides, console, unfit)
         return 0
     arguments = again(request, config)
     if request.on == "kubernetes":
