@@ -59,11 +59,11 @@ def honest(rows: Rows) -> Rows:
 
 
 def check_metrics(rows: Rows, logging_ranks: list[int]) -> None:
-    """The plugin's seven metrics are there, on the ranks that log and on no other."""
+    """The plugin's eight metrics are there, on the ranks that log and on no other."""
     for row in rows:
         if row["mode"].startswith("vl_norm"):
             assert [rank for rank, metrics in enumerate(row["metrics"]) if metrics] == logging_ranks, row
-            assert all(len(row["metrics"][rank]) == 7 for rank in logging_ranks), row
+            assert all(len(row["metrics"][rank]) == 8 for rank in logging_ranks), row
 
 
 def test_fsdp1(results: Rows) -> None:
