@@ -632,6 +632,8 @@ def test_no_silent_local_sum() -> None:
         agg_loss(losses, mask, "vl_norm", loss_scale_factor=2)
     with pytest.raises(RuntimeError, match="whole mini-batch"):  # a share of a batch that other ranks have too
         agg_loss(losses.detach(), mask, "vl_norm", dp_size=2, loss_scale_factor=2)
+    with pytest.raises(ValueError, match="loss_scale_factor=0"):
+        agg_loss(losses.detach(), mask, "vl_norm", loss_scale_factor=0)
 
 
 def in_mini_batch(total: float = 0.5, dp_size: int = 1, scale: float = 2.0) -> Any:

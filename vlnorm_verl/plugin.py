@@ -156,7 +156,8 @@ def _extended_agg_loss(stock: Callable[..., torch.Tensor]) -> Callable[..., torc
         differentiated = torch.is_grad_enabled() and loss_mat.requires_grad  # else it is for a metric
         if mini_batch is None and not differentiated and dp_size in (None, 1):
             # verl's agg_loss takes the width of the batch for M too where it is not given.
-            return _aggregate_whole_batch(loss_mat, loss_mask, loss_agg_mode, scale or loss_mask.shape[-1])
+            width = loss_mask.shape[-1]
+            return _aggregate_whole_batch(loss_mat, loss_mask, loss_agg_mode, width if scale is None else scale)
         if mini_batch is None or mini_batch.mode != loss_agg_mode:
             raise RuntimeError(
                 f"loss_agg_mode={loss_agg_mode!r} was asked for outside of an optimizer mini-batch of this mode: the "
