@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vlnorm_verl import quickstart
+from vlnorm_verl.runs import quickstart
 
 WARM_UP = 2  # steps: first generation and first update pay for lazy initialisation
 PARTS = {

@@ -6,7 +6,7 @@ GOLDS is a file or folder of a Math test set, as `vlnorm-verl data math` reads i
 Each gold is spelled in other ways that mean the same, and changed so that it means something else, as far as that is
 possible by rules on the text; each rule grades ``\boxed{…}`` of that against the gold. The rules:
 
-- ours: `vlnorm_verl.rewards.math`;
+- ours: `vlnorm_verl.tasks.math`;
 - math_verify: verl.utils.reward_score.math_verify;
 - strings: the first step of the paper's code (Open-Reasoner-Zero's rules): equal texts, else 30 characters or less that
   are equal after verl's own string normalisation (of the same origin) or as floats. Its second step, sympy's reading of
@@ -103,8 +103,7 @@ def main(
     """Print the table in Markdown."""
     from verl.utils.reward_score import math_verify
 
-    from vlnorm_verl.data import sources
-    from vlnorm_verl.rewards import math
+    from vlnorm_verl.tasks import math, sources
 
     pool = math.Pool(workers=2)
     rules: dict[str, Callable[[str, str], bool]] = {

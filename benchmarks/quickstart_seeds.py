@@ -18,7 +18,7 @@ from origin import origin
 from rich.console import Console
 from rich.table import Table
 
-from vlnorm_verl import quickstart
+from vlnorm_verl.runs import quickstart
 
 ROOT = Path(__file__).parent.parent
 ROWS = {

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests import hostile
 from tests.test_rewards_countdown import papers_rule
-from vlnorm_verl.rewards import countdown
-from vlnorm_verl.rewards import math as math_reward
+from vlnorm_verl.tasks import countdown
+from vlnorm_verl.tasks import math as math_reward
 
 console = Console()
 

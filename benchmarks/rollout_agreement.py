@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vlnorm_verl.cpu import cpu_environment
-from vlnorm_verl.quickstart import MODEL_FOLDER
-from vlnorm_verl.tiny.countdown import distinct_problems, render_prompt
+from vlnorm_verl.runs.quickstart import MODEL_FOLDER
+from vlnorm_verl.tasks.tiny.countdown import distinct_problems, render_prompt
 
 
 def main(prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 128) -> None:

@@ -40,7 +40,7 @@ from origin import origin
 from rich.console import Console
 from rich.table import Table
 
-from vlnorm_verl.quickstart import MODEL_FOLDER
+from vlnorm_verl.runs.quickstart import MODEL_FOLDER
 
 ROOT = Path(__file__).parent.parent
 WARM_UP = 2  # calls of each mode before the rounds: lazy initialisation, the optimizer's state

@@ -19,7 +19,7 @@ lab() {
   .venv/bin/vlnorm-verl lab run "$1" --out "$2" --modules last-qkv --modules all --projection 32768 \
     --pool-prompts 128 --no-report
 }
-lab vlnorm_verl/tiny/weights "$out/before"
+lab vlnorm_verl/tasks/tiny/weights "$out/before"
 folders=("before=$out/before")
 if step=$(cat "$run/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null); then
   after="$out/$(basename "$run")-step$step"

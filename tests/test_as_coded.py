@@ -13,7 +13,9 @@ import torch
 from omegaconf import OmegaConf
 from verl.trainer.ppo import core_algos
 
-from vlnorm_verl import as_coded, recipe
+from vlnorm_verl.files import UserError
+from vlnorm_verl.paper import as_coded
+from vlnorm_verl.runs import recipe
 
 CONFIG = Path(__file__).parent.parent / "recipes" / "config"
 LENGTHS = [3, 40, 7, 1, 25, 12, 2, 60]  # two prompts of four responses
@@ -101,7 +103,7 @@ def test_a_wrong_name_or_alpha_is_refused_before_ray() -> None:
         "actor_rollout_ref.actor.policy_loss.loss_mode=dapo_norm",
         "algorithm.adv_estimator=vl_norm_as_coded",
     ):
-        with pytest.raises(recipe.RecipeError, match=wrong.partition("=")[2]):
+        with pytest.raises(UserError, match=wrong.partition("=")[2]):
             recipe.validate(recipe.compose(CONFIG, [wrong]))
-    with pytest.raises(recipe.RecipeError, match="α = 9 is out of range; accepted: 0 ≤ α ≤ 2"):
+    with pytest.raises(UserError, match="α = 9 is out of range; accepted: 0 ≤ α ≤ 2"):
         recipe.validate(recipe.compose(CONFIG, ["method=vl_norm_as_coded", "recipe.alpha=9"]))

@@ -26,8 +26,8 @@ import typer.main
 import yaml
 
 from vlnorm_verl.cli import app
-from vlnorm_verl.clusters import rayjob, sbatch_command
-from vlnorm_verl.recipe import compose
+from vlnorm_verl.runs.clusters import rayjob, sbatch_command
+from vlnorm_verl.runs.recipe import compose
 
 PROJECT = Path(__file__).parent.parent
 SCRIPT = PROJECT / "recipes" / "cluster" / "slurm.sbatch"

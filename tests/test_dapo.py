@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from vlnorm_verl import plugin
-from vlnorm_verl.overlong import ESTIMATOR, LENGTH_KEY
+from vlnorm_verl.paper.overlong import ESTIMATOR, LENGTH_KEY
 
 # ------------------------------------------------------------------------------------------------ overlong filtering
 
@@ -93,7 +93,7 @@ def test_several_outputs_of_a_session_have_grpos_advantages() -> None:
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
     from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 
-    from vlnorm_verl import overlong
+    from vlnorm_verl.paper import overlong
 
     keys = ["p_0_0", "p_0_1", "p_1_0", "p_2_0"]  # prompt, session, output
 
@@ -140,7 +140,7 @@ def rewarded(length: int, extra_info: dict[str, Any], result: Any) -> dict[str, 
     from tensordict import TensorDict
     from verl import DataProto
 
-    from vlnorm_verl.soft_punishment import SoftPunishment
+    from vlnorm_verl.paper.soft_punishment import SoftPunishment
 
     buffer = {"enable": True, "len": 4, "penalty_factor": 1.0, "log": False}
     config = OmegaConf.create({"reward": {"reward_kwargs": {"max_resp_len": 8, "overlong_buffer_cfg": buffer}}})
@@ -189,7 +189,7 @@ def test_data_without_a_split_is_refused() -> None:
 
 
 def buffer(refill: Any, **groups: Any) -> Any:
-    from vlnorm_verl.sampler import BoundedReplayBuffer
+    from vlnorm_verl.paper.replay_buffer import BoundedReplayBuffer
 
     filter_groups = {"enable": True, "metric": "acc", "max_inflight_gen_batches": 3, "max_num_gen_batches": 2, **groups}
     kwargs = {"filter_groups": filter_groups, "train_batch_size": 4, "poll_interval": 0.01}

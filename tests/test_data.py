@@ -38,8 +38,8 @@ import pytest
 from typer.testing import CliRunner
 
 from vlnorm_verl.cli import app
-from vlnorm_verl.data import generate, sources, write
-from vlnorm_verl.data.prompts import countdown_prompt, math_prompt
+from vlnorm_verl.tasks import generate, sources, write
+from vlnorm_verl.tasks.prompts import countdown_prompt, math_prompt
 
 SAMPLES = Path(__file__).parent / "data_samples"
 MATH_FILES = ["train.parquet", "math500.parquet", "aime2024.parquet", "amc.parquet", "minerva.parquet"]
@@ -303,7 +303,7 @@ def test_row_counts_are_the_papers(name: str, good: list[int], bad: list[int]) -
     for count in good:
         sources.check_count(name, count, sources.MATH[name], "hint")
     for count in bad:
-        with pytest.raises(sources.DataError, match=f"{name} has {count} rows"):
+        with pytest.raises(sources.UserError, match=f"{name} has {count} rows"):
             sources.check_count(name, count, sources.MATH[name], "hint")
 
 
@@ -354,7 +354,7 @@ def test_other_arguments_are_refused_with_what_differs(tmp_path: Path) -> None:
 
 def test_another_prompt_template_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     must_run(*SMALL_MATH, "--out", tmp_path)
-    from vlnorm_verl.data import prompts
+    from vlnorm_verl.tasks import prompts
 
     monkeypatch.setattr(prompts, "MATH_TEMPLATE", prompts.MATH_TEMPLATE + "\n")
     code, output = data(*SMALL_MATH, "--out", tmp_path)

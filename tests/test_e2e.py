@@ -20,9 +20,9 @@ import psutil
 import pytest
 from rich.console import Console
 
-from vlnorm_verl.quickstart import Settings, check, command, run
-from vlnorm_verl.recipe import parsed
-from vlnorm_verl.running import average_at_8, read_metrics
+from vlnorm_verl.runs.process import average_at_8, read_metrics
+from vlnorm_verl.runs.quickstart import Settings, check, command, run
+from vlnorm_verl.runs.recipe import parsed
 
 SMALL_VALIDATION = "data.val_max_samples=8"
 

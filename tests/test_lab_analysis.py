@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import analysis
 from vlnorm_verl.lab.analysis import ALPHAS, COMPARED, LOST, REFERENCE, MiniBatches, Responses, mode_of
-from vlnorm_verl.lab.store import Group, LabError, Stored, grpo_advantages
+from vlnorm_verl.lab.store import Group, Stored, grpo_advantages
 from vlnorm_verl.report.estimates import Estimate
 
 D = 24
@@ -566,5 +567,5 @@ def test_everything_of_a_model() -> None:
 def test_too_few_prompts_are_refused(deep: int, pool: int) -> None:
     rng = np.random.default_rng(62)
     groups = [group(rng, "deep", 8) for _ in range(deep)] + [group(rng, "pool", 4) for _ in range(pool)]
-    with pytest.raises(LabError, match=f"--deep-prompts {deep}, --pool-prompts {pool}: at least 1 and 4"):
+    with pytest.raises(UserError, match=f"--deep-prompts {deep}, --pool-prompts {pool}: at least 1 and 4"):
         analysis.analyse(stored(groups), "synthetic", "all", mini_batch=320)

@@ -22,6 +22,7 @@ import pytest
 import torch
 import transformers
 
+from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import models, rollouts, store
 from vlnorm_verl.lab.gradients import (
     CountSketch,
@@ -33,11 +34,11 @@ from vlnorm_verl.lab.gradients import (
     select_parameters,
 )
 from vlnorm_verl.lab.rollouts import Design, sample
-from vlnorm_verl.lab.store import LabError, Rollouts, grpo_advantages
+from vlnorm_verl.lab.store import Rollouts, grpo_advantages
 from vlnorm_verl.lab.tasks import load_task
-from vlnorm_verl.tiny import WEIGHTS
-from vlnorm_verl.tiny.countdown import DATA_SOURCE, compute_score
-from vlnorm_verl.tiny.model import EOS, VOCABULARY
+from vlnorm_verl.tasks.tiny import WEIGHTS
+from vlnorm_verl.tasks.tiny.countdown import DATA_SOURCE, compute_score
+from vlnorm_verl.tasks.tiny.model import EOS, VOCABULARY
 
 PROMPT = "07,03,12>bp:"
 RESPONSE = "7*3=21-12=9;7+3=10-12=0;A:7+3-12."
@@ -361,7 +362,7 @@ def test_rollouts_of_other_settings_are_refused(sampled: Path) -> None:
     task = load_task("tiny")
     before = (sampled / store.ROLLOUTS).read_bytes()
     sample(str(WEIGHTS), task, SMALL_DESIGN, 3, 1.0, 64, "auto", sampled)
-    with pytest.raises(LabError, match=r"seed: 3 there, 4 asked for; temperature: 1.0 there, 0.5 asked for"):
+    with pytest.raises(UserError, match=r"seed: 3 there, 4 asked for; temperature: 1.0 there, 0.5 asked for"):
         sample(str(WEIGHTS), task, SMALL_DESIGN, 4, 0.5, 64, "transformers", sampled)
     assert (sampled / store.ROLLOUTS).read_bytes() == before
 
@@ -464,7 +465,7 @@ def test_short_parts_are_not_projected(sampled: Path, tmp_path: Path) -> None:
     stored = load(tmp_path / "lab", "not")
     assert stored.projected
     assert stored.parts["v_proj"] == slice(10_000, 15_000)
-    with pytest.raises(LabError, match="--projection 2: fewer numbers than the 3 parts"):
+    with pytest.raises(UserError, match="--projection 2: fewer numbers than the 3 parts"):
         compute(tmp_path / "lab", "last-qkv", 2, folder="fewer")
 
 
@@ -540,7 +541,7 @@ def test_a_stopped_call_goes_on_to_the_same_bytes(sampled: Path, tmp_path: Path)
     with pytest.raises(KeyboardInterrupt):
         compute(out, on_group=stop)
     assert sorted(path.name for path in (out / "gradients").iterdir()) == ["000.npy", "001.npy", "settings.json"]
-    with pytest.raises(LabError, match="lacks the gradients of 1 prompts"):
+    with pytest.raises(UserError, match="lacks the gradients of 1 prompts"):
         load(out)
     kept = (out / "gradients" / "001.npy").stat().st_mtime_ns
     (out / "gradients" / "000.npy").unlink()
@@ -553,9 +554,9 @@ def test_a_stopped_call_goes_on_to_the_same_bytes(sampled: Path, tmp_path: Path)
 
 
 def test_gradients_of_other_settings_are_refused(sampled: Path) -> None:
-    with pytest.raises(LabError, match=r"made with other settings \(names: .*; parts: .* asked for"):
+    with pytest.raises(UserError, match=r"made with other settings \(names: .*; parts: .* asked for"):
         compute(sampled, "all", 64)
-    with pytest.raises(LabError, match=r'parts: .*"v_proj": 9312\} there, \{"q_proj": 21'):
+    with pytest.raises(UserError, match=r'parts: .*"v_proj": 9312\} there, \{"q_proj": 21'):
         compute(sampled, "last-qkv", 64)
 
 
@@ -563,12 +564,12 @@ def test_gradients_of_other_rollouts_or_weights_are_refused(sampled: Path, tmp_p
     shutil.copytree(sampled, tmp_path / "lab")
     settings, groups = store.read_settings(sampled), list(store.read_rollouts(sampled))
     store.write_rollouts(tmp_path / "lab", settings, groups[1:])
-    with pytest.raises(LabError, match="gradients of other rollouts"):
+    with pytest.raises(UserError, match="gradients of other rollouts"):
         load(tmp_path / "lab")
-    with pytest.raises(LabError, match="rollouts_sha256"):
+    with pytest.raises(UserError, match="rollouts_sha256"):
         compute(tmp_path / "lab")
     store.write_rollouts(tmp_path / "other", {**settings, "weights": "0"}, groups)
-    with pytest.raises(LabError, match="would not be on policy"):
+    with pytest.raises(UserError, match="would not be on policy"):
         compute(tmp_path / "other")
 
 
@@ -585,12 +586,12 @@ def test_fingerprint_notices_a_training_step(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
-    with pytest.raises(LabError, match="sample rollouts"):
+    with pytest.raises(UserError, match="sample rollouts"):
         load(tmp_path)
-    with pytest.raises(LabError, match="sample rollouts"):
+    with pytest.raises(UserError, match="sample rollouts"):
         compute(tmp_path)
     store.write_rollouts(tmp_path, {}, [])
-    with pytest.raises(LabError, match="compute the gradients"):
+    with pytest.raises(UserError, match="compute the gradients"):
         load(tmp_path)
 
 
@@ -643,20 +644,20 @@ def test_choice_by_regular_expression(tiny: Any) -> None:
     assert list(select_parameters(tiny, r"layers\.[01]\..*v_proj\.bias")) == [
         f"model.layers.{layer}.self_attn.v_proj.bias" for layer in (0, 1)
     ]
-    with pytest.raises(LabError, match=r"matches no parameter\. Near: model\.layers\.N\.self_attn\.q_proj"):
+    with pytest.raises(UserError, match=r"matches no parameter\. Near: model\.layers\.N\.self_attn\.q_proj"):
         select_parameters(tiny, r"layers\.2\.q_projj")
-    with pytest.raises(LabError, match="not a regular expression"):
+    with pytest.raises(UserError, match="not a regular expression"):
         select_parameters(tiny, "layers.(2")
 
 
 def test_model_without_projections_lists_candidates() -> None:
     layer = torch.nn.ModuleDict({"attention": torch.nn.Linear(2, 2), "mlp": torch.nn.Linear(2, 2)})
     with pytest.raises(
-        LabError, match=r"Give a regular expression; its parameters: 0\.attention\.weight, 0\.attention"
+        UserError, match=r"Give a regular expression; its parameters: 0\.attention\.weight, 0\.attention"
     ):
         select_parameters(torch.nn.ModuleList([layer]), "last-qkv")
     halves = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 2)})])
-    with pytest.raises(LabError, match="this model has no q_proj, k_proj, v_proj"):
+    with pytest.raises(UserError, match="this model has no q_proj, k_proj, v_proj"):
         select_parameters(halves, "last-qkv")
 
 
@@ -687,7 +688,7 @@ def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
         ({"batch_size": 0}, "--batch-size 0"),
         ({"design": Design(0, 2, 1_000_000, 2)}, "--task tiny: the train split has fewer"),
     ):
-        with pytest.raises(LabError) as caught:
+        with pytest.raises(UserError) as caught:
             sample(**{**good, **change})
         assert message in str(caught.value)
         assert not (tmp_path / "lab" / store.ROLLOUTS).exists()
@@ -696,9 +697,9 @@ def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
         ((0, 8, 0, 8), "at least one"),
         ((-1,), "0 or more"),
     ):
-        with pytest.raises(LabError, match=message):
+        with pytest.raises(UserError, match=message):
             Design(*arguments)
-    with pytest.raises(LabError, match="--projection -1"):
+    with pytest.raises(UserError, match="--projection -1"):
         compute(tmp_path, projection=-1)
 
 
@@ -706,7 +707,7 @@ def test_tasks(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from vlnorm_verl.data.write import row
+    from vlnorm_verl.tasks.write import row
 
     truth = json.dumps({"numbers": [1, 2, 3], "target": 6})
     rows = [row("countdown", f"prompt {i}\n<think>", truth, "train", i, "generated") for i in range(20)]
@@ -728,14 +729,14 @@ def test_tasks(tmp_path: Path) -> None:
         ("math", tmp_path / "text.parquet", "not a parquet file"),
         ("math", tmp_path / "other.parquet", "lacks data_source, reward_model; it has prompt, answer"),
     ):
-        with pytest.raises(LabError) as caught:
+        with pytest.raises(UserError) as caught:
             load_task(name, file)
         assert message in str(caught.value)
-    with pytest.raises(LabError, match="has 20 rows, 21 prompts are asked for"):
+    with pytest.raises(UserError, match="has 20 rows, 21 prompts are asked for"):
         task.questions(21, 0)
     two = {**rows[0], "prompt": rows[0]["prompt"] * 2}
     pq.write_table(pa.Table.from_pylist([two]), data)
-    with pytest.raises(LabError, match="must be one message"):
+    with pytest.raises(UserError, match="must be one message"):
         task.questions(1, 0)
 
 
@@ -789,7 +790,7 @@ def test_verl_checkpoint_is_merged(tmp_path: Path, ranks: int, monkeypatch: pyte
     # The checkpoint changed: what was merged from it is refused, not used.
     shard = next((step / "actor").glob("model_*_rank_0.pt"))
     shard.touch()
-    with pytest.raises(LabError, match="as it was then"):
+    with pytest.raises(UserError, match="as it was then"):
         compute(out)
     # The checkpoint is gone, as verl removes old ones: what was merged from it is used.
     shutil.rmtree(step)
@@ -805,6 +806,6 @@ def test_broken_checkpoint_is_said(tmp_path: Path) -> None:
     actor = tmp_path / "global_step_1" / "actor"
     actor.mkdir(parents=True)
     (actor / "fsdp_config.json").write_text('{"FSDP_version": 2, "world_size": 1}')
-    with pytest.raises(LabError, match=r"verl cannot merge this checkpoint:\n[\s\S]*huggingface"):
+    with pytest.raises(UserError, match=r"verl cannot merge this checkpoint:\n[\s\S]*huggingface"):
         models.resolve(str(actor), tmp_path / "lab")
     assert list((tmp_path / "lab").iterdir()) == []

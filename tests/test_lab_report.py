@@ -17,10 +17,10 @@ import pytest
 from typer.testing import CliRunner
 
 from vlnorm_verl.cli import app
+from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import report
 from vlnorm_verl.lab.analysis import ALPHAS, LOST, Tradeoff
 from vlnorm_verl.lab.cli import folder_of
-from vlnorm_verl.lab.store import LabError
 from vlnorm_verl.report.estimates import Estimate
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "lab_cpu.sh"
@@ -195,5 +195,5 @@ def test_the_most_parameters_speak_for_a_model(folder: Path) -> None:
     ]
     (main,) = report.of_most_parameters(found)
     assert main.entries == max(one.entries for one in found)
-    with pytest.raises(LabError, match="has no gradients"):
+    with pytest.raises(UserError, match="has no gradients"):
         report.choices(folder.parent)

@@ -21,10 +21,12 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vlnorm_verl import clusters, launch, machine, recipe, reproduce, smoke
+from vlnorm_verl import machine
 from vlnorm_verl.cli import app
-from vlnorm_verl.launch import Request
-from vlnorm_verl.reproduce import RunSet
+from vlnorm_verl.files import UserError
+from vlnorm_verl.runs import clusters, launch, recipe, reproduce, smoke
+from vlnorm_verl.runs.launch import Request
+from vlnorm_verl.runs.reproduce import RunSet
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 UNFIT = ["'3072'", "8k", "[3]", "true", "0", "-1", "inf", "nan"]  # as M
@@ -62,12 +64,12 @@ def test_one_flag_adds_loggers(tmp_path: Path) -> None:
     assert list(config.trainer.logger) == ["console", "file", "wandb", "tensorboard"]
     for name in ("trackio", "swanlab", "mlflow"):
         recipe.validate(composed(tmp_path, loggers=[name])[2])  # verl knows it, without its package
-    with pytest.raises(recipe.RecipeError, match="--logger wandbb: accepted are console, file, wandb"):
+    with pytest.raises(UserError, match="--logger wandbb: accepted are console, file, wandb"):
         composed(tmp_path, loggers=["wandbb"])
 
 
 def test_metrics_cannot_be_switched_off(tmp_path: Path) -> None:
-    with pytest.raises(recipe.RecipeError, match="must have `file`"):
+    with pytest.raises(UserError, match="must have `file`"):
         recipe.validate(composed(tmp_path, "trainer.logger=[console]")[2])
 
 
@@ -349,7 +351,7 @@ def test_a_ray_job_is_the_same_command_with_this_project_sent_along(
     assert "--address=http://head:8265" in command
     (folder,) = [a.split("=", 1)[1] for a in command if a.startswith("--working-dir=")]
     assert Path(folder) == RECIPES.parent
-    assert all(name.startswith("/") for name in clusters.NOT_SHIPPED)  # /data, and not vlnorm_verl/data
+    assert all(name.startswith("/") for name in clusters.NOT_SHIPPED)  # /data, and not vlnorm_verl/tasks
     entry = command[command.index("--") + 1 :]
     assert entry[:6] == ["python", "-m", "vlnorm_verl", "launch", "--recipes", "recipes"]
     assert {"--smoke", "method=dr_grpo", "trainer.nnodes=2", f"recipe.root={tmp_path}/runs"} <= set(entry)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import pytest
 import sympy
 
-from vlnorm_verl.rewards._math_equality import equal
-from vlnorm_verl.rewards._math_reading import read
+from vlnorm_verl.tasks.latex.equality import equal
+from vlnorm_verl.tasks.latex.reading import read
 
 
 def are_equal(gold: str, answer: str) -> bool:

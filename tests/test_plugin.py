@@ -275,7 +275,7 @@ def test_run_with_a_critic_validates(compose: Any) -> None:
         *actor(loss_agg_mode="vl_norm"),
         "algorithm.adv_estimator=gae",
         "critic.ppo_micro_batch_size_per_gpu=1",
-        f"critic.model.path={REPOSITORY}/vlnorm_verl/tiny/weights",
+        f"critic.model.path={REPOSITORY}/vlnorm_verl/tasks/tiny/weights",
     )
     validate(config, use_critic=True)
 

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from transformers import Qwen2Config, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from vlnorm_verl import recipe
-from vlnorm_verl.data.prompts import countdown_prompt, math_prompt
+from vlnorm_verl.runs import recipe
+from vlnorm_verl.tasks.prompts import countdown_prompt, math_prompt
 
 CONFIG = Path(__file__).parent.parent / "recipes" / "config"
 CHATML = (

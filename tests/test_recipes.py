@@ -24,10 +24,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vlnorm_verl import recipe, reproduce, resources
 from vlnorm_verl.cli import app
-from vlnorm_verl.recipe import RecipeError
-from vlnorm_verl.reproduce import Run
+from vlnorm_verl.files import UserError
+from vlnorm_verl.runs import recipe, reproduce, resources
+from vlnorm_verl.runs.reproduce import Run
 
 PROJECT = Path(__file__).parent.parent
 RECIPES = PROJECT / "recipes"
@@ -112,7 +112,7 @@ ALL_RUNS = {
     "trainer.logger": ["console", "file"],
     "trainer.log_val_generations": 0,
     "trainer.v1.trainer_mode": "sync_whole_groups",
-    "trainer.v1.sampler.custom_sampler.path": "pkg://vlnorm_verl.sampler",
+    "trainer.v1.sampler.custom_sampler.path": "pkg://vlnorm_verl.paper.replay_buffer",
     "trainer.v1.sampler.custom_sampler.name": "BoundedReplayBuffer",
 }
 FAMILY: dict[str, dict[str, Any]] = {
@@ -141,7 +141,7 @@ TASK: dict[str, dict[str, Any]] = {
         "data.max_prompt_length": 256,
         "data.train_files": "data/countdown/train.parquet",
         "data.val_files": "data/countdown/test.parquet",
-        "reward.custom_reward_function.path": "pkg://vlnorm_verl.rewards.countdown",
+        "reward.custom_reward_function.path": "pkg://vlnorm_verl.tasks.countdown",
     },
     "math": {
         "data.max_prompt_length": 1024,
@@ -152,7 +152,7 @@ TASK: dict[str, dict[str, Any]] = {
             "data/math/amc.parquet",
             "data/math/minerva.parquet",
         ],
-        "reward.custom_reward_function.path": "pkg://vlnorm_verl.rewards.math",
+        "reward.custom_reward_function.path": "pkg://vlnorm_verl.tasks.math",
     },
 }
 ALPHA = {"countdown": "1.0", "math": "0.75"}
@@ -189,7 +189,7 @@ def papers_values(name: str) -> dict[str, Any]:
     if method == "dr_grpo":
         expected["algorithm.norm_adv_by_std_in_grpo"] = False
     if method.endswith("as_coded"):
-        expected["actor_rollout_ref.model.external_lib"] = "vlnorm_verl.as_coded"
+        expected["actor_rollout_ref.model.external_lib"] = "vlnorm_verl.paper.as_coded"
     if method == "dapo_norm_as_coded":
         expected["actor_rollout_ref.actor.policy_loss.loss_mode"] = "dapo_norm_as_coded"
     if method == "vl_norm_as_coded":
@@ -201,7 +201,7 @@ def papers_values(name: str) -> dict[str, Any]:
     if method == "soft_punishment":
         expected["reward.reward_manager.source"] = "importlib"
         expected["reward.reward_manager.name"] = "SoftPunishment"
-        expected["reward.reward_manager.module.path"] = "pkg://vlnorm_verl.soft_punishment"
+        expected["reward.reward_manager.module.path"] = "pkg://vlnorm_verl.paper.soft_punishment"
         expected["reward.reward_manager.module.name"] = "SoftPunishment"
         expected["reward.reward_kwargs.max_resp_len"] = 3072
         expected["reward.reward_kwargs.overlong_buffer_cfg.enable"] = True
@@ -336,7 +336,7 @@ def test_every_recipe_script(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_recipe_is_refused(overrides: list[str], message: str) -> None:
-    with pytest.raises(RecipeError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         recipe.compose(CONFIG, overrides)
 
 
@@ -448,7 +448,7 @@ def test_the_docs_arithmetic_of_eps() -> None:
 
 
 def test_readme_has_the_resources() -> None:
-    generated("python -m vlnorm_verl.resources", resources.tables())
+    generated("python -m vlnorm_verl.runs.resources", resources.tables())
 
 
 def test_resources_know_the_models() -> None:
@@ -692,5 +692,5 @@ def test_a_stop_reaches_the_run_and_ends_the_set(monkeypatch: pytest.MonkeyPatch
 
 def test_recipes_need_the_v1_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", {"verl": "0.8.0"}.get)
-    with pytest.raises(recipe.RecipeError, match=r"the installed verl is 0\.8\.0: .* 0\.9\.0 and later"):
+    with pytest.raises(UserError, match=r"the installed verl is 0\.8\.0: .* 0\.9\.0 and later"):
         recipe.compose(CONFIG, [])

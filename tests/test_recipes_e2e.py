@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from vlnorm_verl.running import read_metrics
+from vlnorm_verl.runs.process import read_metrics
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHORT = ["scale=cpu", "length=3072", "data.val_max_samples=4"]

@@ -25,9 +25,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
+from vlnorm_verl.files import UserError
 from vlnorm_verl.report import dumps, measures, paper, tables
 from vlnorm_verl.report.estimates import Estimate
-from vlnorm_verl.report.readers import ReportError, read_runs
+from vlnorm_verl.report.readers import read_runs
 from vlnorm_verl.report.report import build
 from vlnorm_verl.report.runs import Run, Setting
 
@@ -512,7 +513,7 @@ def test_an_offline_wandb_file_that_is_cut(tracked: Path, tmp_path: Path) -> Non
     assert run.metrics["filler/149"].tolist() == [149.0 * step for step in run.steps]
     assert "run-x.wandb: the end is cut, left out" in run.notes
     (tmp_path / "bad.wandb").write_bytes(b"something else")
-    with pytest.raises(ReportError, match="not a file of wandb"):
+    with pytest.raises(UserError, match="not a file of wandb"):
         read_runs([str(tmp_path / "bad.wandb")])
 
 
@@ -520,7 +521,7 @@ def test_an_offline_wandb_file_that_is_cut(tracked: Path, tmp_path: Path) -> Non
 def test_a_missing_library_is_named(tracked: Path, kind: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in [m for m in sys.modules if m.split(".")[0] == library] + [library]:
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ReportError, match=f"pip install {library}"):
+    with pytest.raises(UserError, match=f"pip install {library}"):
         read_runs([str(tracked / kind)])
 
 

@@ -19,10 +19,11 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.test_report import accuracy, dump_line, foot, made, quiet, random_dump, table_of, write_run
+from vlnorm_verl.files import UserError
 from vlnorm_verl.report import measures
 from vlnorm_verl.report.readers import read_runs, value_at
 from vlnorm_verl.report.report import build
-from vlnorm_verl.report.runs import ReportError, Run
+from vlnorm_verl.report.runs import Run
 
 KEY = "val-core/set/acc/mean@8"
 
@@ -273,7 +274,7 @@ def test_a_label_with_a_seed(tmp_path: Path) -> None:
     runs = read(f"vl_norm:0.75@4={files[0]}", f"mine@0={files[1]}", f"mine={files[2]}")
     assert said(runs) == [("vl_norm:0.75", 4), ("mine", 0), ("mine", 1)]
     for wrong, says in ((f"mine@x={files[0]}", "'x' is no seed"), (f"mine@1={tmp_path}", "a seed is of one run")):
-        with pytest.raises(ReportError, match=says):
+        with pytest.raises(UserError, match=says):
             read(wrong)
 
 
@@ -296,7 +297,7 @@ def test_a_mode_that_training_refuses_is_refused(mode: str, says: str, tmp_path:
     config = write_run(tmp_path / "y", curve={1: 0.5})
     (config / "config.yaml").write_text(f"actor_rollout_ref: {{actor: {{loss_agg_mode: '{mode}'}}}}\n")
     for argument in (f"{mode}={file}", named, config):
-        with pytest.raises(ReportError, match=says):
+        with pytest.raises(UserError, match=says):
             read(argument)
     assert read(f"vl_norm:1.5={file}")[0].method_key == "vl_norm:1.5"
 

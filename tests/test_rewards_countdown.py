@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import hostile
-from vlnorm_verl.rewards.countdown import (
+from vlnorm_verl.tasks.countdown import (
     MAX_ANSWER_LENGTH,
     OUTCOMES,
     Problem,
@@ -363,7 +363,7 @@ def run_manager(name: str, overrides: list[str], samples: list[tuple[str, Any]])
     from verl.trainer.ppo.reward import load_reward_manager
     from verl.utils import hf_tokenizer
 
-    from vlnorm_verl.tiny import WEIGHTS
+    from vlnorm_verl.tasks.tiny import WEIGHTS
 
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", overrides=[f"reward.reward_manager.name={name}", *overrides])
@@ -402,7 +402,7 @@ def run_manager(name: str, overrides: list[str], samples: list[tuple[str, Any]])
 @pytest.mark.parametrize("manager", ["naive", "dapo"])
 @pytest.mark.parametrize(
     "path",
-    ["pkg://vlnorm_verl.rewards.countdown", "pkg://vlnorm_verl/rewards/countdown", "vlnorm_verl/rewards/countdown.py"],
+    ["pkg://vlnorm_verl.tasks.countdown", "pkg://vlnorm_verl/tasks/countdown", "vlnorm_verl/tasks/countdown.py"],
 )
 def test_verl_scores_with_it(manager: str, path: str) -> None:
     truth = ground_truth(Problem((3, 5), 8))

@@ -30,9 +30,9 @@ from hypothesis import strategies as st
 
 from tests import hostile
 from tests.test_rewards_countdown import run_manager
-from vlnorm_verl.rewards import _math_pool
-from vlnorm_verl.rewards import math as reward
-from vlnorm_verl.rewards.math import (
+from vlnorm_verl.tasks import math as reward
+from vlnorm_verl.tasks.latex import pool as worker_pool
+from vlnorm_verl.tasks.math import (
     MAX_ANSWER_LENGTH,
     OUTCOMES,
     InfrastructureError,
@@ -57,7 +57,7 @@ def workers() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children():
         try:
-            if child.status() != psutil.STATUS_ZOMBIE and "_math_worker.py" in " ".join(child.cmdline()):
+            if child.status() != psutil.STATUS_ZOMBIE and "latex/worker.py" in " ".join(child.cmdline()):
                 found.append(child)
         except psutil.NoSuchProcess:
             continue
@@ -246,7 +246,7 @@ def test_memory_is_bounded(new_pool: Callable[..., Pool]) -> None:
 
 def test_workers_are_recycled(new_pool: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch) -> None:
     """After RECYCLE_AFTER answers and not before, however large this process is (it holds torch)."""
-    monkeypatch.setattr(_math_pool, "RECYCLE_AFTER", 3)
+    monkeypatch.setattr(worker_pool, "RECYCLE_AFTER", 3)
     pool = new_pool(limit_s=20, workers=1)
     used = []
     for _ in range(6):
@@ -347,7 +347,7 @@ def test_a_broken_sympy_is_an_error_with_the_remedy(
     with pytest.raises(InfrastructureError, match=r"broken on purpose; it needs sympy: pip install"):
         new_pool().compare("1", "2")
     # In verl too: the reward manager does not swallow it.
-    override = "reward.custom_reward_function.path=pkg://vlnorm_verl.rewards.math"
+    override = "reward.custom_reward_function.path=pkg://vlnorm_verl.tasks.math"
     with pytest.raises(InfrastructureError, match="broken on purpose"):
         run_manager("naive", [override, "+reward.custom_reward_function.reward_kwargs.limit_s=19"], [(boxed("1"), "2")])
 
@@ -375,7 +375,7 @@ def test_ray_can_send_the_error() -> None:
 
 ORPHANS = """
 import sys, threading
-from vlnorm_verl.rewards.math import Pool
+from vlnorm_verl.tasks.math import Pool
 pool = Pool(limit_s=2, workers=2, memory_mib=4096)
 threads = [threading.Thread(target=pool.compare, args=("1", a), daemon=True) for a in sys.argv[1:]]
 for thread in threads:
@@ -424,7 +424,7 @@ def test_a_worker_imports_nothing_heavy() -> None:
         "import runpy, sys; runpy.run_path(sys.argv[1])['load'](); "
         "print(sorted({'torch', 'verl', 'ray', 'numpy'} & set(sys.modules)))"
     )
-    command = [sys.executable, "-c", code, str(Path(reward.__file__).with_name("_math_worker.py"))]
+    command = [sys.executable, "-c", code, str(Path(reward.__file__).with_name("latex") / "worker.py")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -465,7 +465,7 @@ def test_hostile_responses(new_pool: Callable[..., Pool], count: int, limit_s: f
 
 @pytest.mark.parametrize("manager", ["naive", "dapo"])
 def test_verl_scores_with_it(manager: str) -> None:
-    path = "reward.custom_reward_function.path=pkg://vlnorm_verl.rewards.math"
+    path = "reward.custom_reward_function.path=pkg://vlnorm_verl.tasks.math"
     kwargs = "+reward.custom_reward_function.reward_kwargs"
     samples = [(boxed("1/2"), "0.5"), (boxed("1/3"), "0.5"), (boxed(HANGS), "0.5"), ("none", "0.5")] * 3
     results = run_manager(manager, [path, f"{kwargs}.limit_s=1", f"{kwargs}.workers=2"], samples)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from vlnorm_verl import launch, recipe
-from vlnorm_verl.launch import Request
-from vlnorm_verl.recipe import RecipeError
-from vlnorm_verl.run_folder import begin, completed_steps, finish, prune, remember, state, validation_due
+from vlnorm_verl.files import UserError
+from vlnorm_verl.runs import launch, recipe
+from vlnorm_verl.runs.folder import begin, completed_steps, finish, prune, remember, state, validation_due
+from vlnorm_verl.runs.launch import Request
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -77,14 +77,14 @@ def test_what_is_no_part_of_the_experiment_may_change(tmp_path: Path) -> None:
 )
 def test_the_experiment_may_not(tmp_path: Path, override: str, message: str) -> None:
     remember(configured(tmp_path), tmp_path)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         remember(configured(tmp_path, override), tmp_path)
 
 
 def test_a_method_may_fix_more(tmp_path: Path) -> None:
     fixed = f"+recipe.fixed=[{ACTOR}.ppo_micro_batch_size_per_gpu]"
     remember(configured(tmp_path, fixed), tmp_path)
-    with pytest.raises(RecipeError, match="ppo_micro_batch_size_per_gpu: 4 then, 2 now"):
+    with pytest.raises(UserError, match="ppo_micro_batch_size_per_gpu: 4 then, 2 now"):
         remember(configured(tmp_path, fixed, f"{ACTOR}.ppo_micro_batch_size_per_gpu=2"), tmp_path)
 
 
@@ -153,7 +153,7 @@ def test_a_tracker_that_a_crash_left_empty(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_is_gone_is_said(tmp_path: Path) -> None:
     saved(tmp_path, 20, tracker="40")
-    with pytest.raises(RecipeError, match="names step 40, which is not there: verl would begin anew"):
+    with pytest.raises(UserError, match="names step 40, which is not there: verl would begin anew"):
         begin(configured(tmp_path), tmp_path)
 
 
@@ -195,10 +195,10 @@ def test_what_a_finished_run_keeps(tmp_path: Path, override: str, steps: list[in
     if optimizers:
         begin(longer, tmp_path)
     else:
-        with pytest.raises(RecipeError, match=r"without the optimizer, so it cannot go on.*recipe\.keep=all"):
+        with pytest.raises(UserError, match=r"without the optimizer, so it cannot go on.*recipe\.keep=all"):
             begin(longer, tmp_path)
 
 
 def test_what_may_be_kept_is_checked(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="accepted are model and all"):
+    with pytest.raises(UserError, match="accepted are model and all"):
         configured(tmp_path, "recipe.keep=optimizer")

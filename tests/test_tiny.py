@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from vlnorm_verl.tiny import WEIGHTS, countdown
-from vlnorm_verl.tiny.countdown import (
+from vlnorm_verl.tasks.tiny import WEIGHTS, countdown
+from vlnorm_verl.tasks.tiny.countdown import (
     GIVE_UP_PROBABILITY,
     MAX_NUMBER,
     MAX_TARGET,
@@ -273,7 +273,7 @@ def tokenizer():
 
 
 def test_tokenizer_is_one_token_per_character(tokenizer) -> None:
-    from vlnorm_verl.tiny.model import EOS, VOCABULARY
+    from vlnorm_verl.tasks.tiny.model import EOS, VOCABULARY
 
     assert len(tokenizer) == len(VOCABULARY)
     assert tokenizer.convert_ids_to_tokens(range(len(VOCABULARY))) == list(VOCABULARY)
@@ -289,7 +289,7 @@ def test_tokenizer_is_one_token_per_character(tokenizer) -> None:
 
 
 def test_chat_template_is_exactly_the_prompt(tokenizer) -> None:
-    from vlnorm_verl.tiny.model import VOCABULARY
+    from vlnorm_verl.tasks.tiny.model import VOCABULARY
 
     for problem in distinct_problems(50, 9, "test"):
         prompt = render_prompt(problem)
@@ -302,7 +302,7 @@ def test_chat_template_is_exactly_the_prompt(tokenizer) -> None:
 def test_shipped_files_are_what_the_code_builds(tokenizer) -> None:
     from transformers import AutoConfig
 
-    from vlnorm_verl.tiny.model import build_config, build_tokenizer
+    from vlnorm_verl.tasks.tiny.model import build_config, build_tokenizer
 
     built = build_tokenizer()
     assert type(built) is type(tokenizer)
@@ -318,7 +318,7 @@ def test_shipped_files_are_what_the_code_builds(tokenizer) -> None:
 def write_data(out: Path, *arguments: str):
     import typer
 
-    from vlnorm_verl.tiny import data
+    from vlnorm_verl.tasks.tiny import data
 
     app = typer.Typer()
     app.command()(data.main)
@@ -366,8 +366,8 @@ def test_data_is_seeded_and_replaces_whole_files(tmp_path: Path) -> None:
 
 
 def test_batches_fit_and_weights_mask_the_prompt() -> None:
-    from vlnorm_verl.tiny.model import VOCABULARY
-    from vlnorm_verl.tiny.warmstart import BATCH_TOKENS, DECISION_WEIGHT, batches, encode
+    from vlnorm_verl.tasks.tiny.model import VOCABULARY
+    from vlnorm_verl.tasks.tiny.warmstart import BATCH_TOKENS, DECISION_WEIGHT, batches, encode
 
     for batch in itertools.islice(batches(4), 30):
         assert len(batch) * max(map(len, batch)) <= BATCH_TOKENS
@@ -382,7 +382,7 @@ def test_batches_fit_and_weights_mask_the_prompt() -> None:
 def test_training_is_seeded() -> None:
     import torch
 
-    from vlnorm_verl.tiny.warmstart import train
+    from vlnorm_verl.tasks.tiny.warmstart import train
 
     torch.set_num_threads(1)
     (first, tokens), (second, again), (other, _) = (train(seed, 2, 1e-3) for seed in (1, 1, 2))
@@ -410,7 +410,7 @@ def test_shipped_weights_solve_a_part_of_the_held_out_problems() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from vlnorm_verl.tiny.warmstart import evaluate
+    from vlnorm_verl.tasks.tiny.warmstart import evaluate
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(WEIGHTS).eval()

@@ -30,9 +30,9 @@ import pytest
 
 from tests.test_e2e import processes_of
 from vlnorm_verl.cpu import cpu_environment
-from vlnorm_verl.quickstart import CONFIG_FOLDER, MODEL_FOLDER, make_data
-from vlnorm_verl.running import TrainingFailed, last_lines, locked, train
-from vlnorm_verl.tiny.model import VOCABULARY
+from vlnorm_verl.runs.process import TrainingFailed, last_lines, locked, train
+from vlnorm_verl.runs.quickstart import CONFIG_FOLDER, MODEL_FOLDER, make_data
+from vlnorm_verl.tasks.tiny.model import VOCABULARY
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -211,7 +211,7 @@ TRAINERS = {
 }
 
 REWARD = """
-from vlnorm_verl.tiny import countdown
+from vlnorm_verl.tasks.tiny import countdown
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):

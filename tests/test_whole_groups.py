@@ -15,7 +15,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from vlnorm_verl import recipe
+from vlnorm_verl.files import UserError
+from vlnorm_verl.runs import recipe
 
 CONFIG = Path(__file__).parent.parent / "recipes" / "config"
 PROMPTS, RESPONSES, MINI_BATCH = 128, 10, 32  # as in common.yaml and family/aggregation.yaml
@@ -112,7 +113,7 @@ def test_the_order_is_new_in_each_step_and_knows_nothing_of_lengths() -> None:
 
 def test_groups_of_unequal_size_lose_no_response() -> None:
     """verl pads a batch with rows that are groups of one; a custom agent loop may give a prompt several outputs."""
-    from vlnorm_verl.whole_groups import shares_of_ranks
+    from vlnorm_verl.paper.whole_groups import shares_of_ranks
 
     owner = [f"p{i % 5}" for i in range(13)] + ["pad0", "pad1", "pad2"]
     shares = shares_of_ranks(owner, torch.arange(1, 17), ranks=2, mini_batch=8, rng=random.Random(0))
@@ -145,5 +146,5 @@ def test_verls_own_buffer_is_the_synchronous_one() -> None:
     ],
 )
 def test_what_is_no_whole_group_run_is_refused_before_ray(overrides: str, message: str) -> None:
-    with pytest.raises(recipe.RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         recipe.validate(recipe.compose(CONFIG, [overrides]))

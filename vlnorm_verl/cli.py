@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from vlnorm_verl import __version__
-from vlnorm_verl.data.cli import data_app
+from vlnorm_verl.files import UserError
 from vlnorm_verl.lab.cli import lab_app
 from vlnorm_verl.report.cli import report
+from vlnorm_verl.tasks.cli import data_app
 
 app = typer.Typer(
     help="VL Norm (arXiv 2509.07558, ΔL Normalization) for stock verl.",
@@ -93,7 +94,7 @@ def quickstart(
 
         vlnorm-verl quickstart --steps 20 -- actor_rollout_ref.actor.optim.lr=3e-4
     """
-    from vlnorm_verl.quickstart import Settings, run
+    from vlnorm_verl.runs.quickstart import Settings, run
 
     raise typer.Exit(
         run(Settings(mode=mode, steps=steps, seed=seed, ranks=ranks, out=out, resume=resume, overrides=context.args))
@@ -133,8 +134,8 @@ def launch(
     The run is on this machine; with RAY_ADDRESS=host:port on that Ray cluster; with RAY_ADDRESS=http://host:8265 it is
     submitted there as a Ray job. The same command again goes on after a crash, and does nothing when the run is done.
     """
-    from vlnorm_verl.launch import Request
-    from vlnorm_verl.launch import launch as run
+    from vlnorm_verl.runs.launch import Request
+    from vlnorm_verl.runs.launch import launch as run
 
     request = Request(recipes, list(overrides or []), dry_run, smoke, [n for n in logger.split(",") if n], on, python)
     _in_its_environment(lambda: run(request))
@@ -163,8 +164,7 @@ def reproduce(
 
     Exit code 0 if no run failed (--dry-run: if all are valid), 1 if one did, 2 for a wrong request, 130 after Ctrl-C.
     """
-    from vlnorm_verl import reproduce as module
-    from vlnorm_verl.recipe import RecipeError
+    from vlnorm_verl.runs import reproduce as module
 
     if values:
         print(module.values_table(recipes / "config"))
@@ -173,7 +173,7 @@ def reproduce(
     overrides = [word for word in what or [] if "=" in word]
     try:
         numbers = module.parse_seeds(seeds)
-    except RecipeError as error:
+    except UserError as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(2) from None
     _in_its_environment(lambda: module.reproduce(recipes, names, overrides, numbers, list_sets, status, dry_run, on))

@@ -1,7 +1,8 @@
 """Puts the aggregations of `vlnorm_verl.aggregation` into stock verl. The only module that knows verl's loss path.
 
 `NAMES` below is the one table of verl's names that are relied on, and why; those with a `wrap` are replaced, nothing
-else of verl is. One thing is added: the advantage estimator of `vlnorm_verl.overlong`, by verl's own register_adv_est.
+else of verl is. One thing is added: the advantage estimator of `vlnorm_verl.paper.overlong`, by verl's own
+register_adv_est.
 Files and lines are verl 0.9.1's unless said; verl 0.7.1, 0.8.0 and 0.9.0 have the same names, trainers excepted.
 
 How a weight gets from the mini-batch to the loss: `train_batch` sums z(L) over the rank's mini-batch, all-reduces
@@ -39,7 +40,7 @@ import wrapt
 from omegaconf import OmegaConf, open_dict
 
 from vlnorm_verl import aggregation as maths
-from vlnorm_verl import overlong
+from vlnorm_verl.paper import overlong
 
 logger = logging.getLogger(__name__)
 
@@ -698,7 +699,7 @@ def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
     in the order in which they were finished (trainer/ppo/v1/replay_buffer.py), the V0 trainer's `_balance_batch` sorts
     each rank's share by length (trainer/ppo/ray_trainer.py:1240). Both put short responses into the first mini-batch.
     Two of V1's trainers are not asked, whatever `shuffle` is: separate_async, which draws each mini-batch by itself
-    (trainer/ppo/v1/trainer_base.py:549), and ours (vlnorm_verl.whole_groups).
+    (trainer/ppo/v1/trainer_base.py:549), and ours (vlnorm_verl.paper.whole_groups).
     """
     if OmegaConf.select(config, "trainer.v1.trainer_mode") in ("separate_async", "sync_whole_groups"):
         return

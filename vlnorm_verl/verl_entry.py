@@ -30,7 +30,7 @@ except Exception:
 
 def _add_trainer(_: ModuleType) -> None:
     try:
-        import vlnorm_verl.whole_groups  # noqa: F401  registers it
+        import vlnorm_verl.paper.whole_groups  # noqa: F401  registers it
     except Exception as error:  # the import of verl must go on; it refuses the trainer's name itself
         logger.warning("vlnorm-verl cannot add the trainer of whole groups (%s: %s)", type(error).__name__, error)
 

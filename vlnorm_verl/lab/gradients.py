@@ -31,8 +31,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import models, store
-from vlnorm_verl.lab.store import Group, LabError, Stored, load
+from vlnorm_verl.lab.store import Group, Stored, load
 
 if TYPE_CHECKING:
     import torch
@@ -75,16 +76,16 @@ def compute(
         on_group: called with the prompt's number after each file.
 
     Raises:
-        LabError: a request that cannot be met, gradients of other settings in the folder, or weights that are not
+        UserError: a request that cannot be met, gradients of other settings in the folder, or weights that are not
             those that were sampled from.
     """
     console = console or Console()
     if projection is not None and projection < 0:
-        raise LabError(f"--projection {projection}: must be 0 (none) or more")
+        raise UserError(f"--projection {projection}: must be 0 (none) or more")
     sampled = store.read_settings(out)
     resolved = models.resolve(sampled["model"], out)
     if models.fingerprint(resolved) != sampled["weights"]:
-        raise LabError(
+        raise UserError(
             f"the weights of {sampled['model']} are not those that {out / store.ROLLOUTS} was sampled from: "
             "the gradients would not be on policy; sample again, into another --out"
         )
@@ -97,7 +98,9 @@ def compute(
         projection = PROJECTION if sum(sizes.values()) > PROJECT_ABOVE else 0
     share = projection // len(parts) if projection else sum(sizes.values())
     if share == 0:
-        raise LabError(f"--projection {projection}: fewer numbers than the {len(parts)} parts of the chosen parameters")
+        raise UserError(
+            f"--projection {projection}: fewer numbers than the {len(parts)} parts of the chosen parameters"
+        )
     entries = {part: sum(sizes[name] for name in names) for part, names in parts.items()}
     widths = {part: min(size, share) for part, size in entries.items()}
     settings = {
@@ -151,7 +154,7 @@ def compute(
                 rows[row] = _flat(of_parts).cpu().numpy()
                 progress.update(bar, advance=1)
             if not np.isfinite(rows).all():
-                raise LabError(f"prompt {index}: a score gradient is not finite; the model overflows in float32")
+                raise UserError(f"prompt {index}: a score gradient is not finite; the model overflows in float32")
             file = store.gradient_path(out / folder, index)
             with store.replaced(file) as temporary, temporary.open("wb") as opened:
                 np.save(opened, rows)
@@ -214,7 +217,7 @@ def select_parameters(model: torch.nn.Module, modules: str) -> dict[str, torch.n
             in the paper's Figure 4), "all", or a regular expression that is searched in the parameters' names.
 
     Raises:
-        LabError: nothing matches; the message lists what is near.
+        UserError: nothing matches; the message lists what is near.
     """
     # With the second names of tied parameters, so that lm_head finds what is tied to it.
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -226,12 +229,12 @@ def select_parameters(model: torch.nn.Module, modules: str) -> dict[str, torch.n
         try:
             pattern = re.compile(modules)
         except re.error as error:
-            raise LabError(
+            raise UserError(
                 f"--modules {modules!r} is not a regular expression ({error}). Accepted: {LAST_QKV}, {ALL}, or one"
             ) from error
         wanted = {name for name in names if pattern.search(name)}
         if not wanted:
-            raise LabError(
+            raise UserError(
                 f"--modules {modules!r} matches no parameter. Near: {', '.join(_near(modules, names))}. "
                 f"Accepted: {LAST_QKV}, {ALL}, or a regular expression"
             )
@@ -259,7 +262,7 @@ def _last_qkv(names: list[str]) -> set[str]:
     if set(found.values()) >= set(_SEPARATE) or set(found.values()) & set(_FUSED):
         return set(found)
     candidates = _distinct([name for name in names if "attn" in name.lower() or "attention" in name.lower()] or names)
-    raise LabError(
+    raise UserError(
         f"--modules {LAST_QKV}: this model has no {', '.join(_SEPARATE)} and none of {', '.join(_FUSED)} in a numbered "
         f"layer. Give a regular expression; its parameters: {', '.join(candidates[:_SHOWN])}"
     )

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlnorm_verl.lab.store import LabError
+from vlnorm_verl.files import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ def resolve(model: str, out: Path) -> str:
         out: the lab's folder.
 
     Raises:
-        LabError: there is no such model, or verl cannot merge the checkpoint.
+        UserError: there is no such model, or verl cannot merge the checkpoint.
     """
     path = Path(model).expanduser()
     record = out / MERGED / MERGED_FROM
@@ -53,15 +53,15 @@ def resolve(model: str, out: Path) -> str:
         actor = path / "actor" if (path / "actor").is_dir() else path
         if (actor / "fsdp_config.json").is_file():
             return str(_merged(actor, out / MERGED))
-        raise LabError(
+        raise UserError(
             f"MODEL {model} holds neither config.json (a Hugging Face folder) nor fsdp_config.json, here or in "
             "actor/ (an FSDP checkpoint of verl, …/checkpoints/global_step_N)"
         )
     if path.exists():
-        raise LabError(f"MODEL {model} is a file; give the model's folder")
+        raise UserError(f"MODEL {model} is a file; give the model's folder")
     # A name on the hub is "owner/name" or "name".
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise LabError(f"MODEL {model}: there is no such folder")
+        raise UserError(f"MODEL {model}: there is no such folder")
     return model
 
 
@@ -77,7 +77,7 @@ def _merged(actor: Path, target: Path) -> Path:
         there = json.loads(record.read_text(encoding="utf-8"))
         if there == source:
             return target
-        raise LabError(
+        raise UserError(
             f"{target} was merged from {there['checkpoint']} as it was then, not from {actor}: take another --out"
         )
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -93,7 +93,7 @@ def _merged(actor: Path, target: Path) -> Path:
             check=False,
         )
         if done.returncode != 0:
-            raise LabError(f"MODEL {actor}: verl cannot merge this checkpoint:\n{done.stdout[-2000:]}")
+            raise UserError(f"MODEL {actor}: verl cannot merge this checkpoint:\n{done.stdout[-2000:]}")
         (temporary / MERGED_FROM).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, target)
     finally:
@@ -107,14 +107,14 @@ def fingerprint(resolved: str) -> str:
     The first MiB holds entries of the first tensors, which any training step changes.
 
     Raises:
-        LabError: a folder without weights, or a name that the hub does not have.
+        UserError: a folder without weights, or a name that the hub does not have.
     """
     folder = Path(resolved)
     if not folder.is_dir():
         return str(getattr(load_config(resolved), "_commit_hash", None))
     files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS)
     if not files:
-        raise LabError(f"MODEL {resolved} has no weights ({' or '.join(f'*{suffix}' for suffix in _WEIGHTS)})")
+        raise UserError(f"MODEL {resolved} has no weights ({' or '.join(f'*{suffix}' for suffix in _WEIGHTS)})")
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
@@ -127,34 +127,34 @@ def load_config(resolved: str) -> Any:
     """transformers' configuration of the model.
 
     Raises:
-        LabError: transformers cannot read it.
+        UserError: transformers cannot read it.
     """
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(resolved)
     except (OSError, ValueError) as error:
-        raise LabError(f"MODEL {resolved} is not a model of transformers: {error}") from error
+        raise UserError(f"MODEL {resolved} is not a model of transformers: {error}") from error
 
 
 def load_tokenizer(resolved: str) -> PreTrainedTokenizerBase:
     """
     Raises:
-        LabError: transformers cannot read it.
+        UserError: transformers cannot read it.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(resolved)
     except (OSError, ValueError) as error:
-        raise LabError(f"MODEL {resolved} has no tokenizer that transformers reads: {error}") from error
+        raise UserError(f"MODEL {resolved} has no tokenizer that transformers reads: {error}") from error
 
 
 def load_model(resolved: str) -> PreTrainedModel:
     """The model in float32, in evaluation mode, on the GPU if there is one.
 
     Raises:
-        LabError: transformers cannot load it as a causal language model.
+        UserError: transformers cannot load it as a causal language model.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -162,5 +162,5 @@ def load_model(resolved: str) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(resolved, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise LabError(f"MODEL {resolved} is not a causal language model of transformers: {error}") from error
+        raise UserError(f"MODEL {resolved} is not a causal language model of transformers: {error}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import store
 from vlnorm_verl.lab.analysis import COMPARED, LOST, PAIRS, THIRDS, Analysis, Tradeoff, analyse
-from vlnorm_verl.lab.store import LabError
 from vlnorm_verl.report import output
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.output import Cell, Table, method_label
@@ -38,13 +38,13 @@ def build(
         seed: of the mini-batches that are drawn and of the bootstrap.
 
     Raises:
-        LabError: a folder without gradients, two of one name, or too few responses to say anything.
+        UserError: a folder without gradients, two of one name, or too few responses to say anything.
     """
     from vlnorm_verl.lab.figures import figures
 
     console = console or Console()
     if mini_batch < 1:
-        raise LabError(f"--mini-batch {mini_batch}: must be 1 or more responses")
+        raise UserError(f"--mini-batch {mini_batch}: must be 1 or more responses")
     found = []
     with console.status("inner products and resampling …") as status:
         for name, folder in named(folders).items():
@@ -57,7 +57,7 @@ def build(
                 status.update(f"{name}: gradients of {gradients} …")
                 found.append(analyse(store.load(folder, f"{GRADIENTS}/{gradients}"), name, gradients, mini_batch, seed))
     if not found:
-        raise LabError("no complete gradients; `vlnorm-verl lab run` goes on where it stopped")
+        raise UserError("no complete gradients; `vlnorm-verl lab run` goes on where it stopped")
     made = tables(found)
     drawn = figures(found)
     verdicts = [verdict(one) for one in of_most_parameters(found)]
@@ -93,7 +93,7 @@ def named(folders: Sequence[str]) -> dict[str, Path]:
     """{name: folder}.
 
     Raises:
-        LabError: a folder that is not there, or a name that stands for two.
+        UserError: a folder that is not there, or a name that stands for two.
     """
     result: dict[str, Path] = {}
     for text in folders:
@@ -101,9 +101,11 @@ def named(folders: Sequence[str]) -> dict[str, Path]:
         folder = Path(path if equals else text)
         name = name if equals else folder.name
         if not (folder / store.ROLLOUTS).exists():
-            raise LabError(f"{folder} is no folder of `vlnorm-verl lab run`: it has no {store.ROLLOUTS}")
+            raise UserError(f"{folder} is no folder of `vlnorm-verl lab run`: it has no {store.ROLLOUTS}")
         if name in result:
-            raise LabError(f"{name!r} names both {result[name]} and {folder}: give one another name with NAME={folder}")
+            raise UserError(
+                f"{name!r} names both {result[name]} and {folder}: give one another name with NAME={folder}"
+            )
         result[name] = folder
     return result
 
@@ -112,7 +114,7 @@ def choices(folder: Path) -> list[str]:
     """The choices of parameters whose gradients are in a lab's folder."""
     found = sorted(path.parent.name for path in (folder / GRADIENTS).glob(f"*/{store.SETTINGS}"))
     if not found:
-        raise LabError(f"{folder} has no gradients; `vlnorm-verl lab run` computes them, and goes on where it stopped")
+        raise UserError(f"{folder} has no gradients; `vlnorm-verl lab run` computes them, and goes on where it stopped")
     return found
 
 

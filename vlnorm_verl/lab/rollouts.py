@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import models, store
-from vlnorm_verl.lab.store import LabError, Rollouts
+from vlnorm_verl.lab.store import Rollouts
 from vlnorm_verl.lab.tasks import Task
 
 if TYPE_CHECKING:
@@ -58,11 +59,11 @@ class Design:
         for kind in ("deep", "pool"):
             prompts, responses = getattr(self, f"{kind}_prompts"), getattr(self, f"{kind}_responses")
             if prompts < 0:
-                raise LabError(f"--{kind}-prompts {prompts}: must be 0 or more")
+                raise UserError(f"--{kind}-prompts {prompts}: must be 0 or more")
             if prompts and responses < 2:
-                raise LabError(f"--{kind}-responses {responses}: must be 2 or more, a GRPO group")
+                raise UserError(f"--{kind}-responses {responses}: must be 2 or more, a GRPO group")
         if not self.prompts:
-            raise LabError("--deep-prompts 0 and --pool-prompts 0: at least one prompt is needed")
+            raise UserError("--deep-prompts 0 and --pool-prompts 0: at least one prompt is needed")
 
     @property
     def prompts(self) -> int:
@@ -102,19 +103,19 @@ def sample(
         console: where progress and the choice of the engine are shown.
 
     Raises:
-        LabError: a request that cannot be met, or rollouts of other settings in `out`.
+        UserError: a request that cannot be met, or rollouts of other settings in `out`.
     """
     console = console or Console()
     if engine not in ENGINES:
-        raise LabError(f"--engine {engine} is not known. Accepted: {', '.join(ENGINES)}")
+        raise UserError(f"--engine {engine} is not known. Accepted: {', '.join(ENGINES)}")
     if engine == "vllm" and not _has_vllm():
-        raise LabError("--engine vllm: vLLM is not installed; take --engine transformers")
+        raise UserError("--engine vllm: vLLM is not installed; take --engine transformers")
     if not temperature > 0:
-        raise LabError(f"--temperature {temperature:g}: must be above 0")
+        raise UserError(f"--temperature {temperature:g}: must be above 0")
     if max_response_length < 1:
-        raise LabError(f"--max-response-length {max_response_length}: must be 1 or more")
+        raise UserError(f"--max-response-length {max_response_length}: must be 1 or more")
     if batch_size < 1:
-        raise LabError(f"--batch-size {batch_size}: must be 1 or more")
+        raise UserError(f"--batch-size {batch_size}: must be 1 or more")
     questions = task.questions(design.prompts, seed)
     resolved = models.resolve(model, out)
     tokenizer = models.load_tokenizer(resolved)
@@ -123,7 +124,7 @@ def sample(
     positions = getattr(config, "max_position_embeddings", None)
     longest = max(map(len, prompts))
     if positions and longest + max_response_length > positions:
-        raise LabError(
+        raise UserError(
             f"--max-response-length {max_response_length}: with a prompt of {longest} tokens this is beyond the "
             f"model's {positions} positions; accepted: up to {positions - longest}"
         )
@@ -182,7 +183,7 @@ def end_tokens(resolved: str, eos_token_id: int | None) -> set[int]:
     """Tokens that end a response: the tokenizer's and those of the model's generation settings, as in vLLM.
 
     Raises:
-        LabError: there is none, so that no response would ever end.
+        UserError: there is none, so that no response would ever end.
     """
     from transformers import GenerationConfig
 
@@ -193,7 +194,7 @@ def end_tokens(resolved: str, eos_token_id: int | None) -> set[int]:
     candidates = [eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     ends = {token for token in candidates if token is not None}
     if not ends:
-        raise LabError(f"MODEL {resolved} has no end-of-sequence token in its tokenizer or generation_config.json")
+        raise UserError(f"MODEL {resolved} has no end-of-sequence token in its tokenizer or generation_config.json")
     return ends
 
 
@@ -332,7 +333,7 @@ def _with_vllm(
                 check=False,
             )
         if done.returncode != 0:
-            raise LabError(
+            raise UserError(
                 f"--engine vllm: vLLM ended with exit code {done.returncode}, see {log}; or take transformers"
             )
         with answer.open(encoding="utf-8") as file:

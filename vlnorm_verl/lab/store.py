@@ -23,13 +23,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from vlnorm_verl.files import UserError
+
 ROLLOUTS = "rollouts.jsonl"
 SETTINGS = "settings.json"
 FORMAT = 1  # of both files; raise it when either changes
-
-
-class LabError(ValueError):
-    """A request that the lab cannot meet; the message names the option and what is accepted."""
 
 
 @dataclass
@@ -131,7 +129,7 @@ def read_settings(out: Path) -> dict[str, Any]:
     """The settings of the sampling.
 
     Raises:
-        LabError: the folder has no rollouts.
+        UserError: the folder has no rollouts.
     """
     with _open_rollouts(out) as file:
         settings: dict[str, Any] = json.loads(file.readline())
@@ -142,7 +140,7 @@ def read_rollouts(out: Path) -> Iterator[Rollouts]:
     """One prompt after the other.
 
     Raises:
-        LabError: the folder has no rollouts.
+        UserError: the folder has no rollouts.
     """
     with _open_rollouts(out) as file:
         file.readline()
@@ -162,7 +160,7 @@ def rollouts_sha256(out: Path) -> str:
 def _open_rollouts(out: Path) -> TextIO:
     path = out / ROLLOUTS
     if not path.exists():
-        raise LabError(f"{path} is not there: sample rollouts into {out} first")
+        raise UserError(f"{path} is not there: sample rollouts into {out} first")
     return path.open(encoding="utf-8")
 
 
@@ -193,15 +191,15 @@ def load(out: Path, folder: str = "gradients") -> Stored:
         folder: its folder of gradients, where there are several.
 
     Raises:
-        LabError: rollouts or gradients are missing, or do not belong together.
+        UserError: rollouts or gradients are missing, or do not belong together.
     """
     sampled = read_settings(out)
     path = out / folder / SETTINGS
     if not path.exists():
-        raise LabError(f"{path} is not there: compute the gradients of {out} first")
+        raise UserError(f"{path} is not there: compute the gradients of {out} first")
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if settings["rollouts_sha256"] != rollouts_sha256(out):
-        raise LabError(f"{out / folder} has the gradients of other rollouts than {out / ROLLOUTS}: compute them again")
+        raise UserError(f"{out / folder} has the gradients of other rollouts than {out / ROLLOUTS}: compute them again")
     ends = np.cumsum([0, *settings["parts"].values()]).tolist()
     dimension = ends[-1]
     groups: list[Group] = []
@@ -213,7 +211,7 @@ def load(out: Path, folder: str = "gradients") -> Stored:
             continue
         gradients = np.load(file, mmap_mode="r")
         if gradients.shape != (len(rollouts.responses), dimension):
-            raise LabError(f"{file} has the shape {gradients.shape}, not {(len(rollouts.responses), dimension)}")
+            raise UserError(f"{file} has the shape {gradients.shape}, not {(len(rollouts.responses), dimension)}")
         rewards = np.array(rollouts.rewards, dtype=np.float64)
         groups.append(
             Group(
@@ -227,7 +225,7 @@ def load(out: Path, folder: str = "gradients") -> Stored:
             )
         )
     if missing:
-        raise LabError(f"{out / folder} lacks the gradients of {missing} prompts: compute again, which goes on there")
+        raise UserError(f"{out / folder} lacks the gradients of {missing} prompts: compute again, which goes on there")
     return Stored(
         model=sampled["model"],
         task=sampled["task"],
@@ -259,7 +257,7 @@ def replaced(path: Path) -> Iterator[Path]:
 def refuse_other(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """
     Raises:
-        LabError: `path` was made with other settings than those asked for.
+        UserError: `path` was made with other settings than those asked for.
     """
     # JSON turns tuples into lists: compare what would be read again.
     plain: dict[str, Any] = json.loads(json.dumps(asked))
@@ -269,7 +267,7 @@ def refuse_other(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any])
         if there.get(key) != plain.get(key)
     ]
     if differing:
-        raise LabError(
+        raise UserError(
             f"{path} was made with other settings ({'; '.join(differing)}): take another --out, or delete it"
         )
 

@@ -1,8 +1,8 @@
 """Tasks of the lab: where its prompts come from and how a response is scored.
 
-Covered: the tiny CountDown (`vlnorm_verl.tiny`, no file needed), and CountDown and Math from the parquet files that
-`vlnorm-verl data` writes. A prompt is the text of its one user message and goes to the tokenizer as it is, without a
-chat template, as in the recipes. Not covered: prompts of several messages, images, tools.
+Covered: the tiny CountDown (`vlnorm_verl.tasks.tiny`, no file needed), and CountDown and Math from the parquet files
+that `vlnorm-verl data` writes. A prompt is the text of its one user message and goes to the tokenizer as it is, without
+a chat template, as in the recipes. Not covered: prompts of several messages, images, tools.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlnorm_verl.lab.store import LabError
+from vlnorm_verl.files import UserError
 
 TASKS = ("tiny", "countdown", "math")
 COLUMNS = ("data_source", "prompt", "reward_model")
@@ -45,7 +45,7 @@ class Task:
         """Different problems of the training set, the same for the same seed.
 
         Raises:
-            LabError: there are fewer than `count`, or a row's prompt is not one message.
+            UserError: there are fewer than `count`, or a row's prompt is not one message.
         """
         if self.data is None:
             return _tiny_questions(count, seed)
@@ -53,7 +53,7 @@ class Task:
 
         table = pq.read_table(self.data, columns=list(COLUMNS))
         if table.num_rows < count:
-            raise LabError(f"--data {self.data} has {table.num_rows} rows, {count} prompts are asked for")
+            raise UserError(f"--data {self.data} has {table.num_rows} rows, {count} prompts are asked for")
         chosen = random.Random(f"lab-{seed}").sample(range(table.num_rows), count)
         return [_question(row, self.data) for row in table.take(chosen).to_pylist()]
 
@@ -72,26 +72,26 @@ def load_task(name: str, data: Path | None = None) -> Task:
         data: verl's parquet file of the task; the tiny task takes none.
 
     Raises:
-        LabError: unknown task, or a file that is missing, unreadable or lacks columns.
+        UserError: unknown task, or a file that is missing, unreadable or lacks columns.
     """
     if name not in TASKS:
         close = difflib.get_close_matches(name.lower(), TASKS, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise LabError(f"--task {name} is not known.{hint} Accepted: {', '.join(TASKS)}")
+        raise UserError(f"--task {name} is not known.{hint} Accepted: {', '.join(TASKS)}")
     if name == "tiny":
         if data is not None:
-            raise LabError(f"--data {data}: --task tiny makes its own prompts; leave --data out")
-        from vlnorm_verl.tiny.countdown import compute_score
+            raise UserError(f"--data {data}: --task tiny makes its own prompts; leave --data out")
+        from vlnorm_verl.tasks.tiny.countdown import compute_score
 
         return Task(name, None, compute_score)
     if data is None:
-        raise LabError(f"--task {name} needs --data FILE, a parquet file that `vlnorm-verl data {name}` writes")
+        raise UserError(f"--task {name} needs --data FILE, a parquet file that `vlnorm-verl data {name}` writes")
     _check_columns(data)
     if name == "countdown":
-        from vlnorm_verl.rewards import countdown
+        from vlnorm_verl.tasks import countdown
 
         return Task(name, data, countdown.compute_score)
-    from vlnorm_verl.rewards import math
+    from vlnorm_verl.tasks import math
 
     return Task(name, data, math.compute_score)
 
@@ -101,28 +101,28 @@ def _check_columns(data: Path) -> None:
     import pyarrow.parquet as pq
 
     if not data.is_file():
-        raise LabError(f"--data {data}: there is no such file")
+        raise UserError(f"--data {data}: there is no such file")
     try:
         columns = pq.read_schema(data).names
     except pa.ArrowException as error:
-        raise LabError(f"--data {data} is not a parquet file: {error}") from error
+        raise UserError(f"--data {data} is not a parquet file: {error}") from error
     missing = [column for column in COLUMNS if column not in columns]
     if missing:
-        raise LabError(f"--data {data} lacks {', '.join(missing)}; it has {', '.join(columns)}")
+        raise UserError(f"--data {data} lacks {', '.join(missing)}; it has {', '.join(columns)}")
 
 
 def _tiny_questions(count: int, seed: int) -> list[Question]:
-    from vlnorm_verl.tiny.countdown import DATA_SOURCE, distinct_problems, ground_truth, render_prompt
+    from vlnorm_verl.tasks.tiny.countdown import DATA_SOURCE, distinct_problems, ground_truth, render_prompt
 
     try:
         problems = distinct_problems(count, seed, "train")
     except ValueError as error:
-        raise LabError(f"--task tiny: {error}") from error
+        raise UserError(f"--task tiny: {error}") from error
     return [Question(render_prompt(problem), ground_truth(problem), DATA_SOURCE) for problem in problems]
 
 
 def _question(row: dict[str, Any], data: Path) -> Question:
     messages = row["prompt"]
     if not isinstance(messages, list) or len(messages) != 1 or not isinstance(messages[0].get("content"), str):
-        raise LabError(f"--data {data}: `prompt` must be one message with a text, not {messages!r:.200}")
+        raise UserError(f"--data {data}: `prompt` must be one message with a text, not {messages!r:.200}")
     return Question(messages[0]["content"], row["reward_model"]["ground_truth"], row["data_source"])

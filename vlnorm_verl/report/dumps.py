@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from vlnorm_verl.report.records import Lines
 from vlnorm_verl.report.runs import Run, Validation, logged_accuracies, value_at
+from vlnorm_verl.runs.records import Lines
 
 CACHE_FILE = ".validation-counts.msgpack"
 CACHE_FORMAT = 2

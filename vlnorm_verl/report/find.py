@@ -21,8 +21,8 @@ from pathlib import Path
 
 import msgspec
 
-from vlnorm_verl.report.records import RECORD, decode
-from vlnorm_verl.report.runs import ReportError
+from vlnorm_verl.files import UserError
+from vlnorm_verl.runs.records import RECORD, decode
 
 # Folders of a run that hold no metrics of a run of its own, and the launcher's two-step smoke runs.
 NOT_SEARCHED = {"checkpoints", "rollouts", "validation", "smoke", "__pycache__"}
@@ -67,7 +67,7 @@ def split_label(argument: str) -> tuple[str, int | None, Path]:
     if not at:
         return label, None, Path(path)
     if not seed.isdecimal():
-        raise ReportError(f"RUN {argument}: {seed!r} is no seed; accepted after @ is a whole number: {name}@0={path}")
+        raise UserError(f"RUN {argument}: {seed!r} is no seed; accepted after @ is a whole number: {name}@0={path}")
     return name, int(seed), Path(path)
 
 
@@ -75,21 +75,21 @@ def find(arguments: list[str]) -> list[Source]:
     """The runs at and below each RUN, label=RUN or label@seed=RUN, each once, sorted by path within an argument.
 
     Raises:
-        ReportError: a path does not exist, a seed is none or is of several runs, or there is no run at all.
+        UserError: a path does not exist, a seed is none or is of several runs, or there is no run at all.
     """
     found: dict[tuple[str, Path], Source] = {}
     for argument in arguments:
         label, seed, path = split_label(argument)
         if not path.exists():
-            raise ReportError(f"RUN {argument}: there is no {path}. Accepted: {ACCEPTED}")
+            raise UserError(f"RUN {argument}: there is no {path}. Accepted: {ACCEPTED}")
         sources = list(_search(path)) or [_source("empty", path, path)]
         if seed is not None and len(sources) > 1:
-            raise ReportError(f"RUN {argument}: a seed is of one run, and there are {len(sources)} in {path}")
+            raise UserError(f"RUN {argument}: a seed is of one run, and there are {len(sources)} in {path}")
         for source in sources:
             key = source.kind, (source.files[0] if source.files and not _many(source) else source.folder).resolve()
             found.setdefault(key, replace(source, label=label, seed=seed, alone=len(sources) == 1))
     if all(source.kind == "empty" and not _has_configuration(source.folder) for source in found.values()):
-        raise ReportError(
+        raise UserError(
             f"RUN {' '.join(arguments)}: no run there. Looked for metrics-NNN.jsonl or another *.jsonl of verl's file "
             "logger, tensorboard's events.out.tfevents.* and *.wandb, in these folders and all below"
         )

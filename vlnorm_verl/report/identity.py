@@ -27,9 +27,9 @@ from typing import Any
 import msgspec
 import yaml
 
+from vlnorm_verl.files import UserError
 from vlnorm_verl.report.find import Source
-from vlnorm_verl.report.records import decode
-from vlnorm_verl.report.runs import ReportError
+from vlnorm_verl.runs.records import decode
 
 STOCK_METHODS = {
     "seq-mean-token-mean": "grpo_norm",
@@ -73,7 +73,7 @@ def parse_method(mode: str, where: str) -> tuple[str, float | None]:
     """(method, α) of a loss_agg_mode, a method's name, or a label: vl_norm:0.75, token-mean, grpo_norm …
 
     Raises:
-        ReportError: a parameter that training refuses; `where` is the argument or file that it is of.
+        UserError: a parameter that training refuses; `where` is the argument or file that it is of.
     """
     name, colon, number = mode.partition(":")
     if colon and name in MODES and not _PAPERS.fullmatch(mode):
@@ -82,7 +82,7 @@ def parse_method(mode: str, where: str) -> tuple[str, float | None]:
         try:
             parse_mode(mode)
         except ValueError as error:
-            raise ReportError(f"{where}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
     if name == "vl_norm":
         return name, float(number) if colon else 1.0
     return STOCK_METHODS.get(mode, mode), None
@@ -92,7 +92,7 @@ def identify(source: Source, config: dict[str, Any] | None = None, title: str = 
     """config, title: what the log itself says (wandb's configuration and name of the run).
 
     Raises:
-        ReportError: a mode that training refuses.
+        UserError: a mode that training refuses.
     """
     found = Identity()
     if source.shared:

@@ -25,14 +25,15 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vlnorm_verl.files import UserError
 from vlnorm_verl.report.dumps import CACHE_FILE, DumpCache, attach_validations
 from vlnorm_verl.report.find import ACCEPTED, Source, find
 from vlnorm_verl.report.identity import Identity, identify, settle, shortest
-from vlnorm_verl.report.records import NOTED, RECORD, Lines, Start, columns, join, read_starts
-from vlnorm_verl.report.runs import VALIDATION_METRIC, ReportError, Run, logged_accuracies, value_at
+from vlnorm_verl.report.runs import VALIDATION_METRIC, Run, logged_accuracies, value_at
 from vlnorm_verl.report.trackers import read_tensorboard, read_wandb
+from vlnorm_verl.runs.records import NOTED, RECORD, Lines, Start, columns, join, read_starts
 
-__all__ = ["ReportError", "read_runs", "value_at"]
+__all__ = ["UserError", "read_runs", "value_at"]
 
 
 @dataclass
@@ -68,7 +69,7 @@ def read_runs(
     metric: what the accuracy is, instead of verl's mean@n of the validation sets.
 
     Raises:
-        ReportError: a path does not exist, nothing there is a run, no run has the metric, or a library is missing.
+        UserError: a path does not exist, nothing there is a run, no run has the metric, or a library is missing.
     """
     logs = _joined([_read(source) for source in find(arguments)])
     settle([log.identity for log in logs], [bool(log.source.label) for log in logs])
@@ -77,7 +78,7 @@ def read_runs(
     if metric and not any(metric in run.metrics for run in runs):
         known = {key for run in runs for key in run.metrics}
         nearest = difflib.get_close_matches(metric, known, n=3, cutoff=0.4) or sorted(known)[:3]
-        raise ReportError(f"--metric {metric}: no run logs it; they log for instance {', '.join(nearest) or 'nothing'}")
+        raise UserError(f"--metric {metric}: no run logs it; they log for instance {', '.join(nearest) or 'nothing'}")
     _attach_dumps(runs, [_dumps(run, log) for run, log in zip(runs, logs, strict=True)], cache_folder, console)
     _number_seeds(runs)
     return runs

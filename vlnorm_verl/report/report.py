@@ -20,11 +20,12 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
+from vlnorm_verl.files import UserError
 from vlnorm_verl.report.identity import parse_method
 from vlnorm_verl.report.output import missing_libraries
 from vlnorm_verl.report.readers import read_runs
-from vlnorm_verl.report.runs import ReportError, Run
-from vlnorm_verl.running import write_json
+from vlnorm_verl.report.runs import Run
+from vlnorm_verl.runs.process import write_json
 
 WRITTEN = ".written.json"
 
@@ -45,18 +46,18 @@ def build(
     console = console or Console()
     try:
         return _build(arguments, out, smooth, console, metric, baseline)
-    except ReportError as error:
+    except UserError as error:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
 
 
 def _build(arguments: list[str], out: Path, smooth: int | None, console: Console, metric: str, baseline: str) -> int:
     if smooth is not None and smooth < 1:
-        raise ReportError(f"--smooth {smooth}: accepted are whole numbers from 1 (no smoothing)")
+        raise UserError(f"--smooth {smooth}: accepted are whole numbers from 1 (no smoothing)")
     if problem := missing_libraries():
-        raise ReportError(problem)
+        raise UserError(problem)
     if out.exists() and not out.is_dir():
-        raise ReportError(f"--out {out}: is a file; accepted is a folder, which is made if it is not there")
+        raise UserError(f"--out {out}: is a file; accepted is a folder, which is made if it is not there")
     runs, baseline = _read(arguments, out, metric, baseline)
 
     from vlnorm_verl.report import tables as tables_module
@@ -97,7 +98,7 @@ def _method_key(baseline: str, runs: list[Run]) -> str:
     key = method if alpha is None else f"{method}:{alpha:g}"
     known = {run.method_key for run in runs if len(run.steps)}
     if key not in known:
-        raise ReportError(f"--baseline {baseline}: no run of that method; there are {', '.join(sorted(known))}")
+        raise UserError(f"--baseline {baseline}: no run of that method; there are {', '.join(sorted(known))}")
     return key
 
 
@@ -107,13 +108,13 @@ def _read(arguments: list[str], out: Path, metric: str, baseline: str) -> tuple[
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ReportError(f"--out {out}: cannot be made ({error.strerror}); accepted is a folder to write to") from None
+        raise UserError(f"--out {out}: cannot be made ({error.strerror}); accepted is a folder to write to") from None
     if not os.access(out, os.W_OK | os.X_OK):
-        raise ReportError(f"--out {out}: cannot be written to; accepted is a folder to write to")
+        raise UserError(f"--out {out}: cannot be written to; accepted is a folder to write to")
     try:
         runs = read_runs(arguments, out, metric=metric)
         return runs, _method_key(baseline, runs)
-    except ReportError:
+    except UserError:
         with contextlib.suppress(OSError):  # the counts of dumps stay for the next try
             for folder in made:
                 folder.rmdir()

@@ -15,10 +15,6 @@ import numpy as np
 VALIDATION_METRIC = re.compile(r"val-core/(?P<set>.+)/(?P<variable>[^/]+)/mean@(?P<n>\d+)")
 
 
-class ReportError(ValueError):
-    """A request that cannot be met; the message names the argument and what is accepted."""
-
-
 class Setting(NamedTuple):
     """What runs must share to be compared."""
 

@@ -9,21 +9,21 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from vlnorm_verl.report.records import Start, decode, starts_of
-from vlnorm_verl.report.runs import ReportError
+from vlnorm_verl.files import UserError
+from vlnorm_verl.runs.records import Start, decode, starts_of
 
 
 def read_tensorboard(files: Iterable[Path], notes: list[str]) -> list[Start]:
     """The starts in tensorboard's event files, in the order of their first event.
 
     Raises:
-        ReportError: tensorboard is not installed.
+        UserError: tensorboard is not installed.
     """
     try:
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
         from tensorboard.util.tensor_util import make_ndarray
     except ImportError:
-        raise ReportError(f"{next(iter(files))}: reading it needs tensorboard: pip install tensorboard") from None
+        raise UserError(f"{next(iter(files))}: reading it needs tensorboard: pip install tensorboard") from None
     found: list[tuple[float, list[Start]]] = []
     for file in files:
         rows: list[tuple[int, dict[str, Any]]] = []
@@ -61,16 +61,16 @@ def read_wandb(file: Path, notes: list[str]) -> Wandb:
     protobuf messages, which wandb's own generated classes (`wandb.proto`, private) decode.
 
     Raises:
-        ReportError: wandb is not installed, or the file is not one of wandb's.
+        UserError: wandb is not installed, or the file is not one of wandb's.
     """
     try:
         from google.protobuf.message import DecodeError
         from wandb.proto import wandb_internal_pb2
     except ImportError:
-        raise ReportError(f"{file}: reading it needs wandb: pip install wandb") from None
+        raise UserError(f"{file}: reading it needs wandb: pip install wandb") from None
     content = file.read_bytes()
     if content[:4] != b":W&B"[: len(content)]:
-        raise ReportError(f"{file}: not a file of wandb")
+        raise UserError(f"{file}: not a file of wandb")
     rows: list[tuple[int, dict[str, Any]]] = []
     config: dict[str, Any] = {}
     name = run = ""

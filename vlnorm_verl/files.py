@@ -1,0 +1,71 @@
+"""Files that appear whole or not at all, folders that belong to one request, and the error of a wrong request."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+
+class UserError(ValueError):
+    """What was asked for cannot be done. The command line prints the message alone and exits with 2."""
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place if the block ends well, and is removed if not.
+
+    What is written is on the disk before the name changes: a rename can get there first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file whole. A lone surrogate (a file name that is not UTF-8) becomes "?"."""
+    with whole(path) as temporary:
+        temporary.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """What two settings differ in, as `key: 1 there, 2 asked for`; compared as JSON would read them again."""
+    plain = [json.loads(json.dumps(settings, default=str)) for settings in (there, asked)]
+    before, now = plain
+    return [
+        f"{key}: {_shown(before, key)} there, {_shown(now, key)} asked for"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    text = json.dumps(settings[key], ensure_ascii=False) if key in settings else "nothing"
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[IO[str]]:
+    """Hold a folder. A child process that is given the file's descriptor holds it too, until the last of them ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield file

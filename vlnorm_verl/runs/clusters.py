@@ -1,0 +1,199 @@
+"""A recipe on more than this machine: what changes on a Ray cluster that exists already, and how a run gets to one.
+
+Covered: the overrides and variables that its workers need, the question to every node whether the run can work there,
+`ray job submit`, `sbatch` and a KubeRay RayJob of a launch. The files that the last two need are in recipes/cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from vlnorm_verl.cpu import cpu_environment
+from vlnorm_verl.files import UserError
+from vlnorm_verl.runs import recipe
+
+PLUGIN = "vlnorm_verl.verl_entry"
+# Variables of whoever starts a run on an existing cluster that its workers get, too.
+FORWARDED = (
+    *("WANDB_*", "SWANLAB_*", "MLFLOW_*", "TRACKIO_*", "HF_*", "TOKENIZERS_*", "NCCL_*", "GLOO_*"),
+    *("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+)
+# What a logger needs where verl's driver runs: a key, or another mode than online, or a file of `wandb login` and such.
+LOGINS = {
+    "wandb": ("WANDB_API_KEY", "WANDB_MODE", ("offline", "disabled"), "~/.netrc"),
+    "swanlab": ("SWANLAB_API_KEY", "SWANLAB_MODE", ("local", "offline", "disabled"), "~/.swanlab/.netrc"),
+}
+ENV_VARS = "ray_kwargs.ray_init.runtime_env.env_vars"
+RAYJOB_NAME = 47  # characters that KubeRay takes for the name of a RayJob
+# Not sent to a cluster with `ray job submit`, beside what .gitignore has (Ray reads it).
+NOT_SHIPPED = ["/runs", "/data", "/docs", "/tests"]
+
+
+# ----------------------------------------------------------------------------------------- on a cluster that is there
+
+
+def with_cluster(overrides: list[str], config: DictConfig, metrics: Path) -> list[str]:
+    """The trainer's overrides for an existing Ray cluster: it has its own resources, its workers need our variables."""
+    variables = worker_variables(config) | {"VERL_FILE_LOGGER_PATH": str(metrics.resolve())}
+    settings = ["ray_kwargs.ray_init.address=auto"]
+    if recipe.is_cpu(config):
+        # Only a Ray that verl starts itself may be given resources, and only its workers are forked by the zygote.
+        settings += [f"ray_kwargs.ray_init.{key}=null" for key in ("num_cpus", "num_gpus", "object_store_memory")]
+        settings += ["ray_kwargs.ray_init.runtime_env.py_executable=null", "~ray_kwargs.ray_init.include_dashboard"]
+    # The user may have given one of the variables, too; then it is already in ours, and Hydra wants each key once.
+    kept = recipe.without(overrides, *(f"{ENV_VARS}.{name}" for name in variables))
+    settings += [f"++{recipe.override(f'{ENV_VARS}.{name}', value)}" for name, value in variables.items()]
+    return [*kept, *settings]
+
+
+def worker_variables(config: DictConfig) -> dict[str, str]:
+    """Environment variables that the workers of an existing cluster must be given; the user's own win."""
+    given = {name: str(value) for name, value in (OmegaConf.select(config, ENV_VARS) or {}).items()}
+    variables = {}
+    if recipe.is_cpu(config):
+        variables = {k: v for k, v in cpu_environment().items() if not k.startswith("VLNORM_")}
+    # Loads the plugin where the package is importable but not installed (sent by `ray job submit`). First of all, so
+    # that a loss function of the user's own finds it in verl.
+    modules = [
+        PLUGIN,
+        *given.get("VERL_USE_EXTERNAL_MODULES", os.environ.get("VERL_USE_EXTERNAL_MODULES", "")).split(","),
+    ]
+    given["VERL_USE_EXTERNAL_MODULES"] = ",".join(dict.fromkeys(name.strip() for name in modules if name.strip()))
+    return variables | given
+
+
+def forwarded() -> dict[str, str]:
+    """The variables of FORWARDED that are set here."""
+    return {k: v for k, v in os.environ.items() if any(fnmatchcase(k, pattern) for pattern in FORWARDED)}
+
+
+def job_environment() -> dict[str, str]:
+    """Environment of the trainer by which Ray gives its workers what is `forwarded`.
+
+    Ray merges this job configuration into that of `ray.init` (ray/_private/worker.py:1789); `ray job submit` works by
+    it, and verl reads it (trainer/constants_ppo.py:103). verl's own door, ray_kwargs, would put API keys into verl's
+    log and into the configuration that it hands to wandb.
+    """
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    job = {"runtime_env": {}, "metadata": {}} | json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    job["runtime_env"]["env_vars"] = forwarded() | job["runtime_env"].get("env_vars", {})
+    # Where both name a variable, verl's value is taken instead of an error.
+    return {RAY_JOB_CONFIG_JSON_ENV_VAR: json.dumps(job), "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}
+
+
+def missing_logins(loggers: list[str]) -> list[str]:
+    """What a logger of the run lacks in this process, each as a message."""
+    problems = []
+    for logger, (key, mode, enough, file) in LOGINS.items():
+        login = Path(file).expanduser()
+        known = (
+            os.environ.get(key) or os.environ.get(mode) in enough or (login.exists() and logger in login.read_text())
+        )
+        if logger in loggers and not known:
+            problems.append(f"logger {logger} needs {key} (or {mode}={'|'.join(enough)}, or its login in {file})")
+    return problems
+
+
+def check_nodes(config: DictConfig, console: Console) -> None:
+    """Raises UserError that names each node of the cluster where the run could not work."""
+    from vlnorm_verl.runs.probe import probe
+
+    files = [config.data.train_files, config.data.val_files]
+    flat = [file for entry in files for file in ([entry] if isinstance(entry, str) else entry)]
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # see job_environment
+    with console.status("asking every node of the Ray cluster …"):
+        try:
+            reports = probe(
+                config.actor_rollout_ref.actor.loss_agg_mode,
+                Path(config.recipe.folder),
+                flat,
+                list(config.trainer.logger),
+                forwarded() | worker_variables(config),
+                recipe.is_cpu(config),
+                recipe.wants_flash_attention(config),
+            )
+        except ConnectionError as error:
+            raise UserError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
+    for report in reports:
+        versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+        console.print(f"node {report.node}: {versions or 'no answer'}", markup=False, highlight=False, soft_wrap=True)
+    bad = [f"node {report.node}: {problem}" for report in reports for problem in report.problems]
+    if bad:
+        raise UserError("the run cannot work on every node:\n  " + "\n  ".join(bad))
+
+
+# ------------------------------------------------------------------------------------------------- the way to a cluster
+# `arguments` are those of `vlnorm-verl launch`: flags, choices and overrides.
+
+
+def submit(recipes: Path, arguments: list[str], config: DictConfig, console: Console) -> int:
+    """`ray job submit` of a launch to the cluster of RAY_ADDRESS=http://…; follows its log, returns its exit code."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:  # not on the command line: it may have keys in it
+        json.dump({"excludes": NOT_SHIPPED, "env_vars": forwarded()}, file)
+        file.flush()
+        command = submit_command(recipes, arguments, config, Path(file.name))
+        console.print(shlex.join(command), markup=False, highlight=False, soft_wrap=True)
+        return subprocess.call(command)
+
+
+def submit_command(recipes: Path, arguments: list[str], config: DictConfig, runtime_env: Path) -> list[str]:
+    """With this project's folder. The launcher in the job finds the cluster by the RAY_ADDRESS that Ray gives it."""
+    return [
+        str(Path(sys.executable).with_name("ray")),
+        "job",
+        "submit",
+        f"--address={os.environ['RAY_ADDRESS']}",
+        f"--submission-id={config.recipe.name}-seed{config.recipe.seed}-{time.strftime('%Y%m%d-%H%M%S')}",
+        f"--working-dir={recipes.resolve().parent}",
+        f"--runtime-env={runtime_env}",
+        "--",
+        *_elsewhere(recipes, arguments),
+    ]
+
+
+def sbatch_command(recipes: Path, arguments: list[str], config: DictConfig) -> list[str]:
+    """`sbatch` of a launch; the job's script is recipes/cluster/slurm.sbatch."""
+    return [
+        "sbatch",
+        f"--nodes={config.trainer.nnodes}",
+        f"--gpus-per-node={config.trainer.n_gpus_per_node}",
+        f"--job-name={config.recipe.name}-seed{config.recipe.seed}",
+        "--dependency=singleton",  # submitted twice, a run waits for itself
+        str(recipes / "cluster" / "slurm.sbatch"),
+        *arguments,
+    ]
+
+
+def rayjob(recipes: Path, arguments: list[str], config: DictConfig) -> str:
+    """The RayJob manifest of recipes/cluster/rayjob.yaml for a launch."""
+    text = (recipes / "cluster" / "rayjob.yaml").read_text()
+    name = re.sub(r"[^a-z0-9]+", "-", f"{config.recipe.name}-seed{config.recipe.seed}".lower())
+    if len(name) > RAYJOB_NAME:
+        name = f"{name[: RAYJOB_NAME - 7].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    for placeholder, value in {
+        "${NAME}": name,
+        "${ENTRYPOINT}": json.dumps(shlex.join(_elsewhere(recipes, arguments))),
+        "${WORKERS}": str(config.trainer.nnodes - 1),
+        "${GPUS}": str(config.trainer.n_gpus_per_node),
+    }.items():
+        text = text.replace(placeholder, value)
+    return text
+
+
+def _elsewhere(recipes: Path, arguments: list[str]) -> list[str]:
+    """The launch as a command in the project's folder on another machine."""
+    return ["python", "-m", "vlnorm_verl", "launch", "--recipes", recipes.name, *arguments]

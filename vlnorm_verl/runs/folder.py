@@ -1,0 +1,180 @@
+"""The folder of a run, on a disk that every node sees: how far the run is, which later start fits, what is kept.
+
+    config.yaml         the whole configuration of the first start; a later start must agree with it
+    checkpoints/        verl's; the same command again goes on from the last
+    rollouts/, validation/    every response, as verl dumps them
+    finished            the last step, once it is trained and validated
+    train.log, metrics-NNN.jsonl, .lock      see vlnorm_verl/runs/process.py
+
+verl's own retention (`trainer.max_actor_ckpt_to_keep`) knows only what the present start has saved: its list begins
+empty (verl/utils/checkpoint/checkpoint_manager.py:58), and it leaves each folder's data.pt. The rest is done here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from vlnorm_verl.files import UserError
+from vlnorm_verl.runs import recipe
+from vlnorm_verl.runs.process import read_metrics
+
+# What may change between two starts of one run: all else is refused, since it might be the experiment. Not the number
+# of GPUs: verl's FSDP checkpoints are read by as many ranks as wrote them. `recipe.fixed` names keys of these that a
+# method's loss depends on.
+MAY_CHANGE = (
+    # how long it is, where it lies, what it prints and keeps
+    *("recipe.steps", "recipe.root", "recipe.data", "recipe.folder", "recipe.keep", "data.*_files"),
+    *("trainer.total_*", "trainer.*_freq", "trainer.val_*", "trainer.*_dir", "trainer.max_*_ckpt_to_keep"),
+    *("trainer.logger", "trainer.log_*", "trainer.*_name", "trainer.v1.sampler.sampler_kwargs.poll_interval"),
+    *("ray_kwargs.*", "global_profiler.*", "*.profiler.*"),
+    # memory and speed: where and in how many pieces the same numbers are computed
+    *("*micro_batch_size*", "*use_dynamic_bsz", "*max_token_len_per_gpu", "*offload*"),
+    *("*entropy_from_logits_with_chunking", "*entropy_checkpointing", "*enable_gradient_checkpointing"),
+    *("*use_torch_compile", "*reshard_after_forward", "*forward_prefetch", "transfer_queue.*"),
+    *("reward.num_workers", "actor_rollout_ref.rollout.agent.num_workers", "data.filter_overlong_prompts_workers"),
+    *("actor_rollout_ref.rollout.max_num_*", "actor_rollout_ref.rollout.max_model_len"),
+    *("actor_rollout_ref.rollout.gpu_memory_utilization", "actor_rollout_ref.rollout.tensor_model_parallel_size"),
+    *("actor_rollout_ref.rollout.enforce_eager", "actor_rollout_ref.rollout.cudagraph_capture_sizes"),
+    *("actor_rollout_ref.rollout.enable_chunked_prefill", "actor_rollout_ref.rollout.enable_prefix_caching"),
+    "actor_rollout_ref.rollout.free_cache_engine",
+    *("actor_rollout_ref.rollout.checkpoint_engine.*", "actor_rollout_ref.rollout.layered_summon"),
+)
+
+
+# ------------------------------------------------------------------------------------------------------ how far it is
+
+
+def completed_steps(folder: Path) -> int:
+    """The step of the last whole checkpoint in a run's folder; 0 without one."""
+    try:
+        return int(_tracker(folder).read_text())
+    except FileNotFoundError:
+        return 0
+    except ValueError:
+        # A crash between its opening and its writing (verl's trainer/ppo/v1/trainer_base.py:1024) leaves it empty.
+        # The checkpoint itself is whole by then.
+        return max((step for step, path in _checkpoints(folder).items() if _whole(path)), default=0)
+
+
+def state(config: DictConfig) -> str:
+    """`finished` (trained and validated), `step x of y` (of the last checkpoint) or `not begun`."""
+    folder, steps = Path(config.recipe.folder), config.trainer.total_training_steps
+    marker = folder / "finished"
+    if marker.exists() and int(marker.read_text()) >= steps:
+        return "finished"
+    done = completed_steps(folder)
+    return f"step {done} of {steps}" if done or (folder / "config.yaml").exists() else "not begun"
+
+
+def validation_due(config: DictConfig, folder: Path) -> bool:
+    """Whether the step of the last checkpoint was to be validated, and was not.
+
+    verl saves before it validates, and logs a step after both (trainer/ppo/v1/trainer_base.py:480-514). A resumed start
+    validates the loaded model as that step if it is told to validate before training (439).
+    """
+    done, every = completed_steps(folder), config.trainer.test_freq
+    due = done > 0 and every > 0 and (done % every == 0 or done >= config.trainer.total_training_steps)
+    return due and done not in {record["step"] for record in read_metrics(folder)}
+
+
+# ------------------------------------------------------------------------------------------------------ a later start
+
+
+def remember(config: DictConfig, folder: Path) -> None:
+    """Keep the configuration of the first start; refuse a later one that would be another run.
+
+    Raises:
+        UserError: the folder holds a run with other values; the message lists them.
+    """
+    file = folder / "config.yaml"
+    if not file.exists():
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(OmegaConf.to_yaml(config, resolve=True))
+        temporary.replace(file)
+        return
+    before, now = recipe.flatten(OmegaConf.load(file)), recipe.flatten(config)
+    fixed = config.recipe.get("fixed") or []
+    changed = [
+        f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and (key in fixed or not any(fnmatch(key, may) for may in MAY_CHANGE))
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with other values; give the same, or another folder with recipe.folder=…\n  "
+            + "\n  ".join(changed)
+        )
+
+
+def begin(config: DictConfig, folder: Path) -> None:
+    """Make sure that verl can load the last checkpoint, and remove what a crash left unfinished.
+
+    Raises:
+        UserError: verl would begin anew, or fail.
+    """
+    if not (done := completed_steps(folder)):
+        return
+    path = _checkpoints(folder).get(done)
+    if path is None:
+        raise UserError(
+            f"{_tracker(folder)} names step {done}, which is not there: verl would begin anew. Delete this file if "
+            "that is what you want"
+        )
+    loads = OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.load_contents") or []
+    if "optimizer" in loads and not list(path.glob("actor/optim_*")):
+        raise UserError(
+            f"{folder}: the run was finished at step {done} and kept its model without the optimizer, so it cannot go "
+            "on. Begin anew with recipe.folder=…; recipe.keep=all keeps everything"
+        )
+    _tracker(folder).write_text(str(done))
+    for step, other in _checkpoints(folder).items():
+        if step > done:
+            shutil.rmtree(other)
+
+
+def prune(folder: Path, keep: int | None, began: int) -> None:
+    """Of the checkpoints of earlier starts, keep those that are among the `keep` newest whole ones; None keeps all.
+
+    began: the step from which the present start goes on. It writes, and removes, later ones only.
+    """
+    done = completed_steps(folder)
+    there = _checkpoints(folder)
+    newest = sorted(step for step, path in there.items() if step <= done and _whole(path))[-keep:] if keep else there
+    for step, path in there.items():
+        if step <= began and step not in newest:
+            shutil.rmtree(path)
+
+
+def finish(config: DictConfig, folder: Path) -> None:
+    """Mark a run whose last step is trained and validated, and keep what `recipe.keep` says: `model` or `all`.
+
+    verl also ends without an error where trainer.total_epochs are over before the last step; that run is not finished.
+    """
+    reached = max([completed_steps(folder), *(record["step"] for record in read_metrics(folder))])
+    if reached < config.trainer.total_training_steps:
+        return
+    if config.recipe.keep == "model":
+        every = config.trainer.max_actor_ckpt_to_keep is None
+        prune(folder, None if every else 1, completed_steps(folder))
+        for file in (folder / "checkpoints").glob("global_step_*/actor/optim_*"):
+            file.unlink()
+    (folder / "finished").write_text(f"{config.trainer.total_training_steps}\n")
+
+
+def _tracker(folder: Path) -> Path:
+    return folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """{step: folder} of all that are there, whole or not."""
+    found = (folder / "checkpoints").glob("global_step_*")
+    return {int(path.name.removeprefix("global_step_")): path for path in found}
+
+
+def _whole(path: Path) -> bool:
+    """Of a checkpoint that the tracker does not name: verl writes data.pt last, and its retention removes actor/."""
+    return (path / "actor").is_dir() and (path / "data.pt").exists()

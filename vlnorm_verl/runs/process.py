@@ -1,0 +1,173 @@
+"""One run of verl.trainer.main_ppo as a process: start it, follow its metrics, end all of it, read what it wrote.
+
+Used by the quickstart and by the recipes' launcher. Files in the folder of a run that live here:
+
+    train.log           everything that verl, Ray and vLLM print
+    metrics-NNN.jsonl   verl's metrics (its file logger's JSON lines), one file per start
+    .lock               held by the launcher and the trainer, so that no second run writes here
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SECONDS = 20.0  # for verl and Ray to end by themselves before they are killed
+
+Record = dict[str, Any]  # {"step": int, "data": {metric: number}} as verl writes it
+
+
+class TrainingFailed(RuntimeError):
+    """verl's process ended with an error."""
+
+
+def train(
+    arguments: list[str], variables: dict[str, str], metrics: Path, log: Path, lock: IO[str]
+) -> Generator[Record, None, None]:
+    """Run verl's trainer and yield its metrics as it writes them.
+
+    Whatever ends this generator (the trainer's end, an exception, Ctrl-C) also ends every process of the run.
+
+    Args:
+        arguments: the trainer's command line.
+        variables: environment variables, over those of this process.
+        metrics: where verl's file logger is to write.
+        log: what the trainer prints is appended here.
+        lock: from `locked`; the trainer holds it too, and keeps it if this process is killed.
+
+    Raises:
+        TrainingFailed: the trainer's exit code is not 0.
+    """
+    environment = {**os.environ, **variables, "VERL_FILE_LOGGER_PATH": str(metrics.resolve())}
+    with open(log, "ab") as output:
+        # A session of its own: Ctrl-C reaches this process only, which then ends the run in order.
+        process = subprocess.Popen(
+            arguments,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[lock.fileno()],
+        )
+    try:
+        with contextlib.closing(_follow(metrics, lambda: process.poll() is None)) as records:
+            yield from records
+    finally:
+        stop(process)
+    if process.returncode != 0:
+        raise TrainingFailed(f"verl's trainer ended with exit code {process.returncode}.")
+
+
+def _follow(path: Path, alive: Callable[[], bool]) -> Generator[Record, None, None]:
+    """Whole lines of a file that another process appends to, until that process is gone."""
+    position, rest = 0, b""
+    while True:
+        last = not alive()  # asked before reading: what a finished process wrote is read once more
+        if path.exists():
+            with open(path, "rb") as file:
+                file.seek(position)
+                chunk = file.read()
+            position += len(chunk)
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from map(json.loads, lines)
+        if last:
+            return
+        time.sleep(0.2)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a trainer and all that it started: asked by SIGINT first, so that Ray shuts down; then killed."""
+    # An impatient second Ctrl-C must not leave the rest running.
+    handlers = [(end, signal.signal(end, signal.SIG_IGN)) for end in STOP_SIGNALS]
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    _, left = psutil.wait_procs(family, timeout=5)
+    for member in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    for end, handler in handlers:
+        signal.signal(end, handler)
+
+
+def last_lines(path: Path, count: int = 40) -> list[str]:
+    with open(path, errors="replace") as file:
+        return list(deque(file, count))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[IO[str]]:
+    """Hold the folder for one run; BlockingIOError if another holds it. The lock ends with its last process."""
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield file
+
+
+def next_metrics(folder: Path) -> Path:
+    """The file for the metrics of the next start: verl's file logger empties the file that it is given."""
+    return folder / f"metrics-{len(list(folder.glob('metrics-*.jsonl'))):03d}.jsonl"
+
+
+def read_metrics(folder: Path) -> list[Record]:
+    """All steps of a run in order, as `report.records.read_records` joins its starts. A cut last line is left out."""
+    from vlnorm_verl.runs.records import read_records
+
+    records = read_records(sorted(folder.glob("metrics-*.jsonl")), [])
+    return [{"step": step, "data": records[step]} for step in sorted(records)]
+
+
+def validation_accuracies(data: dict[str, float]) -> dict[str, float]:
+    """Avg@8 (verl's mean@8) of each validation set that this record has, by the set's name."""
+    return {
+        key.split("/")[1]: value
+        for key, value in data.items()
+        if key.startswith("val-core/") and key.endswith("/mean@8")
+    }
+
+
+def average_at_8(data: dict[str, float]) -> float | None:
+    """Avg@8 of a run with one validation set, if this record has it."""
+    return next(iter(validation_accuracies(data).values()), None)
+
+
+def progress_line(record: Record, steps: int) -> str | None:
+    """What a person wants to see of one step."""
+    data, parts = record["data"], []
+    if "critic/score/mean" in data:
+        parts += [f"reward {data['critic/score/mean']:.3f}", f"length {data['response_length/mean']:5.1f}"]
+        if "actor/vl_norm/variance_ratio" in data:
+            parts[-1] += f" (H {data['actor/vl_norm/length_harmonic_mean']:.1f})"
+            parts.append(f"√(A/H) {data['actor/vl_norm/variance_ratio']:.2f}")
+        parts += [f"grad {data['actor/grad_norm']:.3f}", f"{data['timing_s/step']:.1f} s"]
+    if accuracies := validation_accuracies(data):
+        # One set needs no name.
+        named = [f"{f'{name} ' if len(accuracies) > 1 else ''}{value:.3f}" for name, value in accuracies.items()]
+        parts.append(f"validation Avg@8 {', '.join(named)}")
+    return f"step {record['step']:3d}/{steps}  " + "  ".join(parts) if parts else None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)

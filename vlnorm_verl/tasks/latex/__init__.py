@@ -1,0 +1,1 @@
+"""Reads Math answers, LaTeX or plain, and compares them exactly; worker processes bound time and memory."""

@@ -1,0 +1,236 @@
+"""Whether two Math answers that `latex.reading` has read are equal.
+
+Rational numbers are compared exactly. Other closed forms (roots, π, logarithms) are equal if they agree to 50
+significant digits, formulas if they do to 20 at points that are the same in every process, and exactly where they are
+polynomials with rational coefficients. One tolerance is on purpose: a number with a decimal point against one that has
+no finite decimal form (1/3, √2) is equal within a relative difference of TOLERANCE, which is six significant digits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import sympy
+from sympy import Expr, MatrixBase, Rational, S
+from sympy.core.function import AppliedUndef
+
+from vlnorm_verl.tasks.latex.values import AM, ERRORS, MARKERS, PERCENT, PM, Answer, Base, Items, Relation, as_set
+
+TOLERANCE = Rational(5, 10**6)
+
+_FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "=": "=", "≠": "≠", "≈": "≈", "∈": "∋"}
+_RELATIONALS = {"<": sympy.Lt, ">": sympy.Gt, "≤": sympy.Le, "≥": sympy.Ge, "=": sympy.Eq, "≠": sympy.Ne}
+_EQUATIONS = {"=", "≈", "∈"}
+
+
+def equal(gold: Answer, answer: Answer) -> bool:
+    if gold.text == answer.text or (gold.words is not None and gold.words == answer.words):
+        return True
+    compare = _Comparison(gold.decimal or answer.decimal)
+    for pair in itertools.product(gold.readings, answer.readings):
+        try:
+            if compare.values(*pair):
+                return True
+        except ERRORS:
+            continue
+    return False
+
+
+class _Comparison:
+    def __init__(self, decimal: bool) -> None:
+        self.decimal = decimal
+
+    def values(self, gold: Any, answer: Any) -> bool:
+        if isinstance(gold, Relation) and isinstance(answer, Relation):
+            return self.relations(gold, answer)
+        if isinstance(answer, Relation):
+            return any(self.values(gold, value) for value in self.stated(answer)) or _equal_sets(gold, answer)
+        if isinstance(gold, Relation):
+            named = _is_name(gold.sides[0])
+            return (named and any(self.values(v, answer) for v in self.stated(gold))) or _equal_sets(gold, answer)
+        if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
+            return gold.shape == answer.shape and all(map(self.values, gold, answer))
+        if isinstance(gold, Items | sympy.Set) or isinstance(answer, Items | sympy.Set):
+            return self.items(gold, answer)
+        return isinstance(gold, Expr) and isinstance(answer, Expr) and self.expressions(gold, answer)
+
+    # --- several values ---
+
+    def items(self, gold: Any, answer: Any) -> bool:
+        if not isinstance(gold, Items) or not isinstance(answer, Items):
+            for one, other in ((gold, answer), (answer, gold)):
+                if isinstance(one, Items) and one.brackets == ":" and isinstance(other, Expr) and len(one.values) == 2:
+                    return self.values(one.values[0] / one.values[1], other)
+                if isinstance(one, Items) and one.brackets == "{}" and isinstance(other, Expr):
+                    return len(one.values) == 1 and self.values(one.values[0], other)
+            return _equal_sets(gold, answer)
+        kinds = {gold.brackets, answer.brackets}
+        if kinds <= {"", "or", "{}"}:
+            return self.unordered(gold.values, answer.values)
+        if len(gold.values) != len(answer.values):
+            return _equal_sets(gold, answer)
+        if ":" in kinds and kinds <= {":", "::"}:
+            first = gold.values[0], answer.values[0]
+            return all(self.values(g * first[1], a * first[0]) for g, a in zip(gold.values, answer.values, strict=True))
+        ordered = len(kinds) == 1 or ("" in kinds and not kinds & {":", "::"})
+        if ordered or (len(gold.values) > 2 and kinds == {"()", "[]"}):
+            return all(map(self.values, gold.values, answer.values))
+        return False
+
+    def unordered(self, gold: Sequence[Any], answer: Sequence[Any]) -> bool:
+        same = [[self.values(g, a) for a in answer] for g in gold]
+        return all(map(any, same)) and all(map(any, zip(*same, strict=True)))
+
+    # --- relations ---
+
+    def stated(self, relation: Relation) -> list[Any]:
+        """The values that an equation states: x = 3 states 3, x = 22/7 ≈ 3.14 both, 3 = 2 none."""
+        if not _EQUATIONS.issuperset(relation.operators):
+            return []
+        numbers = [side for side in relation.sides if isinstance(side, Expr) and side.is_number]
+        for (a, b), operator in zip(itertools.pairwise(relation.sides), relation.operators, strict=True):
+            if a in numbers and b in numbers:
+                close = _relative_difference(a, b, 15) < 0.01 if operator == "≈" else self.expressions(a, b)
+                if not close:
+                    return []
+        *_, before, last = relation.sides
+        if last == 0 and isinstance(before, Expr) and before.is_Add:
+            return []  # x + y - 1 = 0 says what x and y are, not that anything is 0
+        return [last, before] if relation.operators[-1] == "≈" and before in numbers else [last]
+
+    def relations(self, gold: Relation, answer: Relation) -> bool:
+        flipped = Relation(tuple(_FLIPPED[o] for o in reversed(answer.operators)), answer.sides[::-1])
+        for other in (answer, flipped):
+            if gold.operators == other.operators and all(map(self.values, gold.sides, other.sides)):
+                return True
+        if len(gold.operators) == len(answer.operators) == 1 and gold.operators[0] in (
+            answer.operators[0],
+            flipped.operators[0],
+        ):
+            differences = [r.sides[0] - r.sides[1] for r in (gold, answer) if all(isinstance(s, Expr) for s in r.sides)]
+            if len(differences) == 2:
+                if gold.operators[0] == "=":
+                    differences = [sympy.fraction(sympy.together(d))[0] for d in differences]
+                factor = sympy.cancel(differences[0] / differences[1])
+                if factor.is_number and factor.is_finite and factor != 0:
+                    return gold.operators[0] in "=≠" or (factor.is_positive is (gold.operators == answer.operators))
+        return _equal_sets(gold, answer)
+
+    # --- expressions ---
+
+    def expressions(self, gold: Expr, answer: Expr) -> bool:
+        return any(itertools.starmap(self.same, _without_markers(gold, answer)))
+
+    def same(self, gold: Expr, answer: Expr) -> bool:
+        if gold == answer:
+            return True
+        functions = sympy.Tuple(gold, answer).atoms(AppliedUndef)
+        names = {function: sympy.Dummy() for function in sorted(functions, key=sympy.default_sort_key)}
+        gold, answer = gold.xreplace(names), answer.xreplace(names)
+        symbols = sorted(gold.free_symbols | answer.free_symbols, key=sympy.default_sort_key)
+        if not symbols:
+            return self.numbers(gold, answer)
+        limit = TOLERANCE if self.decimal else Rational(1, 10**20)
+        # Symbols are positive, as most in physics are, unless it shows that their sign matters.
+        signs = (1, -1) if sympy.Tuple(gold, answer).has(sympy.Abs, sympy.Max, sympy.Min) else (1,)
+        compared = 0
+        for point in _points(len(symbols), signs):
+            at = dict(zip(symbols, point, strict=True))
+            g, a = (_evaluated(value.xreplace(at)) for value in (gold, answer))
+            if g is not None and a is not None:
+                if _relative_difference(g, a, 30) > limit:
+                    return False
+                compared += 1
+        difference = sympy.expand(gold - answer)
+        if not compared:
+            return sympy.simplify(difference) == 0
+        exact = not self.decimal and difference.is_polynomial(*symbols)
+        return difference == 0 or not (exact and all(c.is_Rational for c in sympy.Poly(difference, *symbols).coeffs()))
+
+    def numbers(self, gold: Expr, answer: Expr) -> bool:
+        if not (gold.is_finite and answer.is_finite):
+            return False
+        difference = gold - answer
+        if difference.is_Rational and not (self.decimal and not (_terminates(gold) and _terminates(answer))):
+            return difference == 0
+        found = _relative_difference(gold, answer, 50)
+        return found < (TOLERANCE if self.decimal and not (_terminates(gold) and _terminates(answer)) else 1e-50)
+
+
+def _terminates(value: Expr) -> bool:
+    """Whether it is a number that has a finite decimal form."""
+    if not value.is_Rational:
+        return False
+    denominator = value.q
+    for prime in (2, 5):
+        denominator //= prime ** sympy.multiplicity(prime, denominator)
+    return denominator == 1
+
+
+def _evaluated(value: Expr) -> Expr | None:
+    number = value.evalf(30)
+    return number if number.is_number and number.is_finite and not number.has(sympy.Function) else None
+
+
+def _relative_difference(a: Expr, b: Expr, digits: int) -> Expr:
+    scale = max(abs(a.evalf(15)), abs(b.evalf(15)))
+    return abs((a - b).evalf(digits)) / scale if scale else S.Zero
+
+
+def _points(symbols: int, signs: tuple[int, ...]) -> Iterable[list[Expr]]:
+    """Values for the symbols, the same each time: small and large ones."""
+    numbers = random.Random(1)
+    for largest in (3, 30, 3, 30, 3, 30):
+        yield [Rational(numbers.randint(1, 307 * largest), 307) * numbers.choice(signs) for _ in range(symbols)]
+
+
+def _without_markers(gold: Expr, answer: Expr) -> Iterable[tuple[Expr, Expr]]:
+    """What one side alone is marked with may be left out: 5% is 5 and 0.05, 3 p.m. is 3, 1011_2 is 1011."""
+    marked = [{m for m in MARKERS if side.has(m)} for side in (gold, answer)]
+    based = [side.has(Base) for side in (gold, answer)]
+    if any(based):
+        part = 1 if all(based) else 0
+        gold, answer = (s.replace(Base, lambda *two: two[part]) for s in (gold, answer))
+    if bool(marked[0]) == bool(marked[1]):
+        yield gold, answer
+        return
+    for percent in (1, Rational(1, 100)):
+        values = {AM: 0, PM: 0, PERCENT: percent}
+        yield gold.subs(values), answer.subs(values)
+
+
+def _is_name(side: Any) -> bool:
+    """x, AB, f(x), (x, y), but not 2x or x + y."""
+    if isinstance(side, Items):
+        return all(map(_is_name, side.values))
+    return isinstance(side, Expr) and bool(side.free_symbols) and not side.is_Add and not side.atoms(sympy.Number)
+
+
+def _equal_sets(gold: Any, answer: Any) -> bool:
+    if isinstance(gold, Relation) and isinstance(answer, Relation) and _symbols(gold) != _symbols(answer):
+        return False
+    try:
+        g, a = map(_solutions, (gold, answer))
+        return bool(g == a or g.symmetric_difference(a).is_empty)
+    except ERRORS:
+        return False  # no sets, or none that sympy can compare
+
+
+def _symbols(relation: Relation) -> set[sympy.Symbol]:
+    return set().union(*(side.free_symbols for side in relation.sides if isinstance(side, Expr)))
+
+
+def _solutions(relation: Any) -> sympy.Set:
+    if isinstance(relation, Items) and relation.brackets == "or":
+        return sympy.Union(*map(_solutions, relation.values))
+    if not isinstance(relation, Relation):
+        return as_set(relation)
+    if relation.operators == ("∈",):
+        return as_set(relation.sides[1])
+    unknown = sympy.Dummy(real=True)  # for f(x), which sympy cannot solve for
+    sides = [side.replace(lambda part: isinstance(part, AppliedUndef), lambda _: unknown) for side in relation.sides]
+    pairs = zip(itertools.pairwise(sides), relation.operators, strict=True)
+    return sympy.And(*(_RELATIONALS[o](a, b) for (a, b), o in pairs)).as_set()

@@ -1,0 +1,248 @@
+r"""The words of a Math answer: its text, LaTeX or plain, as tokens for `latex.reading`.
+
+Here is decided what stands for what (``\dfrac``, ``√``, ``np.sqrt``, ``\left(``), what is decoration (``$``, sizes,
+colours, currency), and which letters are a unit or a text and which are variables. Nothing else is dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Token(NamedTuple):
+    kind: str  # number, letter, name (\dot{x}), command, text, mark, begin, end
+    text: str
+    gap: bool = False  # white space before it
+
+
+def word_set(words: str) -> set[str]:
+    return set(words.split())
+
+
+RELATIONS = {
+    "=": "=", "==": "=", r"\approx": "≈", r"\simeq": "≈", r"\sim": "≈", r"\in": "∈",
+    "<": "<", r"\lt": "<", ">": ">", r"\gt": ">", "!=": "≠", r"\ne": "≠", r"\neq": "≠",
+    "<=": "≤", r"\le": "≤", r"\leq": "≤", r"\leqslant": "≤", ">=": "≥", r"\ge": "≥", r"\geq": "≥", r"\geqslant": "≥",
+}  # fmt: skip
+OPENING = {"(": "(", "[": "[", "{": "", r"\{": "{", r"\lbrace": "{", r"\langle": "(", r"\lbrack": "["}
+CLOSING = {")": ")", "]": "]", r"\}": "}", r"\rbrace": "}", r"\rangle": ")", r"\rbrack": "]"}
+FRACTIONS = {r"\frac", r"\dfrac", r"\tfrac", r"\cfrac"}
+TRIGONOMETRIC = word_set("sin cos tan cot sec csc")
+FUNCTIONS = {
+    *TRIGONOMETRIC, *(f"a{name}" for name in TRIGONOMETRIC), *(f"arc{name}" for name in TRIGONOMETRIC),
+    *word_set("sinh cosh tanh coth asinh acosh atanh arsinh arcosh artanh exp ln log lg abs floor ceil det"),
+    *word_set("max min gcd lcm"),
+}  # fmt: skip
+_GREEK = word_set(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho varrho sigma"
+    " tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
+)
+NAMES = {rf"\{name}" for name in _GREEK | word_set("hbar ell nabla partial angle triangle measuredangle odot")}
+UNIT_LETTERS = set("mgshlLJKNWVACFTHMGS")
+
+# Commands without a meaning of their own: alone, or with their first argument.
+_DROPPED = word_set(
+    "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle scriptstyle"
+    " limits nolimits mathbf boldsymbol bm pmb underline boxed fbox mathit mathnormal mathsf rm bf it bfseries hline"
+    " hfill tiny small normalsize large Large LARGE huge Huge quad qquad thinspace medspace thickspace negthinspace"
+    " ensuremath nobreak"
+)
+_DROPPED_WITH_ARGUMENT = word_set("color textcolor colorbox hspace vspace phantom hphantom tag label")
+_LAYOUTS = word_set("aligned align align* gathered split equation equation*")
+_TEXT = word_set("text mbox hbox textbf textit textrm textnormal textsf texttt mathrm operatorname operatorname*")
+_ACCENTS = word_set(
+    "dot ddot bar overline hat widehat tilde widetilde vec overrightarrow check breve acute grave"
+    " mathcal mathscr mathfrak mathbb"
+)
+_CONJUNCTIONS = {"and": "and", "land": "and", "wedge": "and", "&": "and", "": ",", "or": "or", "lor": "or", "vee": "or"}
+_JOINS = {"and", "or", *"=+-*/^_,;&<>:|", *RELATIONS, r"\cdot", r"\times", r"\pm", r"\cup", r"\cap"}
+_KNOWN = (
+    _DROPPED | _TEXT | _ACCENTS | FUNCTIONS | word_set("begin end infty pm cdot times cup cap frac dfrac sqrt binom")
+)
+_KNOWN |= {command[1:] for command in (*NAMES, *RELATIONS, *OPENING, *CLOSING)}
+
+# Behind a number these words, and those of four letters or more, are a unit.
+_UNITS = word_set(
+    "cm mm km nm um kg mg gm ft in yd mi lb lbs oz hr hrs min sec ms ml mL eV Hz kHz Pa kPa mph kmh deg mol"
+)
+_UNITS |= word_set("pct am pm st nd rd th erg pc kpc Mpc AU ly rad cal keV MeV GeV kJ MJ kW MW MHz GHz mA mV kV")
+_PROSE = word_set("not when where for mod than the to of but nor")  # short words that are no product of variables
+
+_CHARACTERS = str.maketrans({
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "±": r"\pm ",
+    "∓": r"\mp ", "≤": "<=", "≥": ">=", "≠": "!=", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
+    "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "∞": r"\infty ", "√": "sqrt", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "°": r"^\circ ", "º": r"^\circ ", "℃": r"^\circ C",
+    "℉": r"^\circ F", "’": "'", "′": "'", "，": ",", "€": r"\$", "£": r"\$", "¥": r"\$", "₹": r"\$",
+    "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega ",
+    "μ": r"\mu ", "σ": r"\sigma ", "Δ": r"\Delta ", "Ω": r"\Omega ",
+})  # fmt: skip
+_SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+_NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)"
+
+
+def _repeating(match: re.Match[str]) -> str:
+    whole, fixed, period = match["whole"], match["fixed"], match["period"].strip("{}()")
+    numerator = int(whole + fixed + period) - int((whole + fixed) or "0")
+    return rf"{{\frac{{{numerator}}}{{{(10 ** len(period) - 1) * 10 ** len(fixed)}}}}}"
+
+
+_REWRITES = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replacement in (
+    (r"^\s*(\*\*|`)(.*)\1\s*$", r"\2"),
+    (r"(?<![.\\])[.,;:](?=[$\s]*$)", ""),  # the end of a sentence, not "0.333..."
+    (r"[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}"),
+    (r"\b(?:np|numpy|math|sympy|sp)\.(?:log\b|(?=[a-z]))", lambda match: "ln" if match[0].endswith("log") else ""),
+    (r"(?<![A-Za-z\\])log(10|2)(?=\s*\()", r"\\log_{\1}"),
+    (r"\((\d+)\)(?=_)", r"\1"),
+    (r"\*\*", "^"),
+    (r"\{\s*\\rm\b\s*([^{}]*)\}", r"\\mathrm{\1}"),
+    (r"(?<![A-Za-z\\])d([A-Za-z])\s*/\s*d([a-z])(?![a-z])", r"\\frac{d\1}{d\2}"),
+    (r"\\(?:left|right)\s*\.", ""),
+    (r"\\not\s*=", r"\\neq "),
+    # Plain text takes the whole number under a root, LaTeX the first digit.
+    (rf"(?<![\\A-Za-z])sqrt\s*({_NUMBER})", r"\\sqrt{\1}"),
+    # Thousands: 12{,}345 12,\!345 12\,345 12 345
+    (r"(?<=\d)(?:\{\s*,\s*\}|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),
+    (r"(?<![\d.,])\d{1,3}(?:(?:\\[,;: ]|~|[ ])\d{3})+(?![\d,])", lambda match: re.sub(r"\D", "", match[0])),
+    (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "),
+    (r"(?<=[\d}])\s+((?:[ck]?m|rad|J|N|W)/(?:s|h|m|K|kg)(?:\^?\{?\d\}?)?)\s*$", r"\\text{ \1}"),
+    (r"(?<![A-Za-z])([apAP])\.\s?[mM](?![A-Za-z])\.?", r"\1m"),
+    # 0.1\overline{6} 0.\dot{3}, and 0.1(6) if the brackets can be no factor
+    (r"(?P<whole>\d*)\.(?P<fixed>\d*)\\(?:overline|bar|dot)\s*(?P<period>\{\d+\}|\d)(?!\d)", _repeating),
+    (r"(?<!\d)(?P<whole>0|\d+(?=\.\())\.(?P<fixed>\d*)(?P<period>\(\d+\))", _repeating),
+)]  # fmt: skip
+
+
+def _lexer(thousands: str) -> re.Pattern[str]:
+    return re.compile(
+        r"(?P<gap>(?:\s|~|\\[ ,:;!>]|\\$)+)|(?P<row>\\\\(?:\s*\[[^\]]*\])?)|(?P<delimiter>\\?\$|\\[()\[\]])"
+        r"|\\(?P<edge>begin|end)\s*\{(?P<environment>[A-Za-z]+\*?)\}(?:(?<=array\})\s*\{[lcr|\s]*\})?"
+        rf"|\\(?P<command>operatorname\*|[A-Za-z]+|.)|(?P<number>{thousands}{_NUMBER}(?:[eE][+-]?\d+(?![\d.A-Za-z]))?)"
+        r"|(?P<word>[A-Za-z]+)|(?P<mark><=|>=|!=|==|.)",
+        re.DOTALL,
+    )
+
+
+_SEPARATE, _GROUPED = _lexer(""), _lexer(r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|")
+_AMBIGUOUS = re.compile(r"\d,\d{3}|\d[eE][+-]|/")
+
+
+def rewritten(text: str) -> str:
+    """The text in a spelling that has one sign for one thing."""
+    if r"\begin" not in text:  # \\frac, of a text that was escaped twice
+        text = re.sub(r"\\\\(?=([A-Za-z]{2,}))", lambda match: "\\" if match[1] in _KNOWN else match[0], text)
+    text = text.translate(_CHARACTERS)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def is_ambiguous(text: str) -> bool:
+    return bool(_AMBIGUOUS.search(text))
+
+
+def words(tokens: list[Token]) -> str | None:
+    """The text in small letters, if it has nothing but letters and punctuation."""
+    if not all(token.kind in ("text", "letter") or token.text in ".,;(){}" for token in tokens):
+        return None
+    joined = "".join((" " if token.gap or token.kind == "text" else "") + token.text for token in tokens)
+    joined = re.sub(r"[^\w\s,]", " ", joined.casefold())
+    return " ".join(re.sub(r"(?:\s*,|\s+and\b)+", " , ", joined).split()) or None
+
+
+def tokens_of(text: str, second: bool = False) -> list[Token]:
+    """The tokens of a text that is `rewritten`. ``second``: commas separate values, 2e-1 is e times two minus one."""
+    tokens: list[Token] = []
+    position = depth = 0  # depth: brackets and matrices, in which a comma is no thousands separator
+    gap = aligned = False
+    lines = []  # where a line ends
+    if second:
+        text = re.sub(r"(?<![\w.])(\d+e)(?=[+-])", r"\1 ", text)
+    while position < len(text):
+        match = (_SEPARATE if second or depth else _GROUPED).match(text, position)
+        assert match is not None
+        assert match.lastgroup is not None
+        kind, found, position = match.lastgroup, match[match.lastgroup], match.end()
+        if kind == "gap" or (kind == "row" and not depth):
+            gap = True
+            if not depth and (kind == "row" or "\n" in found):
+                lines.append(len(tokens))
+            continue
+        if kind == "command" and found in _TEXT | _ACCENTS | _DROPPED_WITH_ARGUMENT:
+            content, position = _argument(text, position)
+            if found in _TEXT:
+                tokens += _text_tokens(found, content, gap, tokens)
+            elif found in _ACCENTS:
+                tokens.append(Token("name", rf"\{found}{{{content.replace(' ', '')}}}", gap))
+        elif kind == "word":
+            tokens += _word_tokens(found, gap, tokens)
+        elif kind == "number":
+            tokens.append(Token(kind, found.replace(",", "." if found[0] == "0" else ""), gap))
+        elif kind == "environment":
+            if found in _LAYOUTS:
+                aligned = True
+            else:
+                tokens.append(Token(match["edge"], found, gap))
+                depth += 1 if match["edge"] == "begin" else -1
+        elif kind == "row":
+            tokens.append(Token("mark", r"\\", gap))
+        elif kind == "command" and found in _CONJUNCTIONS:
+            tokens.append(Token("mark", _CONJUNCTIONS[found], gap))
+        elif kind in ("command", "mark") and found not in _DROPPED and (found != "&" or depth or not aligned):
+            text_of = rf"\{found}" if kind == "command" else found
+            tokens.append(Token(kind, text_of, gap))
+            depth += (text_of in OPENING and text_of != "{") - (text_of in CLOSING)
+        gap = False
+    for index in reversed(lines):
+        if tokens[:index] and tokens[index:] and not {tokens[index - 1].text, tokens[index].text} & _JOINS:
+            tokens.insert(index, Token("mark", ";"))
+    return tokens
+
+
+def _argument(text: str, position: int) -> tuple[str, int]:
+    """What a command applies to, a group or one character, and where it ends."""
+    position += len(text[position:]) - len(text[position:].lstrip())
+    depth = 0
+    for end in range(position, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[position : end + 1].removeprefix("{").removesuffix("}"), end + 1
+    return text[position + 1 :], len(text)
+
+
+def _text_tokens(command: str, content: str, gap: bool, before: list[Token]) -> list[Token]:
+    r"""Of \text{…}, \mathrm{…} and their like: a conjunction, a function, a number and its unit, else a text."""
+    content = re.sub(r"\\?\$|\\[ ,;:!]|~|\s", " ", content).replace(r"\%", "%").strip()
+    if (bare := content.strip(" .,").lower()) in _CONJUNCTIONS:
+        return [Token("mark", _CONJUNCTIONS[bare], gap)] if bare or "," in content else []
+    if content in FUNCTIONS and not (before and _is_value(before[-1])):
+        return [Token("command", rf"\{content}", gap)]
+    if match := re.match(r"[-+]?[\d.,:]+(?=\s+[A-Za-z])", content):
+        return [*tokens_of(match[0]), Token("text", content[match.end() :].strip(), True)]
+    if re.match(r"[-+(]?\s*[\d.]|[%\\]", content):
+        return tokens_of(content)
+    if content in ("e", "i") or (len(content) == 1 and before and command in ("mathrm", "operatorname")):
+        unit = content in UNIT_LETTERS and (_is_value(before[-1]) or any(token.kind == "text" for token in before))
+        return [Token("text" if unit else "letter", content, gap)]
+    return [Token("text", content, gap)]
+
+
+def _word_tokens(word: str, gap: bool, before: list[Token]) -> list[Token]:
+    """Of letters: a function, a Greek letter, a conjunction, a unit behind a number, a text, else variables."""
+    if word in FUNCTIONS or word in ("sqrt", "frac") or word in _GREEK - {"beta", "eta", "mu", "nu", "xi"}:
+        return [Token("command", rf"\{word}", gap)]
+    if word.lower() in ("infinity", "inf", "oo"):
+        return [Token("command", r"\infty", gap)]
+    if word in _CONJUNCTIONS:
+        return [Token("mark", _CONJUNCTIONS[word], gap)]
+    value, text = (before and _is_value(before[-1])), (before and before[-1].kind == "text")
+    per = len(before) > 1 and before[-1].text == "/" and before[-2].kind == "text"
+    unit = value and (word in _UNITS or word.lower() in ("am", "pm"))
+    if unit or word.lower() in _PROSE or (text and len(word) > 1) or per or (len(word) > 3 and (gap or not value)):
+        return [Token("text", word, gap)]
+    return [Token("letter", letter, gap and i == 0) for i, letter in enumerate(word)]
+
+
+def _is_value(token: Token) -> bool:
+    return token.kind == "number" or token.text in ("}", ")", "%")

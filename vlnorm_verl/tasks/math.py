@@ -1,0 +1,144 @@
+r"""The reward of Math: what the last ``\boxed{…}`` of the response holds is equal to the answer.
+
+A text is read whole (`latex.reading`) or not at all, and compared exactly (`latex.equality`; one tolerance: 0.333333 is
+1/3, six significant digits). docs/rewards.md says what counts as equal, and compares with other rules.
+
+sympy can take for ever or all memory on what a model writes: it runs in worker processes with limits. `latex.pool` has
+a table of what becomes of which failure; one of the machine is never a score.
+
+Source of the rule: the paper's code (`open_reasoner_zero.py` and its server). Differences: there an answer of more than
+30 characters scores 0 unless it is the same text, the comparison is sympy's, and an outage of the server scores 0.
+
+    reward.custom_reward_function.path=pkg://vlnorm_verl.tasks.math
+    +reward.custom_reward_function.reward_kwargs.limit_s=5
+"""
+
+from __future__ import annotations
+
+import atexit
+import re
+import threading
+from typing import Any
+
+from vlnorm_verl.tasks.latex.pool import (
+    LIMIT_S,
+    MAX_FAILURE_RATE,
+    MEMORY_MIB,
+    OUTCOMES,
+    WORKERS,
+    InfrastructureError,
+    Pool,
+)
+
+__all__ = ["MAX_ANSWER_LENGTH", "OUTCOMES", "InfrastructureError", "Pool", "compute_score", "extract_boxed", "judge"]
+
+MAX_ANSWER_LENGTH = 1000  # characters between the braces of \boxed{}
+
+_BOXED = re.compile(r"\\boxed\s*\{")
+
+_pools: dict[tuple[tuple[str, Any], ...], Pool] = {}
+_pools_lock = threading.Lock()
+
+
+def _pool(**settings: Any) -> Pool:
+    """One pool for each set of settings in this process."""
+    key = tuple(sorted(settings.items()))
+    with _pools_lock:
+        if key not in _pools:
+            _pools[key] = Pool(**settings)
+            atexit.register(_pools[key].close)
+        return _pools[key]
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""What the last ``\boxed{…}`` holds, without outer white space and dollars.
+
+    None without one, if its braces do not close, or if it is longer than MAX_ANSWER_LENGTH. Escaped braces (``\{``) are
+    text. Time is linear in the text.
+    """
+    start = None
+    for match in _BOXED.finditer(text):
+        start = match.end()
+    if start is None:
+        return None
+    depth = 1
+    escaped = False
+    # One more for the closing brace.
+    for position, character in enumerate(text[start : start + MAX_ANSWER_LENGTH + 1], start):
+        if escaped:
+            escaped = False
+        elif character == "\\":
+            escaped = True
+        elif character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+            if depth == 0:
+                return _strip(text[start:position])
+    return None
+
+
+def _strip(answer: str) -> str:
+    return re.sub(r"^[\s$]+|(?:(?<!\\)\$|\s)+$", "", answer)  # \$ is currency
+
+
+def judge(response: str, gold: str, pool: Pool) -> str:
+    r"""The outcome of a response, one of OUTCOMES.
+
+    ``unparsable``: no closed ``\boxed{…}`` of at most MAX_ANSWER_LENGTH characters, or a part of it was not
+    understood; ``timeout`` and ``crash``: see the module; ``gold_unparsed``: a part of the *right* answer was not
+    understood, so that texts were compared, and they differ. The others say it themselves.
+
+    Raises:
+        InfrastructureError: see the module.
+    """
+    answer = extract_boxed(response)
+    if not answer:
+        return "unparsable"
+    if answer == gold:
+        return "correct"
+    return pool.compare(gold, answer)
+
+
+def parse_ground_truth(value: str) -> str:
+    r"""The right answer, out of its ``\boxed{}`` if it has one.
+
+    Raises:
+        ValueError: it is not a text, or an empty one: the data file is not this task's.
+    """
+    gold = (extract_boxed(value) or _strip(value)) if isinstance(value, str) else ""
+    if not gold:
+        raise ValueError(f"reward_model.ground_truth must be the right answer as a text, like 42, not {value!r:.200}")
+    return gold
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: dict[str, Any] | None = None,
+    limit_s: float = LIMIT_S,
+    workers: int = WORKERS,
+    memory_mib: int = MEMORY_MIB,
+    max_failure_rate: float = MAX_FAILURE_RATE,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """verl's custom reward (``reward.custom_reward_function``): 1.0 for a correct answer, else 0.0.
+
+    ``validation_set`` names the data set in verl's dumps of validation, which hold several sets without their names.
+    verl calls it in threads of its reward workers, as many as it likes; ``workers`` answers are compared at a time.
+
+    Args:
+        solution_str: the response alone, decoded.
+        ground_truth: the right answer, LaTeX or plain.
+        limit_s, workers, memory_mib, max_failure_rate: see `Pool`; set them in
+            ``reward.custom_reward_function.reward_kwargs``.
+
+    Raises:
+        ValueError: ``ground_truth`` is not this task's. A bad response never raises.
+        InfrastructureError: see the module.
+    """
+    pool = _pool(limit_s=limit_s, workers=workers, memory_mib=memory_mib, max_failure_rate=max_failure_rate)
+    outcome = judge(solution_str, parse_ground_truth(ground_truth), pool)
+    score = float(outcome == "correct")
+    return {"score": score, "acc": score, "outcome": outcome, "validation_set": data_source}

@@ -1,0 +1,263 @@
+"""CountDown with small numbers: problems, written search traces, and the reward.
+
+A problem is three numbers and a target; the answer is an expression that uses every number exactly once and
+is worth the target. **Expressions are read strictly from left to right, without operator precedence and
+without brackets**: ``2+3*4`` is (2 + 3) * 4 = 20, not 14. The operators are ``+ - *``.
+
+    prompt     07,03,12>bp:                 numbers with two digits each; the target 18 in letters of its own
+    response   7*3=21-12=9;7-3=4+12=16;12+3=15+7=22;...;A:7+3-12.
+
+The response is a search: attempts ``a*b=m-c=r`` closed by ``;`` (go on) or ``!`` (the target was hit), then the
+answer ``A:a*b-c`` and ``.``, which is the end-of-sequence token. The search stops at the hit or when it gives
+up, so response lengths spread over more than ten times: that is what length-dependent loss normalisation is
+about. The target has its own letters (one for the tens, one for the units) because a small model that sees it
+in ordinary digits learns the arithmetic but not to compare a result with the target.
+
+Covered: seeded problems, the held-out split, prompts of one fixed length, traces with documented noise, and
+``compute_score`` in the signature of verl's custom reward. Pure Python: neither torch nor verl is imported, so
+the reward workers load this file alone. Not covered: division, brackets, numbers above 12, other counts of
+numbers.
+
+    python -m vlnorm_verl.tasks.tiny.data --out data/tiny      # parquet files for verl
+    pytest tests/test_tiny.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+DATA_SOURCE = "vlnorm_tiny_countdown"
+MAX_NUMBER = 12
+MAX_TARGET = 60
+MAX_VALUE = 150  # intermediate and final values stay in 0..MAX_VALUE
+OPERATORS = "+-*"
+TENS_LETTERS = "abcdefg"  # target // 10
+UNITS_LETTERS = "hijklmnopq"  # target % 10
+PROMPT_LENGTH = 12
+
+# The noise of the traces: what is left for RL to improve.
+GIVE_UP_PROBABILITY = 0.08  # before each attempt
+WRONG_RESULT_PROBABILITY = 0.02  # of a final result, by 1 to 3
+
+HELD_OUT_ONE_IN = 8  # one problem in 8 is never trained on
+
+# So many draws in a row without a new problem mean that a split is used up (it holds 2,000 to 15,000).
+_EXHAUSTED_AFTER = 20_000
+
+# The answer is looked for in the last characters only, which bounds the work on any text.
+_ANSWER_WINDOW = 64
+_ANSWER = re.compile(r"A:([0-9]{1,2})([-+*])([0-9]{1,2})([-+*])([0-9]{1,2})\.?", re.ASCII)
+
+Split = Literal["train", "test"]
+
+
+class Problem(NamedTuple):
+    """Numbers in the order in which the prompt shows them, and the target."""
+
+    numbers: tuple[int, int, int]
+    target: int
+
+
+class Expression(NamedTuple):
+    """``a op1 b op2 c``, read from left to right."""
+
+    a: int
+    op1: str
+    b: int
+    op2: str
+    c: int
+
+    def __str__(self) -> str:
+        return f"{self.a}{self.op1}{self.b}{self.op2}{self.c}"
+
+    @property
+    def middle(self) -> int:
+        return apply(self.op1, self.a, self.b)
+
+    @property
+    def value(self) -> int:
+        return apply(self.op2, self.middle, self.c)
+
+
+def apply(op: str, left: int, right: int) -> int:
+    if op == "+":
+        return left + right
+    if op == "-":
+        return left - right
+    if op == "*":
+        return left * right
+    raise ValueError(f"operator {op!r} is not one of {OPERATORS!r}")
+
+
+def _equivalence_key(e: Expression) -> tuple[Any, ...]:
+    """The same key for expressions that differ only by commuting their terms or factors."""
+    signed = {"+": 1, "-": -1}
+    if e.op1 == "*" and e.op2 == "*":
+        return ("product", *sorted((e.a, e.b, e.c)))
+    if e.op1 == "*":
+        return ("product-then", *sorted((e.a, e.b)), signed[e.op2] * e.c)
+    if e.op2 == "*":
+        return ("sum-times", *sorted((e.a, signed[e.op1] * e.b)), e.c)
+    return ("sum", *sorted((e.a, signed[e.op1] * e.b, signed[e.op2] * e.c)))
+
+
+@cache
+def expressions(numbers: tuple[int, int, int]) -> tuple[Expression, ...]:
+    """One representative of every class of equivalent expressions whose values stay in 0..MAX_VALUE."""
+    representatives: dict[tuple[Any, ...], Expression] = {}
+    for a, b, c in itertools.permutations(numbers):
+        for op1, op2 in itertools.product(OPERATORS, repeat=2):
+            e = Expression(a, op1, b, op2, c)
+            if 0 <= e.middle <= MAX_VALUE and 0 <= e.value <= MAX_VALUE:
+                representatives.setdefault(_equivalence_key(e), e)
+    return tuple(representatives.values())
+
+
+@cache
+def reachable_targets(numbers: tuple[int, int, int]) -> tuple[int, ...]:
+    return tuple(sorted({e.value for e in expressions(numbers) if 1 <= e.value <= MAX_TARGET}))
+
+
+def is_held_out(problem: Problem) -> bool:
+    """By a hash of the sorted numbers and the target: no reordering of a held-out problem is trained on."""
+    key = f"{sorted(problem.numbers)}>{problem.target}"
+    digest = hashlib.sha256(key.encode("ascii")).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+
+
+def problems(seed: int, split: Split) -> Iterator[Problem]:
+    """An endless stream of problems of one split; the same seed gives the same stream everywhere."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    rng = random.Random(f"countdown-{split}-{seed}")
+    while True:
+        numbers = (rng.randint(1, MAX_NUMBER), rng.randint(1, MAX_NUMBER), rng.randint(1, MAX_NUMBER))
+        targets = reachable_targets(numbers)
+        if not targets:
+            continue
+        problem = Problem(numbers, rng.choice(targets))
+        if is_held_out(problem) == (split == "test"):
+            yield problem
+
+
+def distinct_problems(count: int, seed: int, split: Split) -> list[Problem]:
+    """The first ``count`` different problems of the stream.
+
+    Raises:
+        ValueError: the split does not hold that many.
+    """
+    found: dict[Problem, None] = {}
+    draws_without_new = 0
+    for problem in problems(seed, split):
+        if len(found) == count:
+            break
+        if draws_without_new == _EXHAUSTED_AFTER:
+            raise ValueError(
+                f"the {split} split has fewer than {count} different problems (about {len(found)}): ask for less"
+            )
+        draws_without_new = draws_without_new + 1 if problem in found else 0
+        found[problem] = None
+    return list(found)
+
+
+def render_prompt(problem: Problem) -> str:
+    """Always PROMPT_LENGTH characters, so that verl never pads or cuts a prompt."""
+    tens, units = divmod(problem.target, 10)
+    numbers = ",".join(f"{n:02d}" for n in problem.numbers)
+    return f"{numbers}>{TENS_LETTERS[tens]}{UNITS_LETTERS[units]}:"
+
+
+def search_trace(problem: Problem, rng: random.Random) -> str:
+    """A written search as the warm start is taught it, end mark included.
+
+    A written result is wrong by 1 to 3 with WRONG_RESULT_PROBABILITY, but never wrong so that it shows the
+    target: every ``!`` of a trace is true.
+    """
+    untried = list(expressions(problem.numbers))
+    rng.shuffle(untried)
+    tried: list[Expression] = []
+    written: list[str] = []
+    answer: Expression | None = None
+    while untried and rng.random() >= GIVE_UP_PROBABILITY:
+        e = untried.pop()
+        tried.append(e)
+        result = e.value
+        if rng.random() < WRONG_RESULT_PROBABILITY:
+            wrong = [e.value + d for d in (-3, -2, -1, 1, 2, 3)]
+            result = rng.choice([w for w in wrong if 0 <= w <= MAX_VALUE and w != problem.target])
+        hit = result == problem.target
+        written.append(f"{e.a}{e.op1}{e.b}={e.middle}{e.op2}{e.c}={result}{'!' if hit else ';'}")
+        if hit:
+            answer = e
+            break
+    if answer is None:
+        # A slip can hide the only solution: then everything was tried, and any guess is as good.
+        answer = rng.choice(untried or tried)
+    return "".join(written) + f"A:{answer}."
+
+
+def ground_truth(problem: Problem) -> str:
+    """A JSON string: survives parquet, whose nested types would merge the rows' fields."""
+    return json.dumps({"numbers": list(problem.numbers), "target": problem.target})
+
+
+def parse_ground_truth(text: str) -> Problem:
+    """
+    Raises:
+        ValueError: the text is not what ``ground_truth`` writes (the data file is not this task's).
+    """
+    try:
+        fields = json.loads(text)
+        a, b, c = (int(n) for n in fields["numbers"])
+        return Problem((a, b, c), int(fields["target"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"reward_model.ground_truth must be a JSON string with 'numbers' and 'target', not {text!r:.200}; "
+            "make the data with: python -m vlnorm_verl.tasks.tiny.data"
+        ) from error
+
+
+def judge(response: str, problem: Problem) -> str:
+    """The outcome of a response: ``right``, or what is wrong with it.
+
+    ``no_answer``: the text does not END with a well-formed ``A:a*b-c`` (cut at the length limit, for one);
+    ``wrong_numbers``: not each given number exactly once; ``wrong_value``: not worth the target, left to right.
+
+    Nothing is evaluated as code, and only the last characters are read: safe and bounded on hostile text.
+    """
+    tail = response[-_ANSWER_WINDOW:]
+    match = _ANSWER.fullmatch(tail, max(tail.rfind("A:"), 0))
+    if match is None:
+        return "no_answer"
+    a, op1, b, op2, c = match.groups()
+    e = Expression(int(a), op1, int(b), op2, int(c))
+    if sorted((e.a, e.b, e.c)) != sorted(problem.numbers):
+        return "wrong_numbers"
+    return "right" if e.value == problem.target else "wrong_value"
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """verl's custom reward (``reward.custom_reward_function``): 1.0 for a right answer, else 0.0.
+
+    verl decodes without special tokens, so the final ``.`` may be absent. ``acc`` is the key that verl's
+    validation reports; ``outcome`` (see ``judge``) goes into the dumped generations.
+
+    Raises:
+        ValueError: ``ground_truth`` is not this task's. A bad response never raises.
+    """
+    outcome = judge(solution_str, parse_ground_truth(ground_truth))
+    score = float(outcome == "right")
+    return {"score": score, "acc": score, "outcome": outcome}
