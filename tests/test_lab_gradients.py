@@ -707,7 +707,7 @@ def test_tasks(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from vlnorm_verl.tasks.write import row
+    from vlnorm_verl.tasks.base import row
 
     truth = json.dumps({"numbers": [1, 2, 3], "target": 6})
     rows = [row("countdown", f"prompt {i}\n<think>", truth, "train", i, "generated") for i in range(20)]

@@ -16,7 +16,7 @@ from transformers import Qwen2Config, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from vlnorm_verl.runs import recipe
-from vlnorm_verl.tasks.prompts import countdown_prompt, math_prompt
+from vlnorm_verl.tasks import countdown, math
 
 CONFIG = Path(__file__).parent.parent / "recipes" / "config"
 CHATML = (
@@ -25,8 +25,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PROMPTS = {
-    "countdown": countdown_prompt([44, 19, 35], 98),
-    "math": math_prompt("What is $\\frac{1}{2} + \\boxed{x}$?\n  Zweite Zeile: übrig?\n"),
+    "countdown": countdown.prompt(countdown.Problem((44, 19, 35), 98)),
+    "math": math.prompt("What is $\\frac{1}{2} + \\boxed{x}$?\n  Zweite Zeile: übrig?\n"),
 }
 
 

@@ -13,6 +13,8 @@ import asyncio
 import itertools
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from fractions import Fraction
@@ -304,6 +306,18 @@ def test_the_parser_is_linear_too() -> None:
         start = time.thread_time()
         parse_expression(unit * 100_000 + "1")
         assert time.thread_time() - start < 5
+
+
+def test_the_rewards_import_nothing_heavy() -> None:
+    """verl's reward workers load these files."""
+    program = (
+        "import sys, importlib\nfor name in sys.argv[1:]: importlib.import_module(f'vlnorm_verl.tasks.{name}')\n"
+        "print(*sorted(m for m in sys.modules if '.' not in m))"
+    )
+    command = [sys.executable, "-c", program, "countdown", "math", "tiny.countdown", "tiny.boxed"]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "fractions" in loaded
+    assert not {"numpy", "pyarrow", "datasets", "ray", "sympy", "torch", "transformers", "verl"} & set(loaded)
 
 
 # --- ground truths and results ------------------------------------------------------------------------------

@@ -10,21 +10,21 @@ minutes; weights/warmstart.json records the run), verl and vLLM on these files (
 
 from __future__ import annotations
 
-import ast
 import itertools
 import json
 import random
 import re
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from vlnorm_verl.tasks.tiny import WEIGHTS, countdown
+from vlnorm_verl.tasks.countdown import Problem, ground_truth, parse_ground_truth
+from vlnorm_verl.tasks.tiny import WEIGHTS, boxed, data
 from vlnorm_verl.tasks.tiny.countdown import (
     GIVE_UP_PROBABILITY,
     MAX_NUMBER,
@@ -33,14 +33,11 @@ from vlnorm_verl.tasks.tiny.countdown import (
     PROMPT_LENGTH,
     WRONG_RESULT_PROBABILITY,
     Expression,
-    Problem,
     compute_score,
     distinct_problems,
     expressions,
-    ground_truth,
     is_held_out,
     judge,
-    parse_ground_truth,
     problems,
     render_prompt,
     search_trace,
@@ -181,17 +178,8 @@ def test_bad_requests_name_the_cause() -> None:
         distinct_problems(1_000_000, 0, "test")
     with pytest.raises(ValueError, match="split must be 'train' or 'test'"):
         next(problems(0, "validation"))  # type: ignore[arg-type]
-    for bad in ("", "{}", "[]", "null", "3,4,5=20", '{"numbers": [1, 2], "target": 3}'):
-        with pytest.raises(ValueError, match="ground_truth must be a JSON string"):
-            parse_ground_truth(bad)
-
-
-def test_countdown_is_pure_python() -> None:
-    """The reward workers load this file alone: it imports the standard library only."""
-    tree = ast.parse(Path(countdown.__file__).read_text())
-    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
+    with pytest.raises(ValueError, match="must have three numbers"):
+        compute_score("any", "A:1+2*3.", '{"numbers": [1, 2], "target": 3}')
 
 
 # --- reward -------------------------------------------------------------------------------------------------
@@ -315,51 +303,67 @@ def test_shipped_files_are_what_the_code_builds(tokenizer) -> None:
     assert ours == shipped
 
 
-def write_data(out: Path, *arguments: str):
-    import typer
-
-    from vlnorm_verl.tasks.tiny import data
-
-    app = typer.Typer()
-    app.command()(data.main)
-    return CliRunner().invoke(app, ["--out", str(out), *arguments])
+# --- files --------------------------------------------------------------------------------------------------
 
 
-def test_parquet_is_in_verls_schema(tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
-    assert write_data(tmp_path, "--train-size", "300", "--test-size", "40").exit_code == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["test.parquet", "train.parquet"]
-    for split, size, held_out in (("train", 300, False), ("test", 40, True)):
-        table = pq.read_table(tmp_path / f"{split}.parquet").to_pylist()
-        assert len(table) == size
-        for index, row in enumerate(table):
-            assert set(row) == {"data_source", "prompt", "ability", "reward_model", "extra_info"}
-            assert row["reward_model"]["style"] == "rule"
-            assert row["extra_info"] == {"split": split, "index": index}
-            problem = parse_ground_truth(row["reward_model"]["ground_truth"])
-            assert row["prompt"] == [{"role": "user", "content": render_prompt(problem)}]
-            assert is_held_out(problem) == held_out
-            solution = next(e for e in expressions(problem.numbers) if e.value == problem.target)
-            score = compute_score(row["data_source"], f"A:{solution}", row["reward_model"]["ground_truth"])
-            assert score["score"] == 1.0
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    data.make(folder, "countdown")
+    data.make(folder, "math")
+    return folder
 
 
-def test_data_is_seeded_and_replaces_whole_files(tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return pq.read_table(path).to_pylist()
 
-    sizes = ("--train-size", "20", "--test-size", "10")
-    write_data(tmp_path / "a", *sizes)
-    write_data(tmp_path / "b", *sizes)
-    write_data(tmp_path / "c", *sizes, "--seed", "1")
-    a, b, c = (pq.read_table(tmp_path / d / "train.parquet").to_pylist() for d in "abc")
-    assert a == b
-    assert a != c
-    before = (tmp_path / "a" / "test.parquet").read_bytes()
-    failed = write_data(tmp_path / "a", "--train-size", "20", "--test-size", "1000000")
-    assert failed.exit_code == 2
-    assert "--test-size" in failed.output
-    assert (tmp_path / "a" / "test.parquet").read_bytes() == before
+
+@pytest.mark.parametrize(("split", "size"), [("train", 4096), ("test", 128)])
+def test_countdown_files_are_in_verls_schema_and_solvable(made: Path, split: str, size: int) -> None:
+    table = rows_of(made / "countdown" / f"{split}.parquet")
+    assert len(table) == size
+    for index, row in enumerate(table):
+        assert set(row) == {"data_source", "prompt", "ability", "reward_model", "extra_info"}
+        assert row["reward_model"]["style"] == "rule"
+        assert row["extra_info"] == {"split": split, "index": index, "origin": "generated", "solution": ""}
+        problem = parse_ground_truth(row["reward_model"]["ground_truth"])
+        assert row["prompt"] == [{"role": "user", "content": render_prompt(problem)}]
+        assert is_held_out(problem) == (split == "test")
+        solution = next(e for e in expressions(problem.numbers) if e.value == problem.target)
+        score = compute_score(row["data_source"], f"A:{solution}", row["reward_model"]["ground_truth"])
+        assert score["score"] == 1.0
+
+
+def test_math_files_have_the_sets_of_math_and_its_reward(made: Path) -> None:
+    """`boxed` rewrites the tiny answer for the real reward of Math."""
+    sets = {path.stem: rows_of(path) for path in (made / "math").glob("*.parquet")}
+    sizes = {"train": 4096, "math500": 32, "aime2024": 32, "amc": 32, "minerva": 32}
+    assert {name: len(table) for name, table in sets.items()} == sizes
+    assert {name: table[0]["data_source"] for name, table in sets.items()} == {
+        name: "open_reasoner_zero" if name == "train" else name for name in sizes
+    }
+    row = sets["amc"][0]
+    numbers = tuple(int(n) for n in row["prompt"][0]["content"][:8].split(","))
+    target = int(row["reward_model"]["ground_truth"])
+    right = next(e for e in expressions(numbers) if e.value == target)
+    wrong = next(e for e in expressions(numbers) if e.value != target)
+    results = [boxed.compute_score("amc", f"{right}!A:{answer}.", str(target)) for answer in (right, wrong, "?")]
+    assert [result["outcome"] for result in results] == ["correct", "wrong", "unparsable"]
+
+
+def test_the_model_is_beside_the_files(made: Path) -> None:
+    assert sorted(path.name for path in made.iterdir()) == ["countdown", "math", "model"]
+    copied, shipped = ({path.name: path.read_bytes() for path in f.iterdir()} for f in (made / "model", WEIGHTS))
+    assert copied == shipped
+
+
+def test_only_what_is_missing_is_made_and_always_the_same(made: Path) -> None:
+    kept, removed = made / "countdown/train.parquet", made / "countdown/test.parquet"
+    before, rows = kept.stat().st_mtime_ns, rows_of(removed)
+    removed.unlink()
+    data.make(made, "countdown")
+    assert kept.stat().st_mtime_ns == before
+    assert rows_of(removed) == rows
 
 
 # --- warm start and shipped weights -------------------------------------------------------------------------
@@ -414,9 +418,9 @@ def test_shipped_weights_solve_a_part_of_the_held_out_problems() -> None:
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(WEIGHTS).eval()
-    found = evaluate(model, AutoTokenizer.from_pretrained(WEIGHTS), 256, seed=11)
+    found = evaluate(model, AutoTokenizer.from_pretrained(WEIGHTS), 128, seed=11)
     recorded = json.loads((WEIGHTS / "warmstart.json").read_text())["held_out_sampled_at_temperature_1"]
-    assert abs(found["accuracy"] - recorded["accuracy"]) < 0.12  # 4 standard deviations of 256 responses
+    assert abs(found["accuracy"] - recorded["accuracy"]) < 0.17  # 4 standard deviations of 128 responses
     assert 0.15 < found["accuracy"] < 0.55
     assert found["length_max"] > 10 * found["length_min"]
     assert found["length_mean"] > 1.5 * found["length_harmonic_mean"]

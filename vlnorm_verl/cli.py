@@ -4,9 +4,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from vlnorm_verl import __version__
 from vlnorm_verl.files import UserError
@@ -14,7 +15,20 @@ from vlnorm_verl.lab.cli import lab_app
 from vlnorm_verl.report.cli import report
 from vlnorm_verl.tasks.cli import data_app
 
+
+class _Commands(typer.core.TyperGroup):
+    """A wrong request ends any command with its message alone and exit code 2."""
+
+    def invoke(self, context: typer.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except UserError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(2) from error
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="VL Norm (arXiv 2509.07558, ΔL Normalization) for stock verl.",
     no_args_is_help=True,
     add_completion=False,

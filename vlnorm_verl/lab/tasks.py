@@ -112,11 +112,12 @@ def _check_columns(data: Path) -> None:
 
 
 def _tiny_questions(count: int, seed: int) -> list[Question]:
-    from vlnorm_verl.tasks.tiny.countdown import DATA_SOURCE, distinct_problems, ground_truth, render_prompt
+    from vlnorm_verl.tasks.countdown import ground_truth
+    from vlnorm_verl.tasks.tiny.countdown import DATA_SOURCE, distinct_problems, render_prompt
 
     try:
         problems = distinct_problems(count, seed, "train")
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"--task tiny: {error}") from error
     return [Question(render_prompt(problem), ground_truth(problem), DATA_SOURCE) for problem in problems]
 

@@ -25,7 +25,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -46,6 +46,7 @@ from vlnorm_verl.runs.process import (
     train,
 )
 from vlnorm_verl.runs.recipe import CONFIG_NAME, hydra_overrides
+from vlnorm_verl.tasks.tiny.data import make as make_tiny_files
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ def run_here(request: Request, asked: DictConfig, config: DictConfig, console: C
         _say(console, f"{config.recipe.name}: finished, step {completed_steps(folder)}; {folder}")
         return 0
     if recipe.is_cpu(config):
-        make_tiny_data(config)
+        make_tiny_files(Path(config.recipe.data), config.recipe.task)
     if problem := recipe.missing_files(config):
         raise UserError(problem)
     if not request.on_cluster and (problems := clusters.missing_logins(config.trainer.logger)):
@@ -300,33 +301,6 @@ def run_here(request: Request, asked: DictConfig, config: DictConfig, console: C
         finish(config, folder)
         _say(console, f"{config.recipe.name}: {state(config)}; {folder}")
         return 0
-
-
-def make_tiny_data(config: DictConfig) -> None:
-    """The tiny task's files and model for scale=cpu, where they are missing. The same for every run.
-
-    The model is copied beside the data because every node must find it under one path, and the package has another one
-    on each node of a cluster that Ray sends it to.
-    """
-    from vlnorm_verl.tasks.tiny import boxed, data
-
-    def write(path: str, table: list[dict[str, Any]]) -> None:
-        if not Path(path).exists():
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            data.write_parquet(table, Path(path))
-
-    if not (model := Path(config.actor_rollout_ref.model.path)).exists():
-        model.parent.mkdir(parents=True, exist_ok=True)
-        temporary = model.with_name(f".{model.name}.{os.getpid()}.tmp")
-        shutil.copytree(recipe.TINY_MODEL, temporary)
-        temporary.rename(model)
-    if config.recipe.task == "countdown":
-        write(config.data.train_files, data.rows(4096, 0, "train"))
-        write(config.data.val_files, data.rows(128, 0, "test"))
-        return
-    write(config.data.train_files, boxed.rows("open_reasoner_zero", 4096, 0, "train"))
-    for seed, file in enumerate(config.data.val_files):
-        write(file, boxed.rows(Path(file).stem, 32, seed, "test"))
 
 
 def _run(config: DictConfig, command: list[str], console: Console, lock: IO[str]) -> int:

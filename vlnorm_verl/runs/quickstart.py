@@ -162,7 +162,8 @@ def command(settings: Settings) -> list[str]:
 
 def make_data(folder: Path) -> None:
     """The task's files. The same for every seed of a run: seeds are compared on the same held-out prompts."""
-    from vlnorm_verl.tasks.tiny.data import rows, write_parquet
+    from vlnorm_verl.tasks.base import write_parquet
+    from vlnorm_verl.tasks.tiny.data import rows
 
     folder.mkdir(parents=True, exist_ok=True)
     write_parquet(rows(TRAIN_PROMPTS, 0, "train"), folder / "train.parquet")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -19,9 +20,6 @@ data_app = typer.Typer(
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what --out holds; asks the source again.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Generate problems of the same schema; needs no network.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of --offline.", show_default="0")]
-
-OFFLINE_COUNTDOWN = "vlnorm-verl data countdown --offline (generated problems), or --from FILE (a copy of the set)"
-OFFLINE_MATH = "vlnorm-verl data math --offline (generated problems), or --from DIR / --file NAME=PATH (copies)"
 
 
 @data_app.command()
@@ -45,63 +43,46 @@ def countdown(
 
     A second call with the same arguments only verifies the files' checksums.
     """
-    from vlnorm_verl.tasks import generate, prompts, sources, write
+    from vlnorm_verl.tasks import countdown as task
+    from vlnorm_verl.tasks import generate, sources
+    from vlnorm_verl.tasks.base import Row, Split, row
 
     _one_source({"--offline": offline, "--from": from_file, "--repo, --revision": repo or revision})
     _only_offline({"--seed": seed}, offline)
-    request: dict[str, Any] = {
-        "task": "countdown",
-        "train_rows": train_rows,
-        "test_rows": test_rows,
-        "prompt_template_sha256": prompts.template_sha256(prompts.COUNTDOWN_TEMPLATE),
-    }
-    if offline:
-        request["source"] = {"kind": "generated", "seed": seed or 0}
-    elif from_file is not None:
-        request["source"] = _local(from_file)
-    else:
-        request["source"] = _hub(repo or sources.COUNTDOWN.repo, revision or sources.COUNTDOWN.revision)
+    source: sources.Source | None = None
+    if from_file is not None:
+        source = sources.LocalFile(from_file)
+    elif not offline:
+        source = sources.Hub("countdown", sources.COUNTDOWN, repo or sources.COUNTDOWN.repo, revision or "main")
+    sizes: dict[Split, int] = {"train": train_rows, "test": test_rows}
+    made_from: dict[str, Any] = source.request() if source else {"kind": "generated", "seed": seed or 0}
 
-    def rows(split: str, problems: Iterable[tuple[list[int], int, str]], count: int) -> write.Rows:
-        return [
-            write.row(
-                "countdown",
-                prompts.countdown_prompt(numbers, target),
-                write.countdown_ground_truth(numbers, target),
-                split,
-                index,
-                request["source"]["kind"],
-                solution,
+    def problems() -> tuple[list[generate.Solved], dict[str, Any]]:
+        if source is None:
+            drawn = (generate.countdown(split, size, seed or 0) for split, size in sizes.items())
+            return list(_tracked(chain.from_iterable(drawn), train_rows + test_rows, "generating")), {}
+        raw, found = source.read(limit=train_rows + test_rows)
+        if len(raw) < train_rows + test_rows:
+            raise UserError(
+                f"{source.where} has {len(raw)} rows, fewer than --train-rows {train_rows} and --test-rows "
+                f"{test_rows} need"
             )
-            for index, (numbers, target, solution) in enumerate(_tracked(problems, count, f"{split}.parquet"))
-        ]
+        return [generate.Solved(p, "") for p in sources.parse_rows(raw, task.read_row, source.where)], found
 
-    def build() -> tuple[dict[str, write.Rows], dict[str, Any]]:
-        source = dict(request["source"])
-        sizes = {"train": train_rows, "test": test_rows}
-        if offline:
-            tables = {split: rows(split, generate.countdown(split, n, seed or 0), n) for split, n in sizes.items()}
-            return {f"{split}.parquet": table for split, table in tables.items()}, {"countdown": source}
-        wanted = train_rows + test_rows
-        if from_file is not None:
-            raw, where = sources.read_local(from_file), str(from_file)
-            source["path"] = where
-        else:
-            raw, source["commit"] = sources.fetch(
-                sources.COUNTDOWN, source["repo"], source["revision"], OFFLINE_COUNTDOWN, limit=wanted
-            )
-            where = source["repo"]
-        if len(raw) < wanted:
-            raise sources.UserError(
-                f"{where} has {len(raw)} rows, fewer than --train-rows {train_rows} and --test-rows {test_rows} need"
-            )
-        problems = [(*p, "") for p in sources.parse_rows(raw[:wanted], sources.countdown_row, where)]
-        return {
-            "train.parquet": rows("train", problems[:train_rows], train_rows),
-            "test.parquet": rows("test", problems[train_rows:], test_rows),
-        }, {"countdown": source}
+    def build() -> tuple[dict[str, list[Row]], dict[str, Any]]:
+        solved, found = problems()
+        parts = {"train": solved[:train_rows], "test": solved[train_rows:]}
+        tables = {
+            f"{split}.parquet": [
+                row("countdown", task.prompt(p), task.ground_truth(p), split, index, made_from["kind"], solution)
+                for index, (p, solution) in enumerate(part)
+            ]
+            for split, part in parts.items()
+        }
+        return tables, {"countdown": made_from | found}
 
-    _publish(out, ["train.parquet", "test.parquet"], request, build, force)
+    request = {"train_rows": train_rows, "test_rows": test_rows, "source": made_from}
+    _publish(out, "countdown", ["train", "test"], task.TEMPLATE, request, build, force)
 
 
 @data_app.command()
@@ -141,10 +122,11 @@ def math(
     NAME is train, math500, aime2024, amc or minerva. Local copies may be .json, .jsonl, .parquet or a folder of
     datasets.save_to_disk. A second call with the same arguments only verifies the files' checksums.
     """
-    from vlnorm_verl.tasks import generate, prompts, sources, write
+    from vlnorm_verl.tasks import generate, sources
+    from vlnorm_verl.tasks import math as task
+    from vlnorm_verl.tasks.base import Row, row
 
-    files = {name: Path(path) for name, path in _named("--file", file).items()}
-    repos, revisions = _named("--repo", repo), _named("--revision", revision)
+    files, repos, revisions = _named("--file", file), _named("--repo", repo), _named("--revision", revision)
     _one_source({"--offline": offline, "--from": from_dir, "--repo, --revision": repos or revisions})
     _one_source({"--offline": offline, "--file": files})
     _only_offline({"--seed": seed, "--train-rows": train_rows, "--test-rows": test_rows}, offline)
@@ -152,83 +134,47 @@ def math(
         raise typer.BadParameter(f"{name} is given by --file already", param_hint="--repo / --revision")
     for name in revisions.keys() - repos.keys():
         raise typer.BadParameter(f"give --repo {name}=… too: the paper's file has its commit", param_hint="--revision")
-
-    request: dict[str, Any] = {
-        "task": "math",
-        "prompt_template_sha256": prompts.template_sha256(prompts.MATH_TEMPLATE),
-    }
-    try:
-        for name, source in sources.MATH.items():
-            if offline:
-                continue
-            if from_dir is not None and name not in files:
-                files[name] = sources.find_in_folder(from_dir, name, source)
-            if name in files:
-                request[name] = _local(files[name])
-            elif name in repos:
-                request[name] = _hub(repos[name], revisions.get(name, source.revision))
-            else:
-                request[name] = {"kind": "github", **asdict(sources.PAPER[name])}
-    except sources.UserError as error:
-        _fail(error)
-    if offline:
-        request["generated"] = {"seed": seed or 0, "train_rows": train_rows or 256, "test_rows": test_rows or 32}
-    if files:
-        request["allow_any_rows"] = allow_any_rows
-    elif allow_any_rows:
+    if allow_any_rows and not (files or from_dir):
         raise typer.BadParameter("only together with --from or --file", param_hint="--allow-any-rows")
 
-    def build() -> tuple[dict[str, write.Rows], dict[str, Any]]:
-        problems: dict[str, list[tuple[str, str]]] = {}
-        record: dict[str, Any] = {}
-        if offline:
-            problems = generate.math_problems(**request["generated"])
-            record = {name: {"kind": "generated", "seed": seed or 0} for name in problems}
-        else:
-            for name, source in _tracked(sources.MATH.items(), len(sources.MATH), "reading"):
-                record[name] = dict(request[name])
-                if name in files:
-                    raw, where = sources.read_local(files[name]), str(files[name])
-                    record[name]["path"] = where
-                elif name in repos:
-                    where = repos[name]
-                    raw, record[name]["commit"] = sources.fetch(source, where, record[name]["revision"], OFFLINE_MATH)
-                else:
-                    where, raw = record[name]["repo"], sources.fetch_paper(name, OFFLINE_MATH)
-                if not (name in files and allow_any_rows):
-                    way = "--allow-any-rows accepts it" if name in files else "check --repo and --revision"
-                    sources.check_count(f"{name} ({where})", len(raw), source, way)
-                problems[name] = sources.parse_rows(raw, sources.math_row, where)
-        return {
-            f"{name}.parquet": [
-                write.row(
-                    sources.data_source(name),
-                    prompts.math_prompt(question),
-                    answer,
-                    "train" if name == "train" else "test",
-                    index,
-                    record[name]["kind"],
-                )
-                for index, (question, answer) in enumerate(_tracked(pairs, len(pairs), f"{name}.parquet"))
+    def source_of(name: str) -> sources.Source:
+        if name in files:
+            return sources.LocalFile(Path(files[name]))
+        if from_dir is not None:
+            return sources.find_in_folder(from_dir, name)
+        if name in repos:
+            return sources.Hub("math", sources.MATH[name], repos[name], revisions.get(name, "main"))
+        return sources.PAPER[name]
+
+    places = {} if offline else {name: source_of(name) for name in sources.MATH}
+    request: dict[str, Any] = {name: place.request() for name, place in places.items()}
+    if files or from_dir:
+        request["allow_any_rows"] = allow_any_rows
+    sizes = {"seed": seed or 0, "train_rows": train_rows or 256, "test_rows": test_rows or 32}
+    if offline:
+        request["generated"] = sizes
+
+    def build() -> tuple[dict[str, list[Row]], dict[str, Any]]:
+        record: dict[str, Any] = {name: {"kind": "generated", "seed": seed or 0} for name in sources.MATH}
+        problems = generate.math_problems(**sizes) if offline else {}
+        for name, place in _tracked(places.items(), len(places), "reading"):
+            raw, found = place.read()
+            record[name] = request[name] | found
+            if not (allow_any_rows and record[name]["kind"] == "file"):
+                local = record[name]["kind"] == "file"
+                hint = "--allow-any-rows accepts it" if local else "check --repo and --revision"
+                sources.check_count(name, place.where, len(raw), hint)
+            problems[name] = sources.parse_rows(raw, task.read_row, place.where)
+        tables = {}
+        for name, pairs in problems.items():
+            split, data_source = ("train" if name == "train" else "test"), sources.data_source(name)
+            tables[f"{name}.parquet"] = [
+                row(data_source, task.prompt(question), answer, split, index, record[name]["kind"])
+                for index, (question, answer) in enumerate(pairs)
             ]
-            for name, pairs in problems.items()
-        }, record
+        return tables, record
 
-    _publish(out, [f"{name}.parquet" for name in sources.MATH], request, build, force)
-
-
-def _hub(repo: str, revision: str) -> dict[str, str]:
-    return {"kind": "hub", "repo": repo, "revision": revision}
-
-
-def _local(path: Path) -> dict[str, str]:
-    """By content, not by path: a moved copy is the same data, a changed one is not."""
-    from vlnorm_verl.tasks.sources import content_sha256
-
-    try:
-        return {"kind": "file", "sha256": content_sha256(path)}
-    except OSError as error:
-        _fail(UserError(f"cannot read {path}: {error.strerror or error}"))
+    _publish(out, "math", list(sources.MATH), task.TEMPLATE, request, build, force)
 
 
 def _named(option: str, values: list[str] | None) -> dict[str, str]:
@@ -264,14 +210,15 @@ def _tracked(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
     return track(items, description=label, total=total, console=Console(stderr=True))
 
 
-def _publish(out: Path, names: list[str], request: dict[str, Any], build: Any, force: bool) -> None:
+def _publish(
+    out: Path, task: str, sets: list[str], template: str, request: dict[str, Any], build: Any, force: bool
+) -> None:
+    from vlnorm_verl.tasks.base import publish
 
-    from vlnorm_verl.tasks.write import publish
-
-    try:
-        manifest, built = publish(out, names, request, build, force)
-    except UserError as error:
-        _fail(error)
+    template_sha256 = hashlib.sha256(template.encode()).hexdigest()  # data made with another prompt are noticed
+    request = {"task": task, "prompt_template_sha256": template_sha256} | request
+    names = [f"{name}.parquet" for name in sets]
+    manifest, built = publish(out, names, request, build, force)
     for name in names:
         file = manifest["files"][name]
         typer.echo(f"{out / name}: {file['rows']} rows, sha256 {file['sha256'][:16]}")
@@ -279,8 +226,3 @@ def _publish(out: Path, names: list[str], request: dict[str, Any], build: Any, f
         if "commit" in source:
             typer.echo(f"{name}: {source['repo']} at commit {source['commit']}")
     typer.echo("written" if built else "up to date")
-
-
-def _fail(error: Exception) -> NoReturn:
-    typer.echo(f"Error: {error}", err=True)
-    raise typer.Exit(1) from error

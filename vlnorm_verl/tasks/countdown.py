@@ -1,6 +1,7 @@
-"""The reward of CountDown: an arithmetic expression that uses every given number exactly once and is worth the target.
+"""CountDown: its prompt, its ground truth, and its reward.
 
-The rule is the paper's (`verl/utils/reward_score/countdown.py` of its code): of the response's last line the last
+An answer is an arithmetic expression that uses every given number exactly once and is worth the target. The reward's
+rule is the paper's (`verl/utils/reward_score/countdown.py` of its code): of the response's last line the last
 ``<answer>…</answer>`` counts, and the score is 1 or 0. Verdicts on well-formed answers are the same. The differences:
 
 | here                                                     | in the paper's code                                       |
@@ -27,7 +28,7 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -36,10 +37,23 @@ MAX_ANSWER_LENGTH = 256  # characters; an answer with four numbers needs about 2
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _TOKEN = re.compile(r"[ \t]*(?:([0-9]+)\.?|([-+*/()]))")
-_BINARY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 # Signs are "negate" and "keep" once parsed: they bind tighter than any binary operator.
 _SIGNS = {"-": "negate", "+": "keep"}
 _PRECEDENCE = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "negate": 3, "keep": 3}
+
+
+# Data of the authors' repository (github.com/zerolllin/Delta-L-Normalization, examples/data_preprocess/countdown.py,
+# template `base`): the whole text that a base model continues. Nothing follows <think>, no newline and no blank.
+TEMPLATE = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+    "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer.\n"
+    "User: Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic "
+    "operations (+, -, *, /) and each number can only be used once. Show your work in <think> </think> tags. And "
+    "return the final answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 </answer>.\n"
+    "Assistant: Let me solve this step by step.\n"
+    "<think>"
+)
 
 
 class Problem(NamedTuple):
@@ -47,6 +61,33 @@ class Problem(NamedTuple):
 
     numbers: tuple[int, ...]
     target: int
+
+
+def prompt(problem: Problem) -> str:
+    """The paper's prompt, to the character; the numbers read ``[44, 19, 35]``."""
+    return TEMPLATE.format(numbers=list(problem.numbers), target=problem.target)
+
+
+def read_row(raw: Any) -> Problem:
+    """The problem of one row of a data set, with the columns ``nums`` (or ``numbers``) and ``target``.
+
+    Raises:
+        ValueError: no such format.
+    """
+    try:
+        return _problem(raw["nums"] if "nums" in raw else raw["numbers"], raw["target"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"columns nums (whole numbers, none below 0) and target (a whole number) not found in {raw!r:.200}"
+        ) from None
+
+
+def _problem(numbers: Iterable[Any], target: Any) -> Problem:
+    # operator.index takes numpy's integers, and refuses floats and strings, which int() would round or parse.
+    problem = Problem(tuple(map(operator.index, numbers)), operator.index(target))
+    if not problem.numbers or min(problem.numbers) < 0:  # an answer's -3 is the sign of a 3
+        raise ValueError("no numbers, or one below 0")
+    return problem
 
 
 def ground_truth(problem: Problem) -> str:
@@ -65,18 +106,13 @@ def parse_ground_truth(value: str | Mapping[str, Any]) -> Problem:
     """
     try:
         fields = json.loads(value) if isinstance(value, str) else value
-        # operator.index takes numpy's integers, and refuses floats and strings, which int() would round or parse.
-        numbers = tuple(operator.index(n) for n in fields["numbers"])
-        target = operator.index(fields["target"])
-        if not numbers or min(numbers) < 0:  # an answer's -3 is the sign of a 3
-            raise ValueError("no numbers, or one below 0")
+        return _problem(fields["numbers"], fields["target"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             "reward_model.ground_truth must be a JSON string or a mapping like "
             f'{{"numbers": [3, 5, 7], "target": 8}}, no number below 0, not {value!r:.200}; '
             "make the string with vlnorm_verl.tasks.countdown.ground_truth"
         ) from error
-    return Problem(numbers, target)
 
 
 def extract_answer(response: str) -> str | None:
@@ -157,7 +193,7 @@ def evaluate(postfix: list[int | str]) -> Fraction | None:
             right, left = stack.pop(), stack.pop()
             if item == "/" and right == 0:
                 return None
-            stack.append(_BINARY[item](left, right))
+            stack.append(OPERATORS[item](left, right))
     return stack.pop()
 
 

@@ -8,74 +8,60 @@ about MATH500, AIME2024, AMC or Minerva: rows carry ``extra_info.origin = "gener
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
-from vlnorm_verl.files import UserError
+from vlnorm_verl.tasks.base import Split, distinct, hash_picks
+from vlnorm_verl.tasks.countdown import OPERATORS, Problem
 from vlnorm_verl.tasks.sources import MATH
 
 MAX_NUMBER = 99  # ranges of Countdown-Tasks-3to4 as seen in its published examples, not documented by its makers
 TARGETS = range(10, 101)
 HELD_OUT_ONE_IN = 16  # one CountDown problem in 16 is never trained on, whatever the sizes and the seed
 
-_EXHAUSTED_AFTER = 20_000  # so many draws in a row without a new problem: there are no more
 
-
-class Countdown(NamedTuple):
-    numbers: list[int]
-    target: int
+class Solved(NamedTuple):
+    problem: Problem
     solution: str  # ordinary precedence; uses every number exactly once
 
 
-def _random_countdown(rng: random.Random) -> Countdown | None:
-    """Joins random numbers by random operators until one value is left; None if that is no target."""
-    numbers = [rng.randint(1, MAX_NUMBER) for _ in range(rng.choice((3, 4)))]
-    terms = [(Fraction(n), str(n)) for n in numbers]
-    while len(terms) > 1:
-        a, left = terms.pop(rng.randrange(len(terms)))
-        b, right = terms.pop(rng.randrange(len(terms)))
-        op = rng.choice("+-*/")
-        if op == "/" and b == 0:
-            return None
-        value = a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a / b
-        terms.append((value, f"({left} {op} {right})"))
-    value, text = terms[0]
-    if value.denominator != 1 or int(value) not in TARGETS:
-        return None
-    return Countdown(numbers, int(value), text[1:-1])
-
-
-def _is_held_out(key: tuple[tuple[int, ...], int]) -> bool:
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
-
-
-def countdown(split: str, count: int, seed: int) -> Iterator[Countdown]:
+def countdown(split: Split, count: int, seed: int) -> Iterator[Solved]:
     """``count`` problems of a split, different from each other in any order of their numbers.
 
     Raises:
-        ValueError: the split is neither ``train`` nor ``test``.
         UserError: there are not so many.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     rng = random.Random(f"countdown-{split}-{seed}")
-    seen: set[tuple[tuple[int, ...], int]] = set()
-    misses = 0
-    while len(seen) < count:
-        problem = _random_countdown(rng)
-        key = None if problem is None else (tuple(sorted(problem.numbers)), problem.target)
-        if problem is None or key is None or key in seen or _is_held_out(key) != (split == "test"):
-            misses += 1
-            if misses == _EXHAUSTED_AFTER:
-                raise UserError(f"no more than {len(seen)} different problems found: lower --{split}-rows ({count})")
-            continue
-        misses = 0
-        seen.add(key)
-        yield problem
+
+    def key(solved: Solved) -> tuple[tuple[int, ...], int]:
+        return tuple(sorted(solved.problem.numbers)), solved.problem.target
+
+    def drawn() -> Iterator[Solved | None]:
+        while True:
+            solved = _random_countdown(rng)
+            held_out = solved is not None and hash_picks(repr(key(solved)), HELD_OUT_ONE_IN)
+            yield solved if held_out == (split == "test") else None
+
+    return distinct(drawn(), count, key, f"lower --{split}-rows")
+
+
+def _random_countdown(rng: random.Random) -> Solved | None:
+    """Joins random numbers by random operators until one value is left; None if that is no target."""
+    numbers = tuple(rng.randint(1, MAX_NUMBER) for _ in range(rng.choice((3, 4))))
+    terms = [(Fraction(n), str(n)) for n in numbers]
+    while len(terms) > 1:
+        left, left_text = terms.pop(rng.randrange(len(terms)))
+        right, right_text = terms.pop(rng.randrange(len(terms)))
+        symbol = rng.choice("+-*/")
+        if symbol == "/" and right == 0:
+            return None
+        terms.append((OPERATORS[symbol](left, right), f"({left_text} {symbol} {right_text})"))
+    value, text = terms[0]
+    if value.denominator != 1 or int(value) not in TARGETS:
+        return None
+    return Solved(Problem(numbers, int(value)), text[1:-1])
 
 
 def _latex(value: Fraction) -> str:
@@ -127,8 +113,9 @@ def _roots(rng: random.Random) -> tuple[str, Fraction]:
     return question, Fraction(p * p - 2 * q)
 
 
-_ANY = (_product, _linear, _fractions, _remainder, _series, _roots)
-_WHOLE = (_product, _remainder, _series, _roots)
+Family = Callable[[random.Random], tuple[str, Fraction]]
+_ANY: tuple[Family, ...] = (_product, _linear, _fractions, _remainder, _series, _roots)
+_WHOLE: tuple[Family, ...] = (_product, _remainder, _series, _roots)
 
 
 def math_problems(train_rows: int, test_rows: int, seed: int) -> dict[str, list[tuple[str, str]]]:
@@ -139,24 +126,18 @@ def math_problems(train_rows: int, test_rows: int, seed: int) -> dict[str, list[
     Raises:
         UserError: there are not so many.
     """
-    seen: set[str] = set()
-    made: dict[str, list[tuple[str, str]]] = {}
+    seen: set[Hashable] = set()
+    made = {}
     for name in MATH:
         count, option = (train_rows, "--train-rows") if name == "train" else (test_rows, "--test-rows")
-        rng = random.Random(f"math-{name}-{seed}")
-        families: tuple[Callable[[random.Random], tuple[str, Fraction]], ...] = (
-            _WHOLE if name in ("aime2024", "amc") else _ANY
-        )
-        made[name] = []
-        misses = 0
-        while len(made[name]) < count:
-            question, value = rng.choice(families)(rng)
-            if question in seen or (name == "aime2024" and not 0 <= value <= 999):
-                misses += 1
-                if misses == _EXHAUSTED_AFTER:
-                    raise UserError(f"no more than {len(made[name])} {name} problems found: lower {option} ({count})")
-                continue
-            misses = 0
-            seen.add(question)
-            made[name].append((question, str(float(value)) if name == "amc" else _latex(value)))
+        drawn = _random_math(name, random.Random(f"math-{name}-{seed}"))
+        made[name] = list(distinct(drawn, count, lambda pair: pair[0], f"lower {option}", seen))
     return made
+
+
+def _random_math(name: str, rng: random.Random) -> Iterator[tuple[str, str] | None]:
+    families = _WHOLE if name in ("aime2024", "amc") else _ANY
+    while True:
+        question, value = rng.choice(families)(rng)
+        fits = name != "aime2024" or 0 <= value <= 999
+        yield (question, str(float(value)) if name == "amc" else _latex(value)) if fits else None

@@ -1,4 +1,6 @@
-r"""The reward of Math: what the last ``\boxed{…}`` of the response holds is equal to the answer.
+r"""Math: its prompt, the rows of its data sets, and its reward.
+
+A response is right if what its last ``\boxed{…}`` holds is equal to the answer.
 
 A text is read whole (`latex.reading`) or not at all, and compared exactly (`latex.equality`; one tolerance: 0.333333 is
 1/3, six significant digits). docs/rewards.md says what counts as equal, and compares with other rules.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import atexit
 import re
 import threading
+from math import isfinite
 from typing import Any
 
 from vlnorm_verl.tasks.latex.pool import (
@@ -32,9 +35,63 @@ from vlnorm_verl.tasks.latex.pool import (
 
 __all__ = ["MAX_ANSWER_LENGTH", "OUTCOMES", "InfrastructureError", "Pool", "compute_score", "extract_boxed", "judge"]
 
+# Data of the authors' repository (github.com/zerolllin/Delta-L-Normalization, open_reasoner_zero_nochat.py): the whole
+# text that a base model continues. Two details that an editor would "repair", and that change the tokens: the blank
+# before the empty line, and nothing after <think>. It is not Open-Reasoner-Zero's own: case, tags and breaks differ.
+TEMPLATE = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+    "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
+    "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
+    "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. \n"
+    "\n"
+    "User: You must put your answer inside <answer> </answer> tags, i.e.,\n"
+    "<answer> answer here </answer>. And your final answer will be extracted automatically by the \\boxed{} tag.\n"
+    "{question}\n"
+    "Assistant: <think>"
+)
+
+_QUESTION_COLUMNS = ("problem", "question", "Problem", "Question")
+_ANSWER_COLUMNS = ("answer", "final_answer", "Answer")
+
 MAX_ANSWER_LENGTH = 1000  # characters between the braces of \boxed{}
 
 _BOXED = re.compile(r"\\boxed\s*\{")
+
+
+def prompt(question: str) -> str:
+    """The paper's prompt, to the character. The question is taken as it is: its braces, blanks and line breaks stay."""
+    return TEMPLATE.replace("{question}", question)
+
+
+def read_row(raw: Any) -> tuple[str, str]:
+    """Question and answer of one row of any accepted format; the answer as the authors' code reads it.
+
+    A list of answers (Minerva) counts by its first entry. Blanks around an answer are dropped, which the authors do
+    for Minerva only. A number becomes its Python text: AMC's answers are floats, so ``142.0``.
+
+    Raises:
+        ValueError: no such format.
+    """
+    try:
+        if isinstance(raw, list):  # Open-Reasoner-Zero, training: [{"value": q}, {"ground_truth": {"value": a}}]
+            question, answer = raw[0]["value"], raw[1]["ground_truth"]["value"]
+        elif isinstance(raw.get("prompt"), list):  # Open-Reasoner-Zero, evaluation
+            (message,) = raw["prompt"]
+            question, answer = message["value"], raw["final_answer"]
+        else:
+            question = next(raw[column] for column in _QUESTION_COLUMNS if column in raw)
+            answer = next(raw[column] for column in _ANSWER_COLUMNS if column in raw)
+        if isinstance(answer, list):
+            answer = answer[0]
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):
+        raise ValueError(f"neither question nor answer found in {raw!r:.200}") from None
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"the question must be a text, in {raw!r:.200}")
+    number = isinstance(answer, int | float) and not isinstance(answer, bool) and isfinite(answer)
+    if not number and not (isinstance(answer, str) and answer.strip()):
+        raise ValueError(f"the answer must be a text or a finite number, in {raw!r:.200}")
+    return question, str(answer).strip()
+
 
 _pools: dict[tuple[tuple[str, Any], ...], Pool] = {}
 _pools_lock = threading.Lock()

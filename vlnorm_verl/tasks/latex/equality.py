@@ -61,11 +61,13 @@ class _Comparison:
 
     def items(self, gold: Any, answer: Any) -> bool:
         if not isinstance(gold, Items) or not isinstance(answer, Items):
-            for one, other in ((gold, answer), (answer, gold)):
-                if isinstance(one, Items) and one.brackets == ":" and isinstance(other, Expr) and len(one.values) == 2:
-                    return self.values(one.values[0] / one.values[1], other)
-                if isinstance(one, Items) and one.brackets == "{}" and isinstance(other, Expr):
-                    return len(one.values) == 1 and self.values(one.values[0], other)
+            for items, value in ((gold, answer), (answer, gold)):
+                if not isinstance(items, Items) or not isinstance(value, Expr):
+                    continue
+                if items.brackets == ":" and len(items.values) == 2:
+                    return self.values(items.values[0] / items.values[1], value)
+                if items.brackets == "{}":
+                    return len(items.values) == 1 and self.values(items.values[0], value)
             return _equal_sets(gold, answer)
         kinds = {gold.brackets, answer.brackets}
         if kinds <= {"", "or", "{}"}:
@@ -73,15 +75,16 @@ class _Comparison:
         if len(gold.values) != len(answer.values):
             return _equal_sets(gold, answer)
         if ":" in kinds and kinds <= {":", "::"}:
-            first = gold.values[0], answer.values[0]
-            return all(self.values(g * first[1], a * first[0]) for g, a in zip(gold.values, answer.values, strict=True))
+            gold_first, answer_first = gold.values[0], answer.values[0]
+            pairs = zip(gold.values, answer.values, strict=True)
+            return all(self.values(of_gold * answer_first, of_answer * gold_first) for of_gold, of_answer in pairs)
         ordered = len(kinds) == 1 or ("" in kinds and not kinds & {":", "::"})
         if ordered or (len(gold.values) > 2 and kinds == {"()", "[]"}):
             return all(map(self.values, gold.values, answer.values))
         return False
 
     def unordered(self, gold: Sequence[Any], answer: Sequence[Any]) -> bool:
-        same = [[self.values(g, a) for a in answer] for g in gold]
+        same = [[self.values(of_gold, of_answer) for of_answer in answer] for of_gold in gold]
         return all(map(any, same)) and all(map(any, zip(*same, strict=True)))
 
     # --- relations ---
@@ -91,9 +94,10 @@ class _Comparison:
         if not _EQUATIONS.issuperset(relation.operators):
             return []
         numbers = [side for side in relation.sides if isinstance(side, Expr) and side.is_number]
-        for (a, b), operator in zip(itertools.pairwise(relation.sides), relation.operators, strict=True):
-            if a in numbers and b in numbers:
-                close = _relative_difference(a, b, 15) < 0.01 if operator == "≈" else self.expressions(a, b)
+        for (left, right), operator in zip(itertools.pairwise(relation.sides), relation.operators, strict=True):
+            if left in numbers and right in numbers:
+                about = operator == "≈"
+                close = _relative_difference(left, right, 15) < 0.01 if about else self.expressions(left, right)
                 if not close:
                     return []
         *_, before, last = relation.sides
@@ -139,9 +143,9 @@ class _Comparison:
         compared = 0
         for point in _points(len(symbols), signs):
             at = dict(zip(symbols, point, strict=True))
-            g, a = (_evaluated(value.xreplace(at)) for value in (gold, answer))
-            if g is not None and a is not None:
-                if _relative_difference(g, a, 30) > limit:
+            at_gold, at_answer = (_evaluated(value.xreplace(at)) for value in (gold, answer))
+            if at_gold is not None and at_answer is not None:
+                if _relative_difference(at_gold, at_answer, 30) > limit:
                     return False
                 compared += 1
         difference = sympy.expand(gold - answer)
@@ -156,8 +160,8 @@ class _Comparison:
         difference = gold - answer
         if difference.is_Rational and not (self.decimal and not (_terminates(gold) and _terminates(answer))):
             return difference == 0
-        found = _relative_difference(gold, answer, 50)
-        return found < (TOLERANCE if self.decimal and not (_terminates(gold) and _terminates(answer)) else 1e-50)
+        relative = _relative_difference(gold, answer, 50)
+        return relative < (TOLERANCE if self.decimal and not (_terminates(gold) and _terminates(answer)) else 1e-50)
 
 
 def _terminates(value: Expr) -> bool:
@@ -175,9 +179,9 @@ def _evaluated(value: Expr) -> Expr | None:
     return number if number.is_number and number.is_finite and not number.has(sympy.Function) else None
 
 
-def _relative_difference(a: Expr, b: Expr, digits: int) -> Expr:
-    scale = max(abs(a.evalf(15)), abs(b.evalf(15)))
-    return abs((a - b).evalf(digits)) / scale if scale else S.Zero
+def _relative_difference(left: Expr, right: Expr, digits: int) -> Expr:
+    scale = max(abs(left.evalf(15)), abs(right.evalf(15)))
+    return abs((left - right).evalf(digits)) / scale if scale else S.Zero
 
 
 def _points(symbols: int, signs: tuple[int, ...]) -> Iterable[list[Expr]]:
@@ -192,8 +196,8 @@ def _without_markers(gold: Expr, answer: Expr) -> Iterable[tuple[Expr, Expr]]:
     marked = [{m for m in MARKERS if side.has(m)} for side in (gold, answer)]
     based = [side.has(Base) for side in (gold, answer)]
     if any(based):
-        part = 1 if all(based) else 0
-        gold, answer = (s.replace(Base, lambda *two: two[part]) for s in (gold, answer))
+        part = 1 if all(based) else 0  # of digits and value
+        gold, answer = (side.replace(Base, lambda *number: number[part]) for side in (gold, answer))
     if bool(marked[0]) == bool(marked[1]):
         yield gold, answer
         return
@@ -213,8 +217,8 @@ def _equal_sets(gold: Any, answer: Any) -> bool:
     if isinstance(gold, Relation) and isinstance(answer, Relation) and _symbols(gold) != _symbols(answer):
         return False
     try:
-        g, a = map(_solutions, (gold, answer))
-        return bool(g == a or g.symmetric_difference(a).is_empty)
+        of_gold, of_answer = _solutions(gold), _solutions(answer)
+        return bool(of_gold == of_answer or of_gold.symmetric_difference(of_answer).is_empty)
     except ERRORS:
         return False  # no sets, or none that sympy can compare
 
@@ -233,4 +237,4 @@ def _solutions(relation: Any) -> sympy.Set:
     unknown = sympy.Dummy(real=True)  # for f(x), which sympy cannot solve for
     sides = [side.replace(lambda part: isinstance(part, AppliedUndef), lambda _: unknown) for side in relation.sides]
     pairs = zip(itertools.pairwise(sides), relation.operators, strict=True)
-    return sympy.And(*(_RELATIONALS[o](a, b) for (a, b), o in pairs)).as_set()
+    return sympy.And(*(_RELATIONALS[operator](*pair) for pair, operator in pairs)).as_set()

@@ -132,7 +132,7 @@ class _Worker:
         return verdict
 
     @property
-    def worn(self) -> bool:
+    def used_up(self) -> bool:
         """Whether to replace it: many answers, or so much memory used once that the next answer has too little."""
         return self.answers >= RECYCLE_AFTER or self.peak_kib > self.memory_kib / 2
 
@@ -244,7 +244,7 @@ class Pool:
             if worker is None:
                 worker = _Worker(self.limit_s, self.memory_mib)
             yield worker
-            if worker.worn:
+            if worker.used_up:
                 worker.close()
                 worker = None
         except BaseException:

@@ -1,79 +1,23 @@
 r"""Reads the text of a Math answer, LaTeX or plain, into sympy objects: all of it, or not at all.
 
-A recursive descent over the tokens of `latex.tokens`. What it does not know, or is left over at the end, is
-`Unreadable`: it never takes a part for the whole. Decimals are read as exact fractions.
+A recursive descent over the tokens of `latex.tokens`; here are lists, relations and sets of the values of
+`latex.formulas`. What it does not know, or is left over at the end, is `Unreadable`: it never takes a part for the
+whole. Decimals are read as exact fractions.
 
-A unit behind a value is dropped, and so are currency and degrees (in a sine they count). What changes the value is not:
-percent and a.m./p.m. are symbols (`MARKERS`), "million" is a factor, an unknown word anywhere else is `Unreadable`.
-
-Not read: integrals, limits, piecewise functions, set builders, "…".
+Not read: set builders, "…".
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
-import sympy
-from sympy import Basic, Expr, MatrixBase, Rational, S, Symbol
+from sympy import Basic, S
 
-from vlnorm_verl.tasks.latex.tokens import (
-    CLOSING,
-    FRACTIONS,
-    FUNCTIONS,
-    NAMES,
-    OPENING,
-    RELATIONS,
-    TRIGONOMETRIC,
-    UNIT_LETTERS,
-    Token,
-    is_ambiguous,
-    rewritten,
-    tokens_of,
-    word_set,
-    words,
-)
-from vlnorm_verl.tasks.latex.values import (
-    AM,
-    ERRORS,
-    PERCENT,
-    PM,
-    Answer,
-    Base,
-    Items,
-    Relation,
-    Unreadable,
-    as_set,
-    operand,
-    parts,
-)
-
-_SETS = {"R": S.Reals, "Z": S.Integers, "N": S.Naturals, "Q": S.Rationals, "C": S.Complexes}
-_CONSTANTS = {"e": S.Exp1, "i": S.ImaginaryUnit, r"\pi": S.Pi}
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-# Words that make something else of the number before them than so many of a unit.
-_NO_UNITS = word_set(
-    "or and not no if when where for mod modulo base except times plus minus over to than unless is are nor but of the"
-    " dozen half halves third thirds quarter quarters squared cubed repeating remainder bc bce ad"
-)
-_FUNCTION_LETTERS = set("fghFGHP")  # f(x + 1) is a function, k(x + 1) a product, u(t) a function
-_BASES = {
-    "two": 2,
-    "three": 3,
-    "four": 4,
-    "five": 5,
-    "six": 6,
-    "seven": 7,
-    "eight": 8,
-    "nine": 9,
-    "ten": 10,
-    "twelve": 12,
-}
-_BINOMIALS = {r"\binom", r"\dbinom", r"\tbinom"}
-_VALUES = {*FRACTIONS, *_BINOMIALS, *NAMES, *(rf"\{f}" for f in FUNCTIONS), r"\sqrt", r"\lfloor", r"\lceil", r"\lvert"}
-_VALUES |= {r"\sum", r"\prod", r"\infty"}
-_END = Token("end of text", "")
+from vlnorm_verl.tasks.latex.cursor import END
+from vlnorm_verl.tasks.latex.formulas import Formulas
+from vlnorm_verl.tasks.latex.tokens import RELATIONS, is_ambiguous, rewritten, tokens_of, words
+from vlnorm_verl.tasks.latex.values import ERRORS, Answer, Items, Relation, Unreadable, as_set, operand, parts
 
 
 def read(text: str) -> Answer:
@@ -85,7 +29,7 @@ def read(text: str) -> Answer:
     readings: list[Any] = []
     decimal = False
     for second in () if prose else (False, True) if is_ambiguous(text) else (False,):
-        parser = _Parser(tokens_of(text, second), second)
+        parser = _Reader(tokens_of(text, second), second)
         try:
             value = parser.answer()
         except ERRORS:
@@ -99,71 +43,10 @@ def read(text: str) -> Answer:
     return Answer(canonical, letters, prose, tuple(readings), decimal)
 
 
-def _apply(name: str, arguments: list[Any]) -> Any:
-    """The function of that name; sympy has most of them under it."""
-    name = re.sub("^a(?:rc|r)(?=sin|cos|tan|cot|sec|csc)", "a", name)
-    if name == "lg" or (name == "log" and len(arguments) == 1):
-        return sympy.log(*arguments, 10)
-    if name in ("gcd", "lcm"):
-        return getattr(sympy, name)(arguments)
-    if name == "det":
-        return arguments[0].det()
-    return getattr(sympy, {"max": "Max", "min": "Min", "abs": "Abs", "ceil": "ceiling"}.get(name, name))(*arguments)
-
-
-class _Parser:
-    def __init__(self, tokens: list[Token], second: bool) -> None:
-        self.tokens = tokens
-        self.position = 0
-        self.second = second
-        self.decimal = False
-        self.sign = 1  # what \pm stands for
-        self.signs = False  # whether there was one
-        self.either = False  # whether there was an "or" between values
-        self.bars = 0  # open |
-        self.angle = False  # in the argument of a trigonometric function
-        self.indices: set[str] = set()  # of the sums around
-
-    # --- tokens ---
-
-    def peek(self, ahead: int = 0) -> Token:
-        index = self.position + ahead
-        return self.tokens[index] if index < len(self.tokens) else _END
-
-    def next(self) -> Token:
-        token = self.peek()
-        self.position += 1
-        return token
-
-    def accept(self, *texts: str) -> str:
-        token = self.peek()
-        if token.kind in ("mark", "command") and token.text in texts:
-            self.position += 1
-            return token.text
-        return ""
-
-    def expect(self, *texts: str) -> str:
-        found = self.accept(*texts)
-        if not found:
-            raise Unreadable(f"{self.peek().text!r} instead of {' or '.join(texts)}")
-        return found
-
-    def raw(self) -> str:
-        """The text of a group or of one token, without braces and white space."""
-        if not self.accept("{"):
-            return self.next().text.lstrip("\\")
-        parts = []
-        while not self.accept("}"):
-            if self.peek() is _END:
-                raise Unreadable("a group without an end")
-            parts.append(self.raw())
-        return "".join(parts)
-
-    # --- lists, relations, sets ---
-
+class _Reader(Formulas):
     def answer(self) -> Any:
         values = self.sequence(expand=True)
-        if self.peek() is not _END:
+        if self.peek() is not END:
             raise Unreadable(f"{self.peek().text!r}")
         value = values[0] if len(values) == 1 else Items("or" if self.either else "", tuple(values))
         if any(isinstance(part, Basic) and part.has(S.NaN, S.ComplexInfinity) for part in parts(value)):
@@ -199,14 +82,14 @@ class _Parser:
     def relation(self) -> Any:
         self.accept("=", r"\approx", r"\sim")  # "= 5" is 5
         sides, operators = [self.ratio()], []
-        while found := self.accept(*RELATIONS):
-            operators.append(RELATIONS[found])
+        while symbol := self.accept(*RELATIONS):
+            operators.append(RELATIONS[symbol])
             sides.append(self.ratio())
         return Relation(tuple(operators), tuple(sides)) if operators else sides[0]
 
     def ratio(self) -> Any:
         terms = [self.union()]
-        last = _END
+        last = END
         while self.accept(":"):
             last = self.peek()
             terms.append(operand(self.union()))
@@ -215,331 +98,7 @@ class _Parser:
 
     def union(self) -> Any:
         value = self.additive()
-        while found := self.accept(r"\cup", r"\cap", r"\setminus", r"\backslash"):
+        while symbol := self.accept(r"\cup", r"\cap", r"\setminus", r"\backslash"):
             left, right = as_set(value), as_set(self.additive())
-            value = left | right if found == r"\cup" else left & right if found == r"\cap" else left - right
+            value = left | right if symbol == r"\cup" else left & right if symbol == r"\cap" else left - right
         return value
-
-    # --- arithmetic ---
-
-    def additive(self) -> Any:
-        value = self.signed()
-        while found := self.accept("+", "-", r"\pm", r"\mp"):
-            sign, right = self.sign_of(found), self.signed()
-            if isinstance(value, sympy.Set) and found == "-":
-                value = value - as_set(right)
-            else:
-                value = operand(value) + sign * operand(right)
-        return value
-
-    def sign_of(self, found: str) -> int:
-        if found in "+-":
-            return 1 if found == "+" else -1
-        self.signs = True
-        return self.sign if found == r"\pm" else -self.sign
-
-    def signed(self) -> Any:
-        if found := self.accept("+", "-", r"\pm", r"\mp"):
-            return self.sign_of(found) * operand(self.signed())
-        return self.term()
-
-    def term(self) -> Any:
-        value = self.product()
-        while found := self.accept("*", "/", r"\cdot", r"\times", r"\div", r"\ast"):
-            sign = -1 if self.accept("-") else 1
-            divides = found in ("/", r"\div")
-            right = operand(self.power() if self.second and divides else self.product())
-            value = operand(value) / (sign * right) if divides else operand(value) * (sign * right)
-            while self.second and divides and self.starts_factor():
-                value = value * operand(self.power())
-            value = self.units(value)
-        return value
-
-    def product(self) -> Any:
-        """Factors side by side."""
-        start = self.position
-        value = self.power()
-        if self.position == start + 1 and self.peek(-1).kind == "number" and value.is_Integer:
-            value += self.fraction_of_mixed_number()
-        while self.starts_factor() and not self.unit_fraction():
-            behind = self.peek(-1)
-            if self.peek().kind == "number" and behind.kind in ("number", "letter") and self.peek(-2).text != "^":
-                raise Unreadable("a number behind a number or a letter")
-            value = operand(value) * operand(self.power())
-        return self.units(value)
-
-    def fraction_of_mixed_number(self) -> Expr:
-        r"""The \frac{1}{2} or 1/2 that follows an integer, else 0."""
-        start = self.position
-        if self.peek().text in FRACTIONS and not self.unit_fraction():
-            value = self.atom()
-            if all(t.kind == "number" or t.text in "{}" for t in self.tokens[start + 1 : self.position]):
-                return value
-            self.position = start
-        numerator, slash, denominator = (self.peek(i) for i in range(3))
-        if slash.text == "/" and numerator.gap and {numerator.kind, denominator.kind} == {"number"}:
-            self.position += 3
-            return Rational(int(numerator.text), int(denominator.text))
-        return S.Zero
-
-    def starts_factor(self) -> bool:
-        kind, text, _ = self.peek()
-        if kind == "mark":
-            return text in ("(", "[", "{") or (text == "|" and not self.bars)
-        return kind in ("number", "letter", "name", "begin") or text in _VALUES
-
-    def power(self) -> Any:
-        value = self.atom()
-        while True:
-            if self.accept("!"):
-                if self.peek().text == "!":
-                    raise Unreadable("a double factorial")
-                value = sympy.factorial(value)
-            elif self.accept(r"\degree"):
-                pass
-            elif self.accept("%", r"\%"):
-                value = value * PERCENT
-            elif self.peek().text == "^":
-                raw = self.ahead(self.raw_exponent)
-                if raw in ("circ", "degree"):
-                    self.raw_exponent()
-                    value = value * sympy.pi / 180 if self.angle else value
-                    if self.peek().text in ("C", "F", "K"):
-                        self.next()
-                elif re.fullmatch("(prime)+|st|nd|rd|th", raw) and value.is_Number:
-                    self.raw_exponent()  # minutes of arc, ordinals
-                elif raw in ("top", "T") and isinstance(value, MatrixBase):
-                    self.raw_exponent()
-                    value = value.T
-                else:
-                    self.next()
-                    value = value ** self.exponent()
-            else:
-                return value
-
-    def exponent(self) -> Any:
-        if found := self.accept("+", "-"):
-            return self.exponent() if found == "+" else -self.exponent()
-        value = self.atom()
-        return value ** self.exponent() if self.accept("^") else value
-
-    def units(self, value: Any) -> Any:
-        """The value, without the unit behind it."""
-        if self.unit_fraction():
-            self.next()
-            self.raw()
-            self.raw()
-        while True:
-            if self.peek().kind == "text":
-                value = self.unit(value, self.next().text.lower())
-                while self.accept("^"):
-                    self.raw()
-            elif self.peek().text in ("/", r"\cdot", r"\times", ".") and self.peek(1).kind == "text":
-                self.next()
-            else:
-                return value
-
-    def unit_fraction(self) -> bool:
-        return self.peek().text in FRACTIONS and self.peek(2).kind == "text"
-
-    def unit(self, value: Any, text: str) -> Any:
-        without_exponents = re.sub(r"(?<=[a-z])\^?\{?-?\d\}?(?!\w)", "", text)
-        words = [word.strip(".,()") for word in re.split(r"[\s/~-]+", without_exponents)]
-        if text.strip("() ") in ("percent", "percentage", "per cent", "pct", "%"):
-            return value * PERCENT
-        if (letters := text.replace(".", "").strip("() ")) in ("am", "pm"):
-            return value + (AM if letters == "am" else PM)
-        if len(text) == 1 and text.upper() not in UNIT_LETTERS:
-            raise Unreadable(f"{text!r} after a value")
-        if words[0] in _SCALES:
-            value = value * 10 ** _SCALES[words.pop(0)]
-        if _NO_UNITS.intersection(words) or any(re.search(r"[^a-zµμ°ω']", word) for word in words):
-            raise Unreadable(f"{text!r} after a value")
-        return value
-
-    # --- atoms ---
-
-    def atom(self) -> Any:
-        kind, text, _ = self.next()
-        if kind == "number":
-            return self.number(text)
-        if kind in ("letter", "name") or text in NAMES:
-            return self.symbol(text)
-        if kind == "text" and (self.peek() is _END or self.peek().text in (*RELATIONS, "_", ",", ")", "}")):
-            return self.symbol(text)
-        if kind == "begin":
-            return self.matrix(text)
-        if text in OPENING:
-            return self.brackets(text)
-        if text in FRACTIONS:
-            return self.fraction()
-        if text == r"\sqrt":
-            return self.root()
-        if text in _BINOMIALS:
-            return sympy.binomial(self.argument(), self.argument())
-        if text in ("|", r"\vert", r"\lvert"):
-            return self.between(sympy.Abs, "|", r"\vert", r"\rvert")
-        if text in (r"\lfloor", r"\lceil"):
-            return self.between(sympy.floor if text == r"\lfloor" else sympy.ceiling, text.replace("l", "r", 1))
-        if text in (r"\sum", r"\prod"):
-            return self.sum(sympy.Sum if text == r"\sum" else sympy.Product)
-        if text == r"\infty":
-            return S.Infinity
-        if text in (r"\emptyset", r"\varnothing"):
-            return S.EmptySet
-        if kind == "command" and text[1:] in FUNCTIONS:
-            return self.function(text[1:])
-        raise Unreadable(f"{text!r}")
-
-    def number(self, text: str) -> Expr:
-        value = Rational(text)
-        self.decimal |= "." in text
-        if not self.accept("_"):
-            return value
-        name = self.raw().lower()
-        base = int(_BASES.get(name, name))
-        whole, _, fraction = text.partition(".")
-        return Base(value, Rational(int(whole + fraction, base), base ** len(fraction)))
-
-    def symbol(self, name: str) -> Any:
-        letter = name.lstrip("\\")
-        while True:
-            if self.accept("_"):
-                name += "_" + self.raw()
-            elif self.accept("'"):
-                name += "'"
-            elif letter in _FUNCTION_LETTERS and self.peek().text == "^" and self.ahead(self.raw_exponent) == "-1":
-                name += "^" + self.raw_exponent()
-            elif self.peek().text == "^" and re.fullmatch("(prime)+", raw := self.ahead(self.raw_exponent)):
-                self.raw_exponent()
-                name += "'" * (len(raw) // 5)
-            else:
-                break
-        if name in _CONSTANTS and name not in self.indices:
-            return _CONSTANTS[name]
-        if name.startswith(r"\mathbb") and letter[7:-1] in _SETS:
-            return _SETS[letter[7:-1]]
-        if self.peek().text == "(" and (self.peek(2).text == ")" or letter in _FUNCTION_LETTERS):
-            self.next()
-            return sympy.Function(name)(*map(operand, self.closed("(")[0]))
-        return Symbol(name)
-
-    def raw_exponent(self) -> str:
-        self.expect("^")
-        return self.raw()
-
-    def ahead(self, look: Callable[[], Any]) -> Any:
-        """What this finds, without going there."""
-        start = self.position
-        found = look()
-        self.position = start
-        return found
-
-    def closed(self, opening: str) -> tuple[list[Any], str]:
-        """The values in the brackets, and the bracket that closes them."""
-        bars, angle = self.bars, self.angle
-        self.bars, self.angle = 0, angle and opening in "{("
-        values = self.sequence(expand=opening in (r"\{", r"\lbrace"))
-        self.bars, self.angle = bars, angle
-        if opening == "{":
-            if len(values) == 1 and self.accept(r"\choose"):
-                values = [sympy.binomial(values[0], self.additive())]
-            return values, self.expect("}")
-        return values, CLOSING[self.expect(*CLOSING)]
-
-    def brackets(self, opening: str) -> Any:
-        shape = OPENING[opening]
-        if shape == "{" and self.accept(r"\}", r"\rbrace"):
-            return S.EmptySet
-        values, closing = self.closed(opening)
-        if (shape == "{") != (closing == "}" and opening != "{"):
-            raise Unreadable("brackets that do not match")
-        if len(values) == 1 and shape + closing in ("()", "[]", "}"):
-            return values[0]
-        return Items(shape + closing if shape else "", tuple(values))  # LaTeX does not show plain braces
-
-    def between(self, function: Callable[[Any], Any], *ends: str) -> Any:
-        self.bars += 1
-        value = function(operand(self.additive()))
-        self.bars -= 1
-        self.expect(*ends)
-        return value
-
-    def argument(self) -> Any:
-        """Of a command: a group, or one token; of a number its first digit."""
-        token = self.peek()
-        if token.kind == "number" and len(token.text) > 1:
-            self.tokens[self.position : self.position + 1] = [Token("number", c) for c in token.text]
-        return operand(self.atom())
-
-    def fraction(self) -> Any:
-        start = self.position
-        above, below = self.raw(), self.raw()
-        for d in ("d", "partial"):
-            if above.startswith(d) and below.startswith(d) and len(below) > len(d):
-                return Symbol(f"{above}/{below}")  # a derivative
-        self.position = start
-        return self.argument() / self.argument()
-
-    def root(self) -> Any:
-        degree = S(2)
-        if self.accept("["):
-            degree = self.additive()
-            self.expect("]")
-        value = self.argument()
-        if value.is_negative and degree.is_odd:
-            return -((-value) ** (1 / degree))  # the real one
-        return value ** (1 / degree)
-
-    def function(self, name: str) -> Any:
-        exponent, base = S.One, []
-        while found := self.accept("^", "_"):
-            if found == "^":
-                exponent = self.exponent()
-            elif name == "log":
-                base = [self.exponent()]
-            else:
-                raise Unreadable(f"{name} with an index")
-        if exponent == -1 and name in TRIGONOMETRIC:
-            name, exponent = f"a{name}", S.One
-        angle, self.angle = self.angle, name in TRIGONOMETRIC
-        if opening := self.accept("(", "{", r"\{"):
-            arguments, _ = self.closed(opening)
-        else:
-            sign = -1 if self.accept("-") else 1
-            arguments = [sign * operand(self.power())]
-            while self.starts_factor() and self.peek().text[1:] not in FUNCTIONS:
-                arguments[0] = arguments[0] * operand(self.power())
-        self.angle = angle
-        return _apply(name, [*map(operand, arguments), *base]) ** exponent
-
-    def sum(self, kind: Any) -> Any:
-        self.expect("_")
-        self.expect("{")
-        name = self.next().text
-        self.indices.add(name)
-        index = self.symbol(name)
-        self.expect("=")
-        first = self.additive()
-        self.expect("}")
-        self.expect("^")
-        last = self.exponent()
-        return kind(self.term(), (index, first, last)).doit()
-
-    def matrix(self, environment: str) -> Any:
-        if not re.fullmatch(r"([pbBvV]|small)?matrix\*?|array", environment):
-            raise Unreadable(environment)
-        rows: list[list[Any]] = [[]]
-        while True:
-            rows[-1].append(operand(self.additive()))
-            if self.accept("&"):
-                continue
-            more = self.accept(r"\\")
-            if self.peek().kind == "end":
-                self.next()
-                break
-            if not more:
-                raise Unreadable(f"{self.peek().text!r} in a matrix")
-            rows.append([])
-        matrix = sympy.ImmutableMatrix(rows)
-        return matrix.det() if environment[0] in "vV" else matrix

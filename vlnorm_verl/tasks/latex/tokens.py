@@ -20,20 +20,25 @@ def word_set(words: str) -> set[str]:
     return set(words.split())
 
 
-RELATIONS = {
-    "=": "=", "==": "=", r"\approx": "≈", r"\simeq": "≈", r"\sim": "≈", r"\in": "∈",
-    "<": "<", r"\lt": "<", ">": ">", r"\gt": ">", "!=": "≠", r"\ne": "≠", r"\neq": "≠",
-    "<=": "≤", r"\le": "≤", r"\leq": "≤", r"\leqslant": "≤", ">=": "≥", r"\ge": "≥", r"\geq": "≥", r"\geqslant": "≥",
-}  # fmt: skip
+_SPELLINGS = {
+    "=": "= ==",
+    "≈": r"\approx \simeq \sim",
+    "∈": r"\in",
+    "<": r"< \lt",
+    ">": r"> \gt",
+    "≠": r"!= \ne \neq",
+    "≤": r"<= \le \leq \leqslant",
+    "≥": r">= \ge \geq \geqslant",
+}
+RELATIONS = {spelling: relation for relation, spellings in _SPELLINGS.items() for spelling in spellings.split()}
 OPENING = {"(": "(", "[": "[", "{": "", r"\{": "{", r"\lbrace": "{", r"\langle": "(", r"\lbrack": "["}
 CLOSING = {")": ")", "]": "]", r"\}": "}", r"\rbrace": "}", r"\rangle": ")", r"\rbrack": "]"}
 FRACTIONS = {r"\frac", r"\dfrac", r"\tfrac", r"\cfrac"}
 TRIGONOMETRIC = word_set("sin cos tan cot sec csc")
-FUNCTIONS = {
-    *TRIGONOMETRIC, *(f"a{name}" for name in TRIGONOMETRIC), *(f"arc{name}" for name in TRIGONOMETRIC),
-    *word_set("sinh cosh tanh coth asinh acosh atanh arsinh arcosh artanh exp ln log lg abs floor ceil det"),
-    *word_set("max min gcd lcm"),
-}  # fmt: skip
+FUNCTIONS = word_set(
+    "sinh cosh tanh coth asinh acosh atanh arsinh arcosh artanh exp ln log lg abs floor ceil det max min gcd lcm"
+)
+FUNCTIONS |= {prefix + name for prefix in ("", "a", "arc") for name in TRIGONOMETRIC}
 _GREEK = word_set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho varrho sigma"
     " tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
@@ -69,15 +74,51 @@ _UNITS = word_set(
 _UNITS |= word_set("pct am pm st nd rd th erg pc kpc Mpc AU ly rad cal keV MeV GeV kJ MJ kW MW MHz GHz mA mV kV")
 _PROSE = word_set("not when where for mod than the to of but nor")  # short words that are no product of variables
 
-_CHARACTERS = str.maketrans({
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "±": r"\pm ",
-    "∓": r"\mp ", "≤": "<=", "≥": ">=", "≠": "!=", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
-    "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "∞": r"\infty ", "√": "sqrt", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "°": r"^\circ ", "º": r"^\circ ", "℃": r"^\circ C",
-    "℉": r"^\circ F", "’": "'", "′": "'", "，": ",", "€": r"\$", "£": r"\$", "¥": r"\$", "₹": r"\$",
-    "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega ",
-    "μ": r"\mu ", "σ": r"\sigma ", "Δ": r"\Delta ", "Ω": r"\Omega ",
-})  # fmt: skip
+# Each replacement stands for every character in front of it.
+_REPLACEMENTS = {
+    "−–": "-",
+    "×": r"\times ",
+    "·⋅∙": r"\cdot ",
+    "÷": "/",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "≤": "<=",
+    "≥": ">=",
+    "≠": "!=",
+    "≈": r"\approx ",
+    "∈": r"\in ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∅": r"\emptyset ",
+    "ℝ": r"\mathbb{R}",
+    "∞": r"\infty ",
+    "√": "sqrt",
+    "½": r"\frac{1}{2}",
+    "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}",
+    "⅓": r"\frac{1}{3}",
+    "⅔": r"\frac{2}{3}",
+    "°º": r"^\circ ",
+    "℃": r"^\circ C",
+    "℉": r"^\circ F",
+    "’′": "'",
+    "，": ",",
+    "€£¥₹": r"\$",
+    "π": r"\pi ",
+    "θ": r"\theta ",
+    "α": r"\alpha ",
+    "β": r"\beta ",
+    "λ": r"\lambda ",
+    "φ": r"\phi ",
+    "ω": r"\omega ",
+    "μ": r"\mu ",
+    "σ": r"\sigma ",
+    "Δ": r"\Delta ",
+    "Ω": r"\Omega ",
+}
+_CHARACTERS = str.maketrans(
+    {character: replacement for characters, replacement in _REPLACEMENTS.items() for character in characters}
+)
 _SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)"
 
@@ -88,7 +129,7 @@ def _repeating(match: re.Match[str]) -> str:
     return rf"{{\frac{{{numerator}}}{{{(10 ** len(period) - 1) * 10 ** len(fixed)}}}}}"
 
 
-_REWRITES = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replacement in (
+_REWRITES = (
     (r"^\s*(\*\*|`)(.*)\1\s*$", r"\2"),
     (r"(?<![.\\])[.,;:](?=[$\s]*$)", ""),  # the end of a sentence, not "0.333..."
     (r"[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}"),
@@ -111,7 +152,7 @@ _REWRITES = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replacem
     # 0.1\overline{6} 0.\dot{3}, and 0.1(6) if the brackets can be no factor
     (r"(?P<whole>\d*)\.(?P<fixed>\d*)\\(?:overline|bar|dot)\s*(?P<period>\{\d+\}|\d)(?!\d)", _repeating),
     (r"(?<!\d)(?P<whole>0|\d+(?=\.\())\.(?P<fixed>\d*)(?P<period>\(\d+\))", _repeating),
-)]  # fmt: skip
+)
 
 
 def _lexer(thousands: str) -> re.Pattern[str]:
@@ -134,7 +175,7 @@ def rewritten(text: str) -> str:
         text = re.sub(r"\\\\(?=([A-Za-z]{2,}))", lambda match: "\\" if match[1] in _KNOWN else match[0], text)
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
+        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
     return text
 
 
@@ -163,34 +204,34 @@ def tokens_of(text: str, second: bool = False) -> list[Token]:
         match = (_SEPARATE if second or depth else _GROUPED).match(text, position)
         assert match is not None
         assert match.lastgroup is not None
-        kind, found, position = match.lastgroup, match[match.lastgroup], match.end()
+        kind, matched, position = match.lastgroup, match[match.lastgroup], match.end()
         if kind == "gap" or (kind == "row" and not depth):
             gap = True
-            if not depth and (kind == "row" or "\n" in found):
+            if not depth and (kind == "row" or "\n" in matched):
                 lines.append(len(tokens))
             continue
-        if kind == "command" and found in _TEXT | _ACCENTS | _DROPPED_WITH_ARGUMENT:
+        if kind == "command" and matched in _TEXT | _ACCENTS | _DROPPED_WITH_ARGUMENT:
             content, position = _argument(text, position)
-            if found in _TEXT:
-                tokens += _text_tokens(found, content, gap, tokens)
-            elif found in _ACCENTS:
-                tokens.append(Token("name", rf"\{found}{{{content.replace(' ', '')}}}", gap))
+            if matched in _TEXT:
+                tokens += _text_tokens(matched, content, gap, tokens)
+            elif matched in _ACCENTS:
+                tokens.append(Token("name", rf"\{matched}{{{content.replace(' ', '')}}}", gap))
         elif kind == "word":
-            tokens += _word_tokens(found, gap, tokens)
+            tokens += _word_tokens(matched, gap, tokens)
         elif kind == "number":
-            tokens.append(Token(kind, found.replace(",", "." if found[0] == "0" else ""), gap))
+            tokens.append(Token(kind, matched.replace(",", "." if matched[0] == "0" else ""), gap))
         elif kind == "environment":
-            if found in _LAYOUTS:
+            if matched in _LAYOUTS:
                 aligned = True
             else:
-                tokens.append(Token(match["edge"], found, gap))
+                tokens.append(Token(match["edge"], matched, gap))
                 depth += 1 if match["edge"] == "begin" else -1
         elif kind == "row":
             tokens.append(Token("mark", r"\\", gap))
-        elif kind == "command" and found in _CONJUNCTIONS:
-            tokens.append(Token("mark", _CONJUNCTIONS[found], gap))
-        elif kind in ("command", "mark") and found not in _DROPPED and (found != "&" or depth or not aligned):
-            text_of = rf"\{found}" if kind == "command" else found
+        elif kind == "command" and matched in _CONJUNCTIONS:
+            tokens.append(Token("mark", _CONJUNCTIONS[matched], gap))
+        elif kind in ("command", "mark") and matched not in _DROPPED and (matched != "&" or depth or not aligned):
+            text_of = rf"\{matched}" if kind == "command" else matched
             tokens.append(Token(kind, text_of, gap))
             depth += (text_of in OPENING and text_of != "{") - (text_of in CLOSING)
         gap = False

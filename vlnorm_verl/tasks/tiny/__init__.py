@@ -1,8 +1,8 @@
 """A tiny CountDown task and a warm-started 0.3 M model: what the real stack is trained and tested on without a GPU.
 
-``countdown`` the task and its reward; ``model`` tokenizer and architecture; ``warmstart`` the command that made
-``weights/``; ``data`` the command that writes verl's parquet files. Nothing is imported here: the reward workers
-need neither torch nor transformers.
+``countdown`` the task and its reward; ``boxed`` the same under the reward of Math; ``data`` its files; ``model``
+tokenizer and architecture; ``warmstart`` the command that made ``weights/``. Nothing is imported here: the reward
+workers need neither torch nor transformers.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The tiny CountDown in the Math task's clothes, for recipes with task=math and scale=cpu.
+"""The tiny CountDown in the Math task's clothes, for recipes with task=math and the tiny model.
 
 A model of 0.3 M parameters cannot write LaTeX. So the prompts are the tiny CountDown's, the answer `A:7+3-12` that the
 model ends with is rewritten as `\\boxed{(7+3)-12}`, and the real Math reward (vlnorm_verl.tasks.math, with its worker
@@ -14,7 +14,6 @@ import re
 from typing import Any
 
 from vlnorm_verl.tasks.math import compute_score as math_score
-from vlnorm_verl.tasks.tiny import countdown
 
 _ANSWER = re.compile(r"A:([0-9]{1,2}[-+*][0-9]{1,2})([-+*][0-9]{1,2})\.?$", re.ASCII)
 
@@ -23,20 +22,6 @@ def boxed(response: str) -> str:
     """The response with its final answer as Math's prompts ask for it; without one, unchanged."""
     # Left to right is how the tiny task reads an expression, hence the parentheses.
     return _ANSWER.sub(r"\\boxed{(\1)\2}", response)
-
-
-def rows(data_source: str, count: int, seed: int, split: countdown.Split) -> list[dict[str, Any]]:
-    """Rows in the schema of Math; `ground_truth` is the target."""
-    return [
-        {
-            "data_source": data_source,
-            "prompt": [{"role": "user", "content": countdown.render_prompt(problem)}],
-            "ability": "math",
-            "reward_model": {"style": "rule", "ground_truth": str(problem.target)},
-            "extra_info": {"split": split, "index": index},
-        }
-        for index, problem in enumerate(countdown.distinct_problems(count, seed, split))
-    ]
 
 
 def compute_score(

@@ -1,4 +1,4 @@
-"""CountDown with small numbers: problems, written search traces, and the reward.
+"""CountDown with small numbers: prompt, written search traces, and the reward.
 
 A problem is three numbers and a target; the answer is an expression that uses every number exactly once and
 is worth the target. **Expressions are read strictly from left to right, without operator precedence and
@@ -14,30 +14,30 @@ about. The target has its own letters (one for the tens, one for the units) beca
 in ordinary digits learns the arithmetic but not to compare a result with the target.
 
 Covered: seeded problems, the held-out split, prompts of one fixed length, traces with documented noise, and
-``compute_score`` in the signature of verl's custom reward. Pure Python: neither torch nor verl is imported, so
-the reward workers load this file alone. Not covered: division, brackets, numbers above 12, other counts of
+``compute_score`` in the signature of verl's custom reward. Pure Python: neither torch nor verl is imported. A problem
+and its ground truth are those of `tasks.countdown`. Not covered: division, brackets, numbers above 12, other counts of
 numbers.
 
-    python -m vlnorm_verl.tasks.tiny.data --out data/tiny      # parquet files for verl
     pytest tests/test_tiny.py
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
+
+from vlnorm_verl.tasks.base import Split, distinct, hash_picks
+from vlnorm_verl.tasks.countdown import OPERATORS, Problem, parse_ground_truth
 
 DATA_SOURCE = "vlnorm_tiny_countdown"
 MAX_NUMBER = 12
 MAX_TARGET = 60
 MAX_VALUE = 150  # intermediate and final values stay in 0..MAX_VALUE
-OPERATORS = "+-*"
+SYMBOLS = "+-*"
 TENS_LETTERS = "abcdefg"  # target // 10
 UNITS_LETTERS = "hijklmnopq"  # target % 10
 PROMPT_LENGTH = 12
@@ -48,21 +48,9 @@ WRONG_RESULT_PROBABILITY = 0.02  # of a final result, by 1 to 3
 
 HELD_OUT_ONE_IN = 8  # one problem in 8 is never trained on
 
-# So many draws in a row without a new problem mean that a split is used up (it holds 2,000 to 15,000).
-_EXHAUSTED_AFTER = 20_000
-
 # The answer is looked for in the last characters only, which bounds the work on any text.
 _ANSWER_WINDOW = 64
 _ANSWER = re.compile(r"A:([0-9]{1,2})([-+*])([0-9]{1,2})([-+*])([0-9]{1,2})\.?", re.ASCII)
-
-Split = Literal["train", "test"]
-
-
-class Problem(NamedTuple):
-    """Numbers in the order in which the prompt shows them, and the target."""
-
-    numbers: tuple[int, int, int]
-    target: int
 
 
 class Expression(NamedTuple):
@@ -79,21 +67,11 @@ class Expression(NamedTuple):
 
     @property
     def middle(self) -> int:
-        return apply(self.op1, self.a, self.b)
+        return int(OPERATORS[self.op1](self.a, self.b))
 
     @property
     def value(self) -> int:
-        return apply(self.op2, self.middle, self.c)
-
-
-def apply(op: str, left: int, right: int) -> int:
-    if op == "+":
-        return left + right
-    if op == "-":
-        return left - right
-    if op == "*":
-        return left * right
-    raise ValueError(f"operator {op!r} is not one of {OPERATORS!r}")
+        return int(OPERATORS[self.op2](self.middle, self.c))
 
 
 def _equivalence_key(e: Expression) -> tuple[Any, ...]:
@@ -109,11 +87,11 @@ def _equivalence_key(e: Expression) -> tuple[Any, ...]:
 
 
 @cache
-def expressions(numbers: tuple[int, int, int]) -> tuple[Expression, ...]:
+def expressions(numbers: tuple[int, ...]) -> tuple[Expression, ...]:
     """One representative of every class of equivalent expressions whose values stay in 0..MAX_VALUE."""
     representatives: dict[tuple[Any, ...], Expression] = {}
     for a, b, c in itertools.permutations(numbers):
-        for op1, op2 in itertools.product(OPERATORS, repeat=2):
+        for op1, op2 in itertools.product(SYMBOLS, repeat=2):
             e = Expression(a, op1, b, op2, c)
             if 0 <= e.middle <= MAX_VALUE and 0 <= e.value <= MAX_VALUE:
                 representatives.setdefault(_equivalence_key(e), e)
@@ -121,15 +99,13 @@ def expressions(numbers: tuple[int, int, int]) -> tuple[Expression, ...]:
 
 
 @cache
-def reachable_targets(numbers: tuple[int, int, int]) -> tuple[int, ...]:
+def reachable_targets(numbers: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted({e.value for e in expressions(numbers) if 1 <= e.value <= MAX_TARGET}))
 
 
 def is_held_out(problem: Problem) -> bool:
-    """By a hash of the sorted numbers and the target: no reordering of a held-out problem is trained on."""
-    key = f"{sorted(problem.numbers)}>{problem.target}"
-    digest = hashlib.sha256(key.encode("ascii")).digest()
-    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+    """No reordering of a held-out problem is trained on."""
+    return hash_picks(f"{sorted(problem.numbers)}>{problem.target}", HELD_OUT_ONE_IN)
 
 
 def problems(seed: int, split: Split) -> Iterator[Problem]:
@@ -151,20 +127,9 @@ def distinct_problems(count: int, seed: int, split: Split) -> list[Problem]:
     """The first ``count`` different problems of the stream.
 
     Raises:
-        ValueError: the split does not hold that many.
+        UserError: the split does not hold that many (it holds 2,000 to 15,000).
     """
-    found: dict[Problem, None] = {}
-    draws_without_new = 0
-    for problem in problems(seed, split):
-        if len(found) == count:
-            break
-        if draws_without_new == _EXHAUSTED_AFTER:
-            raise ValueError(
-                f"the {split} split has fewer than {count} different problems (about {len(found)}): ask for less"
-            )
-        draws_without_new = draws_without_new + 1 if problem in found else 0
-        found[problem] = None
-    return list(found)
+    return list(distinct(problems(seed, split), count, lambda problem: problem, f"ask for fewer of the {split} split"))
 
 
 def render_prompt(problem: Problem) -> str:
@@ -203,27 +168,6 @@ def search_trace(problem: Problem, rng: random.Random) -> str:
     return "".join(written) + f"A:{answer}."
 
 
-def ground_truth(problem: Problem) -> str:
-    """A JSON string: survives parquet, whose nested types would merge the rows' fields."""
-    return json.dumps({"numbers": list(problem.numbers), "target": problem.target})
-
-
-def parse_ground_truth(text: str) -> Problem:
-    """
-    Raises:
-        ValueError: the text is not what ``ground_truth`` writes (the data file is not this task's).
-    """
-    try:
-        fields = json.loads(text)
-        a, b, c = (int(n) for n in fields["numbers"])
-        return Problem((a, b, c), int(fields["target"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"reward_model.ground_truth must be a JSON string with 'numbers' and 'target', not {text!r:.200}; "
-            "make the data with: python -m vlnorm_verl.tasks.tiny.data"
-        ) from error
-
-
 def judge(response: str, problem: Problem) -> str:
     """The outcome of a response: ``right``, or what is wrong with it.
 
@@ -246,7 +190,7 @@ def judge(response: str, problem: Problem) -> str:
 def compute_score(
     data_source: str,
     solution_str: str,
-    ground_truth: str,
+    ground_truth: str | Mapping[str, Any],
     extra_info: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
@@ -258,6 +202,9 @@ def compute_score(
     Raises:
         ValueError: ``ground_truth`` is not this task's. A bad response never raises.
     """
-    outcome = judge(solution_str, parse_ground_truth(ground_truth))
+    problem = parse_ground_truth(ground_truth)
+    if len(problem.numbers) != 3:
+        raise ValueError(f"reward_model.ground_truth must have three numbers for the tiny CountDown, not {problem}")
+    outcome = judge(solution_str, problem)
     score = float(outcome == "right")
     return {"score": score, "acc": score, "outcome": outcome}

@@ -1,71 +1,63 @@
-"""Writes the tiny CountDown task as parquet files in verl's schema.
+"""The tiny task's files: CountDown, or the same problems in the schema of Math, and a copy of the model.
 
-    python -m vlnorm_verl.tasks.tiny.data --out data/tiny     # train.parquet and test.parquet
-
-Covered: different problems in each file, no problem of test.parquet in train.parquet in any order of its numbers,
-the same bytes of content for the same seed and sizes, and files that appear complete or not at all. Not covered:
-any other task.
-
-Columns: ``data_source``, ``prompt`` (one user message), ``ability``, ``reward_model`` (``style`` and
-``ground_truth``, a JSON string that ``countdown.compute_score`` reads) and ``extra_info`` (``split``, ``index``).
+Covered: different problems in each file, no problem of a test file in train.parquet in any order of its numbers, the
+same content for every run, and files that appear complete or not at all. Not covered: two processes at once.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import typer
+from vlnorm_verl.files import whole
+from vlnorm_verl.tasks import sources
+from vlnorm_verl.tasks.base import Row, Split, row, write_parquet
+from vlnorm_verl.tasks.countdown import ground_truth
+from vlnorm_verl.tasks.tiny import WEIGHTS
+from vlnorm_verl.tasks.tiny.countdown import DATA_SOURCE, distinct_problems, render_prompt
 
-from vlnorm_verl.tasks.tiny.countdown import DATA_SOURCE, Split, distinct_problems, ground_truth, render_prompt
+TRAIN_ROWS, TEST_ROWS = 4096, 128
+TEST_ROWS_OF_MATH = 32  # in each of its four sets
 
 
-def rows(count: int, seed: int, split: Split) -> list[dict[str, Any]]:
+def rows(count: int, seed: int, split: Split, math_set: str = "") -> list[Row]:
+    """Rows of the tiny CountDown, or of a Math set, whose ground truth is the target alone."""
+    source = sources.data_source(math_set) if math_set else DATA_SOURCE
     return [
-        {
-            "data_source": DATA_SOURCE,
-            "prompt": [{"role": "user", "content": render_prompt(problem)}],
-            "ability": "math",
-            "reward_model": {"style": "rule", "ground_truth": ground_truth(problem)},
-            "extra_info": {"split": split, "index": index},
-        }
+        row(
+            source,
+            render_prompt(problem),
+            str(problem.target) if math_set else ground_truth(problem),
+            split,
+            index,
+            "generated",
+        )
         for index, problem in enumerate(distinct_problems(count, seed, split))
     ]
 
 
-def write_parquet(table: list[dict[str, Any]], path: Path) -> None:
-    """Complete or not at all: written beside the target and moved over it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(pa.Table.from_pylist(table), temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def make(folder: Path, task: Literal["countdown", "math"]) -> None:
+    """Write ``folder/model`` and the files of ``folder/<task>`` where they are missing; the same for every run.
+
+    The model is copied beside the data because every node must find it under one path, and the package has another one
+    on each node of a cluster that Ray sends it to.
+    """
+    if not (model := folder / "model").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".model.{os.getpid()}.tmp"
+        shutil.copytree(WEIGHTS, temporary)
+        temporary.rename(model)
+    _write_missing(folder / task / "train.parquet", TRAIN_ROWS, 0, "train", "train" if task == "math" else "")
+    if task == "countdown":
+        _write_missing(folder / task / "test.parquet", TEST_ROWS, 0, "test")
+        return
+    for seed, name in enumerate(name for name in sources.MATH if name != "train"):
+        _write_missing(folder / task / f"{name}.parquet", TEST_ROWS_OF_MATH, seed, "test", name)
 
 
-def main(
-    out: Annotated[Path, typer.Option(file_okay=False, help="Directory for train.parquet and test.parquet.")],
-    train_size: Annotated[int, typer.Option(min=1, help="Prompts to train on.")] = 4096,
-    test_size: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 128,
-    seed: Annotated[int, typer.Option(help="Seed of both files.")] = 0,
-) -> None:
-    """Write the tiny CountDown task for verl. Expressions are read from left to right: 2+3*4 is 20."""
-    sizes: dict[Split, int] = {"train": train_size, "test": test_size}
-    tables: dict[Split, list[dict[str, Any]]] = {}
-    for split, size in sizes.items():
-        try:
-            tables[split] = rows(size, seed, split)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint=f"--{split}-size") from error
-    out.mkdir(parents=True, exist_ok=True)
-    for split, table in tables.items():
-        path = out / f"{split}.parquet"
-        write_parquet(table, path)
-        typer.echo(f"{path}: {len(table)} prompts")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+def _write_missing(path: Path, count: int, seed: int, split: Split, math_set: str = "") -> None:
+    if not path.exists():
+        with whole(path) as temporary:
+            write_parquet(rows(count, seed, split, math_set), temporary)

@@ -16,9 +16,7 @@ CPU rounds differently and gives other weights of about the same quality). Not c
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 import random
 import statistics
 import time
@@ -31,13 +29,14 @@ import torch
 import transformers
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
+from vlnorm_verl.files import write_json
+from vlnorm_verl.tasks.countdown import Problem
 from vlnorm_verl.tasks.tiny.countdown import (
     PROMPT_LENGTH,
-    Problem,
     distinct_problems,
     judge,
     problems,
@@ -116,29 +115,19 @@ def train(seed: int, steps: int, peak_rate: float) -> tuple[Qwen2ForCausalLM, in
     stream = batches(seed)
     tokens = 0
     average: float | None = None
-    columns = (
-        TextColumn("warm start"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("warm start", total=steps, loss=float("nan"))
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step, steps, peak_rate)
-            ids, weights = encode(next(stream))
-            loss = weighted_loss(model, ids, weights)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            optimizer.step()
-            tokens += int((weights > 0).sum())
-            average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-            progress.update(bar, advance=1, loss=average)
-            if (step + 1) % 100 == 0 and not console.is_terminal:
-                console.print(f"step {step + 1} of {steps}: loss {average:.4f}")
+    for step in track(range(steps), "warm start", console=console):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, steps, peak_rate)
+        ids, weights = encode(next(stream))
+        loss = weighted_loss(model, ids, weights)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        tokens += int((weights > 0).sum())
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        if (step + 1) % 100 == 0:
+            console.print(f"step {step + 1} of {steps}: loss {average:.4f}")
     return model.eval(), tokens
 
 
@@ -229,9 +218,7 @@ def main(
         "parameters": model.num_parameters(),
         "held_out_sampled_at_temperature_1": measured,
     }
-    temporary = out / "warmstart.json.tmp"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(temporary, out / "warmstart.json")
+    write_json(out / "warmstart.json", report)
     console.print_json(data=report)
 
 
