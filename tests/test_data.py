@@ -704,13 +704,13 @@ def test_math_from_a_hub(hub: tuple[dict[str, str], type[Hub], Path], tmp_path: 
 def test_wrong_names_on_a_hub(hub: tuple[dict[str, str], type[Hub], Path], tmp_path: Path) -> None:
     environment, _, root = hub
     (root / "empty/repo").mkdir(parents=True)
-    put(root / "short/amc/data/train.parquet", [{"problem": "Q", "answer": 1.0}])
-    short = ["amc=short/amc" if part.startswith("amc=") else part for part in HUB_MATH]
+    put(root / "short/train/orz_math_57k_collection.json", [[{"value": "Q"}, {"ground_truth": {"value": "1"}}]])
+    short = ["train=short/train" if part.startswith("train=") else part for part in HUB_MATH]
     wrong = {
         "cannot read Jiayi-Pan/Countdown-Tasks-3to4 at revision nope": ["countdown", "--revision", "nope"],
         "cannot read no/pe at revision main": ["countdown", "--repo", "no/pe"],
         "cannot read empty/repo": ["countdown", "--repo", "empty/repo"],
-        "amc (short/amc) has 1 rows, the paper's set has 83: check --repo": ["math", *short],
+        "train (short/train) has 1 rows, the paper's set has 56000 to 58000: check --repo": ["math", *short],
     }
     results = data_process(environment, *([*arguments, "--out", tmp_path / "o"] for arguments in wrong.values()))
     for message, (code, _, errors) in zip(wrong, results, strict=True):
@@ -853,7 +853,7 @@ def test_every_generated_countdown_is_solved_by_its_solution(tmp_path: Path) -> 
 
 def test_no_seed_or_size_trains_on_a_held_out_problem() -> None:
     def keys(split: str, seed: int) -> set[Any]:
-        return {(tuple(sorted(p.numbers)), p.target) for p, _ in generate.countdown(split, 400, seed)}
+        return {(tuple(sorted(p.numbers)), p.target) for p, _ in generate.countdown(split, 250, seed)}
 
     trained = keys("train", 0) | keys("train", 1)
     assert not trained & (keys("test", 0) | keys("test", 7))

@@ -413,10 +413,13 @@ def run_manager(name: str, overrides: list[str], samples: list[tuple[str, Any]])
     return results
 
 
-@pytest.mark.parametrize("manager", ["naive", "dapo"])
 @pytest.mark.parametrize(
-    "path",
-    ["pkg://vlnorm_verl.tasks.countdown", "pkg://vlnorm_verl/tasks/countdown", "vlnorm_verl/tasks/countdown.py"],
+    ("manager", "path"),
+    [
+        ("naive", "pkg://vlnorm_verl.tasks.countdown"),
+        ("dapo", "pkg://vlnorm_verl/tasks/countdown"),
+        ("naive", "vlnorm_verl/tasks/countdown.py"),
+    ],
 )
 def test_verl_scores_with_it(manager: str, path: str) -> None:
     truth = ground_truth(Problem((3, 5), 8))

@@ -83,10 +83,18 @@ def workers_of(pool: Pool) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[Pool]:
-    pool = Pool(limit_s=20, workers=2)
+def one_worker() -> Iterator[Pool]:
+    pool = Pool(limit_s=20, workers=1)
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def pool(one_worker: Pool) -> Pool:
+    """One for all tests that need no settings of their own; its worker runs, and no attempt has failed."""
+    assert one_worker.compare("1", "1") == "correct"
+    one_worker._failed.clear()
+    return one_worker
 
 
 @pytest.fixture
@@ -122,9 +130,9 @@ VERDICTS = [
 
 
 @pytest.mark.parametrize(("gold", "answer", "outcome"), VERDICTS)
-def test_verdicts(shared: Pool, gold: str, answer: str, outcome: str) -> None:
-    assert judge(boxed(answer), gold, shared) == outcome
-    assert shared.compare(gold, answer) == outcome
+def test_verdicts(pool: Pool, gold: str, answer: str, outcome: str) -> None:
+    assert judge(boxed(answer), gold, pool) == outcome
+    assert pool.compare(gold, answer) == outcome
 
 
 @pytest.mark.parametrize(
@@ -294,12 +302,10 @@ def test_an_answer_whose_worker_is_killed_is_compared_again(new_pool: Callable[.
     assert list(pool._failed) == [True, False]
 
 
-def test_an_idle_worker_that_was_killed_is_replaced(new_pool: Callable[..., Pool]) -> None:
-    pool = new_pool(limit_s=20, workers=1)
-    assert pool.compare("1", "1") == "correct"
+def test_an_idle_worker_that_was_killed_is_replaced(pool: Pool) -> None:
     os.kill(workers_of(pool)[0], signal.SIGKILL)
     assert pool.compare("0.5", "1/2") == "correct"
-    assert list(pool._failed) == [False, True, False]
+    assert list(pool._failed) == [True, False]
 
 
 def test_a_stalled_machine_is_not_the_answers_fault(new_pool: Callable[..., Pool]) -> None:
@@ -328,8 +334,8 @@ def test_three_failures_on_one_answer_are_no_score(new_pool: Callable[..., Pool]
     assert pool.compare("1", "1") == "correct"
 
 
-def test_a_failure_rate_above_the_set_one_is_an_error(new_pool: Callable[..., Pool]) -> None:
-    pool = new_pool(limit_s=20, workers=1, max_failure_rate=0.015)
+def test_a_failure_rate_above_the_set_one_is_an_error(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "max_failure_rate", 0.015)
     for _ in range(100):
         assert pool.compare("1", "1") == "correct"
     os.kill(workers_of(pool)[0], signal.SIGKILL)
@@ -376,7 +382,7 @@ def test_ray_can_send_the_error() -> None:
 ORPHANS = """
 import sys, threading
 from vlnorm_verl.tasks.math import Pool
-pool = Pool(limit_s=2, workers=2, memory_mib=4096)
+pool = Pool(limit_s=1, workers=2, memory_mib=4096)
 threads = [threading.Thread(target=pool.compare, args=("1", a), daemon=True) for a in sys.argv[1:]]
 for thread in threads:
     thread.start()
