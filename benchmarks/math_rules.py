@@ -111,7 +111,7 @@ def main(
         "math_verify": lambda response, gold: math_verify.compute_score(response, gold) == 1,
         "strings": strings,
     }
-    texts = [answer for _, answer in sources.parse_rows(sources.read_local(golds), sources.math_row, str(golds))]
+    texts = [answer for _, answer in sources.parse_rows(sources.read_local(golds), math.read_row, str(golds))]
     texts = texts[::every]
     for title, spellings in (("correct, of", {"the gold": str} | SAME), ("correct though it is not, of", OTHER)):
         console.print(f"\n| {title} | | {' | '.join(rules)} |\n|---|---|{'---|' * len(rules)}", markup=False)
