@@ -81,17 +81,17 @@ def distinct(
         UserError: there are not so many; ``remedy`` says what to ask for instead.
     """
     seen = set() if seen is None else seen
-    found = failed = 0
+    taken = failed = 0
     for item in drawn:
-        if found == count:
+        if taken == count:
             return
         if item is None or key(item) in seen:
             failed += 1
             if failed == _EXHAUSTED_AFTER:
-                raise UserError(f"there are fewer than {count} different problems ({found} found): {remedy}")
+                raise UserError(f"there are fewer than {count} different problems ({taken} found): {remedy}")
             continue
         failed = 0
-        found += 1
+        taken += 1
         seen.add(key(item))
         yield item
 

@@ -61,16 +61,16 @@ def countdown(
         if source is None:
             drawn = (generate.countdown(split, size, seed or 0) for split, size in sizes.items())
             return list(_tracked(chain.from_iterable(drawn), train_rows + test_rows, "generating")), {}
-        raw, found = source.read(limit=train_rows + test_rows)
+        raw, details = source.read(limit=train_rows + test_rows)
         if len(raw) < train_rows + test_rows:
             raise UserError(
                 f"{source.where} has {len(raw)} rows, fewer than --train-rows {train_rows} and --test-rows "
                 f"{test_rows} need"
             )
-        return [generate.Solved(p, "") for p in sources.parse_rows(raw, task.read_row, source.where)], found
+        return [generate.Solved(p, "") for p in sources.parse_rows(raw, task.read_row, source.where)], details
 
     def build() -> tuple[dict[str, list[Row]], dict[str, Any]]:
-        solved, found = problems()
+        solved, details = problems()
         parts = {"train": solved[:train_rows], "test": solved[train_rows:]}
         tables = {
             f"{split}.parquet": [
@@ -79,7 +79,7 @@ def countdown(
             ]
             for split, part in parts.items()
         }
-        return tables, {"countdown": made_from | found}
+        return tables, {"countdown": made_from | details}
 
     request = {"train_rows": train_rows, "test_rows": test_rows, "source": made_from}
     _publish(out, "countdown", ["train", "test"], task.TEMPLATE, request, build, force)
@@ -158,8 +158,8 @@ def math(
         record: dict[str, Any] = {name: {"kind": "generated", "seed": seed or 0} for name in sources.MATH}
         problems = generate.math_problems(**sizes) if offline else {}
         for name, place in _tracked(places.items(), len(places), "reading"):
-            raw, found = place.read()
-            record[name] = request[name] | found
+            raw, details = place.read()
+            record[name] = request[name] | details
             if not (allow_any_rows and record[name]["kind"] == "file"):
                 local = record[name]["kind"] == "file"
                 hint = "--allow-any-rows accepts it" if local else "check --repo and --revision"

@@ -74,16 +74,17 @@ class Expression(NamedTuple):
         return int(OPERATORS[self.op2](self.middle, self.c))
 
 
-def _equivalence_key(e: Expression) -> tuple[Any, ...]:
+def _equivalence_key(expression: Expression) -> tuple[Any, ...]:
     """The same key for expressions that differ only by commuting their terms or factors."""
-    signed = {"+": 1, "-": -1}
-    if e.op1 == "*" and e.op2 == "*":
-        return ("product", *sorted((e.a, e.b, e.c)))
-    if e.op1 == "*":
-        return ("product-then", *sorted((e.a, e.b)), signed[e.op2] * e.c)
-    if e.op2 == "*":
-        return ("sum-times", *sorted((e.a, signed[e.op1] * e.b)), e.c)
-    return ("sum", *sorted((e.a, signed[e.op1] * e.b, signed[e.op2] * e.c)))
+    a, op1, b, op2, c = expression
+    sign = {"+": 1, "-": -1}
+    if op1 == op2 == "*":
+        return ("product", *sorted((a, b, c)))
+    if op1 == "*":
+        return ("product-then", *sorted((a, b)), sign[op2] * c)
+    if op2 == "*":
+        return ("sum-times", *sorted((a, sign[op1] * b)), c)
+    return ("sum", *sorted((a, sign[op1] * b, sign[op2] * c)))
 
 
 @cache
@@ -92,15 +93,16 @@ def expressions(numbers: tuple[int, ...]) -> tuple[Expression, ...]:
     representatives: dict[tuple[Any, ...], Expression] = {}
     for a, b, c in itertools.permutations(numbers):
         for op1, op2 in itertools.product(SYMBOLS, repeat=2):
-            e = Expression(a, op1, b, op2, c)
-            if 0 <= e.middle <= MAX_VALUE and 0 <= e.value <= MAX_VALUE:
-                representatives.setdefault(_equivalence_key(e), e)
+            expression = Expression(a, op1, b, op2, c)
+            if 0 <= expression.middle <= MAX_VALUE and 0 <= expression.value <= MAX_VALUE:
+                representatives.setdefault(_equivalence_key(expression), expression)
     return tuple(representatives.values())
 
 
 @cache
 def reachable_targets(numbers: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted({e.value for e in expressions(numbers) if 1 <= e.value <= MAX_TARGET}))
+    values = {expression.value for expression in expressions(numbers)}
+    return tuple(sorted(value for value in values if 1 <= value <= MAX_TARGET))
 
 
 def is_held_out(problem: Problem) -> bool:
@@ -151,16 +153,17 @@ def search_trace(problem: Problem, rng: random.Random) -> str:
     written: list[str] = []
     answer: Expression | None = None
     while untried and rng.random() >= GIVE_UP_PROBABILITY:
-        e = untried.pop()
-        tried.append(e)
-        result = e.value
+        expression = untried.pop()
+        tried.append(expression)
+        result = expression.value
         if rng.random() < WRONG_RESULT_PROBABILITY:
-            wrong = [e.value + d for d in (-3, -2, -1, 1, 2, 3)]
+            wrong = [expression.value + d for d in (-3, -2, -1, 1, 2, 3)]
             result = rng.choice([w for w in wrong if 0 <= w <= MAX_VALUE and w != problem.target])
         hit = result == problem.target
-        written.append(f"{e.a}{e.op1}{e.b}={e.middle}{e.op2}{e.c}={result}{'!' if hit else ';'}")
+        a, op1, b, op2, c = expression
+        written.append(f"{a}{op1}{b}={expression.middle}{op2}{c}={result}{'!' if hit else ';'}")
         if hit:
-            answer = e
+            answer = expression
             break
     if answer is None:
         # A slip can hide the only solution: then everything was tried, and any guess is as good.
@@ -181,10 +184,10 @@ def judge(response: str, problem: Problem) -> str:
     if match is None:
         return "no_answer"
     a, op1, b, op2, c = match.groups()
-    e = Expression(int(a), op1, int(b), op2, int(c))
-    if sorted((e.a, e.b, e.c)) != sorted(problem.numbers):
+    expression = Expression(int(a), op1, int(b), op2, int(c))
+    if sorted((expression.a, expression.b, expression.c)) != sorted(problem.numbers):
         return "wrong_numbers"
-    return "right" if e.value == problem.target else "wrong_value"
+    return "right" if expression.value == problem.target else "wrong_value"
 
 
 def compute_score(
