@@ -188,14 +188,13 @@ def test_an_unreadable_local_file_is_one_message(tmp_path: Path, name: str, text
         "countdown", "--from", tmp_path / name, "--train-rows", 1, "--test-rows", 1, "--out", tmp_path / "o"
     )
     assert code == 2
-    assert output.startswith("Error: ")
     assert message in output
     assert visible(tmp_path / "o") == []
 
 
 def test_a_missing_local_file_is_one_message(tmp_path: Path) -> None:
     code, output = data("countdown", "--from", tmp_path / "gone.parquet", "--out", tmp_path / "o")
-    assert (code, output.startswith("Error: cannot read")) == (2, True)
+    assert (code, output.startswith("cannot read")) == (2, True)
     (tmp_path / "empty").mkdir()
     code, output = data("math", "--from", tmp_path / "empty", "--out", tmp_path / "o")
     assert code == 2

@@ -1,4 +1,7 @@
-"""The command line `vlnorm-verl`. Each command is a thin layer over the module of its name."""
+"""The command line `vlnorm-verl`. Each command is a thin layer over the module of its name.
+
+What a command raises as UserError is printed here, without a traceback, and the exit code is 2.
+"""
 
 import os
 import sys
@@ -16,19 +19,19 @@ from vlnorm_verl.report.cli import report
 from vlnorm_verl.tasks.cli import data_app
 
 
-class _Commands(typer.core.TyperGroup):
-    """A wrong request ends any command with its message alone and exit code 2."""
+class Commands(typer.core.TyperGroup):
+    """All commands, those of sub-groups too."""
 
-    def invoke(self, context: typer.Context) -> Any:
+    def invoke(self, context: Any) -> Any:
         try:
             return super().invoke(context)
         except UserError as error:
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(2) from error
+            typer.secho(str(error), fg="red", err=True)
+            raise typer.Exit(2) from None
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     help="VL Norm (arXiv 2509.07558, ΔL Normalization) for stock verl.",
     no_args_is_help=True,
     add_completion=False,
