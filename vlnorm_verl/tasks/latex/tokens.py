@@ -129,30 +129,33 @@ def _repeating(match: re.Match[str]) -> str:
     return rf"{{\frac{{{numerator}}}{{{(10 ** len(period) - 1) * 10 ** len(fixed)}}}}}"
 
 
-_REWRITES = (
-    (r"^\s*(\*\*|`)(.*)\1\s*$", r"\2"),
-    (r"(?<![.\\])[.,;:](?=[$\s]*$)", ""),  # the end of a sentence, not "0.333..."
-    (r"[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}"),
-    (r"\b(?:np|numpy|math|sympy|sp)\.(?:log\b|(?=[a-z]))", lambda match: "ln" if match[0].endswith("log") else ""),
-    (r"(?<![A-Za-z\\])log(10|2)(?=\s*\()", r"\\log_{\1}"),
-    (r"\((\d+)\)(?=_)", r"\1"),
-    (r"\*\*", "^"),
-    (r"\{\s*\\rm\b\s*([^{}]*)\}", r"\\mathrm{\1}"),
-    (r"(?<![A-Za-z\\])d([A-Za-z])\s*/\s*d([a-z])(?![a-z])", r"\\frac{d\1}{d\2}"),
-    (r"\\(?:left|right)\s*\.", ""),
-    (r"\\not\s*=", r"\\neq "),
-    # Plain text takes the whole number under a root, LaTeX the first digit.
-    (rf"(?<![\\A-Za-z])sqrt\s*({_NUMBER})", r"\\sqrt{\1}"),
-    # Thousands: 12{,}345 12,\!345 12\,345 12 345
-    (r"(?<=\d)(?:\{\s*,\s*\}|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),
-    (r"(?<![\d.,])\d{1,3}(?:(?:\\[,;: ]|~|[ ])\d{3})+(?![\d,])", lambda match: re.sub(r"\D", "", match[0])),
-    (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "),
-    (r"(?<=[\d}])\s+((?:[ck]?m|rad|J|N|W)/(?:s|h|m|K|kg)(?:\^?\{?\d\}?)?)\s*$", r"\\text{ \1}"),
-    (r"(?<![A-Za-z])([apAP])\.\s?[mM](?![A-Za-z])\.?", r"\1m"),
-    # 0.1\overline{6} 0.\dot{3}, and 0.1(6) if the brackets can be no factor
-    (r"(?P<whole>\d*)\.(?P<fixed>\d*)\\(?:overline|bar|dot)\s*(?P<period>\{\d+\}|\d)(?!\d)", _repeating),
-    (r"(?<!\d)(?P<whole>0|\d+(?=\.\())\.(?P<fixed>\d*)(?P<period>\(\d+\))", _repeating),
-)
+_REWRITES = [
+    (re.compile(pattern, re.DOTALL), replacement)
+    for pattern, replacement in (
+        (r"^\s*(\*\*|`)(.*)\1\s*$", r"\2"),
+        (r"(?<![.\\])[.,;:](?=[$\s]*$)", ""),  # the end of a sentence, not "0.333..."
+        (r"[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}"),
+        (r"\b(?:np|numpy|math|sympy|sp)\.(?:log\b|(?=[a-z]))", lambda match: "ln" if match[0].endswith("log") else ""),
+        (r"(?<![A-Za-z\\])log(10|2)(?=\s*\()", r"\\log_{\1}"),
+        (r"\((\d+)\)(?=_)", r"\1"),
+        (r"\*\*", "^"),
+        (r"\{\s*\\rm\b\s*([^{}]*)\}", r"\\mathrm{\1}"),
+        (r"(?<![A-Za-z\\])d([A-Za-z])\s*/\s*d([a-z])(?![a-z])", r"\\frac{d\1}{d\2}"),
+        (r"\\(?:left|right)\s*\.", ""),
+        (r"\\not\s*=", r"\\neq "),
+        # Plain text takes the whole number under a root, LaTeX the first digit.
+        (rf"(?<![\\A-Za-z])sqrt\s*({_NUMBER})", r"\\sqrt{\1}"),
+        # Thousands: 12{,}345 12,\!345 12\,345 12 345
+        (r"(?<=\d)(?:\{\s*,\s*\}|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),
+        (r"(?<![\d.,])\d{1,3}(?:(?:\\[,;: ]|~|[ ])\d{3})+(?![\d,])", lambda match: re.sub(r"\D", "", match[0])),
+        (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "),
+        (r"(?<=[\d}])\s+((?:[ck]?m|rad|J|N|W)/(?:s|h|m|K|kg)(?:\^?\{?\d\}?)?)\s*$", r"\\text{ \1}"),
+        (r"(?<![A-Za-z])([apAP])\.\s?[mM](?![A-Za-z])\.?", r"\1m"),
+        # 0.1\overline{6} 0.\dot{3}, and 0.1(6) if the brackets can be no factor
+        (r"(?P<whole>\d*)\.(?P<fixed>\d*)\\(?:overline|bar|dot)\s*(?P<period>\{\d+\}|\d)(?!\d)", _repeating),
+        (r"(?<!\d)(?P<whole>0|\d+(?=\.\())\.(?P<fixed>\d*)(?P<period>\(\d+\))", _repeating),
+    )
+]
 
 
 def _lexer(thousands: str) -> re.Pattern[str]:
@@ -175,7 +178,7 @@ def rewritten(text: str) -> str:
         text = re.sub(r"\\\\(?=([A-Za-z]{2,}))", lambda match: "\\" if match[1] in _KNOWN else match[0], text)
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _REWRITES:
-        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
+        text = pattern.sub(replacement, text)
     return text
 
 
