@@ -29,9 +29,7 @@ Item = TypeVar("Item")
 _EXHAUSTED_AFTER = 20_000  # so many draws in a row without anything new: there is no more
 
 
-def row(
-    source: str, prompt: str, ground_truth: str, split: str, index: int, origin: str, solution: str = ""
-) -> dict[str, Any]:
+def row(source: str, prompt: str, ground_truth: str, split: str, index: int, origin: str, solution: str = "") -> Row:
     """One row as verl's RLHFDataset reads it.
 
     ``origin`` is github, hub, file or generated; ``solution`` is empty where the source has none.

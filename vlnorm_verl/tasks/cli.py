@@ -49,25 +49,23 @@ def countdown(
 
     _one_source({"--offline": offline, "--from": from_file, "--repo, --revision": repo or revision})
     _only_offline({"--seed": seed}, offline)
-    source: sources.Source | None = None
+    origin: sources.Origin | None = None
     if from_file is not None:
-        source = sources.LocalFile(from_file)
+        origin = sources.LocalFile(from_file)
     elif not offline:
-        source = sources.Hub("countdown", sources.COUNTDOWN, repo or sources.COUNTDOWN.repo, revision or "main")
+        origin = sources.Hub("countdown", sources.COUNTDOWN, repo or sources.COUNTDOWN.repo, revision or "main")
     sizes: dict[Split, int] = {"train": train_rows, "test": test_rows}
-    made_from: dict[str, Any] = source.request() if source else {"kind": "generated", "seed": seed or 0}
+    made_from: dict[str, Any] = origin.request() if origin else {"kind": "generated", "seed": seed or 0}
 
     def problems() -> tuple[list[generate.Solved], dict[str, Any]]:
-        if source is None:
+        if origin is None:
             drawn = (generate.countdown(split, size, seed or 0) for split, size in sizes.items())
             return list(_tracked(chain.from_iterable(drawn), train_rows + test_rows, "generating")), {}
-        raw, details = source.read(limit=train_rows + test_rows)
+        raw, details = origin.read(limit=train_rows + test_rows)
         if len(raw) < train_rows + test_rows:
-            raise UserError(
-                f"{source.where} has {len(raw)} rows, fewer than --train-rows {train_rows} and --test-rows "
-                f"{test_rows} need"
-            )
-        return [generate.Solved(p, "") for p in sources.parse_rows(raw, task.read_row, source.where)], details
+            asked = f"--train-rows {train_rows} and --test-rows {test_rows}"
+            raise UserError(f"{origin.where} has {len(raw)} rows, fewer than {asked} need")
+        return [generate.Solved(p, "") for p in sources.parse_rows(raw, task.read_row, origin.where)], details
 
     def build() -> tuple[dict[str, list[Row]], dict[str, Any]]:
         solved, details = problems()
@@ -137,7 +135,7 @@ def math(
     if allow_any_rows and not (files or from_dir):
         raise typer.BadParameter("only together with --from or --file", param_hint="--allow-any-rows")
 
-    def source_of(name: str) -> sources.Source:
+    def origin_of(name: str) -> sources.Origin:
         if name in files:
             return sources.LocalFile(Path(files[name]))
         if from_dir is not None:
@@ -146,8 +144,8 @@ def math(
             return sources.Hub("math", sources.MATH[name], repos[name], revisions.get(name, "main"))
         return sources.PAPER[name]
 
-    places = {} if offline else {name: source_of(name) for name in sources.MATH}
-    request: dict[str, Any] = {name: place.request() for name, place in places.items()}
+    origins = {} if offline else {name: origin_of(name) for name in sources.MATH}
+    request: dict[str, Any] = {name: origin.request() for name, origin in origins.items()}
     if files or from_dir:
         request["allow_any_rows"] = allow_any_rows
     sizes = {"seed": seed or 0, "train_rows": train_rows or 256, "test_rows": test_rows or 32}
@@ -157,14 +155,14 @@ def math(
     def build() -> tuple[dict[str, list[Row]], dict[str, Any]]:
         record: dict[str, Any] = {name: {"kind": "generated", "seed": seed or 0} for name in sources.MATH}
         problems = generate.math_problems(**sizes) if offline else {}
-        for name, place in _tracked(places.items(), len(places), "reading"):
-            raw, details = place.read()
+        for name, origin in _tracked(origins.items(), len(origins), "reading"):
+            raw, details = origin.read()
             record[name] = request[name] | details
-            if not (allow_any_rows and record[name]["kind"] == "file"):
-                local = record[name]["kind"] == "file"
+            local = record[name]["kind"] == "file"
+            if not (local and allow_any_rows):
                 hint = "--allow-any-rows accepts it" if local else "check --repo and --revision"
-                sources.check_count(name, place.where, len(raw), hint)
-            problems[name] = sources.parse_rows(raw, task.read_row, place.where)
+                sources.check_count(name, origin.where, len(raw), hint)
+            problems[name] = sources.parse_rows(raw, task.read_row, origin.where)
         tables = {}
         for name, pairs in problems.items():
             split, data_source = ("train" if name == "train" else "test"), sources.data_source(name)

@@ -72,7 +72,7 @@ def data_source(name: str) -> str:
     return MATH[name].data_source or name
 
 
-class Source(Protocol):
+class Origin(Protocol):
     """A place that rows are read from."""
 
     @property
