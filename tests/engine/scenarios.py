@@ -365,23 +365,24 @@ def allow_float64() -> None:
 @contextlib.contextmanager
 def sabotaged(kind: str) -> Iterator[None]:
     """The two mistakes that the test must be able to see."""
-    from vlnorm_verl import aggregation, plugin
+    from vlnorm_verl import aggregation
+    from vlnorm_verl.plugin import hooks
 
     def local_aggregate(mat: torch.Tensor, mask: torch.Tensor, method: Any, total: Any, scale: Any) -> torch.Tensor:
         # What averaging per micro-batch does: weights of the own rows only, then the share of the mini-batch.
-        own = aggregation.mini_batch_sums(method, aggregation.response_lengths(mask))
-        return honest_aggregate(mat, mask, method, own[0], scale) * (len(mat) / ROWS)
+        own = aggregation.mini_batch_sum(method, aggregation.response_lengths(mask))
+        return honest_aggregate(mat, mask, method, own, scale) * (len(mat) / ROWS)
 
-    honest_aggregate, honest_sum = aggregation.aggregate, plugin._sum_over_data_parallel_ranks
+    honest_aggregate, honest_sum = aggregation.aggregate, hooks.sum_over_data_parallel_ranks
     try:
         if kind == "micro":
             aggregation.aggregate = local_aggregate
         if kind == "rank":
             world = torch.distributed.get_world_size()
-            plugin._sum_over_data_parallel_ranks = lambda engine, sums: sums * world
+            hooks.sum_over_data_parallel_ranks = lambda engine, sums: sums * world
         yield
     finally:
-        aggregation.aggregate, plugin._sum_over_data_parallel_ranks = honest_aggregate, honest_sum
+        aggregation.aggregate, hooks.sum_over_data_parallel_ranks = honest_aggregate, honest_sum
 
 
 @contextlib.contextmanager
@@ -539,7 +540,7 @@ def run_exact(rank: int, args: argparse.Namespace) -> None:
     results = []
     chosen = native_scenarios if args.native else rounded_scenarios if args.dtype == "bfloat16" else scenarios
     for scenario in chosen(args.ranks):
-        if not any(part in scenario.name for part in args.only):
+        if not any(part in scenario.name for part in args.only) or (args.mode and scenario.mode not in args.mode):
             continue
         key = (scenario.entropy_coeff, scenario.kl_coef)
         if key not in gradients:
@@ -621,7 +622,7 @@ def start(run: Callable[[int, argparse.Namespace], None], args: argparse.Namespa
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that this program and reach.py share."""
+    """The options that this program and features.py share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, required=True, choices=[1, 2, 4])
     parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], required=True)
@@ -634,6 +635,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 def main() -> None:
     parser = make_parser(__doc__)
+    parser.add_argument("--mode", nargs="+", help="only scenarios of these modes; default: all")
     parser.add_argument("--stock", action="store_true", help="verl's own modes instead")
     parser.add_argument(
         "--native", action="store_true", help="vl_norm of verl itself; fails where the plugin is active"

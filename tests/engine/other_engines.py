@@ -1,6 +1,6 @@
 """Gradients of verl's engines other than FSDP2 on two gloo ranks, against Σ x_i g_i computed without verl.
 
-    python -m tests.engine.stand_ins --packages FOLDER --out FILE
+    python -m tests.engine.other_engines --packages FOLDER --out FILE
 
 installs the packages of the engines below FOLDER if they are not there, without what they depend on, and writes FILE as
 JSON: one row a mini-batch with the relative error of the whole gradient vector, as tests/engine/scenarios.py does for

@@ -1,12 +1,13 @@
 """Which policy losses and features of verl keep the exact sum: verl's real FSDP2 engine, row by row.
 
-    python -m tests.engine.reach --ranks 2 --dtype float64 [--device cuda] --out FILE
+    python -m tests.engine.features --ranks 2 --dtype float64 [--device cuda] --out FILE
 
-writes FILE as JSON, one entry a row of the support matrix and mode. `kind` says what the entry is:
+writes FILE as JSON, one entry a row. `kind` says what became of it, `expected` what must with this release of verl
+(docs/support.md says the same in words):
 
     exact     the row was trained; `error` is the relative distance of the whole gradient from Σ x_i g_i
     refused   the row must not be trained; `at_config` is the driver's message, `at_run` the mini-batch's for a config
-              that was never checked ("" if it is trained then)
+              that was never checked ("" if it is trained then); `refusal`: what both say
     absent    this release of verl lacks the loss or the feature
     failed    an exception, in `message`
 
@@ -38,17 +39,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from packaging.version import Version
 from tensordict import TensorDict
 
 from tests.engine import older_verl, scenarios
 from tests.engine.scenarios import M, Rows, Scenario
-from vlnorm_verl import plugin
 from vlnorm_verl.cpu import patches
+from vlnorm_verl.plugin import is_ours
+from vlnorm_verl.plugin import policy_loss as policy_losses
 
 # Half of the scenarios' responses, since every row needs the gradient of each one by itself.
 ROWS = 8
 LENGTHS = scenarios.LENGTHS[:ROWS]
-MODES = ("vl_norm", "vl_norm:0.75")
+MODE = "vl_norm:0.75"  # scenarios.py has more
 REFERENCE_MODE = "seq-mean-token-sum"
 REMOVED = (1, 4)  # responses that rejection takes out as a whole
 PADDING = 3  # synthetic rows of the upsampled batch
@@ -56,9 +59,9 @@ PADDING = 3  # synthetic rows of the upsampled batch
 
 @dataclass
 class Case:
-    """One way to run a row of the support matrix."""
+    """One way to run a policy loss or a feature."""
 
-    name: str  # that of the row in vlnorm_verl/support.yaml, or it, a comma and what is special here
+    name: str
     loss: str = "vanilla"
     options: dict[str, Any] = field(default_factory=dict)  # of PolicyLossConfig
     correction: dict[str, Any] = field(default_factory=dict)  # of RolloutCorrectionConfig
@@ -70,6 +73,16 @@ class Case:
     masks: str = "full"
     worker: str = "actor"
     is_weights: bool = False
+    refusal: str = ""  # of what must not be trained: what the message says
+    exact_since: str = ""  # verl's release before which it is refused
+    since: str = ""  # verl's release that brought it
+
+    def expected(self) -> str:
+        release = Version(importlib.import_module("verl").__version__)
+        if self.since and release < Version(self.since):
+            return "absent"
+        exact = not self.refusal or (self.exact_since and release >= Version(self.exact_since))
+        return "exact" if exact else "refused"
 
 
 def cases(ranks: int) -> list[Case]:
@@ -83,19 +96,20 @@ def cases(ranks: int) -> list[Case]:
     if ranks == 4:
         return ulysses
     reinforce = {"loss_type": "reinforce", "rollout_is": "token", "rollout_is_threshold": 1.2}
+    never, other = "never calls agg_loss", "whatever the mode"
     return [
         Case("vanilla"),
-        Case("gspo", "gspo"),
+        Case("gspo", "gspo", refusal=other, exact_since="0.9.1"),
         Case("gpg", "gpg"),
         Case("clip_cov", "clip_cov", {"clip_cov_ratio": 0.3, "clip_cov_lb": -0.5, "clip_cov_ub": 0.5}, micro=1),
         Case("kl_cov", "kl_cov", {"kl_cov_ratio": 0.3, "ppo_kl_coef": 0.5}, micro=1),
-        Case("sapo", "sapo"),
+        Case("sapo", "sapo", refusal=other),
         Case("cispo", "cispo"),
-        Case("geo_mean", "geo_mean"),
+        Case("geo_mean", "geo_mean", refusal=never),
         # These two clip by a divergence of probabilities, which a tiny vocabulary keeps small.
         Case("dppo_tv", "dppo_tv", clip=0.005),
         Case("dppo_kl", "dppo_kl", clip=0.002),
-        Case("dro", "dro", {"dro_beta": 0.3}),
+        Case("dro", "dro", {"dro_beta": 0.3}, since="0.9.0"),
         Case("bypass_mode, ppo_clip", "bypass_mode", correction={"loss_type": "ppo_clip", "rollout_is": None}),
         Case("bypass_mode, ppo_clip, IS weights", "bypass_mode", correction=reinforce | {"loss_type": "ppo_clip"}),
         Case("bypass_mode, reinforce", "bypass_mode", correction=reinforce | {"rollout_is": None}),
@@ -110,22 +124,23 @@ def cases(ranks: int) -> list[Case]:
             "bypass_mode with rollout_rs",
             "bypass_mode",
             correction=reinforce | {"rollout_rs": "token_k2", "rollout_rs_threshold": 0.02},
+            refusal="inside each micro-batch",
         ),
         Case("vanilla, rollout IS weights in the data", is_weights=True),
-        Case("gspo, rollout IS weights in the data", "gspo", is_weights=True),
+        Case("gspo, rollout IS weights in the data", "gspo", is_weights=True, refusal=other, exact_since="0.9.1"),
         Case("registered by a user, passes the batch's sizes on", "tests_splats"),
         Case("registered by a user, passes nothing on", "tests_forgets"),
         # Entropy and KL terms aggregate by the mode, whatever the policy loss does.
-        Case("registered by a user that ignores the mode, averages by itself", "tests_averages", **terms),
-        Case("registered by a user that ignores the mode, calls agg_loss with another", "tests_hard_codes"),
+        Case("registered by a user, averages by itself", "tests_averages", refusal=never, **terms),
+        Case("registered by a user, calls agg_loss with another mode", "tests_hard_codes", refusal=other),
         Case("dynamic batch", "gpg", micro=None, tokens=60),
         Case("KL loss", "cispo", kl_coef=0.2),
         Case("entropy bonus", "cispo", entropy_coeff=0.1),
         Case("multi-turn tool masks", masks="tools"),
         Case("multi-turn tool masks, dynamic, entropy, KL", "cispo", micro=None, tokens=60, masks="tools", **terms),
         Case("rollout_rs without bypass_mode", micro=4, masks="rejected"),
-        Case("upsampled padding rows", masks="padding rows", **terms),
-        Case("upsampled padding rows, dynamic", micro=None, tokens=140, masks="padding rows"),
+        Case("upsampled padding rows", masks="padding rows", since="0.8.0", **terms),
+        Case("upsampled padding rows, dynamic", micro=None, tokens=140, masks="padding rows", since="0.8.0"),
         Case("critic", worker="critic"),
         Case("critic, dynamic, tool masks", worker="critic", micro=None, tokens=60, masks="tools"),
         Case("LoRA", worker="lora"),
@@ -357,8 +372,8 @@ def loss_function(case: Case, mode: str, *, checked: bool = True) -> Callable[..
         config = dataclasses.replace(config, clip_ratio_low=case.clip, clip_ratio_high=case.clip)
     if checked:
         config = dataclasses.replace(config, policy_loss=policy_loss, global_batch_info={})
-        if plugin.is_ours(mode):
-            plugin.check_policy_loss(config)
+        if is_ours(mode):
+            policy_losses.check(config)
     else:
         object.__setattr__(config, "policy_loss", policy_loss)
     return functools.partial(losses.ppo_loss, config=config)
@@ -477,12 +492,9 @@ def critic_settings() -> set[str]:
     return {f.name for f in dataclasses.fields(CriticConfig)}
 
 
-def modes(case: Case) -> tuple[str, ...]:
-    """The modes that a row is trained with; without an M, the methods that need none."""
-    if case.worker == "critic" and "loss_scale_factor" not in critic_settings():
-        return ("grpo_norm", "dapo_norm")
-    # To save time: what more than one α could show is not a matter of the policy loss or feature.
-    return MODES if torch.distributed.get_world_size() > 1 else MODES[1:]
+def mode_of(case: Case) -> str:
+    """The mode that a row is trained with; without an M, a method that needs none."""
+    return "dapo_norm" if case.worker == "critic" and "loss_scale_factor" not in critic_settings() else MODE
 
 
 def missing(case: Case) -> str:
@@ -506,59 +518,53 @@ def weighted(mode: str, lengths: np.ndarray, g: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(scenarios.weights(mode, lengths)).to(g.dtype) @ g
 
 
-def exact_row(bench: Bench, case: Case) -> list[dict[str, Any]]:
-    """One entry a mode: the gradient against Σ x_i g_i."""
+def exact_row(bench: Bench, case: Case) -> dict[str, Any]:
+    """The gradient against Σ x_i g_i."""
     lengths = np.array([int(mask.sum()) for mask in response_masks(case.masks)])
     # What the lengths would be by a mask that still has the tokens; a padding row has one response token.
     mistaken = np.array(LENGTHS)
     if case.masks == "padding rows":
         lengths[-PADDING:] = 0
         mistaken[-PADDING:] = 1
-    g = bench.response_gradients(case, lengths)
-    results = []
-    for mode in modes(case):
-        ((gradient, all_to_alls),) = bench.train(case, loss_function(case, mode), bench.batch(case))
-        expected = weighted(mode, lengths, g)
-        mistakes = [g[lengths > 0].mean(0) / M]
-        if (lengths != mistaken).any():
-            mistakes.append(weighted(mode, mistaken, g))
-        results.append(
-            {
-                "kind": "exact",
-                "row": case.name,
-                "mode": mode,
-                "data_parallel": bench.worker(case.worker).engine.get_data_parallel_size(),
-                "all_to_alls": all_to_alls,
-                "norm": expected.norm().item(),
-                "error": relative(gradient - expected, expected),
-                "wrong": min(relative(mistake - expected, expected) for mistake in mistakes),
-            }
-        )
-    return results
+    mode, g = mode_of(case), bench.response_gradients(case, lengths)
+    ((gradient, all_to_alls),) = bench.train(case, loss_function(case, mode), bench.batch(case))
+    expected = weighted(mode, lengths, g)
+    mistakes = [g[lengths > 0].mean(0) / M]
+    if (lengths != mistaken).any():
+        mistakes.append(weighted(mode, mistaken, g))
+    return {
+        "kind": "exact",
+        "mode": mode,
+        "data_parallel": bench.worker(case.worker).engine.get_data_parallel_size(),
+        "all_to_alls": all_to_alls,
+        "norm": expected.norm().item(),
+        "error": relative(gradient - expected, expected),
+        "wrong": min(relative(mistake - expected, expected) for mistake in mistakes),
+    }
 
 
 def refused_row(bench: Bench, case: Case, at_config: str) -> dict[str, Any]:
     """Also what happens if a config that the driver refuses reaches the engine."""
     try:
-        bench.train(case, loss_function(case, MODES[0], checked=False), bench.batch(case))
+        bench.train(case, loss_function(case, MODE, checked=False), bench.batch(case))
         at_run = ""
     except (ValueError, RuntimeError) as error:
         at_run = str(error)
-    return {"kind": "refused", "row": case.name, "at_config": at_config, "at_run": at_run}
+    return {"kind": "refused", "at_config": at_config, "at_run": at_run}
 
 
-def run_row(bench: Bench, case: Case) -> list[dict[str, Any]]:
-    lacks = missing(case)
-    if lacks:
-        return [{"kind": "absent", "row": case.name, "message": f"this verl has no {lacks}"}]
+def run_row(bench: Bench, case: Case) -> dict[str, Any]:
+    row = {"row": case.name, "expected": case.expected(), "refusal": case.refusal}
+    if lacks := missing(case):
+        return row | {"kind": "absent", "message": f"this verl has no {lacks}"}
     try:
-        loss_function(case, modes(case)[0])
+        loss_function(case, mode_of(case))
     except ValueError as error:
-        return [refused_row(bench, case, str(error))]
+        return row | refused_row(bench, case, str(error))
     try:
-        return exact_row(bench, case)
+        return row | exact_row(bench, case)
     except Exception as error:  # every rank raises it alike; the other rows still have their say
-        return [{"kind": "failed", "row": case.name, "message": f"{type(error).__name__}: {error}"[:2000]}]
+        return row | {"kind": "failed", "message": f"{type(error).__name__}: {error}"[:2000]}
 
 
 def run(rank: int, args: argparse.Namespace) -> None:
@@ -569,7 +575,7 @@ def run(rank: int, args: argparse.Namespace) -> None:
     results = []
     for case in cases(args.ranks):
         if any(part in case.name for part in args.only):
-            results += run_row(bench, case)
+            results.append(run_row(bench, case))
     scenarios.finish(rank, args, results)
 
 
