@@ -1,4 +1,4 @@
-"""verl's engines other than FSDP2 (tests/engine/other_engines.py says what runs, docs/engines.md what follows from it)."""
+"""verl's engines other than FSDP2 (tests/engine/other_engines.py says what runs, docs/engines.md what follows)."""
 
 import functools
 import json

@@ -4,8 +4,8 @@
 
 runs every scenario below in one process group and writes FILE as JSON: one row per optimizer step with the relative
 error of the whole gradient vector. tests/test_engine.py asserts on it. With --stock it runs verl's own modes and
-writes a hash of the gradient instead (tests/test_plugin.py compares runs with and without the plugin). With --native it
-runs VL Norm of a verl that knows the mode by itself, a patched one (tests/test_patches.py).
+writes a hash of the gradient instead (tests/test_plugin_agg_loss.py compares them with and without the plugin). With
+--native it runs VL Norm of a verl that knows the mode by itself, a patched one (tests/test_patches.py).
 
 It runs on verl 0.7.1, 0.8.0, 0.9.0 and 0.9.1. Releases before 0.9.0 find no plugin by themselves: set
 VERL_USE_EXTERNAL_MODULES=vlnorm_verl.verl_entry.
