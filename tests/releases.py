@@ -53,6 +53,7 @@ OUR_TESTS_NOT_BEFORE_0_9 = (
     "test_mode_alone_is_enough",
     "test_run_with_a_critic",
     "test_critic_alone",
+    "test_a_critic_on_a_mode",
     "test_refused_before_ray_starts",
     "geo_mean",
 )

@@ -148,6 +148,8 @@ def actor_config(policy_loss_name: str) -> Any:
 
     known = {field.name for field in dataclasses.fields(PolicyLossConfig)}  # they differ from release to release
     wanted = {"loss_mode": policy_loss_name, "dro_beta": 1.0, "rollout_correction": {"loss_type": "reinforce"}}
+    # So that they choose among four responses too.
+    wanted |= {"clip_cov_ratio": 0.5, "clip_cov_lb": -0.5, "clip_cov_ub": 0.5, "kl_cov_ratio": 0.5}
     settings = PolicyLossConfig(**{name: value for name, value in wanted.items() if name in known})
     return FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode="vl_norm", policy_loss=settings)
 

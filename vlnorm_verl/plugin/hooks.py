@@ -20,7 +20,6 @@ from vlnorm_verl.metrics import MiniBatchSums, mini_batch_statistics, mini_batch
 from vlnorm_verl.plugin import modes
 from vlnorm_verl.plugin.engines import check_engine
 from vlnorm_verl.plugin.mini_batch import MiniBatch, current, working_on
-from vlnorm_verl.plugin.names import STOCK_MODES
 
 
 def extended_agg_loss(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -33,9 +32,7 @@ def extended_agg_loss(stock: Callable[..., torch.Tensor]) -> Callable[..., torch
         loss_mat: torch.Tensor, loss_mask: torch.Tensor, loss_agg_mode: str, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         mini_batch = current()
-        if mini_batch is None and loss_agg_mode in STOCK_MODES:  # before anything that torch.compile cannot trace
-            return stock(loss_mat, loss_mask, loss_agg_mode, *args, **kwargs)
-        if not modes.is_ours(loss_agg_mode):
+        if not modes.is_ours(loss_agg_mode):  # torch.compile traces this far
             loss = stock(loss_mat, loss_mask, loss_agg_mode, *args, **kwargs)
             return loss if mini_batch is None else mini_batch.only_a_metric(loss, loss_agg_mode)
         sizes = signature.bind(loss_mat, loss_mask, loss_agg_mode, *args, **kwargs).arguments
