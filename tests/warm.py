@@ -69,8 +69,13 @@ def _server() -> Any:
     server = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    atexit.register(server.kill)
+    atexit.register(_end, server)
     return server
+
+
+def _end(server: Any) -> None:
+    server.stdin.close()
+    server.wait()  # so that what the programs took is in this process's times
 
 
 def _line(server: Any, timeout: float) -> str:
