@@ -148,3 +148,4 @@ def exit_code(error: BaseException | None) -> int:
 
 if __name__ == "__main__":
     serve()
+    os._exit(0)
