@@ -112,25 +112,32 @@ def users_losses() -> dict[str, tuple[Any, str | None]]:
     }
 
 
-def test_a_users_policy_loss_is_tried_on_the_driver() -> None:
-    """Under no_grad too, in which a caller may be; what only workers register is left to their first mini-batch."""
+def test_a_users_policy_loss_is_tried() -> None:
+    """Under no_grad too, in which a caller may be."""
+    from verl.trainer.ppo import core_algos
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        for name, (loss, refusal) in users_losses().items():
+            patch.setitem(core_algos.POLICY_LOSS_REGISTRY, name, loss)
+            problem = policy_loss.problem(name, actor_config(name))
+            assert (problem is None) if refusal is None else (problem and refusal in problem), (name, problem)
+
+
+def test_the_driver_names_the_policy_losses_that_will_do_and_leaves_unknown_ones_to_the_workers() -> None:
     from verl.trainer.ppo import core_algos
 
     losses = users_losses()
-    stock = {name: core_algos.POLICY_LOSS_REGISTRY[name] for name in ("vanilla", "geo_mean")}
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        registry = stock | {name: loss for name, (loss, _) in losses.items()}
-        patch.setattr(core_algos, "POLICY_LOSS_REGISTRY", registry)
-        for name in (*losses, "known_to_workers_only"):
-            refusal = losses.get(name, (None, None))[1]
-            if refusal is None:
-                policy_loss.check(actor_config(name))
-            else:
-                with pytest.raises(ValueError, match=f"loss_mode='{name}' .*Accepted: .*passes_sizes_on,") as caught:
-                    policy_loss.check(actor_config(name))
-                assert refusal in str(caught.value), name
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("passes_sizes_on", "own_mean"):
+            patch.setitem(core_algos.POLICY_LOSS_REGISTRY, name, losses[name][0])
+        for name in ("passes_sizes_on", "known_to_workers_only"):
+            check_config(
+                compose(*actor(loss_agg_mode="vl_norm"), f"actor_rollout_ref.actor.policy_loss.loss_mode={name}")
+            )
         config = compose(*actor(loss_agg_mode="vl_norm"), "actor_rollout_ref.actor.policy_loss.loss_mode=own_mean")
-        with pytest.raises(ValueError, match="the policy loss 'own_mean' never calls agg_loss"):
+        with pytest.raises(
+            ValueError, match=r"loss_mode='own_mean'.*never calls agg_loss.*Accepted: .*passes_sizes_on, "
+        ):
             check_config(config)
 
 
