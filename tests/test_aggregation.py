@@ -84,23 +84,23 @@ def test_any_split_order_and_padding_gives_the_same_loss(mode: str, lengths: lis
     total = sum(mini_batch_sum(method, torch.tensor([lengths[i] for i in part])) for part in parts)
     loss = 0.0
     for part in parts:
-        own = [lengths[i] for i in part]
-        width = max(*own, 1) + data.draw(st.integers(0, 3))
+        part_lengths = [lengths[i] for i in part]
+        width = max(*part_lengths, 1) + data.draw(st.integers(0, 3))
         mat = torch.full((len(part), width), math.nan, dtype=torch.float64)
         for row, i in enumerate(part):
             mat[row, : lengths[i]] = losses[i, : lengths[i]]
-        mask = torch.arange(width)[None] < torch.tensor(own)[:, None]
+        mask = torch.arange(width)[None] < torch.tensor(part_lengths)[:, None]
         loss += aggregate(mat, mask, method, total, M).item()
     assert loss == pytest.approx(expected_loss(mode, lengths, losses), rel=1e-12, abs=1e-14)
 
 
 @given(lengths=lengths_strategy)
 def test_alpha_0_is_dr_grpo_and_equal_lengths_make_alpha_irrelevant(lengths: list[int]) -> None:
-    own, dr_grpo = (
+    alpha_0, dr_grpo = (
         response_weights(m := parse_mode(mode), torch.tensor(lengths), mini_batch_sum(m, torch.tensor(lengths)), M)
         for mode in ("vl_norm:0", "dr_grpo_norm")
     )
-    torch.testing.assert_close(own, dr_grpo, rtol=1e-14, atol=0)
+    torch.testing.assert_close(alpha_0, dr_grpo, rtol=1e-14, atol=0)
     length = torch.tensor([max(lengths)] * len(lengths))
     weights = [
         response_weights(m := parse_mode(f"vl_norm:{alpha}"), length, mini_batch_sum(m, length), M)
@@ -113,12 +113,12 @@ def test_alpha_0_is_dr_grpo_and_equal_lengths_make_alpha_irrelevant(lengths: lis
 @given(lengths=lengths_strategy)
 def test_alpha_1_is_grpo_norm_times_h_over_m(lengths: list[int]) -> None:
     length = torch.tensor(lengths)
-    own, grpo = (
+    alpha_1, grpo = (
         response_weights(m := parse_mode(mode), length, mini_batch_sum(m, length), M)
         for mode in ("vl_norm", "grpo_norm")
     )
     valid = length[length > 0].double()
-    torch.testing.assert_close(own, grpo * (len(valid) / (1 / valid).sum() / M), rtol=1e-13, atol=0)
+    torch.testing.assert_close(alpha_1, grpo * (len(valid) / (1 / valid).sum() / M), rtol=1e-13, atol=0)
 
 
 @given(lengths=lengths_strategy, alpha=st.floats(0, 2))

@@ -92,7 +92,7 @@ def serve() -> None:
     for package in PACKAGES:
         try:
             importlib.import_module(package)
-        except ImportError:  # not every release of verl comes with all of them
+        except Exception:  # not every release of verl comes with all of them; a program that needs it will say so
             continue
     gc.freeze()  # else a collection in a fork would copy all pages
     for line in sys.stdin:

@@ -116,10 +116,10 @@ def run_exact(rank: int, args: argparse.Namespace) -> None:
             metrics = train(worker, scenario, make_data(rows, scenario, mine))
         if scenario.name == "micro-batches of 1" and not args.native:
             metrics["loss_without_gradient"] = loss_without_gradient(worker, make_data(rows, scenario, mine))
-        for step, (gradient, own, all_reduces) in enumerate(steps):
-            everyone: list[list[int]] = [[] for _ in range(args.ranks)]
-            torch.distributed.all_gather_object(everyone, own)
-            used = [i for part in everyone for i in part]
+        for step, (gradient, rows_here, all_reduces) in enumerate(steps):
+            of_all_ranks: list[list[int]] = [[] for _ in range(args.ranks)]
+            torch.distributed.all_gather_object(of_all_ranks, rows_here)
+            used = [i for rank_rows in of_all_ranks for i in rank_rows]
             lengths = np.array([0 if i in scenario.masked + scenario.rejected else LENGTHS[i] for i in used])
             x = weights(scenario.mode, lengths)
             error, norm = relative_error(gradient, x, gradients[key][used])

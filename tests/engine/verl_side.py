@@ -227,8 +227,8 @@ def sabotaged(kind: str) -> Iterator[None]:
 
     def local_aggregate(mat: torch.Tensor, mask: torch.Tensor, method: Any, total: Any, scale: Any) -> torch.Tensor:
         # What averaging per micro-batch does: weights of the own rows only, then the share of the mini-batch.
-        own = aggregation.mini_batch_sum(method, aggregation.response_lengths(mask))
-        return honest_aggregate(mat, mask, method, own, scale) * (len(mat) / ROWS)
+        local_total = aggregation.mini_batch_sum(method, aggregation.response_lengths(mask))
+        return honest_aggregate(mat, mask, method, local_total, scale) * (len(mat) / ROWS)
 
     honest_aggregate, honest_sum = aggregation.aggregate, hooks.sum_over_data_parallel_ranks
     try:
