@@ -182,21 +182,22 @@ def measure_aggregation(batch: int, length: int, plan: Plan) -> dict[str, Any]:
     import torch
     from verl.trainer.ppo.core_algos import agg_loss
 
-    from vlnorm_verl import aggregation, plugin
+    from vlnorm_verl.aggregation import mini_batch_sum
+    from vlnorm_verl.plugin.mini_batch import MiniBatch, working_on
+    from vlnorm_verl.registry import parse_mode
 
     generator = torch.Generator().manual_seed(plan.seed)
     losses = torch.randn(batch, length, generator=generator).to(plan.device).requires_grad_()
     lengths = torch.randint(1, length + 1, (batch,), generator=generator).to(plan.device)
     # verl's ppo_loss and value_loss make the mask bool (workers/utils/losses.py:93, 184).
     mask = torch.arange(length, device=plan.device) < lengths[:, None]
-    method = aggregation.parse_mode("vl_norm")
-    total = aggregation.mini_batch_sums(method, lengths)[0]
+    method = parse_mode("vl_norm")
+    total = mini_batch_sum(method, lengths)
     # On a GPU one call is over before the next clock is read.
     calls = 20 if plan.device == "cuda" else 1
 
     def call(mode: str, backward: bool) -> None:
-        mini_batch = plugin._MiniBatch(mode, method, total, dp_size=1, scale=M, lengths=lengths)
-        ours = plugin._in_mini_batch(mini_batch)
+        ours = working_on(MiniBatch(mode, method, total, dp_size=1, scale=M, lengths=lengths))
         with ours if mode == "vl_norm" else nullcontext(), torch.set_grad_enabled(backward):
             loss = agg_loss(losses, mask, mode, loss_scale_factor=M)
         if backward:

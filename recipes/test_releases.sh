@@ -3,14 +3,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-read -ra known <<< "$(sed -n 's/^releases: \[\(.*\)\]$/\1/p' vlnorm_verl/support.yaml | tr -d '",')"
+read -ra known <<< "$(sed -n 's/^TESTED_RELEASES = (\(.*\))$/\1/p' vlnorm_verl/plugin/names.py | tr -d '",')"
 
 usage() {
   cat <<END
 Usage: bash recipes/test_releases.sh [OPTION…] [RELEASE…]
 
 Installs each release of verl as a user gets it (pip's own choice of everything but torch, whose CPU build is taken),
-this checkout beside it, and runs on it: the exactness tests on 1, 2 and 4 ranks, the rows of the support matrix, other
+this checkout beside it, and runs on it: the exactness tests on 1, 2 and 4 ranks, policy losses and features, other
 engines, the plugin's own tests, and verl's own CPU tests with the plugin on and off. No GPU is needed.
 
   RELEASE           releases of verl; default: ${known[*]} and the newest one of the package index

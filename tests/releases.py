@@ -32,12 +32,15 @@ from benchmarks.origin import commit, machine
 
 ROOT = Path(__file__).parent.parent
 RELEASES = ROOT / ".releases"
-PARTS = ("exact", "reach", "stock", "engines", "our_tests", "verl_tests")
+PARTS = ("exact", "features", "stock", "engines", "our_tests", "verl_tests")
 PACKAGES = ("torch", "transformers", "numpy", "tensordict", "ray")
 EXACT = ((1, "float64"), (2, "float64"), (4, "float64"), (2, "float32"))
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
-REACH_RANKS = (1, 2, 4)
-OUR_TESTS = ("tests/test_aggregation.py", "tests/test_plugin.py")
+FEATURES_RANKS = (1, 2, 4)
+OUR_TESTS = (
+    "tests/test_aggregation.py",
+    *(f"tests/test_plugin_{part}.py" for part in ("agg_loss", "config", "install", "losses")),
+)
 # The part `stock` below is that test with a table.
 OUR_TESTS_NOT = ("test_stock_modes_are_bit_identical",)
 # verl before 0.9.0 has no entry-point group, no platform for the CPU, no V1 trainer and no critic.loss_scale_factor,
@@ -45,12 +48,12 @@ OUR_TESTS_NOT = ("test_stock_modes_are_bit_identical",)
 OUR_TESTS_NOT_BEFORE_0_9 = (
     "test_found_by_import_verl",
     "test_registering_twice",
-    "test_seen_by_ray_workers",
     "test_load_failure_is_heard",
     "test_every_name_of_the_table",
     "test_mode_alone_is_enough",
     "test_run_with_a_critic",
     "test_critic_alone",
+    "test_a_critic_on_a_mode",
     "test_refused_before_ray_starts",
     "geo_mean",
 )
@@ -88,7 +91,7 @@ TEST_SECONDS, PART_SECONDS = 120, 1800
 HEAD = """# The last run of `bash recipes/test_releases.sh`
 
 `cp .releases/table.md docs/releases.md`. Run on: {machine}. Seeds are fixed in the programs. *Exact*, *refused*,
-*absent*: as in [support.md](support.md); each row of `tests/engine/reach.py` counts once for each mode.
+*absent*: as in [support.md](support.md); rows are those of `tests/engine/features.py`.
 
 """
 # After the tests, since importing verl before them could hide what they are about.
@@ -227,60 +230,24 @@ def judge_exactness(rows: list[dict[str, Any]], bound: float) -> dict[str, Any]:
     }
 
 
-def reach(part: Part) -> dict[str, Any]:
-    """What became of the rows of the support matrix, by number of ranks.
-
-    Raises:
-        RuntimeError: a row whose evidence this is was not run.
-    """
+def features(part: Part) -> dict[str, Any]:
+    """What became of policy losses and features, by number of ranks."""
+    keys = ("row", "mode", "kind", "expected", "error", "wrong", "message", "at_config")
     out = {}
-    cells = cells_of(part.release)
-    said = {name: cell["status"] for name, cell in cells.items()}
-    for ranks in REACH_RANKS:
+    for ranks in FEATURES_RANKS:
         options = ("--ranks", str(ranks), "--dtype", "float64")
-        rows = part.results(f"reach {ranks}", "tests.engine.reach", *options)
+        rows = part.results(f"features {ranks}", "tests.engine.features", *options)
         out[str(ranks)] = [
-            {key: row[key] for key in ("row", "mode", "kind", "error", "wrong", "message", "at_config") if key in row}
-            | {"good": reach_row_is_good(row, said)}
-            for row in rows
+            {key: row[key] for key in keys if key in row} | {"good": feature_is_good(row)} for row in rows
         ]
-    wanted = {name for name, cell in cells.items() if cell["by"] == "tests/test_reach.py"}
-    if missing := wanted - {matrix_row(row) for rows in out.values() for row in rows}:
-        raise RuntimeError(f"not run: {', '.join(sorted(missing))}")
     return out
 
 
-def reach_row_is_good(row: dict[str, Any], said: dict[str, str]) -> bool:
-    """Whether a row ended well, and as the support matrix says.
-
-    Args:
-        row: what tests.engine.reach writes.
-        said: {name: status} of the release. One that is not in the matrix yet is judged by the row alone.
-    """
-    # The critics of 0.7.1 and 0.8.0 are run with the modes that they can have: the matrix is about vl_norm.
-    if said and row.get("mode", "vl_norm").startswith("vl_norm") and row["kind"] != said[matrix_row(row)]:
+def feature_is_good(row: dict[str, Any]) -> bool:
+    """Whether a row that tests.engine.features wrote ended well, and as it expects of this release."""
+    if row["kind"] != row["expected"]:
         return False
-    if row["kind"] == "exact":
-        return row["error"] <= TOLERANCE["float64"] and row["wrong"] > 0.1
-    if row["kind"] == "refused":
-        return bool(row["at_config"])
-    return row["kind"] == "absent"
-
-
-def matrix_row(row: dict[str, Any]) -> str:
-    """The name in the support matrix of what tests.engine.reach ran: all before the first comma."""
-    return row["row"].partition(",")[0]
-
-
-def cells_of(release: str) -> dict[str, dict[str, str]]:
-    """{name: {"status": …, "by": …}} as vlnorm_verl/support.yaml has it; by the environment's own process."""
-    code = (
-        "import json, sys; from vlnorm_verl import support;"
-        "cells = support.matrix().by_name(sys.argv[1]).items();"
-        "print(json.dumps({name: {'status': cell.status, 'by': cell.by} for name, cell in cells}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, release], cwd=ROOT, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout)
+    return row["kind"] != "exact" or (row["error"] <= TOLERANCE["float64"] and row["wrong"] > 0.1)
 
 
 def stock(part: Part) -> dict[str, Any]:
@@ -304,16 +271,9 @@ def our_tests(part: Part) -> dict[str, Any]:
 
 
 def engines(part: Part) -> dict[str, Any]:
-    """Of the engines other than FSDP2 those that the matrix has a test for with this release."""
-    file = "tests/test_other_engines.py"
-    wanted = sorted(cell["by"].partition("::")[2] for cell in cells_of(part.release).values() if file in cell["by"])
-    if not wanted:
-        return {"tests": {}, "good": True}
-    select = " or ".join(wanted)
-    if version_of(part.release) < (0, 9):  # Megatron's two layouts that are refused there
-        select = f"({select}) and not per_token_loss and not dynamic_context_parallel"
-    result = part.pytest("engines", [file], True, ROOT, select)
-    return {"tests": result, "good": bool(result) and set(result.values()) == {"passed"}}
+    """The engines other than FSDP2; the file says which cannot be run with which release."""
+    result = part.pytest("engines", ["tests/test_other_engines.py", "-m", "slow or not slow"], True, ROOT)
+    return {"tests": result, "good": not bad(result) and "passed" in result.values()}
 
 
 def counted(result: dict[str, str]) -> dict[str, Any]:
@@ -414,7 +374,7 @@ def run(repository: Path | None, only: list[str]) -> bool:
     }
     parts = {
         "exact": lambda: exactness(part),
-        "reach": lambda: reach(part),
+        "features": lambda: features(part),
         "stock": lambda: stock(part),
         "engines": lambda: engines(part),
         "our_tests": lambda: our_tests(part),
@@ -447,8 +407,10 @@ def problems(results: dict[str, Any]) -> list[str]:
             out.append(f"{name}: {part['failure']}")
         elif name == "exact":
             out += [f"exact, {key}: {value}" for key, value in part.items() if not value["good"]]
-        elif name == "reach":
-            out += [f"reach, {ranks} ranks: {row}" for ranks, rows in part.items() for row in rows if not row["good"]]
+        elif name == "features":
+            out += [
+                f"features, {ranks} ranks: {row}" for ranks, rows in part.items() for row in rows if not row["good"]
+            ]
         elif not part["good"]:
             what = {"stock": "modes", "engines": "tests", "our_tests": "failed", "verl_tests": "different"}[name]
             out.append(f"{name}: {part[what]}")
@@ -471,20 +433,22 @@ def table(everything: list[dict[str, Any]]) -> str:
 
 def cells(results: dict[str, Any]) -> dict[str, str]:
     out = {"python": results["python"]} | {name: results["versions"][name] for name in PACKAGES}
-    exact, reached = results.get("exact", {}), results.get("reach", {})
+    exact, feature_rows = results.get("exact", {}), results.get("features", {})
     for ranks, dtype in EXACT:
         row = exact.get(f"{ranks} × {dtype}")
         name = f"exactness, {ranks} rank{'s' * (ranks > 1)}, {dtype}: worst relative error (gradients)"
         out[name] = f"{row['worst']:.1e} ({row['gradients']}){mark(row)}" if row else "failed"
-    for ranks in REACH_RANKS:
-        rows = reached.get(str(ranks))
-        out[f"matrix rows, {ranks} rank{'s' * (ranks > 1)}"] = reach_cell(rows) if rows else "failed"
+    for ranks in FEATURES_RANKS:
+        rows = feature_rows.get(str(ranks))
+        out[f"policy losses and features, {ranks} rank{'s' * (ranks > 1)}"] = features_cell(rows) if rows else "failed"
     same = results.get("stock", {})
     out["verl's own modes bit-identical with and without"] = (
         f"{sum(same['modes'].values())} of {len(same['modes'])}" if "modes" in same else "failed"
     )
     other = results.get("engines", {})
-    out["tests of other engines"] = f"{len(other['tests'])} passed" if other.get("good") else "failed"
+    out["tests of other engines"] = (
+        f"{list(other['tests'].values()).count('passed')} passed" if other.get("good") else "failed"
+    )
     out["this package's tests"] = count_cell(results.get("our_tests", {}))
     tests = results.get("verl_tests", {})
     for key in ("with", "without"):
@@ -502,7 +466,7 @@ def failing(results: dict[str, Any]) -> list[str]:
     return sorted(set(with_plugin) & set(without))
 
 
-def reach_cell(rows: list[dict[str, Any]]) -> str:
+def features_cell(rows: list[dict[str, Any]]) -> str:
     kinds = [row["kind"] if row["good"] else "WRONG" for row in rows]
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("exact", "refused", "absent", "WRONG") if kind in kinds)
 

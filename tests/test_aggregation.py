@@ -15,14 +15,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlnorm_verl import Aggregation, available, parse_mode, register_aggregation
-from vlnorm_verl.aggregation import (
-    aggregate,
-    mini_batch_statistics,
-    mini_batch_sums,
-    relative_weight_range,
-    response_lengths,
-    response_weights,
-)
+from vlnorm_verl.aggregation import aggregate, mini_batch_sum, response_lengths, response_weights
+from vlnorm_verl.metrics import MiniBatchSums, mini_batch_statistics, mini_batch_sums, relative_weight_range
 
 M = 64.0
 MODES = ["vl_norm", "vl_norm:0.75", "vl_norm:0", "vl_norm:2", "grpo_norm", "dapo_norm", "dr_grpo_norm"]
@@ -59,6 +53,10 @@ def ragged(lengths: list[int], width: int | None = None, seed: int = 0) -> tuple
     return losses.masked_fill(~mask, math.nan), mask
 
 
+def sums_of(method: Aggregation, lengths: torch.Tensor) -> MiniBatchSums:
+    return MiniBatchSums(*mini_batch_sums(method, lengths).tolist())
+
+
 def expected_loss(mode: str, lengths: list[int], losses: torch.Tensor) -> float:
     return float((closed_form(mode, lengths) * losses.nansum(-1).numpy()).sum())
 
@@ -67,7 +65,7 @@ def expected_loss(mode: str, lengths: list[int], losses: torch.Tensor) -> float:
 @given(lengths=lengths_strategy)
 def test_weights_are_the_closed_form(mode: str, lengths: list[int]) -> None:
     method, length = parse_mode(mode), torch.tensor(lengths)
-    weights = response_weights(method, length, mini_batch_sums(method, length)[0], M)
+    weights = response_weights(method, length, mini_batch_sum(method, length), M)
     assert weights.dtype == torch.float64
     np.testing.assert_allclose(weights.numpy(), closed_form(mode, lengths), rtol=1e-13)
 
@@ -83,29 +81,29 @@ def test_any_split_order_and_padding_gives_the_same_loss(mode: str, lengths: lis
     parts = [order[a:b] for a, b in zip([0, *cuts], cuts, strict=False)]
 
     # Sums of parts add, as they do over data-parallel ranks.
-    total = sum(mini_batch_sums(method, torch.tensor([lengths[i] for i in part])) for part in parts)[0]
+    total = sum(mini_batch_sum(method, torch.tensor([lengths[i] for i in part])) for part in parts)
     loss = 0.0
     for part in parts:
-        own = [lengths[i] for i in part]
-        width = max(*own, 1) + data.draw(st.integers(0, 3))
+        part_lengths = [lengths[i] for i in part]
+        width = max(*part_lengths, 1) + data.draw(st.integers(0, 3))
         mat = torch.full((len(part), width), math.nan, dtype=torch.float64)
         for row, i in enumerate(part):
             mat[row, : lengths[i]] = losses[i, : lengths[i]]
-        mask = torch.arange(width)[None] < torch.tensor(own)[:, None]
+        mask = torch.arange(width)[None] < torch.tensor(part_lengths)[:, None]
         loss += aggregate(mat, mask, method, total, M).item()
     assert loss == pytest.approx(expected_loss(mode, lengths, losses), rel=1e-12, abs=1e-14)
 
 
 @given(lengths=lengths_strategy)
 def test_alpha_0_is_dr_grpo_and_equal_lengths_make_alpha_irrelevant(lengths: list[int]) -> None:
-    own, dr_grpo = (
-        response_weights(m := parse_mode(mode), torch.tensor(lengths), mini_batch_sums(m, torch.tensor(lengths))[0], M)
+    alpha_0, dr_grpo = (
+        response_weights(m := parse_mode(mode), torch.tensor(lengths), mini_batch_sum(m, torch.tensor(lengths)), M)
         for mode in ("vl_norm:0", "dr_grpo_norm")
     )
-    torch.testing.assert_close(own, dr_grpo, rtol=1e-14, atol=0)
+    torch.testing.assert_close(alpha_0, dr_grpo, rtol=1e-14, atol=0)
     length = torch.tensor([max(lengths)] * len(lengths))
     weights = [
-        response_weights(m := parse_mode(f"vl_norm:{alpha}"), length, mini_batch_sums(m, length)[0], M)
+        response_weights(m := parse_mode(f"vl_norm:{alpha}"), length, mini_batch_sum(m, length), M)
         for alpha in (0, 0.5, 0.75, 1, 2)
     ]
     for other in weights[1:]:
@@ -115,25 +113,25 @@ def test_alpha_0_is_dr_grpo_and_equal_lengths_make_alpha_irrelevant(lengths: lis
 @given(lengths=lengths_strategy)
 def test_alpha_1_is_grpo_norm_times_h_over_m(lengths: list[int]) -> None:
     length = torch.tensor(lengths)
-    own, grpo = (
-        response_weights(m := parse_mode(mode), length, mini_batch_sums(m, length)[0], M)
+    alpha_1, grpo = (
+        response_weights(m := parse_mode(mode), length, mini_batch_sum(m, length), M)
         for mode in ("vl_norm", "grpo_norm")
     )
     valid = length[length > 0].double()
-    torch.testing.assert_close(own, grpo * (len(valid) / (1 / valid).sum() / M), rtol=1e-13, atol=0)
+    torch.testing.assert_close(alpha_1, grpo * (len(valid) / (1 / valid).sum() / M), rtol=1e-13, atol=0)
 
 
 @given(lengths=lengths_strategy, alpha=st.floats(0, 2))
 def test_weights_sum_to_one_over_m(lengths: list[int], alpha: float) -> None:
     method, length = parse_mode(f"vl_norm:{alpha}"), torch.tensor(lengths)
-    weights = response_weights(method, length, mini_batch_sums(method, length)[0], M)
+    weights = response_weights(method, length, mini_batch_sum(method, length), M)
     assert weights.sum().item() == pytest.approx(1 / M, rel=1e-13)
 
 
 def test_micro_batch_of_one_is_not_dr_grpo() -> None:
     """With the mini-batch's sum a micro-batch of one keeps its own weight; a local sum would make it 1/M."""
     method, lengths = parse_mode("vl_norm"), [1, 9]
-    total = mini_batch_sums(method, torch.tensor(lengths))[0]
+    total = mini_batch_sum(method, torch.tensor(lengths))
     alone = [response_weights(method, torch.tensor([n]), total, M).item() for n in lengths]
     np.testing.assert_allclose(alone, [0.9 / M, 0.1 / M], rtol=1e-14)
 
@@ -144,7 +142,7 @@ def test_gradient_of_the_loss_is_the_weight(mode: str) -> None:
     losses, mask = ragged(lengths)
     losses.requires_grad_()
     method = parse_mode(mode)
-    aggregate(losses, mask, method, mini_batch_sums(method, torch.tensor(lengths))[0], M).backward()
+    aggregate(losses, mask, method, mini_batch_sum(method, torch.tensor(lengths)), M).backward()
     expected = torch.from_numpy(closed_form(mode, lengths))[:, None] * mask
     torch.testing.assert_close(losses.grad, expected, rtol=1e-13, atol=0)
 
@@ -154,12 +152,13 @@ def test_mini_batch_without_a_valid_token_gives_zero_and_zero_gradient(mode: str
     losses, mask = ragged([0, 0], width=4)
     losses.requires_grad_()
     method = parse_mode(mode)
-    sums = mini_batch_sums(method, torch.tensor([0, 0]))
-    loss = aggregate(losses, mask, method, sums[0], M)
+    lengths = torch.tensor([0, 0])
+    loss = aggregate(losses, mask, method, mini_batch_sum(method, lengths), M)
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(losses.grad, torch.zeros_like(losses))
-    assert set(mini_batch_statistics(method, sums.tolist(), M).values()) == {0.0}
+    assert set(mini_batch_statistics(method, sums_of(method, lengths), M).values()) == {0.0}
+    assert relative_weight_range(method, lengths, sums_of(method, lengths)) == (0.0, 0.0)
 
 
 def test_bf16_losses_are_weighted_in_float64_and_summed_in_float32() -> None:
@@ -176,7 +175,7 @@ def test_device_without_float64(mode: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("vlnorm_verl.aggregation.weight_dtype", lambda device_type: torch.float32)
     lengths = [0, 1, 7, 500, 131_072]
     method, length = parse_mode(mode), torch.tensor(lengths)
-    weights = response_weights(method, length, mini_batch_sums(method, length)[0], M)
+    weights = response_weights(method, length, mini_batch_sum(method, length), M)
     assert weights.dtype == torch.float32
     np.testing.assert_allclose(weights.numpy(), closed_form(mode, lengths), rtol=1e-6)
 
@@ -186,7 +185,7 @@ def test_largest_lengths_and_batches(mode: str) -> None:
     lengths = np.random.default_rng(0).integers(1, 131_073, size=65_536)
     lengths[:2] = 1, 131_072
     method, length = parse_mode(mode), torch.from_numpy(lengths)
-    weights = response_weights(method, length, mini_batch_sums(method, length)[0], M)
+    weights = response_weights(method, length, mini_batch_sum(method, length), M)
     np.testing.assert_allclose(weights.numpy(), closed_form(mode, lengths.tolist()), rtol=1e-11)
 
 
@@ -202,8 +201,8 @@ def test_lengths_of_nested_and_padded_masks_agree(lengths: list[int]) -> None:
 @given(lengths=lengths_strategy, alpha=st.sampled_from([0.0, 0.75, 1.0, 2.0]))
 def test_statistics_are_those_of_the_definitions(lengths: list[int], alpha: float) -> None:
     method, length = parse_mode(f"vl_norm:{alpha}"), torch.tensor(lengths)
-    sums = mini_batch_sums(method, length)
-    statistics = mini_batch_statistics(method, sums.tolist(), M)
+    sums = sums_of(method, length)
+    statistics = mini_batch_statistics(method, sums, M)
     valid = np.array([n for n in lengths if n], dtype=float)
     x = vl_norm(valid, alpha, M)
     assert statistics["length_mean"] == pytest.approx(valid.mean())
@@ -211,7 +210,9 @@ def test_statistics_are_those_of_the_definitions(lengths: list[int], alpha: floa
     assert statistics["variance_ratio"] == pytest.approx(math.sqrt(valid.mean() * (1 / valid).mean()))
     assert statistics["effective_responses"] == pytest.approx(1 / ((M * x) ** 2).sum())
     assert statistics["weighted_tokens"] / statistics["denominator"] == pytest.approx((x * valid).sum())
-    low, high = relative_weight_range(method, length, sums).tolist()
+    assert sums.summand == mini_batch_sum(method, length).item()
+    assert relative_weight_range(method, torch.zeros_like(length), sums) == (math.inf, 0.0)  # another rank's part
+    low, high = relative_weight_range(method, length, sums)
     assert low == pytest.approx((M * len(valid) * x).min())
     assert high == pytest.approx((M * len(valid) * x).max())
 
@@ -220,8 +221,8 @@ def test_statistics_are_those_of_the_definitions(lengths: list[int], alpha: floa
 def test_entropies_of_a_rollout_batch_are_nats_a_token_by_the_metrics_of_its_mini_batches(mode: str) -> None:
     """0.25 nats at every token; mini-batches whose lengths differ by orders of magnitude."""
     method, mini_batches = parse_mode(mode), [torch.tensor([3, 10]), torch.tensor([0, 2000])]
-    found = [mini_batch_statistics(method, mini_batch_sums(method, part).tolist(), M) for part in mini_batches]
-    denominator, weighted = (np.mean([row[key] for row in found]) for key in ("denominator", "weighted_tokens"))
+    statistics = [mini_batch_statistics(method, sums_of(method, part), M) for part in mini_batches]
+    denominator, weighted = (np.mean([row[key] for row in statistics]) for key in ("denominator", "weighted_tokens"))
     logged = (closed_form(mode, [3, 10, 2000]) * 0.25 * np.array([3, 10, 2000])).sum()  # actor/entropy
     assert logged * denominator / weighted == pytest.approx(0.25)
 
@@ -243,7 +244,7 @@ def test_variance_ratio_is_what_the_closed_forms_predict() -> None:
         return math.sqrt((x**2 * lengths).sum()) / x.sum()
 
     method = parse_mode("vl_norm")
-    statistics = mini_batch_statistics(method, mini_batch_sums(method, torch.tensor(lengths)).tolist(), M)
+    statistics = mini_batch_statistics(method, sums_of(method, torch.tensor(lengths)), M)
     assert statistics["variance_ratio"] == pytest.approx(cv("dr_grpo_norm") / cv("vl_norm"), rel=1e-13)
     assert cv("vl_norm") == pytest.approx(cv("grpo_norm"), rel=1e-13)
     assert cv("dapo_norm") == pytest.approx(cv("dr_grpo_norm"), rel=1e-13)
@@ -280,10 +281,10 @@ def test_bad_modes_are_refused_with_one_helpful_message(mode: str, message: str)
 def test_own_aggregation_is_registered_once_and_never_hides_one_of_verls() -> None:
     @register_aggregation("test_sqrt")
     def test_sqrt() -> Aggregation:
-        return Aggregation(u=lambda n: n**-0.5, z=lambda n: n**-0.5, per_token_scale=True)
+        return Aggregation(numerator=lambda n: n**-0.5, summand=lambda n: n**-0.5, divide_by_m=True)
 
     assert "test_sqrt" in available()
-    assert torch.equal(parse_mode("test_sqrt").u(torch.tensor([4.0])), torch.tensor([0.5]))
+    assert torch.equal(parse_mode("test_sqrt").numerator(torch.tensor([4.0])), torch.tensor([0.5]))
     with pytest.raises(ValueError, match="registered already"):
         register_aggregation("vl_norm")(test_sqrt)
     with pytest.raises(ValueError, match="lower-case"):
@@ -324,7 +325,7 @@ def test_equals_the_authors_scheme_for_one_update_per_rollout_batch(alpha: float
     theirs = (clipped_loss(theirs_ratio, scaled) * mask).mean()
     theirs.backward()
     method = parse_mode(f"vl_norm:{alpha}")
-    total = mini_batch_sums(method, lengths)[0]
+    total = mini_batch_sum(method, lengths)
     ours = aggregate(clipped_loss(ours_ratio, advantage), mask, method, total, scale=512)
     ours.backward()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
@@ -338,7 +339,7 @@ def test_with_four_updates_per_rollout_batch_the_authors_step_size_wobbles_and_o
     theirs = authors_factor(lengths, alpha).view(4, 320).mean(-1)  # M Σx_i of each update
     method = parse_mode(f"vl_norm:{alpha}")
     ours = torch.stack(
-        [response_weights(method, part, mini_batch_sums(method, part)[0], M).sum() * M for part in lengths.view(4, 320)]
+        [response_weights(method, part, mini_batch_sum(method, part), M).sum() * M for part in lengths.view(4, 320)]
     )
     assert 0.01 < theirs.std() < 0.15
     torch.testing.assert_close(ours, torch.ones(4, dtype=torch.float64), rtol=1e-12, atol=0)
@@ -382,7 +383,7 @@ def test_no_temporary_of_batch_by_length_is_wider_than_float32(dtype: torch.dtyp
     lengths = torch.randint(1, 513, (64,))
     mask = torch.arange(512) < lengths[:, None]
     method = parse_mode("vl_norm:0.75")
-    total = mini_batch_sums(method, lengths)[0]
+    total = mini_batch_sum(method, lengths)
     seen = LargeTensors(losses.numel())
     with seen:
         aggregate(losses, mask, method, total, 512.0).backward()

@@ -14,8 +14,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from vlnorm_verl import plugin
 from vlnorm_verl.paper.overlong import ESTIMATOR, LENGTH_KEY
+from vlnorm_verl.plugin import checks
 
 # ------------------------------------------------------------------------------------------------ overlong filtering
 
@@ -127,9 +127,9 @@ def test_a_missing_or_wrong_length_is_refused_before_ray(length: Any) -> None:
     algorithm = {"adv_estimator": ESTIMATOR, LENGTH_KEY: length}
     config = OmegaConf.create({"algorithm": algorithm, "data": {"max_response_length": 8}})
     with pytest.raises(ValueError, match=rf"algorithm\.{LENGTH_KEY}={length!r}.*1 to data\.max_response_length=8"):
-        plugin.check_overlong_filtering(config)
+        checks.check_overlong_filtering(config)
     config.algorithm[LENGTH_KEY] = 8
-    plugin.check_overlong_filtering(config)
+    checks.check_overlong_filtering(config)
 
 
 # --------------------------------------------------------------------------------------------------- soft punishment

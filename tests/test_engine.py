@@ -2,94 +2,88 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+from tests import warm
+
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
-QUICK = [(2, "float64"), (4, "float64"), (2, "float32")]
-SLOW = [pytest.param(run, marks=pytest.mark.slow) for run in ((1, "float64"), (1, "float32"), (4, "float32"))]
+EVERY_COMMIT = [(2, "float64", ()), (4, "float64", ("vl_norm", "seq-mean-token-sum-norm"))]  # more ranks: one α
+SLOW = [(1, "float64", ()), (4, "float64", ()), (1, "float32", ()), (2, "float32", ()), (4, "float32", ())]
+Rows = list[dict[str, Any]]
+Run = tuple[str, Rows]  # number type, what scenarios.py writes
 
 
-@pytest.fixture(scope="module", params=[*QUICK, *SLOW], ids=str)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, list[dict]]:
-    ranks, dtype = request.param
-    out = tmp_path_factory.mktemp("engine") / "results.json"
-    command = [
-        sys.executable,
-        "-m",
-        "tests.engine.scenarios",
-        "--ranks",
-        str(ranks),
-        "--dtype",
-        dtype,
-        "--out",
-        str(out),
-    ]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=500)
+@pytest.fixture(
+    scope="module", params=[*EVERY_COMMIT, *(pytest.param(run, marks=pytest.mark.slow) for run in SLOW)], ids=str
+)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    ranks, dtype, modes = request.param
+    out: Path = tmp_path_factory.mktemp("engine") / "results.json"
+    options = ("--ranks", str(ranks), "--dtype", dtype, "--out", str(out), *(("--mode", *modes) if modes else ()))
+    done = warm.python("-m", "tests.engine.scenarios", *options, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
-    return ranks, dtype, json.loads(out.read_text())
+    return dtype, json.loads(out.read_text())
 
 
-def rows(results: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    found = [row for row in results if row["scenario"].startswith(name)]
-    assert found, name
-    return found
+def rows(results: Rows, name: str) -> Rows:
+    named = [row for row in results if row["scenario"].startswith(name)]
+    assert named, name
+    return named
 
 
-def test_every_gradient_is_the_closed_form(run: tuple[int, str, list[dict]]) -> None:
-    _, dtype, results = run
+def test_every_gradient_is_the_closed_form(run: Run) -> None:
+    dtype, results = run
     honest = [row for row in results if not row["scenario"].startswith(("sabotage", "no valid token"))]
-    assert len(honest) >= 40
+    assert len(honest) >= 18
     wrong = [row for row in honest if not row["error"] <= TOLERANCE[dtype]]
     assert not wrong, [(row["scenario"], row["mode"], row["error"]) for row in wrong]
     assert all(row["norm"] > 1e-3 for row in honest)  # an error relative to nothing would be no error
 
 
-def test_empty_mini_batch_gives_zero_loss_and_gradient(run: tuple[int, str, list[dict]]) -> None:
-    for row in rows(run[2], "no valid token"):
+def test_empty_mini_batch_gives_zero_loss_and_gradient(run: Run) -> None:
+    for row in rows(run[1], "no valid token"):
         assert row["norm"] == 0.0
         assert row["error"] == 0.0  # the gradient's own norm, here; NaN would fail
         assert row["metrics"]["loss"] == 0.0
         assert {v for k, v in row["metrics"].items() if k.startswith("vl_norm/")} == {0.0}
 
 
-def test_shuffled_epochs_see_every_response_once_an_epoch(run: tuple[int, str, list[dict]]) -> None:
-    for mode in ("vl_norm", "vl_norm:0.75", "vl_norm:0"):
-        steps = [row for row in rows(run[2], "shuffled") if row["mode"] == mode]
+def test_shuffled_epochs_see_every_response_once_an_epoch(run: Run) -> None:
+    shuffled = rows(run[1], "shuffled")
+    for mode in {row["mode"] for row in shuffled}:
+        steps = [row for row in shuffled if row["mode"] == mode]
         assert [row["step"] for row in steps] == [0, 1, 2, 3]
         assert sorted(steps[0]["lengths"] + steps[1]["lengths"]) == sorted(steps[2]["lengths"] + steps[3]["lengths"])
         assert steps[0]["lengths"] != steps[2]["lengths"]
 
 
-def test_one_all_reduce_a_mini_batch_and_none_a_micro_batch(run: tuple[int, str, list[dict]]) -> None:
+def test_one_all_reduce_a_mini_batch_and_none_a_micro_batch(run: Run) -> None:
     """Counted up to the end of the optimizer step, against verl's own mode on the same mini-batch."""
-    (stock,) = rows(run[2], "stock Dr. GRPO")
-    ours = [row for row in rows(run[2], "micro-batches of") if row["mode"] == "vl_norm"]
+    (stock,) = rows(run[1], "stock Dr. GRPO")
+    ours = [row for row in rows(run[1], "micro-batches of") if row["mode"] == "vl_norm"]
     assert len(ours) == 3
     assert {row["all_reduces"] for row in ours} == {stock["all_reduces"] + 1}
 
 
-def test_a_loss_without_gradient_is_of_the_whole_mini_batch_too(run: tuple[int, str, list[dict]]) -> None:
+def test_a_loss_without_gradient_is_of_the_whole_mini_batch_too(run: Run) -> None:
     """verl's infer_batch with compute_loss, one response a micro-batch."""
-    for row in rows(run[2], "micro-batches of 1"):
+    for row in rows(run[1], "micro-batches of 1"):
         assert row["metrics"]["loss_without_gradient"] == pytest.approx(row["metrics"]["loss"], rel=1e-5)
         assert row["metrics"]["loss"]
 
 
-def test_local_sums_would_be_seen(run: tuple[int, str, list[dict]]) -> None:
+def test_local_sums_would_be_seen(run: Run) -> None:
     """What the tolerance above must catch is off by more than 10%."""
-    for row in rows(run[2], "sabotage"):
+    for row in rows(run[1], "sabotage"):
         assert row["error"] > 0.1, row
 
 
-def test_metrics_describe_the_whole_mini_batch(run: tuple[int, str, list[dict]]) -> None:
-    for row in rows(run[2], "3 rows masked"):
+def test_metrics_describe_the_whole_mini_batch(run: Run) -> None:
+    for row in rows(run[1], "3 rows masked"):
         lengths = np.array([n for n in row["lengths"] if n], dtype=float)
         alpha = float(row["mode"].partition(":")[2] or 1)
         relative = lengths**-alpha / (lengths**-alpha).mean()

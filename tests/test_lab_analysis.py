@@ -270,16 +270,17 @@ def test_the_slope_of_another_part_is_another() -> None:
 def test_weights_are_those_of_the_product() -> None:
     import torch
 
-    from vlnorm_verl.aggregation import mini_batch_sums, parse_mode, response_weights
+    from vlnorm_verl.aggregation import mini_batch_sum, response_weights
+    from vlnorm_verl.registry import parse_mode
 
     lengths = np.array([3, 50, 7, 400, 9])
     members = np.array([[True, True, False, True, False], [False, False, True, False, True]])
     for mode in COMPARED:
         x, z = analysis.weights(mode, lengths, members, M)
-        np.testing.assert_allclose(z, members * parse_mode(mode).z(torch.as_tensor(lengths).double()).numpy())
+        np.testing.assert_allclose(z, members * parse_mode(mode).summand(torch.as_tensor(lengths).double()).numpy())
         for row, chosen in zip(x, members, strict=True):
             L = torch.as_tensor(lengths[chosen])
-            total = mini_batch_sums(parse_mode(mode), L)[0]
+            total = mini_batch_sum(parse_mode(mode), L)
             np.testing.assert_allclose(
                 row[chosen], M * response_weights(parse_mode(mode), L, total, M).numpy(), rtol=1e-12
             )

@@ -342,7 +342,7 @@ def test_plugin_leaves_the_mode_to_a_patched_verl_and_says_so(trees: dict[str, P
 def test_plugin_beside_the_registry_answers_for_its_own_modes(trees: dict[str, Path], tmp_path: Path) -> None:
     """The patched losses ask the registry for the mode; the plugin's modes are not in it."""
     out = tmp_path / "results.json"
-    arguments = ["-m", "tests.engine.reach", "--ranks", "1", "--dtype", "float64", "--out", str(out)]
+    arguments = ["-m", "tests.engine.features", "--ranks", "1", "--dtype", "float64", "--out", str(out)]
     done = python(trees[REGISTRY], *arguments, "--only", "KL loss", "critic", plugin="auto")
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads(out.read_text())

@@ -9,7 +9,8 @@ The names below are the public API; they import no verl.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlnorm_verl.aggregation import Aggregation, available, parse_mode, register_aggregation
+    from vlnorm_verl.aggregation import Aggregation
+    from vlnorm_verl.registry import available, parse_mode, register_aggregation
 
 __all__ = ["Aggregation", "__version__", "available", "parse_mode", "register_aggregation"]
 
@@ -19,7 +20,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """The public names when they are asked for: they import torch, which `vlnorm-verl --help` need not wait for."""
     if name in __all__:
-        from vlnorm_verl import aggregation
+        from vlnorm_verl import registry
 
-        return getattr(aggregation, name)
+        return getattr(registry, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`vlnorm-verl doctor`: versions, whether the plugin is active, its cell of the support matrix, what is missing.
+"""`vlnorm-verl doctor`: versions, whether the plugin is active, what is missing.
 
 Covered: this process and one Ray worker of the cluster that RAY_ADDRESS names (or of a local one); of this machine what
 `machine.py` sees. Not covered: every node of a cluster; it is checked with the interpreter that runs the command.
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlnorm_verl import machine, support
+from vlnorm_verl import machine
 from vlnorm_verl.machine import version
 
 DISTRIBUTIONS = (
@@ -181,30 +181,6 @@ def torchvision_problem() -> str | None:
     return None
 
 
-def support_table(release: str) -> Table:
-    """The column of the support matrix that the installed release is in; else the newest one, and says so."""
-    matrix = support.matrix()
-    known = release in matrix.releases
-    column = release if known else matrix.releases[-1]
-    title = f"What vl_norm is known to do with verl {column}"
-    if not known:
-        title += f"; the installed {release or 'verl'} is not among the releases tested"
-    table = Table("", "", "", title=title, show_header=False)
-    for name, rows in matrix.tables.items():
-        by_status: dict[str, list[str]] = {status: [] for status in support.STATUS if status != "absent"}
-        for row in rows:
-            missing = row.package and importlib.util.find_spec(row.package) is None
-            if (status := row.cells[column].status) in by_status:
-                by_status[status].append(row.name + (" (not installed)" if missing else ""))
-        for status, names in by_status.items():
-            if names:
-                table.add_row(name, support.STATUS[status], escape("; ".join(names)))
-                name = ""
-        table.add_section()
-    table.caption = "python -m vlnorm_verl.support says how each is known"
-    return table
-
-
 def examine(ask_ray: bool = True, console: Console | None = None) -> bool:
     """Print the report; whether vl_norm works in this process (and in a Ray worker, if asked)."""
     console = console or Console()
@@ -225,7 +201,7 @@ def examine(ask_ray: bool = True, console: Console | None = None) -> bool:
     if not active and printed:
         console.print("printed meanwhile:", printed, style="dim", markup=False, soft_wrap=True)
 
-    console.print(support_table(version("verl") or ""))
+    console.print("Which engines, trainers and policy losses vl_norm works with: docs/support.md of the repository")
 
     uses = Table("use", "missing", "how to get it", title="What is missing for what")
     for use in USES:

@@ -323,13 +323,13 @@ def weights(mode: str, lengths: Ints, members: Bools, scale: float) -> tuple[Flo
     """
     import torch
 
-    from vlnorm_verl.aggregation import parse_mode
+    from vlnorm_verl.registry import parse_mode
 
     aggregation = parse_mode(mode)
     exact = torch.as_tensor(lengths, dtype=torch.float64)
-    u, z = aggregation.u(exact).numpy(), aggregation.z(exact).numpy()
-    x = members * u / (members @ z)[:, None] * (1.0 if aggregation.per_token_scale else scale)
-    return x, members * z
+    numerators, summands = aggregation.numerator(exact).numpy(), aggregation.summand(exact).numpy()
+    x = members * numerators / (members @ summands)[:, None] * (1.0 if aggregation.divide_by_m else scale)
+    return x, members * summands
 
 
 class MiniBatches:

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from verl.trainer.ppo import core_algos
 
-from vlnorm_verl.aggregation import mini_batch_sums, response_lengths, response_weights, vl_norm
+from vlnorm_verl.aggregation import mini_batch_sum, response_lengths, response_weights
+from vlnorm_verl.registry import vl_norm
 
 ESTIMATOR, ALPHA_KEY = "grpo_vl_norm_as_coded", "vl_norm_as_coded_alpha"
 POLICY_LOSS = "dapo_norm_as_coded"
@@ -48,8 +49,8 @@ def grpo_vl_norm_as_coded(
         norm_adv_by_std_in_grpo=config.norm_adv_by_std_in_grpo,
     )
     method, lengths = vl_norm(config[ALPHA_KEY]), response_lengths(response_mask)
-    total, responses, *_ = mini_batch_sums(method, lengths)
-    relative = response_weights(method, lengths, total, scale=1.0) * responses  # [B], mean 1
+    weights = response_weights(method, lengths, mini_batch_sum(method, lengths), scale=1.0)
+    relative = weights * (lengths > 0).sum()  # [B], mean 1
     weighted = advantages * relative.unsqueeze(-1).to(advantages.dtype)
     return weighted, weighted
 

@@ -17,11 +17,14 @@ its own finds `grpo_overlong_filtering` in verl's registry of estimators.
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+
+logger = logging.getLogger(__name__)
 
 ESTIMATOR = "grpo_overlong_filtering"
 LENGTH_KEY = "overlong_filtering_length"
@@ -103,3 +106,11 @@ def grpo_overlong_filtering(
     )
     lengths, limit = up_to_last_valid(response_mask), config[LENGTH_KEY]
     return zero_overlong(advantages, lengths, limit), zero_overlong(returns, lengths, limit)
+
+
+def register(core_algos: Any) -> None:
+    """Put the estimator into verl's registry; core_algos: verl's module, just imported."""
+    try:
+        core_algos.register_adv_est(ESTIMATOR)(grpo_overlong_filtering)
+    except Exception as error:  # the import of verl must go on; check_config refuses the estimator before Ray starts
+        logger.warning("vlnorm-verl cannot register %s (%s: %s)", ESTIMATOR, type(error).__name__, error)

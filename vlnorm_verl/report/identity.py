@@ -77,7 +77,7 @@ def parse_method(mode: str, where: str) -> tuple[str, float | None]:
     """
     name, colon, number = mode.partition(":")
     if colon and name in MODES and not _PAPERS.fullmatch(mode):
-        from vlnorm_verl.aggregation import parse_mode  # imports torch
+        from vlnorm_verl.registry import parse_mode  # imports torch
 
         try:
             parse_mode(mode)

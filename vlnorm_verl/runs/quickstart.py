@@ -30,9 +30,9 @@ from typing import IO, Any
 from rich.console import Console
 from rich.table import Table
 
-from vlnorm_verl.aggregation import parse_mode
 from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.plugin import STOCK_MODES
+from vlnorm_verl.registry import parse_mode
 from vlnorm_verl.runs.process import (
     STOP_SIGNALS,
     Record,

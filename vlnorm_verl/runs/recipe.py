@@ -195,9 +195,9 @@ def validate(config: DictConfig) -> None:
     from verl.utils.import_utils import import_external_libs, load_extern_object
     from verl.utils.tracking import Tracking
 
-    from vlnorm_verl.aggregation import vl_norm
     from vlnorm_verl.paper import whole_groups
     from vlnorm_verl.plugin import STOCK_MODES
+    from vlnorm_verl.registry import vl_norm
 
     actor = config.actor_rollout_ref.actor
     sums_by_m = actor.loss_agg_mode not in STOCK_MODES or actor.loss_agg_mode == "seq-mean-token-sum-norm"

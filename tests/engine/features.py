@@ -1,12 +1,13 @@
 """Which policy losses and features of verl keep the exact sum: verl's real FSDP2 engine, row by row.
 
-    python -m tests.engine.reach --ranks 2 --dtype float64 [--device cuda] --out FILE
+    python -m tests.engine.features --ranks 2 --dtype float64 [--device cuda] --out FILE
 
-writes FILE as JSON, one entry a row of the support matrix and mode. `kind` says what the entry is:
+writes FILE as JSON, one entry a row. `kind` says what became of it, `expected` what must with this release of verl
+(docs/support.md says the same in words):
 
     exact     the row was trained; `error` is the relative distance of the whole gradient from Σ x_i g_i
     refused   the row must not be trained; `at_config` is the driver's message, `at_run` the mini-batch's for a config
-              that was never checked ("" if it is trained then)
+              that was never checked ("" if it is trained then); `refusal`: what both say
     absent    this release of verl lacks the loss or the feature
     failed    an exception, in `message`
 
@@ -14,7 +15,7 @@ The reference is generic. g_i is the gradient that the same engine gives with ve
 a mini-batch of nothing but response i (every data-parallel rank holds it, so that its mean over the ranks is g_i),
 one response a micro-batch. x_i are numpy's, from the lengths. It holds for every policy loss that is a sum over a
 response's own tokens, and for clip_cov and kl_cov, which choose tokens within a micro-batch, at micro-batch 1.
-For the packed rows (remove padding, Ulysses) g_i comes from scenarios.response_gradients, without any engine.
+For the packed rows (remove padding, Ulysses) g_i comes from reference.response_gradients, without any engine.
 
 `wrong` is how far, on the same scale, the nearest mistake would be: equal weights, and for rows with masks the lengths
 of a mask that still has the tokens, or padding rows counted. With 4 ranks only Ulysses runs, 2 data-parallel ranks ×
@@ -32,138 +33,29 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from tensordict import TensorDict
 
-from tests.engine import older_verl, scenarios
-from tests.engine.scenarios import M, Rows, Scenario
-from vlnorm_verl import plugin
+from tests.engine import batch, older_verl, ranks, reference, verl_side
+from tests.engine.batch import M
+from tests.engine.feature_cases import Case, cases, register_user_losses
+from tests.engine.feature_workers import make_worker
+from tests.engine.reference import Rows, Scenario
 from vlnorm_verl.cpu import patches
+from vlnorm_verl.plugin import is_ours
+from vlnorm_verl.plugin import policy_loss as policy_losses
 
 # Half of the scenarios' responses, since every row needs the gradient of each one by itself.
 ROWS = 8
-LENGTHS = scenarios.LENGTHS[:ROWS]
-MODES = ("vl_norm", "vl_norm:0.75")
+LENGTHS = batch.LENGTHS[:ROWS]
+MODE = "vl_norm:0.75"  # scenarios.py has more
 REFERENCE_MODE = "seq-mean-token-sum"
 REMOVED = (1, 4)  # responses that rejection takes out as a whole
 PADDING = 3  # synthetic rows of the upsampled batch
-
-
-@dataclass
-class Case:
-    """One way to run a row of the support matrix."""
-
-    name: str  # that of the row in vlnorm_verl/support.yaml, or it, a comma and what is special here
-    loss: str = "vanilla"
-    options: dict[str, Any] = field(default_factory=dict)  # of PolicyLossConfig
-    correction: dict[str, Any] = field(default_factory=dict)  # of RolloutCorrectionConfig
-    micro: int | None = 2  # responses a micro-batch on one rank; None: dynamic
-    tokens: int | None = None  # tokens a micro-batch on one rank, if dynamic
-    entropy_coeff: float = 0.0
-    kl_coef: float = 0.0
-    clip: float | None = None  # clip_ratio_low and _high, if not those of scenarios.py
-    masks: str = "full"
-    worker: str = "actor"
-    is_weights: bool = False
-
-
-def cases(ranks: int) -> list[Case]:
-    """The rows; with 4 ranks the Ulysses ones only."""
-    terms: dict[str, Any] = {"entropy_coeff": 0.1, "kl_coef": 0.2}
-    ulysses = [
-        Case("Ulysses", worker="ulysses"),
-        Case("Ulysses, dynamic, entropy, KL", worker="ulysses", micro=None, tokens=40, **terms),
-        Case("Ulysses, tool masks", worker="ulysses", masks="tools"),
-    ]
-    if ranks == 4:
-        return ulysses
-    reinforce = {"loss_type": "reinforce", "rollout_is": "token", "rollout_is_threshold": 1.2}
-    return [
-        Case("vanilla"),
-        Case("gspo", "gspo"),
-        Case("gpg", "gpg"),
-        Case("clip_cov", "clip_cov", {"clip_cov_ratio": 0.3, "clip_cov_lb": -0.5, "clip_cov_ub": 0.5}, micro=1),
-        Case("kl_cov", "kl_cov", {"kl_cov_ratio": 0.3, "ppo_kl_coef": 0.5}, micro=1),
-        Case("sapo", "sapo"),
-        Case("cispo", "cispo"),
-        Case("geo_mean", "geo_mean"),
-        # These two clip by a divergence of probabilities, which a tiny vocabulary keeps small.
-        Case("dppo_tv", "dppo_tv", clip=0.005),
-        Case("dppo_kl", "dppo_kl", clip=0.002),
-        Case("dro", "dro", {"dro_beta": 0.3}),
-        Case("bypass_mode, ppo_clip", "bypass_mode", correction={"loss_type": "ppo_clip", "rollout_is": None}),
-        Case("bypass_mode, ppo_clip, IS weights", "bypass_mode", correction=reinforce | {"loss_type": "ppo_clip"}),
-        Case("bypass_mode, reinforce", "bypass_mode", correction=reinforce | {"rollout_is": None}),
-        Case("bypass_mode, reinforce, IS weights", "bypass_mode", correction=reinforce),
-        Case(
-            "bypass_mode, reinforce, IS weights of sequences",
-            "bypass_mode",
-            correction=reinforce | {"rollout_is": "sequence"},
-        ),
-        Case("bypass_mode, rejected tokens", "bypass_mode", correction=reinforce, masks="rejected tokens"),
-        Case(
-            "bypass_mode with rollout_rs",
-            "bypass_mode",
-            correction=reinforce | {"rollout_rs": "token_k2", "rollout_rs_threshold": 0.02},
-        ),
-        Case("vanilla, rollout IS weights in the data", is_weights=True),
-        Case("gspo, rollout IS weights in the data", "gspo", is_weights=True),
-        Case("registered by a user, passes the batch's sizes on", "tests_splats"),
-        Case("registered by a user, passes nothing on", "tests_forgets"),
-        # Entropy and KL terms aggregate by the mode, whatever the policy loss does.
-        Case("registered by a user that ignores the mode, averages by itself", "tests_averages", **terms),
-        Case("registered by a user that ignores the mode, calls agg_loss with another", "tests_hard_codes"),
-        Case("dynamic batch", "gpg", micro=None, tokens=60),
-        Case("KL loss", "cispo", kl_coef=0.2),
-        Case("entropy bonus", "cispo", entropy_coeff=0.1),
-        Case("multi-turn tool masks", masks="tools"),
-        Case("multi-turn tool masks, dynamic, entropy, KL", "cispo", micro=None, tokens=60, masks="tools", **terms),
-        Case("rollout_rs without bypass_mode", micro=4, masks="rejected"),
-        Case("upsampled padding rows", masks="padding rows", **terms),
-        Case("upsampled padding rows, dynamic", micro=None, tokens=140, masks="padding rows"),
-        Case("critic", worker="critic"),
-        Case("critic, dynamic, tool masks", worker="critic", micro=None, tokens=60, masks="tools"),
-        Case("LoRA", worker="lora"),
-        Case("LoRA, dynamic, entropy, KL", worker="lora", micro=None, tokens=60, **terms),
-        Case("use_remove_padding", worker="packed", **terms),
-        *(ulysses if ranks > 1 else []),
-    ]
-
-
-# ------------------------------------------------------------------------------------------------- user's losses
-
-
-def register_user_losses() -> None:
-    """Policy losses as a user would write them: two that aggregate by the mode, two that do not."""
-    from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
-
-    def token_losses(old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor, **_: Any) -> Any:
-        return -advantages * torch.tanh(log_prob - old_log_prob)
-
-    # verl calls a policy loss by keywords.
-    @register_policy_loss("tests_splats")
-    def splats(*, response_mask: torch.Tensor, loss_agg_mode: str, config: Any, **batch: Any) -> Any:
-        return agg_loss(token_losses(**batch), response_mask, loss_agg_mode, **config.global_batch_info), {}
-
-    @register_policy_loss("tests_forgets")
-    def forgets(*, response_mask: torch.Tensor, loss_agg_mode: str, **batch: Any) -> Any:
-        return agg_loss(loss_mat=token_losses(**batch), loss_mask=response_mask, loss_agg_mode=loss_agg_mode), {}
-
-    @register_policy_loss("tests_averages")
-    def averages(*, response_mask: torch.Tensor, **batch: Any) -> Any:
-        return (token_losses(**batch) * response_mask).sum() / response_mask.sum(), {}
-
-    @register_policy_loss("tests_hard_codes")
-    def hard_codes(*, response_mask: torch.Tensor, config: Any, **batch: Any) -> Any:
-        return agg_loss(token_losses(**batch), response_mask, "token-mean", **config.global_batch_info), {}
-
-
-# ----------------------------------------------------------------------------------------------------------- data
 
 
 def response_masks(kind: str) -> list[torch.Tensor]:
@@ -183,7 +75,7 @@ def response_masks(kind: str) -> list[torch.Tensor]:
 
 @dataclass
 class Extra:
-    """Columns beside those of scenarios.Rows: float [L] of each response."""
+    """Columns beside those of reference.Rows: float [L] of each response."""
 
     is_weights: list[torch.Tensor]
     values: list[torch.Tensor]
@@ -210,7 +102,7 @@ def column(like: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
 
 def make_data(case: Case, scenario: Scenario, rows: Rows, extra: Extra, mine: Sequence[int]) -> TensorDict:
     """This rank's responses `mine`, with the case's masks and columns."""
-    data = scenarios.make_data(rows, scenario, mine)
+    data = verl_side.make_data(rows, scenario, mine)
     like = data["response_mask"]
     masks = response_masks(case.masks)
     data["response_mask"] = column(like, [masks[i] for i in mine])
@@ -243,90 +135,6 @@ def with_padding_rows(data: TensorDict, count: int) -> TensorDict:
     return tu.get_tensordict(tensor_dict=tensors, non_tensor_dict=others)
 
 
-# -------------------------------------------------------------------------------------------------- verl's workers
-
-
-def packed_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    query_length: int,
-    *_: Any,
-    position_ids: torch.Tensor,
-    softmax_scale: float | None = None,
-    **__: Any,
-) -> torch.Tensor:
-    """What flash attention does with packed sequences [1, S, heads, d]: causal, each one by itself.
-
-    A sequence starts where its position is 0, as in transformers' prepare_fa_kwargs_from_position_ids.
-    """
-    assert attention_mask is None
-    starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
-    outputs = []
-    for start, end in zip(starts, [*starts[1:], position_ids.shape[-1]], strict=True):
-        q, k, v = (t[:, start:end].transpose(1, 2) for t in (query, key, value))
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale)
-        outputs.append(out.transpose(1, 2))
-    return torch.cat(outputs, dim=1)
-
-
-def token_classifier(folder: str) -> str:
-    """Saves the model in `folder` (one a rank) with a head of one value a token; returns where, the same for all."""
-    from transformers import AutoConfig, AutoModelForTokenClassification
-
-    saved = str(Path(folder).parent / "critic")
-    # In a process group some releases of transformers save on rank 0 only.
-    if torch.distributed.get_rank() == 0:
-        torch.manual_seed(1)
-        config = AutoConfig.from_pretrained(folder, num_labels=1)
-        config.classifier_dropout = 0.0  # 0.1 by default; later releases of verl switch it off
-        AutoModelForTokenClassification.from_pretrained(folder, config=config).save_pretrained(saved)
-    torch.distributed.barrier()
-    return saved
-
-
-def make_worker(kind: str, actor: Any) -> Any:
-    """A worker like `actor` (scenarios.make_worker) of another kind, with the same weights."""
-    model: dict[str, Any] = {}
-    engine: dict[str, Any] = {}
-    if kind == "lora":
-        model = {"lora_rank": 2, "lora_alpha": 4, "target_modules": "all-linear"}
-    # The critic of verl 0.7.1 has to remove padding, else its values keep a last dimension of 1, and wants a checkpoint
-    # of a token classifier (workers/engine/fsdp/transformer_impl.py:1175 and 234 there).
-    old_critic = kind == "critic" and not older_verl.takes_nested_data()
-    packed = kind in ("packed", "ulysses") or old_critic
-    if packed:
-        model = {"use_remove_padding": True}
-        engine = {"ulysses_sequence_parallel_size": 2 if kind == "ulysses" else 1}
-    if old_critic:
-        model["path"] = model["hf_config_path"] = token_classifier(actor.config.model_config.path)
-    config = dataclasses.replace(
-        actor.config,
-        model_type="value_model" if kind == "critic" else "language_model",
-        model_config=dataclasses.replace(actor.config.model_config, **model),
-        engine_config=dataclasses.replace(actor.config.engine_config, **engine),
-        optimizer_config=dataclasses.replace(actor.config.optimizer_config),
-    )
-    worker = type(actor)(config)
-    worker.reset()
-    worker.engine._autocast_dtype = torch.float32  # as in scenarios.start_rank
-    if packed:
-        from verl.models.transformers import monkey_patch
-
-        monkey_patch._flash_attention_forward = packed_attention
-        # Set after loading: transformers would look for the package flash_attn.
-        worker.engine.module.config._attn_implementation = "flash_attention_2"
-    if kind == "lora":
-        # Of a fresh adapter (B = 0) half of the gradient is zero.
-        with torch.no_grad():
-            for name, parameter in worker.engine.module.named_parameters():
-                if "lora_B" in name:
-                    parameter.fill_(0.1)
-    return worker
-
-
 def loss_function(case: Case, mode: str, *, checked: bool = True) -> Callable[..., Any]:
     """verl's loss with its config, as verl's workers make it; `checked`: as the driver does before a run."""
     from verl.workers.config import CriticConfig, PolicyLossConfig
@@ -352,13 +160,13 @@ def loss_function(case: Case, mode: str, *, checked: bool = True) -> Callable[..
 
         options["rollout_correction"] = RolloutCorrectionConfig(bypass_mode=True, **case.correction)
     policy_loss = PolicyLossConfig(loss_mode=case.loss, **options)
-    config = scenarios.actor_config(scenario)
+    config = verl_side.actor_config(scenario)
     if case.clip is not None:
         config = dataclasses.replace(config, clip_ratio_low=case.clip, clip_ratio_high=case.clip)
     if checked:
         config = dataclasses.replace(config, policy_loss=policy_loss, global_batch_info={})
-        if plugin.is_ours(mode):
-            plugin.check_policy_loss(config)
+        if is_ours(mode):
+            policy_losses.check(config)
     else:
         object.__setattr__(config, "policy_loss", policy_loss)
     return functools.partial(losses.ppo_loss, config=config)
@@ -408,7 +216,7 @@ class Bench:
     """What one rank needs for every row: its workers, the batch, the gradients g_i found so far."""
 
     def __init__(self, rank: int, args: argparse.Namespace) -> None:
-        self.model, self.rows, actor, _ = scenarios.start_rank(rank, args)
+        self.model, self.rows, actor, _ = verl_side.start_rank(rank, args)
         self.extra = make_extra(self.rows, getattr(torch, args.dtype))
         self.workers = {"actor": actor}
         self.padded = not older_verl.takes_nested_data()
@@ -443,7 +251,7 @@ class Bench:
     def find_response_gradients(self, case: Case, lengths: np.ndarray) -> torch.Tensor:
         live = np.flatnonzero(lengths).tolist()
         if case.worker in ("packed", "ulysses") and case.masks == "full":
-            return scenarios.response_gradients(self.model, self.rows, self.scenario(case))[:ROWS]
+            return reference.response_gradients(self.model, self.rows, self.scenario(case))[:ROWS]
         size = self.worker(case.worker).engine.get_data_parallel_size()
         scenario = self.scenario(case, micro=1, tokens=None, mini=size)
         data = make_data(case, scenario, self.rows, self.extra, live)
@@ -477,12 +285,9 @@ def critic_settings() -> set[str]:
     return {f.name for f in dataclasses.fields(CriticConfig)}
 
 
-def modes(case: Case) -> tuple[str, ...]:
-    """The modes that a row is trained with; without an M, the methods that need none."""
-    if case.worker == "critic" and "loss_scale_factor" not in critic_settings():
-        return ("grpo_norm", "dapo_norm")
-    # To save time: what more than one α could show is not a matter of the policy loss or feature.
-    return MODES if torch.distributed.get_world_size() > 1 else MODES[1:]
+def mode_of(case: Case) -> str:
+    """The mode that a row is trained with; without an M, a method that needs none."""
+    return "dapo_norm" if case.worker == "critic" and "loss_scale_factor" not in critic_settings() else MODE
 
 
 def missing(case: Case) -> str:
@@ -503,62 +308,56 @@ def relative(distance: torch.Tensor, expected: torch.Tensor) -> float:
 
 def weighted(mode: str, lengths: np.ndarray, g: torch.Tensor) -> torch.Tensor:
     """Σ x_i g_i by numpy's weights; g_i of a response without a valid token is 0."""
-    return torch.from_numpy(scenarios.weights(mode, lengths)).to(g.dtype) @ g
+    return torch.from_numpy(reference.weights(mode, lengths)).to(g.dtype) @ g
 
 
-def exact_row(bench: Bench, case: Case) -> list[dict[str, Any]]:
-    """One entry a mode: the gradient against Σ x_i g_i."""
+def exact_row(bench: Bench, case: Case) -> dict[str, Any]:
+    """The gradient against Σ x_i g_i."""
     lengths = np.array([int(mask.sum()) for mask in response_masks(case.masks)])
     # What the lengths would be by a mask that still has the tokens; a padding row has one response token.
     mistaken = np.array(LENGTHS)
     if case.masks == "padding rows":
         lengths[-PADDING:] = 0
         mistaken[-PADDING:] = 1
-    g = bench.response_gradients(case, lengths)
-    results = []
-    for mode in modes(case):
-        ((gradient, all_to_alls),) = bench.train(case, loss_function(case, mode), bench.batch(case))
-        expected = weighted(mode, lengths, g)
-        mistakes = [g[lengths > 0].mean(0) / M]
-        if (lengths != mistaken).any():
-            mistakes.append(weighted(mode, mistaken, g))
-        results.append(
-            {
-                "kind": "exact",
-                "row": case.name,
-                "mode": mode,
-                "data_parallel": bench.worker(case.worker).engine.get_data_parallel_size(),
-                "all_to_alls": all_to_alls,
-                "norm": expected.norm().item(),
-                "error": relative(gradient - expected, expected),
-                "wrong": min(relative(mistake - expected, expected) for mistake in mistakes),
-            }
-        )
-    return results
+    mode, g = mode_of(case), bench.response_gradients(case, lengths)
+    ((gradient, all_to_alls),) = bench.train(case, loss_function(case, mode), bench.batch(case))
+    expected = weighted(mode, lengths, g)
+    mistakes = [g[lengths > 0].mean(0) / M]
+    if (lengths != mistaken).any():
+        mistakes.append(weighted(mode, mistaken, g))
+    return {
+        "kind": "exact",
+        "mode": mode,
+        "data_parallel": bench.worker(case.worker).engine.get_data_parallel_size(),
+        "all_to_alls": all_to_alls,
+        "norm": expected.norm().item(),
+        "error": relative(gradient - expected, expected),
+        "wrong": min(relative(mistake - expected, expected) for mistake in mistakes),
+    }
 
 
 def refused_row(bench: Bench, case: Case, at_config: str) -> dict[str, Any]:
     """Also what happens if a config that the driver refuses reaches the engine."""
     try:
-        bench.train(case, loss_function(case, MODES[0], checked=False), bench.batch(case))
+        bench.train(case, loss_function(case, MODE, checked=False), bench.batch(case))
         at_run = ""
     except (ValueError, RuntimeError) as error:
         at_run = str(error)
-    return {"kind": "refused", "row": case.name, "at_config": at_config, "at_run": at_run}
+    return {"kind": "refused", "at_config": at_config, "at_run": at_run}
 
 
-def run_row(bench: Bench, case: Case) -> list[dict[str, Any]]:
-    lacks = missing(case)
-    if lacks:
-        return [{"kind": "absent", "row": case.name, "message": f"this verl has no {lacks}"}]
+def run_row(bench: Bench, case: Case) -> dict[str, Any]:
+    row = {"row": case.name, "expected": case.expected(), "refusal": case.refusal}
+    if lacks := missing(case):
+        return row | {"kind": "absent", "message": f"this verl has no {lacks}"}
     try:
-        loss_function(case, modes(case)[0])
+        loss_function(case, mode_of(case))
     except ValueError as error:
-        return [refused_row(bench, case, str(error))]
+        return row | refused_row(bench, case, str(error))
     try:
-        return exact_row(bench, case)
+        return row | exact_row(bench, case)
     except Exception as error:  # every rank raises it alike; the other rows still have their say
-        return [{"kind": "failed", "row": case.name, "message": f"{type(error).__name__}: {error}"[:2000]}]
+        return row | {"kind": "failed", "message": f"{type(error).__name__}: {error}"[:2000]}
 
 
 def run(rank: int, args: argparse.Namespace) -> None:
@@ -569,17 +368,17 @@ def run(rank: int, args: argparse.Namespace) -> None:
     results = []
     for case in cases(args.ranks):
         if any(part in case.name for part in args.only):
-            results += run_row(bench, case)
-    scenarios.finish(rank, args, results)
+            results.append(run_row(bench, case))
+    ranks.finish(rank, args, results)
 
 
 def main() -> None:
-    args = scenarios.make_parser(__doc__).parse_args()
+    args = ranks.make_parser(__doc__).parse_args()
     if args.dtype == "bfloat16":
         raise SystemExit("--dtype bfloat16: its rounding is larger than what is looked for here; see scenarios.py")
     if args.device == "cpu":
-        scenarios.prepare(args)
-    scenarios.start(run, args)
+        ranks.prepare(args)
+    ranks.start(run, args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Gradients of verl's engines other than FSDP2 on two gloo ranks, against Σ x_i g_i computed without verl.
 
-    python -m tests.engine.stand_ins --packages FOLDER --out FILE
+    python -m tests.engine.other_engines --packages FOLDER --out FILE
 
 installs the packages of the engines below FOLDER if they are not there, without what they depend on, and writes FILE as
 JSON: one row a mini-batch with the relative error of the whole gradient vector, as tests/engine/scenarios.py does for
@@ -45,14 +45,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from tests.engine import older_verl
-from tests.engine import scenarios as fsdp2
+from tests.engine import older_verl, reference, verl_side
+from tests.engine import ranks as processes
+from tests.engine.batch import LENGTHS, ROWS
+from tests.engine.engine_parts import Engine, Gradient, hf_model_config, qwen2, still, whole_dtensors
+from tests.engine.megatron import build_megatron, cuda_on_cpu, megatron_gradient, token_model
+from tests.engine.reference import Scenario
 from vlnorm_verl import cpu
-
-Engine = Any
-Gradient = dict[str, torch.Tensor]  # parameter's name -> the whole, reduced gradient
 
 
 @dataclass
@@ -71,49 +71,14 @@ class Case:
 # (torchtitan/transformer_impl.py:763, automodel/transformer_impl.py:561): their log-probabilities are then not the
 # model's, in verl's own modes too. They get nested batches, as the V1 trainer makes them.
 SCENARIOS = [
-    fsdp2.Scenario("micro-batches of 2"),
-    fsdp2.Scenario("padded, alpha 0.75", "vl_norm:0.75", micro=4, padded=True),
-    fsdp2.Scenario("dynamic, 3 rows masked", micro=None, tokens=60, masked=(1, 4, 15)),
-    fsdp2.Scenario("entropy and KL", entropy_coeff=0.1, kl_coef=0.2),
-    fsdp2.Scenario("stock Dr. GRPO", "seq-mean-token-sum-norm"),
-    fsdp2.Scenario("sabotage: micro-batch-local sum", sabotage="micro"),
-    fsdp2.Scenario("sabotage: rank-local sum", sabotage="rank"),
+    Scenario("micro-batches of 2"),
+    Scenario("padded, alpha 0.75", "vl_norm:0.75", micro=4, padded=True),
+    Scenario("dynamic, 3 rows masked", micro=None, tokens=60, masked=(1, 4, 15)),
+    Scenario("entropy and KL", entropy_coeff=0.1, kl_coef=0.2),
+    Scenario("stock Dr. GRPO", "seq-mean-token-sum-norm"),
+    Scenario("sabotage: micro-batch-local sum", sabotage="micro"),
+    Scenario("sabotage: rank-local sum", sabotage="rank"),
 ]
-
-
-# ------------------------------------------------------------------------------------------------ what all engines do
-
-
-def qwen2(folder: str) -> nn.Module:
-    from transformers import Qwen2ForCausalLM
-
-    return Qwen2ForCausalLM.from_pretrained(folder, attn_implementation="sdpa").to(torch.float64)
-
-
-def hf_model_config(folder: str) -> Any:
-    from verl.workers.config import HFModelConfig
-
-    return HFModelConfig(
-        path=folder,
-        load_tokenizer=False,
-        use_remove_padding=False,
-        enable_gradient_checkpointing=False,
-        override_config={"attn_implementation": "sdpa"},
-    )
-
-
-def still(module: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer that leaves the weights where the reference was taken."""
-    return torch.optim.SGD(module.parameters(), lr=0.0)
-
-
-def whole_dtensors(engine: Engine) -> Gradient:
-    modules = engine.module if isinstance(engine.module, list) else [engine.module]
-    return {
-        name.replace("_orig_mod.", "").replace("inner.", ""): p.grad.full_tensor()
-        for module in modules
-        for name, p in module.named_parameters()
-    }
 
 
 # -------------------------------------------------------------------------------------------------------------- FSDP1
@@ -266,211 +231,6 @@ def build_torchtitan(folder: str, shard: int | None = None) -> Engine:
     return engine
 
 
-# ----------------------------------------------------------------------------------------------------------- Megatron
-
-HIDDEN = 16
-
-
-class CudaMeansCpu(TorchFunctionMode):
-    """Megatron asks for tensors on "cuda"; and it computes cross entropy in float32 whatever it is given."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        if func is torch.Tensor.float and args[0].dtype == torch.float64:
-            return args[0]
-        if func is torch.Tensor.cuda:
-            return args[0]
-        return func(*args, **kwargs)
-
-
-LAYERS = ("embedding", "hidden", "second", "output")
-
-
-class TokenModel(nn.Module):
-    """A language model whose tokens do not see each other: any cut of a sequence over ranks is exact."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(fsdp2.VOCAB, HIDDEN)
-        self.hidden = nn.Linear(HIDDEN, HIDDEN)
-        self.second = nn.Linear(HIDDEN, HIDDEN)
-        self.output = nn.Linear(HIDDEN, fsdp2.VOCAB)
-
-    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
-        hidden = torch.tanh(self.hidden(self.embedding(input_ids)))
-        return SimpleNamespace(logits=self.output(torch.tanh(self.second(hidden))))
-
-
-def token_model(folder: str) -> nn.Module:
-    torch.manual_seed(0)
-    return TokenModel().to(torch.float64)
-
-
-def stage_class() -> type:
-    """A pipeline stage of TokenModel; it talks to Megatron's schedules as GPTModel does."""
-    from megatron.core.enums import ModelType
-    from megatron.core.transformer.module import MegatronModule
-
-    class Stage(MegatronModule):
-        share_embeddings_and_output_weights = False
-        model_type = ModelType.encoder_or_decoder
-
-        def __init__(self, config: Any, names: tuple[str, ...], vp_stage: int | None) -> None:
-            super().__init__(config)
-            self.names, self.vp_stage, self.received = names, vp_stage, None
-            self.pre_process, self.post_process = LAYERS[0] in names, LAYERS[-1] in names
-            whole = token_model("")
-            for name in names:
-                setattr(self, name, getattr(whole, name))
-            self.to(torch.float64)
-
-        def set_input_tensor(self, tensors: list[torch.Tensor]) -> None:
-            self.received = tensors[0]
-
-        def forward(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-            hidden = self.received  # [T, 1, HIDDEN]; tokens and logits are [1, T, ...]
-            for name in self.names:
-                layer = getattr(self, name)
-                if name == "embedding":
-                    hidden = layer(input_ids).transpose(0, 1).contiguous()
-                elif name == "output":
-                    hidden = layer(hidden).transpose(0, 1).contiguous()
-                else:
-                    hidden = torch.tanh(layer(hidden))
-            return hidden
-
-    return Stage
-
-
-def transformer_config(layout: dict[str, Any], per_token: bool) -> Any:
-    """What verl's `_build_tf_config` (megatron/transformer_impl.py:308) would say of the layout."""
-    from megatron.core.transformer import TransformerConfig
-
-    virtual = layout.get("virtual_pipeline_model_parallel_size")
-    return TransformerConfig(
-        num_layers=len(LAYERS),
-        hidden_size=HIDDEN,
-        num_attention_heads=2,
-        params_dtype=torch.float64,
-        pipeline_dtype=torch.float64,
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
-        pipeline_model_parallel_size=layout.get("pipeline_model_parallel_size", 1),
-        virtual_pipeline_model_parallel_size=virtual,
-        overlap_p2p_comm=virtual is not None,
-        batch_p2p_comm=False,
-        context_parallel_size=layout.get("context_parallel_size", 1),
-        calculate_per_token_loss=per_token or layout.get("dynamic_context_parallel", False),
-    )
-
-
-def build_megatron(folder: str, *, per_token: bool = False, sharded: bool = False, **layout: Any) -> Engine:
-    """per_token: calculate_per_token_loss; sharded: gradients as the distributed optimizer has them."""
-    from megatron.core import parallel_state as mpu
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from verl.trainer.config import CheckpointConfig
-    from verl.utils.megatron_utils import register_megatron_training_hooks
-    from verl.workers.config import McoreEngineConfig, McoreOptimizerConfig
-    from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
-
-    if mpu.model_parallel_is_initialized():
-        mpu.destroy_model_parallel()
-    if layout.get("dynamic_context_parallel"):
-        add_dynamic_context_parallel()
-    model_config = hf_model_config(folder)
-    object.__setattr__(model_config, "tokenizer", SimpleNamespace(pad_token_id=0))
-    engine = MegatronEngineWithLMHead(
-        model_config=model_config,
-        engine_config=McoreEngineConfig(use_distributed_optimizer=False, **layout),
-        optimizer_config=McoreOptimizerConfig(lr=0.0, clip_grad=0.0, lr_decay_steps=1, total_training_steps=1),
-        checkpoint_config=CheckpointConfig(),
-    )
-    engine.param_dtype = torch.float32  # says only that neither fp16 nor bf16 optimizers are meant
-    engine.tf_config = transformer_config(layout, per_token)
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=sharded)
-    engine.module = [
-        DistributedDataParallel(engine.tf_config, ddp_config, stage_class()(engine.tf_config, names, vp_stage))
-        for vp_stage, names in stages(layout)
-    ]
-    if sharded or older_verl.needed():  # verl 0.7.1 and 0.8.0 always ask for a bfloat16 optimizer
-        engine.optimizer = SimpleNamespace(  # the real one asks for float32 on a GPU; it sees gradients only after this
-            zero_grad=lambda: None, step=lambda: (True, 0.0, None), scale_loss=lambda loss: loss, config=None
-        )
-        register_megatron_training_hooks(engine.module, engine.optimizer)
-    else:
-        engine.optimizer = engine._build_optimizer()
-    return engine
-
-
-def stages(layout: dict[str, Any]) -> list[tuple[int | None, tuple[str, ...]]]:
-    """This rank's chunks of the model: number of the virtual stage, if there are any, and layers."""
-    from megatron.core import parallel_state as mpu
-
-    pipeline = layout.get("pipeline_model_parallel_size", 1)
-    virtual = layout.get("virtual_pipeline_model_parallel_size")
-    size = len(LAYERS) // (pipeline * (virtual or 1))
-    starts = [(v * pipeline + mpu.get_pipeline_model_parallel_rank()) * size for v in range(virtual or 1)]
-    return [(v if virtual else None, LAYERS[start : start + size]) for v, start in enumerate(starts)]
-
-
-def megatron_gradient(engine: Engine) -> Gradient:
-    """Of all pipeline stages, and of all shards of the distributed optimizer."""
-    own: Gradient = {}
-    for ddp in engine.module:
-        if ddp.ddp_config.use_distributed_optimizer:
-            for bucket in [bucket for group in ddp.bucket_groups for bucket in group.buckets]:
-                shards = bucket.grad_data.chunk(torch.distributed.get_world_size())
-                own_shard = shards[torch.distributed.get_rank()].clone()
-                torch.distributed.all_gather(list(shards), own_shard)
-        own |= {n.removeprefix("module."): p.main_grad.clone() for n, p in ddp.named_parameters()}
-    ranks: list[Gradient] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(ranks, own)
-    return {name: g for rank in ranks for name, g in rank.items()}
-
-
-def add_dynamic_context_parallel() -> None:
-    """What verl's dynamic context parallelism takes from a Megatron-Core newer than the newest release."""
-    from megatron.core import parallel_state as mpu
-    from megatron.core.datasets import data_schedule
-
-    initialize = mpu.initialize_model_parallel
-    alone = [torch.distributed.new_group([rank]) for rank in range(torch.distributed.get_world_size())]
-
-    def initialize_model_parallel(*args: Any, dynamic_context_parallel: bool = False, **kwargs: Any) -> None:
-        initialize(*args, **kwargs)
-
-    def get_dynamic_data_context_parallel_groups(check_initialized: bool = True, group_size: int = 1) -> Any:
-        if group_size == 1:
-            return alone[torch.distributed.get_rank()]
-        return mpu.get_data_parallel_group(with_context_parallel=True)
-
-    class Scheduler:
-        """Long responses over both ranks, short ones on one: two micro-batches, a different load on each rank."""
-
-        def __init__(self, **_: Any) -> None:
-            pass
-
-        def get_groups_and_subsamples(self, samples: list[tuple[int, int]]) -> list[list[list[int]]]:
-            by_length = [i for i, _ in sorted(samples, key=lambda sample: -sample[1])]
-            long, short = by_length[:5], by_length[5:]
-            return [[long, long], [short[:3], short[3:]]]
-
-    mpu.initialize_model_parallel = initialize_model_parallel
-    mpu.get_dynamic_data_context_parallel_groups = get_dynamic_data_context_parallel_groups
-    data_schedule.DefaultDynamicCPScheduler = Scheduler
-
-
-def cuda_on_cpu() -> None:
-    from megatron.core import tensor_parallel
-
-    tensor_parallel.model_parallel_cuda_manual_seed = lambda *_: None  # dropout's; there is none
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.synchronize = lambda *_: None
-    CudaMeansCpu().__enter__()
-
-
 # -------------------------------------------------------------------------------------------------------------- cases
 
 
@@ -549,7 +309,7 @@ def run(rank: int, ranks: int, port: int, name: str, packages: str, folder: str,
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     sys.path.insert(0, packages)
-    fsdp2.allow_float64()
+    verl_side.allow_float64()
     backend = BACKENDS[name]
     backend.prepare()
     if older_verl.needed():
@@ -566,12 +326,12 @@ def run(rank: int, ranks: int, port: int, name: str, packages: str, folder: str,
 
 
 def run_case(case: Case, rank: int, ranks: int, folder: str) -> list[dict[str, Any]]:
-    reference = case.reference(folder)
-    rows = fsdp2.make_rows(reference, torch.float64)
+    model = case.reference(folder)
+    rows = reference.make_rows(model, torch.float64)
     engine = case.build(folder)
     # The short responses on the first rank, the long ones on the last: there a rank-local sum is far off.
-    by_length = sorted(range(fsdp2.ROWS), key=lambda i: fsdp2.LENGTHS[i])
-    share = fsdp2.ROWS // ranks
+    by_length = sorted(range(ROWS), key=lambda i: LENGTHS[i])
+    share = ROWS // ranks
     mine = by_length if case.replicated else by_length[rank * share : (rank + 1) * share]
     results = []
     for scenario in SCENARIOS:
@@ -581,11 +341,11 @@ def run_case(case: Case, rank: int, ranks: int, folder: str) -> list[dict[str, A
             scenario = dataclasses.replace(scenario, name="alpha 0.75", padded=False)
         if not older_verl.takes_nested_data():
             scenario = dataclasses.replace(scenario, padded=True, width=60)
-        gradient, metrics = train(engine, case, scenario, fsdp2.make_data(rows, scenario, mine))
-        lengths = np.array([0 if i in scenario.masked else n for i, n in enumerate(fsdp2.LENGTHS)])
-        x = torch.from_numpy(fsdp2.weights(scenario.mode, lengths))
-        names = [n for n, _ in reference.named_parameters()]
-        expected = x @ fsdp2.response_gradients(reference, rows, scenario)
+        gradient, metrics = train(engine, case, scenario, verl_side.make_data(rows, scenario, mine))
+        lengths = np.array([0 if i in scenario.masked else n for i, n in enumerate(LENGTHS)])
+        x = torch.from_numpy(reference.weights(scenario.mode, lengths))
+        names = [n for n, _ in model.named_parameters()]
+        expected = x @ reference.response_gradients(model, rows, scenario)
         whole = torch.cat([gradient[n].flatten() for n in names])
         scale = whole @ expected / (expected @ expected)
         results.append(
@@ -604,7 +364,7 @@ def run_case(case: Case, rank: int, ranks: int, folder: str) -> list[dict[str, A
     return results
 
 
-def train(engine: Engine, case: Case, scenario: fsdp2.Scenario, data: Any) -> tuple[Gradient, list[dict[str, float]]]:
+def train(engine: Engine, case: Case, scenario: Scenario, data: Any) -> tuple[Gradient, list[dict[str, float]]]:
     """One call of the engine's own `train_batch`; the gradient and, of each rank, the plugin's metrics."""
     from verl.utils import tensordict_utils as tu
     from verl.workers.utils.losses import ppo_loss
@@ -620,18 +380,18 @@ def train(engine: Engine, case: Case, scenario: fsdp2.Scenario, data: Any) -> tu
         return norm
 
     engine.optimizer_step = recording_step
-    loss_function = functools.partial(ppo_loss, config=fsdp2.actor_config(scenario))
+    loss_function = functools.partial(ppo_loss, config=verl_side.actor_config(scenario))
     try:
-        with fsdp2.sabotaged(scenario.sabotage):
+        with verl_side.sabotaged(scenario.sabotage):
             outputs = engine.train_batch(data, loss_function)
     finally:
         del engine.optimizer_step
     (gradient,) = steps
-    found = outputs.get("metrics", {})
-    own = {k: float(np.mean(getattr(v, "values", v))) for k, v in found.items() if k.startswith("vl_norm/")}
-    everyone: list[dict[str, float]] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everyone, own)
-    return gradient, everyone
+    values = outputs.get("metrics", {})
+    metrics = {k: float(np.mean(getattr(v, "values", v))) for k, v in values.items() if k.startswith("vl_norm/")}
+    of_all_ranks: list[dict[str, float]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(of_all_ranks, metrics)
+    return gradient, of_all_ranks
 
 
 def main() -> None:
@@ -642,7 +402,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     args.packages.mkdir(parents=True, exist_ok=True)
-    fsdp2.set_environment("cpu")
+    processes.set_environment("cpu")
     importlib.import_module("verl")
     if not older_verl.needed():
         cpu.register()
@@ -653,10 +413,10 @@ def main() -> None:
 
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        fsdp2.make_model(folder, torch.float64)
+        reference.make_model(folder, torch.float64)
         for name in args.engine:
             out = Path(folder) / f"{name}.json"
-            arguments = (args.ranks, fsdp2.free_port(), name, str(install(name, args.packages)), folder, str(out))
+            arguments = (args.ranks, processes.free_port(), name, str(install(name, args.packages)), folder, str(out))
             try:
                 torch.multiprocessing.start_processes(run, arguments, nprocs=args.ranks, start_method="fork")
                 results += json.loads(out.read_text())

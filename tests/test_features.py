@@ -1,0 +1,76 @@
+"""Policy losses and features of verl on its real FSDP2 engine; tests/engine/features.py says what runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import warm
+
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
+# One of each way through the engine; the other policy losses differ in what they hand to agg_loss.
+EVERY_COMMIT = (
+    *("vanilla", "gspo", "sapo", "geo_mean", "clip_cov", "bypass_mode, rejected tokens", "bypass_mode with rollout_rs"),
+    *("registered by a user", "KL loss", "multi-turn tool masks, dynamic", "rollout_rs without", "upsampled padding"),
+    *("critic, dynamic", "LoRA, dynamic", "use_remove_padding", "Ulysses, dynamic"),
+)
+Rows = list[dict[str, Any]]
+Run = tuple[int, str, Rows]  # ranks, number type, what features.py writes
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (2, "float64", EVERY_COMMIT, (17, 5)),
+        (4, "float64", (), (3, 0)),  # Ulysses only
+        pytest.param((1, "float64", (), (32, 5)), marks=pytest.mark.slow),  # without Ulysses
+        pytest.param((2, "float64", (), (35, 5)), marks=pytest.mark.slow),
+        pytest.param((2, "float32", (), (35, 5)), marks=pytest.mark.slow),
+    ],
+    ids=lambda run: f"{run[0]} ranks, {run[1]}, {'some' if run[2] else 'all'} rows",
+)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The rows; as many are exact, and as many refused, as the last numbers of the parameters say."""
+    ranks, dtype, only, counts = request.param
+    out: Path = tmp_path_factory.mktemp("features") / "results.json"
+    options = ("--ranks", str(ranks), "--dtype", dtype, "--out", str(out), *(("--only", *only) if only else ()))
+    done = warm.python("-m", "tests.engine.features", *options, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads(out.read_text())
+    assert (len(of_kind(rows, "exact")), len(of_kind(rows, "refused"))) == counts
+    return ranks, dtype, rows
+
+
+def of_kind(rows: Rows, kind: str) -> Rows:
+    return [row for row in rows if row["kind"] == kind]
+
+
+def test_every_row_is_trained_or_refused_as_expected(run: Run) -> None:
+    assert [row for row in run[2] if row["kind"] != row["expected"]] == []
+
+
+def test_every_gradient_is_the_weighted_sum(run: Run) -> None:
+    _, dtype, rows = run
+    exact = of_kind(rows, "exact")
+    assert [(row["row"], row["error"]) for row in exact if not row["error"] <= TOLERANCE[dtype]] == []
+    # Errors are relative: to something, and small against what a mistake would make of the row.
+    assert all(row["norm"] > 1e-3 for row in exact)
+    assert [(row["row"], row["wrong"]) for row in exact if not row["wrong"] > 0.1] == []
+
+
+def test_ulysses_ranks_are_not_data_parallel_ranks(run: Run) -> None:
+    ranks, _, rows = run
+    for row in of_kind(rows, "exact"):
+        shared = row["row"].startswith("Ulysses")
+        assert row["data_parallel"] == (ranks // 2 if shared else ranks), row["row"]
+        assert (row["all_to_alls"] > 0) == shared, row["row"]  # sequences were really cut
+
+
+def test_what_cannot_be_exact_is_refused(run: Run) -> None:
+    """By the driver, and in the micro-batch should a config get there that was never checked."""
+    for row in of_kind(run[2], "refused"):
+        assert row["refusal"] in row["at_config"], row
+        assert "Accepted:" in row["at_config"], row
+        rejected = row["row"] == "bypass_mode with rollout_rs"
+        assert ("another mask than response_mask" if rejected else row["refusal"]) in row["at_run"], row

@@ -1,0 +1,76 @@
+"""verl's `agg_loss` with the plugin: never a silent local sum, metrics of the whole batch, verl's modes bit for bit.
+
+Gradients of our modes in verl's engine: test_engine.py.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import warm
+from vlnorm_verl import parse_mode
+from vlnorm_verl.plugin.mini_batch import MiniBatch, working_on
+
+
+def test_no_silent_local_sum() -> None:
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    losses, mask = torch.ones(1, 2, requires_grad=True), torch.ones(1, 2)
+    with pytest.raises(RuntimeError, match="whole mini-batch"):
+        agg_loss(losses, mask, "vl_norm", loss_scale_factor=2)
+    with pytest.raises(RuntimeError, match="whole mini-batch"):  # a share of a batch that other ranks have too
+        agg_loss(losses.detach(), mask, "vl_norm", dp_size=2, loss_scale_factor=2)
+    with pytest.raises(ValueError, match="loss_scale_factor=0"):
+        agg_loss(losses.detach(), mask, "vl_norm", loss_scale_factor=0)
+
+
+def test_a_mini_batch_leaves_nothing_behind() -> None:
+    """Also under the name that verl's trainers have it by, which is for whole batches outside of a mini-batch."""
+    from verl.trainer.ppo.ray_trainer import agg_loss
+
+    losses, mask = torch.ones(1, 2, requires_grad=True), torch.ones(1, 2)
+    with working_on(MiniBatch("vl_norm", parse_mode("vl_norm"), torch.tensor(0.5), dp_size=1, scale=2.0)):
+        agg_loss(losses, mask, "vl_norm")
+    with pytest.raises(RuntimeError, match="whole mini-batch"):
+        agg_loss(losses, mask, "vl_norm", loss_scale_factor=2)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_alpha_0_is_verls_dr_grpo_and_the_entropy_metric_takes_the_whole_batch(lengths: list[int], seed: int) -> None:
+    """The driver's call, with verl's own arguments (trainer/ppo/v1/trainer_base.py:1677)."""
+    from verl.trainer.ppo.ray_trainer import agg_loss
+
+    loss = torch.rand(len(lengths), 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    mask = (torch.arange(9)[None] < torch.tensor(lengths)[:, None]).long()
+    ours = agg_loss(loss_mat=loss, loss_mask=mask, loss_agg_mode="vl_norm:0", loss_scale_factor=9)
+    stock = agg_loss(loss_mat=loss, loss_mask=mask, loss_agg_mode="seq-mean-token-sum-norm", loss_scale_factor=9)
+    assert ours.item() == pytest.approx(stock.item(), rel=1e-12)
+
+
+def test_stock_modes_compile_to_one_graph_as_without_the_plugin() -> None:
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    losses, mask = torch.rand(2, 3), torch.tensor([[1.0, 1, 0], [1, 1, 1]])
+    compiled = torch.compile(lambda x: agg_loss(x, mask, "token-mean", dp_size=1), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(losses), agg_loss(losses, mask, "token-mean"))
+
+
+def test_stock_modes_are_bit_identical_with_and_without_the_plugin(tmp_path: Path) -> None:
+    """Whole gradients of the real engine on two ranks, and metrics, with the package's entry point on and off."""
+    results = []
+    for switch in ("auto", "none"):
+        out = tmp_path / f"{switch}.json"
+        options = ("--ranks", "2", "--dtype", "float32", "--stock", "--out", str(out))
+        done = warm.python("-m", "tests.engine.scenarios", *options, VERL_USE_EXTERNAL_PLUGINS=switch)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads(out.read_text()))
+    assert [row["plugin"] for row in results[0]] == [True] * len(results[0])
+    assert [row["plugin"] for row in results[1]] == [False] * len(results[1])
+    for with_plugin, without in zip(*results, strict=True):
+        for key in ("mode", "scenario", "gradient_sha256", "metrics"):
+            assert with_plugin[key] == without[key], (with_plugin["mode"], key)
+    assert len({row["gradient_sha256"] for row in results[0]}) == len(results[0])  # the modes differ

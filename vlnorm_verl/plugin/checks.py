@@ -1,0 +1,224 @@
+"""The run's configuration: refuse what cannot be exact before Ray starts, warn, and fill M."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import OmegaConf, open_dict
+
+from vlnorm_verl import registry
+from vlnorm_verl.paper import overlong
+from vlnorm_verl.plugin import policy_loss, releases
+from vlnorm_verl.plugin.engines import check_layout
+from vlnorm_verl.plugin.install import require_installed
+from vlnorm_verl.plugin.modes import is_ours, is_verls
+from vlnorm_verl.plugin.names import MODE_KEY, SCALE_KEY, STOCK_MODES, TESTED_RELEASES, verl_version
+
+logger = logging.getLogger(__name__)
+
+
+def with_checked_config(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`validate_config` (utils/config.py) or `run_ppo` (trainer/main_ppo.py) with `check_config` before it."""
+
+    @functools.wraps(stock)
+    def checked(config: Any, *args: Any, **kwargs: Any) -> Any:
+        check_config(config)
+        return stock(config, *args, **kwargs)
+
+    return checked
+
+
+def with_our_modes(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`ActorConfig.__post_init__` that knows the registered modes (workers/config/actor.py)."""
+
+    @functools.wraps(stock)
+    def __post_init__(self: Any) -> None:
+        mode = self.loss_agg_mode
+        if not registry.is_registered(mode):
+            if not is_verls(mode):
+                check_mode(mode)
+            stock(self)
+            return
+        check_mode(mode)
+        check_scale(self.loss_scale_factor)
+        if not is_ours(mode):
+            say_left_to_verl()
+            stock(self)
+            return
+        # The stock check of everything else ends with an allow-list of verl's modes, so it is shown one of those.
+        object.__setattr__(self, "loss_agg_mode", STOCK_MODES[0])
+        try:
+            stock(self)
+        finally:
+            object.__setattr__(self, "loss_agg_mode", mode)
+
+    return __post_init__
+
+
+@functools.cache
+def say_left_to_verl() -> None:
+    logger.warning(
+        "This verl has loss_agg_mode=vl_norm itself: vlnorm-verl leaves the aggregation to it (there are no vl_norm/ "
+        "metrics then), checks the configuration, and sets loss_scale_factor where it is null."
+    )
+
+
+def check_config(config: Any) -> None:
+    """Check our modes in a run's whole config, on the driver before Ray starts, and fill M. May be called again.
+
+    Raises:
+        ValueError: a key has a value that cannot be trained exactly; the message names both and what is accepted.
+        RuntimeError: a patch that the mode needs did not apply to the installed verl.
+    """
+    check_overlong_filtering(config)
+    for key in ("actor_rollout_ref.actor", "critic"):
+        role = OmegaConf.select(config, key)
+        if "loss_agg_mode" not in (role or {}) or (key == "critic" and not has_critic(config)):
+            continue
+        mode = role.loss_agg_mode
+        if is_verls(mode) and not registry.is_registered(mode):
+            continue  # nothing of this package's
+        check_mode(mode, f"{key}.loss_agg_mode")
+        releases.check_workers(config, f"{key}.loss_agg_mode", mode)
+        check_layout(role, key)
+        if key == "critic":
+            # verl's critic inherits the actor's mode by interpolation, and CriticConfig accepts any string.
+            check_critic(config, role)
+        else:
+            check_actor(config, role)
+
+
+def check_actor(config: Any, actor: Any) -> None:
+    check_scale(actor.get("loss_scale_factor"))
+    correction = OmegaConf.select(config, "algorithm.rollout_correction") or {}
+    if correction.get("bypass_mode"):
+        rejection, why = correction.get("rollout_rs"), "verl's trainers leave it out there"
+        policy_loss.check_rejection(actor.loss_agg_mode, rejection, "algorithm", why)
+    keep_scale_of_critic(OmegaConf.select(config, "critic") or {})
+    fill_scale(actor, whole_number(config, "data.max_response_length"))
+    warn_of_sorted_mini_batches(actor, config)
+    warn_of_untested_release()
+    if is_ours(actor.loss_agg_mode):
+        policy_loss.check(actor_config(actor))
+
+
+def check_critic(config: Any, critic: Any) -> None:
+    if "loss_scale_factor" in critic:
+        check_scale(critic.get("loss_scale_factor"), "critic.loss_scale_factor")
+        fill_scale(critic, whole_number(config, "data.max_response_length"))
+    else:
+        releases.check_critic_without_m(critic.loss_agg_mode, registry.parse_mode(critic.loss_agg_mode))
+
+
+def check_mode(mode: object, key: str = MODE_KEY) -> None:
+    """Raises ValueError unless `mode` is one of ours with a good parameter, and RuntimeError if a patch is missing."""
+    registry.parse_mode(mode, key, also_accepted=STOCK_MODES)
+    require_installed(mode)
+
+
+def check_scale(scale: object, key: str = SCALE_KEY) -> None:
+    """Raises ValueError unless M is a positive number, or None for the default."""
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if scale is not None and not (number and 0 < scale < float("inf")):  # type: ignore[operator]
+        raise ValueError(
+            f"{key}={scale!r}: M must be a positive number of tokens; leave it null for data.max_response_length"
+        )
+
+
+def keep_scale_of_critic(critic: Any) -> None:
+    """Keep the M of a critic on a mode of verl's null where it is, though it is an interpolation of the actor's."""
+    ours = registry.is_registered(critic.get("loss_agg_mode"))
+    if not ours and "loss_scale_factor" in critic and critic.loss_scale_factor is None:
+        critic.loss_scale_factor = None
+
+
+def fill_scale(role: Any, max_response_length: int) -> None:
+    """M = the run's maximum response length where `loss_scale_factor` is null; verl's critic inherits the actor's."""
+    if role.get("loss_scale_factor") is None:
+        with open_dict(role):
+            role.loss_scale_factor = max_response_length
+
+
+def whole_number(config: Any, key: str) -> int:
+    value = OmegaConf.select(config, key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{key}={value!r}: a whole number is needed")
+    return value
+
+
+def actor_config(actor: Any) -> Any:
+    """The ActorConfig of a run's config. Not every trainer makes one before Ray starts, and Hydra wraps its errors."""
+    from verl.utils.config import omega_conf_to_dataclass
+
+    stock = actor.copy()
+    stock.loss_agg_mode = STOCK_MODES[0]
+    made = omega_conf_to_dataclass(stock)
+    object.__setattr__(made, "loss_agg_mode", actor.loss_agg_mode)
+    return made
+
+
+def has_critic(config: Any) -> bool:
+    from verl.trainer.ppo.utils import need_critic
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # verl warns that there is none; it will again when it asks itself
+        return bool(need_critic(config))
+
+
+def warn_of_untested_release() -> None:
+    if verl_version() not in TESTED_RELEASES:
+        logger.warning(
+            "vlnorm-verl has not been tested with verl %s (tested: %s). Every name that it relies on is there; whether "
+            "gradients are exact is not known.",
+            verl_version(),
+            ", ".join(TESTED_RELEASES),
+        )
+
+
+def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
+    """Warn where the mini-batches of a rollout batch will hold responses of similar lengths each.
+
+    verl keeps the order of the rollout batch unless told to shuffle. The V1 trainer's replay buffer returns responses
+    in the order in which they were finished (trainer/ppo/v1/replay_buffer.py), the V0 trainer's `_balance_batch` sorts
+    each rank's share by length (trainer/ppo/ray_trainer.py:1240). Both put short responses into the first mini-batch.
+    Two of V1's trainers are not asked, whatever `shuffle` is: separate_async, which draws each mini-batch by itself
+    (trainer/ppo/v1/trainer_base.py:549), and ours (vlnorm_verl.paper.whole_groups).
+    """
+    if OmegaConf.select(config, "trainer.v1.trainer_mode") in ("separate_async", "sync_whole_groups"):
+        return
+    mini_batches = OmegaConf.select(config, "async_training.require_batches")  # of fully_async_policy
+    several = (
+        mini_batches > 1
+        if mini_batches
+        else whole_number(config, "actor_rollout_ref.actor.ppo_mini_batch_size")
+        < whole_number(config, "data.train_batch_size")
+    )
+    if several and not actor.get("shuffle"):
+        logger.warning(
+            "actor_rollout_ref.actor.shuffle=false with several optimizer mini-batches a rollout batch: verl orders "
+            "responses by when they were finished, so each mini-batch holds responses of similar lengths, and "
+            "loss_agg_mode=%s has little left to weigh. Set trainer.v1.trainer_mode=sync_whole_groups (verl 0.9's "
+            "synchronous trainer) for mini-batches of whole prompt groups in random order, as the paper has them, or "
+            "with any trainer actor_rollout_ref.actor.shuffle=true for single responses drawn at random.",
+            actor.loss_agg_mode,
+        )
+
+
+def check_overlong_filtering(config: Any) -> None:
+    """Raises ValueError if overlong filtering is asked for without its length; before Ray starts, not at step 1."""
+    if OmegaConf.select(config, "algorithm.adv_estimator") != overlong.ESTIMATOR:
+        return
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    get_adv_estimator_fn(overlong.ESTIMATOR)  # raises if it could not be registered
+    limit, longest = config.algorithm.get(overlong.LENGTH_KEY), whole_number(config, "data.max_response_length")
+    if not isinstance(limit, int) or not 0 < limit <= longest:
+        raise ValueError(
+            f"algorithm.{overlong.LENGTH_KEY}={limit!r}: algorithm.adv_estimator={overlong.ESTIMATOR} needs the length "
+            f"from which a response is overlong, in tokens: 1 to data.max_response_length={longest}, "
+            f"usually +algorithm.{overlong.LENGTH_KEY}='${{data.max_response_length}}'"
+        )
