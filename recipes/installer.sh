@@ -1,0 +1,48 @@
+# Sourced by the scripts that install: `install`, `uninstall` and `install_cpu_torch` for the environment $target, by uv if
+# it is there or pip can fetch it (a third of pip's time), else by pip.
+
+use_pip() {
+  install() { "$target/bin/python" -m pip --disable-pip-version-check --no-input install "$@"; }
+  uninstall() { "$target/bin/python" -m pip --disable-pip-version-check uninstall --yes "$@"; }
+}
+
+# uv reads no pip.conf: where packages come from, and what certificates are trusted, it is told in variables of its own.
+# Those that are set already stay.
+hand_on_pips_settings() {
+  local settings
+  # Sorted: a PIP_… variable comes before the files.
+  settings=$("$target/bin/python" -m pip config list)
+  setting() { sed -n "s/^[^=]*\.$1='\(.*\)'$/\1/p" <<< "$settings" | head -n 1 | sed 's/\\n/ /g; s/  */ /g; s/^ //'; }
+  local main extra links cert
+  main=$(setting index-url) extra=$(setting extra-index-url) links=$(setting find-links) cert=$(setting cert)
+  [ -z "$main" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$main}
+  [ -z "$extra" ] || export UV_INDEX=${UV_INDEX:-$extra} UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}
+  [ -z "$links" ] || export UV_FIND_LINKS=${UV_FIND_LINKS:-${links// /,}}
+  [ -z "$cert" ] || export SSL_CERT_FILE=${SSL_CERT_FILE:-$cert}
+}
+
+use_uv() { # UV
+  uv=$1
+  hand_on_pips_settings
+  install() { "$uv" pip install --python "$target/bin/python" "$@"; }
+  uninstall() { "$uv" pip uninstall --python "$target/bin/python" "$@"; }
+}
+
+use_pip
+if command -v uv > /dev/null; then
+  use_uv uv
+elif [ -x "$target/bin/uv" ] || install --quiet uv; then
+  use_uv "$target/bin/uv"
+else
+  echo "pip has no uv for this machine: pip installs the packages itself, which takes minutes longer" >&2
+fi
+
+cpu_torch="torch==2.13.0+cpu"
+
+# The machine's own index first (a mirror or a local wheel may have the CPU build), PyTorch's index of CPU wheels next.
+# The exact "+cpu" version keeps a CUDA build out.
+install_cpu_torch() {
+  install --no-deps "$cpu_torch" && return
+  echo "The configured index has no $cpu_torch; trying PyTorch's index of CPU wheels …"
+  install --no-deps --index-url https://download.pytorch.org/whl/cpu "$cpu_torch"
+}
