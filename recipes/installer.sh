@@ -1,10 +1,17 @@
-# Sourced by the scripts that install: `install`, `uninstall` and `install_cpu_torch` for the environment $target, by uv if
-# it is there or pip can fetch it (a third of pip's time), else by pip.
+# Sourced by the scripts that install: `install`, `uninstall` and `install_cpu_torch` for the environment $target. By uv if
+# it is there or pip can fetch it (a third of pip's time); by pip where there is none, and for what uv cannot install.
 
-use_pip() {
-  install() { "$target/bin/python" -m pip --disable-pip-version-check --no-input install "$@"; }
-  uninstall() { "$target/bin/python" -m pip --disable-pip-version-check uninstall --yes "$@"; }
+pip_install() { "$target/bin/python" -m pip --disable-pip-version-check --no-input install "$@"; }
+
+install() {
+  if [ -n "$uv" ]; then
+    "$uv" pip install --python "$target/bin/python" "$@" && return
+    echo "uv could not; pip tries" >&2
+  fi
+  pip_install "$@"
 }
+
+uninstall() { "$target/bin/python" -m pip --disable-pip-version-check uninstall --yes "$@"; }
 
 # uv reads no pip.conf: where packages come from, and what certificates are trusted, it is told in variables of its own.
 # Those that are set already stay.
@@ -21,20 +28,14 @@ hand_on_pips_settings() {
   [ -z "$cert" ] || export SSL_CERT_FILE=${SSL_CERT_FILE:-$cert}
 }
 
-use_uv() { # UV
-  uv=$1
+uv=$(command -v uv || true)
+if [ -z "$uv" ] && { [ -x "$target/bin/uv" ] || pip_install --quiet uv; }; then
+  uv=$target/bin/uv
+fi
+if [ -n "$uv" ]; then
   hand_on_pips_settings
-  install() { "$uv" pip install --python "$target/bin/python" "$@"; }
-  uninstall() { "$uv" pip uninstall --python "$target/bin/python" "$@"; }
-}
-
-use_pip
-if command -v uv > /dev/null; then
-  use_uv uv
-elif [ -x "$target/bin/uv" ] || install --quiet uv; then
-  use_uv "$target/bin/uv"
 else
-  echo "pip has no uv for this machine: pip installs the packages itself, which takes minutes longer" >&2
+  echo "pip has no uv for this machine: it installs the packages itself, which takes minutes longer" >&2
 fi
 
 cpu_torch="torch==2.13.0+cpu"

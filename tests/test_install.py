@@ -187,9 +187,12 @@ def test_uv_gets_pips_indexes_and_certificates(tmp_path: Path) -> None:
     assert "UV_DEFAULT_INDEX=https://mine.invalid/simple" in done.stdout
 
 
-def test_pip_installs_where_no_uv_can_be_had(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_uv", [False, True])
+def test_pip_installs_where_no_uv_can_be_had_and_what_uv_cannot_install(tmp_path: Path, has_uv: bool) -> None:
+    if has_uv:
+        script(tmp_path / "path" / "uv", "exit 1")
     done = installer(tmp_path, "install no-such-package")
-    assert "pip has no uv for this machine" in done.stderr
+    assert ("uv could not; pip tries" if has_uv else "pip has no uv for this machine") in done.stderr
     assert "No matching distribution found for no-such-package" in done.stderr
     assert done.returncode == 1
 
