@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the recipes need on GPUs (verl with its extras vllm and fsdp, this package, the Math task, the report)
-# into the active environment, else into .venv-gpu in the project's root. uv does it if it is there, else pip.
+# into the active environment, else into .venv-gpu in the project's root. installer.sh is how.
 #
 #   bash recipes/install_gpu.sh                        a second call is quick
 #   PYTHON=python3.12 bash recipes/install_gpu.sh      makes .venv-gpu with another interpreter (3.11 or 3.12)
@@ -89,13 +89,7 @@ echo "Installing into $target (10 GB on disk; minutes on a fast line) …"
 if [ ! -x "$target/bin/python" ]; then
   "$python" -m venv "$target"
 fi
-if command -v uv > /dev/null; then
-  install() { uv pip install --python "$target/bin/python" "$@"; }
-  uninstall() { uv pip uninstall --python "$target/bin/python" "$@"; }
-else
-  install() { "$target/bin/python" -m pip --disable-pip-version-check --no-input install "$@"; }
-  uninstall() { "$target/bin/python" -m pip --disable-pip-version-check uninstall --yes "$@"; }
-fi
+source recipes/installer.sh
 
 # A wheel's name says neither torch nor CUDA, and verl's wheelhouse builds anew under the same name (its versions.yaml has
 # gone on to torch 2.13): what counts is that it loads.

@@ -3,15 +3,22 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-read -ra known <<< "$(sed -n 's/^TESTED_RELEASES = (\(.*\))$/\1/p' vlnorm_verl/plugin/names.py | tr -d '",')"
+# The releases that are supported, and what the choice of versions must be kept from or helped with, and why.
+declare -A also=(
+  [0.7.1]="pyarrow<26" # verl wants numpy<2, pyarrow 26 refuses numpy 1 and says so only when it is imported
+  [0.8.0]="pyarrow<26" # the same
+  [0.9.0]="TransferQueue>=0.1.11" # the V1 trainer imports it, verl does not require it
+  [0.9.1]="TransferQueue>=0.1.11" # the same
+)
+mapfile -t known < <(printf '%s\n' "${!also[@]}" | sort)
 
 usage() {
   cat <<END
 Usage: bash recipes/test_releases.sh [OPTION…] [RELEASE…]
 
-Installs each release of verl as a user gets it (pip's own choice of everything but torch, whose CPU build is taken),
-this checkout beside it, and runs on it: the exactness tests on 1, 2 and 4 ranks, policy losses and features, other
-engines, the plugin's own tests, and verl's own CPU tests with the plugin on and off. No GPU is needed.
+Installs each release of verl as a user gets it (the newest of everything, but torch's CPU build), this checkout beside
+it, and runs on it: the exactness tests on 1, 2 and 4 ranks, policy losses and features, other engines, the plugin's
+own tests, and verl's own CPU tests with the plugin on and off. No GPU is needed.
 
   RELEASE           releases of verl; default: ${known[*]} and the newest one of the package index
   --verl-repo DIR   a checkout of verl's repository (bare is enough), for those of verl's tests that its wheels do not
@@ -26,10 +33,9 @@ Examples:
   bash recipes/test_releases.sh                                  all releases
   bash recipes/test_releases.sh 0.8.0 --verl-repo ../verl        one, with all of verl's tests
 
-Written to .releases: table.md, table.json, and for each release X/venv, X/results.json, X/logs; docs/releases.md is a copy of
-the last table.md. An environment takes 2 to 3 GB
-and minutes to install, its tests about 15 minutes on two cores; a second call installs nothing. The exit status is 1 if
-something failed that should not; the table says what.
+Written to .releases: table.md, of which docs/releases.md is a copy, and for each release X/venv, X/results.json, X/logs.
+An environment takes 2 to 3 GB, its tests about 15 minutes on two cores; a second call installs nothing. The exit status
+is 1 if something failed that should not; the table says what.
 END
 }
 
@@ -73,42 +79,35 @@ if [ ${#releases[@]} = 0 ]; then
   [[ -z $latest || " ${known[*]} " == *" $latest "* ]] || releases+=("$latest")
 fi
 
-# torch's CPU build and where it comes from are those of recipes/install_cpu.sh.
-torch=$(sed -n 's/^torch="\(.*\)"$/\1/p' recipes/install_cpu.sh)
-torch_index=$(sed -n 's/.*--index-url \([^ ]*\) .*/\1/p' recipes/install_cpu.sh)
-# What pip's own choice must be kept from or helped with, and why.
-declare -A also=(
-  [0.7.1]="pyarrow<26" # verl wants numpy<2, pyarrow 26 refuses numpy 1 and says so only when it is imported
-  [0.8.0]="pyarrow<26" # the same
-  [0.9.0]="TransferQueue>=0.1.11" # the V1 trainer imports it, verl does not require it
-  [0.9.1]="TransferQueue>=0.1.11" # the same
-)
-# verl imports these without requiring them; they come with an inference engine, which is not installed here. einops is
-# for verl's functions in torch that do what flash-attn does on a GPU (utils/npu_flash_attn_utils.py), triton for the
-# module of kernels that torchtitan's engine imports.
-missing=(uvicorn fastapi cachetools einops triton)
+# verl imports these without requiring them: einops for its functions in torch that do what flash-attn does on a GPU
+# (utils/npu_flash_attn_utils.py), triton for the module of kernels that torchtitan's engine imports.
+missing=(einops triton)
 tools=(pytest pytest-timeout pytest-asyncio hypothesis)
-# This package's requirements without verl, which is installed before it; pip must not change it.
+# What this package's tests need of it; verl and torch are named already.
 requirements() {
-  "$python" -c 'import tomllib; [print(r) for r in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if not r.startswith(("verl", "torch"))]'
+  "$python" - << 'END'
+import tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+needed = project["dependencies"] + [r for extra in ("recipes", "report") for r in project["optional-dependencies"][extra]]
+print(*(r for r in needed if not r.startswith(("verl", "torch", "vlnorm", "TransferQueue"))), sep="\n")
+END
 }
 
-install() { # RELEASE
-  local venv=.releases/$1/venv wanted needed
+make_environment() { # RELEASE
+  local wanted needed
+  target=.releases/$1/venv
   mapfile -t needed < <(requirements)
-  wanted=$("$python" --version; echo "$1" "$torch" "${also[$1]:-}" "${missing[@]}" "${tools[@]}" "${needed[@]}")
-  [ "$(cat "$venv/installed" 2> /dev/null)" = "$wanted" ] && return
-  echo "Installing verl $1 into $venv …"
+  local packages=("verl==$1" ${also[$1]:+"${also[$1]}"} setuptools "${missing[@]}" "${tools[@]}" "${needed[@]}")
+  wanted=$("$python" --version; cat recipes/installer.sh; echo "${packages[@]}")
+  [ "$(cat "$target/installed" 2> /dev/null)" = "$wanted" ] && return
+  echo "Installing verl $1 into $target …"
   # One chain: `set -e` is off inside of a condition, and a broken environment must not be called finished.
-  rm -rf "$venv" && "$python" -m venv "$venv" || return 1
-  pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input --quiet "$@"; }
-  # Named again in each call, so that pip never takes a CUDA build instead.
-  { pip install --no-deps "$torch" || pip install --no-deps --index-url "$torch_index" "$torch"; } &&
-    pip install "verl==$1" "$torch" ${also[$1]:+"${also[$1]}"} setuptools &&
-    pip install "verl==$1" "$torch" ${also[$1]:+"${also[$1]}"} "${missing[@]}" "${needed[@]}" "${tools[@]}" &&
+  rm -rf "$target" && "$python" -m venv "$target" && source recipes/installer.sh && install_cpu_torch &&
+    # torch is named again, so that no CUDA build takes its place.
+    install "$cpu_torch" "${packages[@]}" &&
     # --no-deps: also a release outside of the range that pyproject.toml names can be tried.
-    pip install --no-deps --no-build-isolation --editable . &&
-    echo "$wanted" > "$venv/installed"
+    install --no-deps --no-build-isolation --editable . &&
+    echo "$wanted" > "$target/installed"
 }
 
 mkdir -p .releases
@@ -117,7 +116,7 @@ status=0
 for release in "${releases[@]}"; do
   [ "$only" = table ] && break
   mkdir -p ".releases/$release"
-  if ! install "$release"; then
+  if ! make_environment "$release"; then
     echo "verl $release could not be installed" >&2
     status=1
     continue

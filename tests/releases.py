@@ -2,9 +2,9 @@
 
     python -m tests.releases run [--verl-repo DIR] [--part NAME]
                                      with the environment's python; writes .releases/<X>/results.json
-    python -m tests.releases table   writes .releases/table.md and table.json, prints the table
+    python -m tests.releases table   writes .releases/table.md, prints it
 
-Only the standard library is imported here: each part below is a process of its own, with a time limit and a log in
+Only the standard library is imported here: each part below starts processes of its own, with a time limit and a log in
 .releases/<X>/logs. A part that fails is a problem in the results, never the end of the others.
 
 verl's own tests come from the release's wheel, which has them as a package `tests`, and from verl's repository where
@@ -24,6 +24,8 @@ import sys
 import sysconfig
 import tarfile
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,9 @@ from benchmarks.origin import commit, machine
 
 ROOT = Path(__file__).parent.parent
 RELEASES = ROOT / ".releases"
-PARTS = ("exact", "features", "stock", "engines", "our_tests", "verl_tests")
 PACKAGES = ("torch", "transformers", "numpy", "tensordict", "ray")
 EXACT = ((1, "float64"), (2, "float64"), (4, "float64"), (2, "float32"))
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
-FEATURES_RANKS = (1, 2, 4)
 OUR_TESTS = (
     "tests/test_aggregation.py",
     *(f"tests/test_plugin_{part}.py" for part in ("agg_loss", "config", "install", "losses")),
@@ -91,7 +91,7 @@ TEST_SECONDS, PART_SECONDS = 120, 1800
 HEAD = """# The last run of `bash recipes/test_releases.sh`
 
 `cp .releases/table.md docs/releases.md`. Run on: {machine}. Seeds are fixed in the programs. *Exact*, *refused*,
-*absent*: as in [support.md](support.md); rows are those of `tests/engine/features.py`.
+*absent*: as in [support.md](support.md); each row of `tests/engine/features.py` counts once for each mode.
 
 """
 # After the tests, since importing verl before them could hide what they are about.
@@ -105,26 +105,37 @@ sys.exit(code)
 """
 
 
-class Part:
-    """Runs processes of one release: environment, log, time limit."""
+@dataclass
+class Answer:
+    """What a part found: its rows of the table, what should not be, and tests of verl's that fail by themselves."""
 
-    def __init__(self, release: str) -> None:
-        self.release = release
-        self.folder = RELEASES / release
+    cells: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    failing: list[str] = field(default_factory=list)
+
+
+class Release:
+    """Runs processes in the environment of one release of verl, and the parts that are made of them."""
+
+    def __init__(self, verl_repository: Path | None) -> None:
+        self.name = metadata.version("verl")
+        self.before_0_9 = version_of(self.name) < (0, 9)
+        self.verl_repository = verl_repository
+        self.folder = RELEASES / self.name
         self.logs = self.folder / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
 
     def environment(self, plugin: bool) -> dict[str, str]:
         """As a user switches the package on and off; the entry-point group exists since 0.9.0."""
         left_out = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_PLUGINS", "VERL_USE_EXTERNAL_MODULES", "PYTHONPATH")
-        env = {name: value for name, value in os.environ.items() if name not in left_out}
-        env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        env["RAY_ADDRESS"] = "local"  # else tests would join a Ray that happens to run on this machine
-        if version_of(self.release) >= (0, 9):
-            env["VERL_USE_EXTERNAL_PLUGINS"] = "auto" if plugin else "none"
+        variables = {name: value for name, value in os.environ.items() if name not in left_out}
+        variables |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        variables["RAY_ADDRESS"] = "local"  # else tests would join a Ray that happens to run on this machine
+        if not self.before_0_9:
+            variables["VERL_USE_EXTERNAL_PLUGINS"] = "auto" if plugin else "none"
         elif plugin:
-            env["VERL_USE_EXTERNAL_MODULES"] = "vlnorm_verl.verl_entry"
-        return env
+            variables["VERL_USE_EXTERNAL_MODULES"] = "vlnorm_verl.verl_entry"
+        return variables
 
     def run(self, name: str, command: list[str], plugin: bool = True, cwd: Path = ROOT) -> str:
         """Standard output and error of a python command.
@@ -155,7 +166,7 @@ class Part:
     def results(self, name: str, module: str, *options: str, plugin: bool = True) -> list[dict[str, Any]]:
         """The JSON rows of one of the programs in tests/engine."""
         out = self.logs / f"{name.replace(' ', '-')}.json"
-        self.run(name, ["-m", module, *options, "--out", str(out)], plugin)
+        self.run(name, ["-m", f"tests.engine.{module}", *options, "--out", str(out)], plugin)
         return json.loads(out.read_text())
 
     def pytest(self, name: str, files: list[str], plugin: bool, cwd: Path, select: str = "") -> dict[str, str]:
@@ -168,10 +179,9 @@ class Part:
         report.unlink(missing_ok=True)  # of a run before
         # The engines' packages, which tests/test_other_engines.py installs, are the same for all releases.
         options = ["-q", "-o", f"cache_dir={RELEASES / 'cache'}", f"--timeout={TEST_SECONDS}"]
-        options += ["--continue-on-collection-errors"]
-        options += ["-k", select] if select else []
+        options += ["--continue-on-collection-errors", f"--junitxml={report}", *(["-k", select] if select else [])]
         try:
-            text = self.run(name, ["-c", PYTEST, *options, f"--junitxml={report}", *files], plugin, cwd)
+            text = self.run(name, ["-c", PYTEST, *options, *files], plugin, cwd)
         except RuntimeError:
             # Status 1 is that some test failed, which is in the report.
             text = (self.logs / f"{name.replace(' ', '-')}.log").read_text(errors="replace")
@@ -182,9 +192,108 @@ class Part:
             raise RuntimeError(f"{name}: not '{expected}': {' '.join(text.split())[-300:]}")
         return outcomes(report)
 
+    # -------------------------------------------------------------------------------------------------------- parts
+
+    def exact(self) -> Answer:
+        """Relative error of the whole gradient, worst over the scenarios; a wrong sum must be seen."""
+        answer = Answer()
+        for ranks, dtype in EXACT:
+            options = ("--ranks", str(ranks), "--dtype", dtype)
+            rows = self.results(f"exact {ranks} {dtype}", "scenarios", *options)
+            honest = [row for row in rows if not row["scenario"].startswith(("sabotage", "no valid token"))]
+            answer.problems += [f"{ranks} × {dtype}: {row}" for row in rows if not scenario_is_good(row, dtype)]
+            worst = max((row["error"] for row in honest), key=lambda e: e if e == e else float("inf"))
+            name = f"exactness, {ranks} rank{'s' * (ranks > 1)}, {dtype}: worst relative error (gradients)"
+            answer.cells[name] = f"{worst:.1e} ({len(honest)})"
+        return answer
+
+    def features(self) -> Answer:
+        """What became of the rows of tests/engine/features.py, which says itself what must."""
+        answer = Answer()
+        for ranks in (1, 2, 4):
+            rows = self.results(f"features {ranks}", "features", "--ranks", str(ranks), "--dtype", "float64")
+            answer.problems += [f"{ranks} ranks: {row}" for row in rows if not feature_is_good(row)]
+            counts = Counter(row["kind"] for row in rows)
+            answer.cells[f"matrix rows, {ranks} rank{'s' * (ranks > 1)}"] = ", ".join(
+                f"{count} {kind}" for kind, count in sorted(counts.items(), key=lambda item: item[0] == "absent")
+            )
+        return answer
+
+    def stock(self) -> Answer:
+        """Whether verl's own modes give the same gradients and metrics, to the bit, with and without the plugin."""
+        runs = []
+        for plugin in (True, False):
+            name = f"stock {'with' if plugin else 'without'} plugin"
+            rows = self.results(name, "scenarios", "--ranks", "2", "--dtype", "float32", "--stock", plugin=plugin)
+            if {row.pop("plugin") for row in rows} != {plugin}:
+                raise RuntimeError(f"{name}: the plugin was not {'on' if plugin else 'off'}")
+            runs.append(rows)
+        different = [a["mode"] for a, b in zip(*runs, strict=True) if a != b]
+        cell = f"{len(runs[0]) - len(different)} of {len(runs[0])}"
+        return Answer({"verl's own modes bit-identical with and without": cell}, different)
+
+    def engines(self) -> Answer:
+        """The engines other than FSDP2; the file says which cannot be run with which release."""
+        result = self.pytest("engines", ["tests/test_other_engines.py", "-m", "slow or not slow"], True, ROOT)
+        none_passed = [] if "passed" in result.values() else ["no test passed"]
+        return Answer({"tests of other engines": counted(result)}, not_passed(result) + none_passed)
+
+    def our_tests(self) -> Answer:
+        left_out = (*OUR_TESTS_NOT, *(OUR_TESTS_NOT_BEFORE_0_9 if self.before_0_9 else ()))
+        result = self.pytest("our tests", list(OUR_TESTS), True, ROOT, f"not ({' or '.join(left_out)})")
+        return Answer({"this package's tests": counted(result)}, not_passed(result))
+
+    def verl_tests(self) -> Answer:
+        """verl's own tests with the plugin and without: counts, and every test that ends another way."""
+        folder = self.folder / "verl-tests"
+        source = collect_verl_tests(self.name, self.verl_repository, folder)
+        found = {file for glob in VERL_TESTS for file in (folder / "tests").glob(glob)}
+        files = sorted(str(file.relative_to(folder)) for file in found if file.name not in VERL_TESTS_OF_MORE_CPUS)
+        ours, stock = (
+            self.pytest(f"verl tests {how} plugin", files, how == "with", folder, VERL_TESTS_OF_GPUS)
+            for how in ("with", "without")
+        )
+        ends = {name: (ours.get(name, "not run"), stock.get(name, "not run")) for name in sorted({*ours, *stock})}
+        different = [
+            f"{name}: {with_plugin}, without {without}"
+            for name, (with_plugin, without) in ends.items()
+            if with_plugin != without
+        ]
+        failing = sorted({*not_passed(ours)} & {*not_passed(stock)})
+        cells = {
+            "verl's own tests, with the plugin": counted(ours),
+            "verl's own tests, without the plugin": counted(stock),
+            "tests of verl that fail in both": str(len(failing)),
+            "tests of verl that end another way": str(len(different)),
+            "verl's tests from": source,
+        }
+        none_passed = [] if "passed" in stock.values() else ["no test passed"]
+        return Answer(cells, different + none_passed, failing)
+
+
+PARTS = ("exact", "features", "stock", "engines", "our_tests", "verl_tests")
+
 
 def version_of(release: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", release)[:3])
+
+
+def scenario_is_good(row: dict[str, Any], dtype: str) -> bool:
+    """row: what tests.engine.scenarios writes. An error is relative to the gradient's norm, so that must not be 0."""
+    if row["scenario"].startswith("sabotage"):
+        return row["error"] > 0.1
+    if row["scenario"].startswith("no valid token"):
+        return row["norm"] == row["error"] == 0
+    return row["error"] <= TOLERANCE[dtype] and row["norm"] > 1e-3
+
+
+def feature_is_good(row: dict[str, Any]) -> bool:
+    """row: what tests.engine.features writes."""
+    if row["kind"] != row["expected"]:
+        return False
+    if row["kind"] == "exact":
+        return row["error"] <= TOLERANCE["float64"] and row["wrong"] > 0.1
+    return row["kind"] == "absent" or bool(row["at_config"])
 
 
 def outcomes(report: Path) -> dict[str, str]:
@@ -198,115 +307,14 @@ def outcomes(report: Path) -> dict[str, str]:
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------ parts
+def counted(result: dict[str, str]) -> str:
+    counts = Counter(result.values())
+    return f"{counts['passed']} passed, {counts['failed'] + counts['error']} failed, {counts['skipped']} skipped"
 
 
-def exactness(part: Part) -> dict[str, Any]:
-    """What `judge_exactness` says of each number of ranks and type."""
-    out = {}
-    for ranks, dtype in EXACT:
-        options = ("--ranks", str(ranks), "--dtype", dtype)
-        rows = part.results(f"exact {ranks} {dtype}", "tests.engine.scenarios", *options)
-        out[f"{ranks} × {dtype}"] = judge_exactness(rows, TOLERANCE[dtype])
-    return out
-
-
-def judge_exactness(rows: list[dict[str, Any]], bound: float) -> dict[str, Any]:
-    """Relative error of the whole gradient, worst over the scenarios, and the smallest error of a wrong sum.
-
-    rows: what tests.engine.scenarios writes.
-    """
-    wrong = [row["error"] for row in rows if row["scenario"].startswith("sabotage")]
-    empty = [row["norm"] for row in rows if row["scenario"].startswith("no valid token")]
-    honest = [row for row in rows if not row["scenario"].startswith(("sabotage", "no valid token"))]
-    worst = max(honest, key=lambda row: row["error"] if row["error"] == row["error"] else float("inf"))
-    good = worst["error"] <= bound and min(wrong) > 0.1 and not any(empty)
-    return {
-        "gradients": len(honest),
-        "worst": worst["error"],
-        "worst_scenario": f"{worst['scenario']}, {worst['mode']}",
-        "sabotage_least": min(wrong),
-        "good": good and all(row["norm"] > 1e-3 for row in honest),
-    }
-
-
-def features(part: Part) -> dict[str, Any]:
-    """What became of policy losses and features, by number of ranks."""
-    keys = ("row", "mode", "kind", "expected", "error", "wrong", "message", "at_config")
-    out = {}
-    for ranks in FEATURES_RANKS:
-        options = ("--ranks", str(ranks), "--dtype", "float64")
-        rows = part.results(f"features {ranks}", "tests.engine.features", *options)
-        out[str(ranks)] = [
-            {key: row[key] for key in keys if key in row} | {"good": feature_is_good(row)} for row in rows
-        ]
-    return out
-
-
-def feature_is_good(row: dict[str, Any]) -> bool:
-    """Whether a row that tests.engine.features wrote ended well, and as it expects of this release."""
-    if row["kind"] != row["expected"]:
-        return False
-    return row["kind"] != "exact" or (row["error"] <= TOLERANCE["float64"] and row["wrong"] > 0.1)
-
-
-def stock(part: Part) -> dict[str, Any]:
-    """Whether verl's own modes give the same gradients and metrics, to the bit, with and without the plugin."""
-    rows = []
-    for plugin in (True, False):
-        options = ("--ranks", "2", "--dtype", "float32", "--stock")
-        name = f"stock {'with' if plugin else 'without'} plugin"
-        rows.append(part.results(name, "tests.engine.scenarios", *options, plugin=plugin))
-        if {row["plugin"] for row in rows[-1]} != {plugin}:
-            raise RuntimeError(f"{name}: the plugin was not {'on' if plugin else 'off'}")
-    keys = ("mode", "scenario", "gradient_sha256", "metrics")
-    same = {a["mode"]: all(a[key] == b[key] for key in keys) for a, b in zip(*rows, strict=True)}
-    return {"modes": same, "good": all(same.values())}
-
-
-def our_tests(part: Part) -> dict[str, Any]:
-    left_out = OUR_TESTS_NOT if version_of(part.release) >= (0, 9) else (*OUR_TESTS_NOT, *OUR_TESTS_NOT_BEFORE_0_9)
-    result = part.pytest("our tests", list(OUR_TESTS), True, ROOT, f"not ({' or '.join(left_out)})")
-    return counted(result) | {"good": bool(result) and not bad(result)}
-
-
-def engines(part: Part) -> dict[str, Any]:
-    """The engines other than FSDP2; the file says which cannot be run with which release."""
-    result = part.pytest("engines", ["tests/test_other_engines.py", "-m", "slow or not slow"], True, ROOT)
-    return {"tests": result, "good": not bad(result) and "passed" in result.values()}
-
-
-def counted(result: dict[str, str]) -> dict[str, Any]:
-    counts = {kind: sum(outcome == kind for outcome in result.values()) for kind in ("passed", "skipped")}
-    return counts | {"failed": bad(result)}
-
-
-def bad(result: dict[str, str]) -> list[str]:
-    return sorted(name for name, outcome in result.items() if outcome in ("failed", "error"))
-
-
-def verl_tests(part: Part, repository: Path | None) -> dict[str, Any]:
-    """verl's own tests with the plugin and without: counts, and every test that ends another way."""
-    folder = part.folder / "verl-tests"
-    source = collect_verl_tests(part.release, repository, folder)
-    found = {file for glob in VERL_TESTS for file in (folder / "tests").glob(glob)}
-    files = sorted(str(file.relative_to(folder)) for file in found if file.name not in VERL_TESTS_OF_MORE_CPUS)
-    select = VERL_TESTS_OF_GPUS
-    results = {
-        plugin: part.pytest(f"verl tests {'with' if plugin else 'without'} plugin", files, plugin, folder, select)
-        for plugin in (True, False)
-    }
-    names = sorted(results[True].keys() | results[False].keys())
-    pairs = {name: [results[plugin].get(name, "not run") for plugin in (True, False)] for name in names}
-    different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    return {
-        "source": source,
-        "files": len(files),
-        "with": counted(results[True]),
-        "without": counted(results[False]),
-        "different": different,
-        "good": not different and counted(results[False])["passed"] > 0,
-    }
+def not_passed(result: dict[str, str]) -> list[str]:
+    """Tests that failed; "no test" if there was none."""
+    return sorted(n for n, outcome in result.items() if outcome in ("failed", "error")) if result else ["no test"]
 
 
 def collect_verl_tests(release: str, repository: Path | None, folder: Path) -> str:
@@ -320,18 +328,8 @@ def collect_verl_tests(release: str, repository: Path | None, folder: Path) -> s
     if repository is not None:
         tag = nearest_tag(release, repository)
         archive = folder / "tests.tar"
-        command = [
-            "git",
-            "-C",
-            str(repository),
-            "archive",
-            "--format=tar",
-            f"--output={archive}",
-            tag,
-            "tests",
-            "scripts",
-        ]
-        subprocess.run(command, check=True)
+        git = ["git", "-C", str(repository), "archive", "--format=tar", f"--output={archive}"]
+        subprocess.run([*git, tag, "tests", "scripts"], check=True)
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
         archive.unlink()
@@ -359,130 +357,28 @@ def nearest_tag(release: str, repository: Path) -> str:
     return max(older, key=version_of)
 
 
-def run(repository: Path | None, only: list[str]) -> bool:
-    """Every part, or only some, on the installed release; whether all is good, with what the others gave before."""
-    release = metadata.version("verl")
-    print(f"verl {release}", flush=True)
-    part = Part(release)
-    results: dict[str, Any] = {
-        "release": release,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "machine": machine(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-    }
-    parts = {
-        "exact": lambda: exactness(part),
-        "features": lambda: features(part),
-        "stock": lambda: stock(part),
-        "engines": lambda: engines(part),
-        "our_tests": lambda: our_tests(part),
-        "verl_tests": lambda: verl_tests(part, repository),
-    }
-    if only and (part.folder / "results.json").exists():
-        before = json.loads((part.folder / "results.json").read_text())
-        results["commit"] = " and ".join(dict.fromkeys([before["commit"], results["commit"]]))
-        results |= {name: before[name] for name in PARTS if name in before and name not in only}
-    for name, function in parts.items():
-        if only and name not in only:
-            continue
+# ------------------------------------------------------------------------------------------------------ the commands
+
+
+def run(verl_repository: Path | None, only: list[str]) -> bool:
+    """Every part, or only some beside what the others gave before; whether all is good."""
+    release = Release(verl_repository)
+    file = release.folder / "results.json"
+    before = json.loads(file.read_text()) if only and file.exists() else {}
+    print(f"verl {release.name}", flush=True)
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    origin = f"{datetime.date.today().isoformat()}, {commit()}"
+    results = {"versions": versions, "machine": machine(), "parts": before.get("parts", {})}
+    for name in only or PARTS:
         try:
-            results[name] = function()
+            answer = getattr(release, name)()
         except Exception as error:  # the other parts still say something
-            results[name] = {"failure": f"{type(error).__name__}: {error}"}
-        write_json(part.folder / "results.json", results)
-    found = problems(results)
-    for problem in found:
-        print(f"  PROBLEM {problem}", flush=True)
-    return not found
-
-
-def problems(results: dict[str, Any]) -> list[str]:
-    """What should not be, one line each; empty if the release is supported as claimed."""
-    out = []
-    for name in PARTS:
-        part = results.get(name, {"failure": "not run"})
-        if "failure" in part:
-            out.append(f"{name}: {part['failure']}")
-        elif name == "exact":
-            out += [f"exact, {key}: {value}" for key, value in part.items() if not value["good"]]
-        elif name == "features":
-            out += [
-                f"features, {ranks} ranks: {row}" for ranks, rows in part.items() for row in rows if not row["good"]
-            ]
-        elif not part["good"]:
-            what = {"stock": "modes", "engines": "tests", "our_tests": "failed", "verl_tests": "different"}[name]
-            out.append(f"{name}: {part[what]}")
-    return out
-
-
-# ------------------------------------------------------------------------------------------------------------ table
-
-
-def table(everything: list[dict[str, Any]]) -> str:
-    """A Markdown table, one column a release."""
-    rows: dict[str, list[str]] = {}
-    for results in everything:
-        for name, cell in cells(results).items():
-            rows.setdefault(name, []).append(cell)
-    head = ["", *(f"verl {results['release']}" for results in everything)]
-    lines = [head, ["---"] * len(head), *([name, *row] for name, row in rows.items())]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def cells(results: dict[str, Any]) -> dict[str, str]:
-    out = {"python": results["python"]} | {name: results["versions"][name] for name in PACKAGES}
-    exact, feature_rows = results.get("exact", {}), results.get("features", {})
-    for ranks, dtype in EXACT:
-        row = exact.get(f"{ranks} × {dtype}")
-        name = f"exactness, {ranks} rank{'s' * (ranks > 1)}, {dtype}: worst relative error (gradients)"
-        out[name] = f"{row['worst']:.1e} ({row['gradients']}){mark(row)}" if row else "failed"
-    for ranks in FEATURES_RANKS:
-        rows = feature_rows.get(str(ranks))
-        out[f"policy losses and features, {ranks} rank{'s' * (ranks > 1)}"] = features_cell(rows) if rows else "failed"
-    same = results.get("stock", {})
-    out["verl's own modes bit-identical with and without"] = (
-        f"{sum(same['modes'].values())} of {len(same['modes'])}" if "modes" in same else "failed"
-    )
-    other = results.get("engines", {})
-    out["tests of other engines"] = (
-        f"{list(other['tests'].values()).count('passed')} passed" if other.get("good") else "failed"
-    )
-    out["this package's tests"] = count_cell(results.get("our_tests", {}))
-    tests = results.get("verl_tests", {})
-    for key in ("with", "without"):
-        out[f"verl's own tests, {key} the plugin"] = count_cell(tests.get(key, {}))
-    out["tests of verl that fail in both"] = str(len(failing(results))) if "with" in tests else "failed"
-    out["tests of verl that end another way"] = str(len(tests["different"])) if "different" in tests else "failed"
-    out["verl's tests from"] = tests.get("source", "")
-    out["run on, at commit"] = f"{results['date']}, {results['commit']}"
-    return out
-
-
-def failing(results: dict[str, Any]) -> list[str]:
-    """Tests of verl's that fail with the plugin and without."""
-    with_plugin, without = (results.get("verl_tests", {}).get(key, {}).get("failed", ()) for key in ("with", "without"))
-    return sorted(set(with_plugin) & set(without))
-
-
-def features_cell(rows: list[dict[str, Any]]) -> str:
-    kinds = [row["kind"] if row["good"] else "WRONG" for row in rows]
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("exact", "refused", "absent", "WRONG") if kind in kinds)
-
-
-def count_cell(counts: dict[str, Any]) -> str:
-    if "failed" not in counts:
-        return "failed"
-    return f"{counts['passed']} passed, {len(counts['failed'])} failed, {counts['skipped']} skipped"
-
-
-def mark(row: dict[str, Any]) -> str:
-    return "" if row["good"] else " WRONG"
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+            answer = Answer({name: "failed"}, [f"{type(error).__name__}: {error}"])
+        results["parts"][name] = asdict(answer) | {"origin": origin}
+        file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        for problem in answer.problems:
+            print(f"  PROBLEM {name}: {problem}", flush=True)
+    return not any(part["problems"] for part in results["parts"].values())
 
 
 def print_table() -> bool:
@@ -491,22 +387,31 @@ def print_table() -> bool:
     if not files:
         print(f"No results in {RELEASES}: run `bash recipes/test_releases.sh` first", file=sys.stderr)
         return False
-    everything = [json.loads(file.read_text()) for file in files]
-    text = HEAD.format(machine="; ".join(dict.fromkeys(results["machine"] for results in everything)))
-    text += table(everything)
-    names: dict[str, list[str]] = {}
-    for results in everything:
-        for name in failing(results):
-            names.setdefault(name, []).append(results["release"])
-    if names:
+    everything = {file.parent.name: json.loads(file.read_text()) for file in files}
+    columns, failing, problems = {}, {}, []
+    for release, results in everything.items():
+        parts = {name: results["parts"].get(name, {"problems": ["not run"]}) for name in PARTS}
+        columns[release] = dict(results["versions"])
+        for name, part in parts.items():
+            columns[release] |= part.get("cells", {})
+            problems += [f"- {release}, {name}: {problem}" for problem in part["problems"]]
+            for test in part.get("failing", []):
+                failing.setdefault(test, []).append(release)
+        origins = dict.fromkeys(part["origin"] for part in parts.values() if "origin" in part)
+        columns[release]["run on, at commit"] = " and ".join(origins)
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    lines = [["", *(f"verl {release}" for release in columns)], ["---"] * (len(columns) + 1)]
+    lines += [[name, *(column.get(name, "") for column in columns.values())] for name in names]
+    text = HEAD.format(machine="; ".join(dict.fromkeys(results["machine"] for results in everything.values())))
+    text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    if failing:
         text += "\nTests of verl's that fail with the plugin and without it:\n\n"
-        text += "".join(f"- `{name}`: {', '.join(releases)}\n" for name, releases in sorted(names.items()))
-    lines = [f"- {results['release']}: {problem}" for results in everything for problem in problems(results)]
-    text += "\nProblems:\n\n" + "\n".join(lines) + "\n" if lines else ""
+        text += "".join(f"- `{test}`: {', '.join(releases)}\n" for test, releases in sorted(failing.items()))
+    if problems:
+        text += "\nProblems:\n\n" + "\n".join(problems) + "\n"
     (RELEASES / "table.md").write_text(text)
-    write_json(RELEASES / "table.json", everything)
-    print((RELEASES / "table.md").read_text())
-    return not lines
+    print(text)
+    return not problems
 
 
 def main() -> None:

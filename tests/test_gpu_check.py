@@ -8,13 +8,13 @@ import struct
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import tomllib
 import typer
 
 from benchmarks.gpu import check, metadata, strip_gpu_code

@@ -1,4 +1,4 @@
-"""recipes/install_gpu.sh: its lock, what it refuses, and how recipes/vlnorm.sh finds an environment.
+"""recipes/install_gpu.sh: its lock, what it refuses; recipes/installer.sh; how recipes/vlnorm.sh finds an environment.
 
 Covered: that the lock is what verl's own extras ask for, that it resolves to wheels (slow: asks the package index, and
 downloads no wheel but uv), each refusal. Not covered: the installation itself, 10 GB.
@@ -10,10 +10,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -46,12 +46,12 @@ def test_the_lock_is_what_verl_and_this_package_ask_for() -> None:
     versions = locked()
     assert versions["verl"] == importlib.metadata.version("verl")
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    own = [
-        *project["dependencies"],
-        *(r for extra in ("math", "report") for r in project["optional-dependencies"][extra]),
-    ]
+    extras = project["optional-dependencies"]
+    own = [*project["dependencies"], *(r for extra in ("recipes", "report", "math") for r in extras[extra])]
     for requirement in required("verl", {"vllm", "fsdp"}) + [Requirement(text) for text in own]:
         name = canonicalize_name(requirement.name)
+        if name == project["name"]:  # an extra that has another
+            continue
         if name == "flash-attn":
             # No wheel on the index; the script has verl's own pin and verl's own place for it.
             assert (
@@ -149,6 +149,52 @@ def test_wrong_requests(arguments: list[str], variables: dict[str, str], said: s
     done = install(*arguments, **variables)
     assert done.returncode == 2
     assert said in done.stderr
+
+
+# -------------------------------------------------------------------------------------------- recipes/installer.sh
+
+
+def installer(folder: Path, command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`command` after recipes/installer.sh, with this Python's pip and a PATH of `folder`/path and the system's."""
+    script(folder / "target" / "bin" / "python", f'exec {sys.executable} "$@"')
+    offline = {"PATH": f"{folder}/path:/usr/bin:/bin", "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
+    lines = f"set -euo pipefail; target={folder}/target; source {PROJECT}/recipes/installer.sh; {command}"
+    return subprocess.run(
+        ["bash", "-c", lines], env=offline | variables, capture_output=True, text=True, timeout=120, cwd=folder
+    )
+
+
+def test_uv_gets_pips_indexes_and_certificates(tmp_path: Path) -> None:
+    script(tmp_path / "path" / "uv", 'echo "$@"; env | grep -E "^(UV_|SSL_)" | sort')
+    configuration = tmp_path / "pip.conf"
+    configuration.write_text(
+        "[global]\nindex-url = https://one.invalid/simple\ncert = /some/certificates.pem\n"
+        "extra-index-url =\n    https://two.invalid/simple\n    https://three.invalid/simple\n"
+        "find-links = /some/wheels /other/wheels\n"
+    )
+    known = {"PIP_CONFIG_FILE": str(configuration), "PIP_INDEX_URL": "https://zero.invalid/simple"}
+    done = installer(tmp_path, "install --no-deps package==1", **known)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"pip install --python {tmp_path}/target/bin/python --no-deps package==1",
+        "SSL_CERT_FILE=/some/certificates.pem",
+        "UV_DEFAULT_INDEX=https://zero.invalid/simple",
+        "UV_FIND_LINKS=/some/wheels,/other/wheels",
+        "UV_INDEX=https://two.invalid/simple https://three.invalid/simple",
+        "UV_INDEX_STRATEGY=unsafe-best-match",
+    ]
+    done = installer(tmp_path, "install package", UV_DEFAULT_INDEX="https://mine.invalid/simple", **known)
+    assert "UV_DEFAULT_INDEX=https://mine.invalid/simple" in done.stdout
+
+
+@pytest.mark.parametrize("has_uv", [False, True])
+def test_pip_installs_where_no_uv_can_be_had_and_what_uv_cannot_install(tmp_path: Path, has_uv: bool) -> None:
+    if has_uv:
+        script(tmp_path / "path" / "uv", "exit 1")
+    done = installer(tmp_path, "install no-such-package")
+    assert ("uv could not; pip tries" if has_uv else "pip has no uv for this machine") in done.stderr
+    assert "No matching distribution found for no-such-package" in done.stderr
+    assert done.returncode == 1
 
 
 # ----------------------------------------------------------------------------------------------- recipes/vlnorm.sh

@@ -1,28 +1,36 @@
-"""The patches that give verl the mode without the plugin: they apply, are what the script makes, and are exact.
+"""The patches that give verl the mode without the plugin: they apply, change nothing else, and are exact.
 
-Covered, for every release that has a patch: `patch` and `git apply` without fuzz and back, remaking, verl's real FSDP2
-engine on two gloo ranks without the plugin (tests/engine/scenarios.py --native), the tests inside of the patch (which
-train BaseEngine with a linear model, critic's loss included), refused configurations on verl's own yaml (`slow` but for
-the newest). For the newest also verl's own modes bit for bit, and the plugin beside either patch. Older releases are
-imported with the dependencies of the newest. Not covered: engines that need CUDA, Ray.
+Covered, for every release that has a patch (`slow` but for the newest): `patch` and `git apply` without fuzz, and back;
+verl's real FSDP2 engine on gloo ranks without the plugin; the tests inside of the patch, which train BaseEngine with a
+linear model, critic's loss included; refused configurations on verl's own yaml. For the newest also verl's own modes
+bit for bit, the size of the minimal patch, and the plugin beside a patched verl. Older releases are imported with the
+dependencies of the newest. Not covered: engines that need CUDA, Ray.
 """
 
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import zipfile
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 PATCHES = REPOSITORY / "patches"
+WHEELS = REPOSITORY / ".cache" / "wheels"
+NEWEST = "0.9.1"
+FULL, MINIMAL, REGISTRY = (
+    f"vl_norm-{NEWEST}.patch",
+    f"vl_norm-{NEWEST}.minimal.patch",
+    f"register_loss_agg-{NEWEST}.patch",
+)
+ALL = sorted(path.name for path in PATCHES.glob("*.patch"))
 TOLERANCE = 1e-12
 # vl_norm registered through the proposed registry; lengths from the mask, sums from the engine.
 REGISTERED = """
@@ -40,39 +48,26 @@ def register(name, alpha):
 for name, alpha in {"vl_norm": 1.0, "vl_norm:0.75": 0.75, "vl_norm:0": 0.0, "vl_norm:2": 2.0}.items():
     register(name, alpha)
 """
+MODE = "actor_rollout_ref.actor.loss_agg_mode=vl_norm"
+SCALE = "actor_rollout_ref.actor.loss_scale_factor=${data.max_response_length}"
+BYPASS = "algorithm.rollout_correction.bypass_mode=true algorithm.rollout_correction.rollout_rs=token_k1"
+VERDICTS = {
+    f"{MODE}:0.75 {SCALE}": r"accepted, critic vl_norm:0\.75 512",
+    MODE: r"refused, .*actor\.loss_scale_factor > 0.*data\.max_response_length",
+    f"{MODE}:3 {SCALE}": r"refused, .*Invalid loss_agg_mode: vl_norm:3",
+    f"{MODE} {SCALE} {BYPASS}": "refused, .*rollout_rs with bypass_mode=True",
+    f"{MODE} {SCALE} actor_rollout_ref.actor.policy_loss.loss_mode=sapo": "refused, .*loss_mode=sapo",
+    BYPASS: "accepted, critic token-mean",
+}
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_patches", PATCHES / "make_patches.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["make_patches"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def release_of(name: str) -> str:
+    return re.search(r"-([\d.]+?)(\.minimal)?\.patch$", name)[1]  # type: ignore[index]
 
 
-make_patches = load_script()
-RELEASE = {name: release for name, release, *_ in make_patches.patches()}
-REGISTRY = "register_loss_agg-0.9.1.patch"
-Runs = dict[tuple[str, str], Future[subprocess.CompletedProcess[str]]]
-
-
-@pytest.fixture(scope="module")
-def releases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The unpacked wheel of every release."""
-    folder = tmp_path_factory.mktemp("releases")
-    return {release: make_patches.fetch(release, folder / release) for release in make_patches.RELEASES}
-
-
-@pytest.fixture(scope="module")
-def trees(releases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Patch name -> folder with the patched `verl` package and the tests inside of the patch."""
-    trees = {}
-    for name, release in RELEASE.items():
-        trees[name] = tree = tmp_path_factory.mktemp(name.removesuffix(".patch"))
-        shutil.copytree(releases[release] / "verl", tree / "verl")
-        apply_patch(name, tree)
-    return trees
+def newest_first(*names: str) -> list[Any]:
+    """Parameters, slow for older releases."""
+    return [pytest.param(n, marks=[] if release_of(n) == NEWEST else [pytest.mark.slow]) for n in names]
 
 
 def apply_patch(name: str, tree: Path, *options: str) -> None:
@@ -82,50 +77,73 @@ def apply_patch(name: str, tree: Path, *options: str) -> None:
 
 
 def python(tree: Path, *arguments: str, plugin: str = "none") -> subprocess.CompletedProcess[str]:
-    """Python with the patched verl, without the plugin unless `auto`, and without the CPU platform of the package."""
-    inherited = {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"}
+    """Python with the patched verl, without the plugin unless `auto`."""
     variables = {"VERL_USE_EXTERNAL_PLUGINS": plugin, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=REPOSITORY,
-        env={**inherited, **variables},
+        env=os.environ | variables,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
 
 
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, trees: dict[str, Path]) -> Iterator[Runs]:
-    """By test and patch, the two programs that take longest: one of each at a time, beside other tests."""
-    programs = {
-        "test_gradients_are_the_closed_form_without_the_plugin": exactness,
-        "test_own_tests_pass": own_tests,
-    }
-    selected = {item.name for item in request.session.items}
-    runs: Runs = {}
-    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
-        for (test, program), pool in zip(programs.items(), (first, second), strict=True):
-            for name in RELEASE:
-                if f"{test}[{name}]" in selected:
-                    runs[test, name] = pool.submit(program, name, trees[name])
-        yield runs
-        first.shutdown(cancel_futures=True)
-        second.shutdown(cancel_futures=True)
+def release(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The unpacked wheel of a release; pip fetches it once."""
+
+    @cache
+    def unpacked(version: str) -> Path:
+        if not list(WHEELS.glob(f"verl-{version}-*.whl")):
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(WHEELS)]
+            subprocess.run([*command, f"verl=={version}"], check=True)
+        folder = tmp_path_factory.mktemp(version)
+        with zipfile.ZipFile(next(WHEELS.glob(f"verl-{version}-*.whl"))) as wheel:
+            wheel.extractall(folder)
+        return folder / "verl"
+
+    return unpacked
 
 
-def exactness(name: str, tree: Path) -> subprocess.CompletedProcess[str]:
-    out = str(tree / "results.json")
-    arguments = ["-m", "tests.engine.scenarios", "--native", "--ranks", "2", "--dtype", "float64", "--out", out]
-    if name == REGISTRY:
-        (tree / "registered_vl_norm.py").write_text(REGISTERED)
-        arguments += ["--load", "registered_vl_norm"]
-    return python(tree, *arguments)
+@pytest.fixture(scope="module")
+def tree(release: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with the patched `verl` package and the tests inside of the patch."""
+
+    @cache
+    def patched(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name.removesuffix(".patch"))
+        shutil.copytree(release(release_of(name)), folder / "verl")
+        apply_patch(name, folder)
+        return folder
+
+    return patched
 
 
-def own_tests(name: str, tree: Path) -> subprocess.CompletedProcess[str]:
-    (tests,) = tree.glob("tests/trainer/ppo/test_*_on_cpu.py")
-    return python(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tree), str(tests))
+@pytest.fixture(scope="module")
+def answers(release: Callable[[str], Path], tree: Callable[[str], Path]) -> Callable[[str], dict[str, Any]]:
+    """What tests/engine/patched.py says of a patched verl without the plugin."""
+
+    @cache
+    def asked(name: str) -> dict[str, Any]:
+        folder = tree(name)
+        # The tests first: the registry's are also about which modes are registered.
+        parts = [f"tests:{file}" for file in folder.glob("tests/trainer/ppo/test_*_on_cpu.py")]
+        parts += [f"exact:{ranks}" for ranks in ("1", "2", "4") if ranks == "2" or name == MINIMAL]
+        if release_of(name) == NEWEST:
+            parts.append(f"stock:{release(NEWEST)}/trainer/ppo/core_algos.py")
+        if name == MINIMAL:
+            parts.append("without_sum")
+        elif name == REGISTRY:
+            (folder / "registered_vl_norm.py").write_text(REGISTERED)
+        else:
+            new_workers = " trainer.use_legacy_worker_impl=disable" if release_of(name) == "0.7.1" else ""
+            parts.append("configuration:" + ";".join(line + new_workers for line in VERDICTS) + f";{MODE} {SCALE}")
+        done = python(folder, "-m", "tests.engine.patched", str(folder / "answers.json"), *parts)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads((folder / "answers.json").read_text())
+
+    return asked
 
 
 def texts(folder: Path) -> dict[str, bytes]:
@@ -133,217 +151,125 @@ def texts(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+def changed_lines(name: str) -> int:
+    """Lines of verl that are added or removed; new files apart."""
+    parts = re.split(r"^diff --git .*\n", (PATCHES / name).read_text(), flags=re.MULTILINE)[1:]
+    return sum(len(re.findall(r"^[+-](?![+-]{2} )", p, re.MULTILINE)) for p in parts if not p.startswith("new file"))
+
+
 # ------------------------------------------------------------------------------------------------------- the files
 
 
-def test_every_patch_is_what_the_script_makes(releases: dict[str, Path]) -> None:
-    assert {path.name for path in PATCHES.glob("*.patch")} == set(RELEASE)
-    for name, release in RELEASE.items():
-        assert make_patches.make(name, releases[release]) == (PATCHES / name).read_text(encoding="utf-8"), name
-
-
-def test_check_tells_a_patch_that_was_edited_by_hand(releases: dict[str, Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(PATCHES, tmp_path / "patches")
-    command = [sys.executable, str(folder / "make_patches.py"), "--check", "--release", "0.9.1"]
-    command += ["--source", str(releases["0.9.1"])]
-    assert subprocess.run(command).returncode == 0
-    edited = folder / "vl_norm-0.9.1.patch"
-    edited.write_text(edited.read_text(encoding="utf-8").replace("ALPHA_MAX = 2.0", "ALPHA_MAX = 3.0"))
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "vl_norm-0.9.1.patch is not what make_patches.py makes" in done.stderr
-
-
-def test_anchor_that_is_gone_or_not_unique_is_an_error(tmp_path: Path) -> None:
-    file = tmp_path / "verl" / "some.py"
-    file.parent.mkdir()
-    edit = make_patches.after("verl/some.py", "anchor\n", "new\n")
-    for text, count in (("other\n", 0), ("anchor\nanchor\n", 2)):
-        file.write_text(text)
-        with pytest.raises(
-            make_patches.AnchorError, match=rf"verl/some\.py of verl 0\.9\.1.*found {count} times:\nanch"
-        ):
-            make_patches.apply_edits(tmp_path, [edit], "0.9.1")
-    file.write_text("anchor\n")
-    assert make_patches.apply_edits(tmp_path, [edit], "0.9.1") == {"verl/some.py": ("anchor\n", "anchor\nnew\n")}
-
-
-@pytest.mark.parametrize("name", RELEASE)
-def test_patch_is_undone_and_git_applies_it_too(name: str, releases: dict[str, Path], tmp_path: Path) -> None:
-    original, patched = releases[RELEASE[name]] / "verl", tmp_path / "by_patch"
-    texts_before = texts(original)
-    shutil.copytree(original, patched / "verl")
-    apply_patch(name, patched)
-    by_git = tmp_path / "by_git"
-    shutil.copytree(original, by_git / "verl")
+@pytest.mark.parametrize("name", ALL)
+def test_patch_is_undone_and_git_applies_it_too(name: str, release: Callable[[str], Path], tmp_path: Path) -> None:
+    by_patch, by_git = tmp_path / "by_patch", tmp_path / "by_git"
+    for folder in (by_patch, by_git):
+        shutil.copytree(release(release_of(name)), folder / "verl")
+    texts_before = texts(by_patch)
+    apply_patch(name, by_patch)
     subprocess.run(["git", "init", "--quiet", str(by_git)], check=True)
     subprocess.run(["git", "apply", str(PATCHES / name)], cwd=by_git, check=True)
-    assert texts(by_git / "verl") == texts(patched / "verl") != texts_before
-    for file, text in texts(patched / "verl").items():
+    shutil.rmtree(by_git / ".git")
+    assert texts(by_git) == texts(by_patch) != texts_before
+    for file, text in texts(by_patch).items():
         if file.endswith(".py") and text != texts_before.get(file):
             compile(text, file, "exec")  # Megatron's engine cannot be imported here
-    apply_patch(name, patched, "-R")
-    assert texts(patched / "verl") == texts_before
+    apply_patch(name, by_patch, "-R")
+    assert texts(by_patch) == texts_before
 
 
-def test_patches_are_small(releases: dict[str, Path]) -> None:
-    """Lines of verl that change; new files apart."""
-    for name, release in RELEASE.items():
-        edits = next(edits for patch, _, edits, _ in make_patches.patches() if patch == name)
-        diff = make_patches.unified_diff(make_patches.apply_edits(releases[release], edits, release))
-        changed = [line for line in diff.splitlines() if re.match(r"[+-](?![+-]{2} )", line)]
-        assert len(changed) < 200, (name, len(changed))
+def test_patches_are_small() -> None:
+    sizes = {name: changed_lines(name) for name in ALL}
+    minimal = sizes.pop(MINIMAL)
+    assert 10 < minimal <= 30
+    assert f"{minimal} changed lines" in (PATCHES / MINIMAL).read_text()
+    assert 50 < min(sizes.values()) <= max(sizes.values()) < 200, sizes
 
 
-# ------------------------------------------------------------------------------------------------- verl's own modes
-
-# Both agg_loss in one process: the second is the stock file of the same release.
-COMPARE = """
-import importlib.util, itertools, sys, torch
-from verl.trainer.ppo.core_algos import agg_loss
-spec = importlib.util.spec_from_file_location("stock", sys.argv[1])
-stock = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(stock)
-assert agg_loss.__code__ != stock.agg_loss.__code__
-generator = torch.Generator().manual_seed(0)
-lengths = torch.tensor([3, 0, 17, 5, 1, 9])
-mask = torch.arange(17) < lengths[:, None]
-modes = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-given = [{}, {"batch_num_tokens": 99, "global_batch_size": 13}]
-given.append(given[1] | {"dp_size": 3, "loss_scale_factor": 48})
-for dtype, mask_type, mode, info in itertools.product(
-    (torch.float32, torch.bfloat16), (torch.bool, torch.int64), modes, given
-):
-    loss_mat = torch.randn(6, 17, generator=generator).to(dtype)
-    values = []
-    for function in (agg_loss, stock.agg_loss):
-        leaf = loss_mat.clone().requires_grad_()
-        loss = function(leaf, mask.to(mask_type), mode, **info)
-        loss.backward()
-        values.append((loss.detach(), leaf.grad))
-    same = all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(*values))
-    print("same" if same else "different", mode, dtype, mask_type, info)
-"""
+# ------------------------------------------------------------------------------------------------ without the plugin
 
 
-@pytest.mark.parametrize("name", ["vl_norm-0.9.1.patch", REGISTRY])
-@pytest.mark.usefixtures("runs")  # these start meanwhile
-def test_stock_modes_are_bit_identical(name: str, trees: dict[str, Path], releases: dict[str, Path]) -> None:
-    """Of the newest release; the registry moves verl's own modes into functions of their own."""
-    done = python(trees[name], "-c", COMPARE, str(releases["0.9.1"] / "verl/trainer/ppo/core_algos.py"))
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("same", "different"))]
-    assert len(lines) == 60, done.stderr[-2000:]
-    assert not [line for line in lines if not line.startswith("same")]
+@pytest.mark.parametrize("name", newest_first(*ALL))
+def test_gradients_are_the_closed_form(name: str, answers: Callable[[str], dict[str, Any]]) -> None:
+    """On two ranks, the minimal patch on one, two and four."""
+    runs = [rows for part, rows in answers(name).items() if part.startswith("exact:")]
+    assert len(runs) == (3 if name == MINIMAL else 1)
+    for rows in runs:
+        assert {row["mode"] for row in rows} >= {"vl_norm", "vl_norm:0.75", "vl_norm:0"}
+        wrong = [(row["scenario"], row["mode"], row["error"]) for row in rows if not row["error"] <= TOLERANCE]
+        assert not wrong
+        assert all(row["norm"] > 1e-3 for row in rows if not row["scenario"].startswith("no valid token"))
 
 
-# ---------------------------------------------------------------------------------------------------- configuration
-
-VALIDATE = """
-import sys
-from pathlib import Path
-import hydra, verl
-from verl.utils.config import validate_config
-from verl.workers.config import CriticConfig
-folder = str(Path(verl.__file__).parent / "trainer" / "config")
-common = ["trainer.n_gpus_per_node=1", "data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=4",
-          "actor_rollout_ref.actor.use_dynamic_bsz=true", *sys.argv[1].split()]
-for line in sys.argv[2:]:
-    with hydra.initialize_config_dir(folder, version_base=None):
-        config = hydra.compose("ppo_trainer", [*common, *line.split()])
-    try:
-        validate_config(config, use_reference_policy=False, use_critic=False)
-        print(f"accepted, critic {config.critic.get('loss_agg_mode')} {config.critic.get('loss_scale_factor')}")
-    except Exception as error:
-        while error.__cause__ is not None:
-            error = error.__cause__
-        print(f"refused, {type(error).__name__}: {error}".replace(chr(10), " "))
-"""
-MODE = "actor_rollout_ref.actor.loss_agg_mode=vl_norm"
-SCALE = "actor_rollout_ref.actor.loss_scale_factor=${data.max_response_length}"
-BYPASS = "algorithm.rollout_correction.bypass_mode=true algorithm.rollout_correction.rollout_rs=token_k1"
+@pytest.mark.parametrize("name", [FULL, MINIMAL, REGISTRY])
+def test_stock_modes_are_bit_identical(name: str, answers: Callable[[str], dict[str, Any]]) -> None:
+    """The registry moves verl's own modes into functions of their own."""
+    same = answers(name)["stock"]
+    assert len(same) == 60
+    assert not [case for case, equal in same.items() if not equal]
 
 
-@pytest.mark.parametrize(
-    "release", [*(pytest.param(r, marks=pytest.mark.slow) for r in make_patches.RELEASES[:-1]), make_patches.NEWEST]
-)
-def test_configuration_is_checked_on_verls_own_yaml(release: str, trees: dict[str, Path]) -> None:
+def test_minimal_patch_has_no_gradient_of_a_micro_batchs_own_sum(answers: Callable[[str], dict[str, Any]]) -> None:
+    """What a loss gets to which nobody hands the sum on: the critic's, the distillation's, a user's own."""
+    assert "for a gradient, the mini-batch's batch_power_sum" in answers(MINIMAL)["without_sum"]
+
+
+@pytest.mark.parametrize("name", newest_first(*(n for n in ALL if n not in (MINIMAL, REGISTRY))))
+def test_configuration_is_checked_on_verls_own_yaml(name: str, answers: Callable[[str], dict[str, Any]]) -> None:
     """The mode and M reach the critic; what cannot be exact is refused on the driver."""
-    legacy = "trainer.use_legacy_worker_impl=disable" if release == "0.7.1" else ""
-    cases = [
-        (f"{MODE}:0.75 {SCALE} {legacy}", r"accepted, critic vl_norm:0\.75 512"),
-        (f"{MODE} {legacy}", r"refused, .*actor\.loss_scale_factor > 0.*data\.max_response_length"),
-        (f"{MODE}:3 {SCALE} {legacy}", r"refused, .*Invalid loss_agg_mode: vl_norm:3"),
-        (f"{MODE} {SCALE} {BYPASS} {legacy}", "refused, .*rollout_rs with bypass_mode=True"),
-        (f"{MODE} {SCALE} actor_rollout_ref.actor.policy_loss.loss_mode=sapo {legacy}", "refused, .*loss_mode=sapo"),
-        (f"{BYPASS} {legacy}", "accepted, critic token-mean"),
-    ]
-    if release == "0.7.1":
-        cases.append((f"{MODE} {SCALE}", "refused, .*needs trainer.use_legacy_worker_impl=disable, got auto"))
-    done = python(trees[f"vl_norm-{release}.patch"], "-c", VALIDATE, "", *(line for line, _ in cases))
-    verdicts = [line for line in done.stdout.splitlines() if line.startswith(("accepted", "refused"))]
-    assert len(verdicts) == len(cases), done.stderr[-2000:]
-    for (line, expected), verdict in zip(cases, verdicts, strict=True):
+    *verdicts, old_workers = answers(name)["configuration"]
+    for (line, expected), verdict in zip(VERDICTS.items(), verdicts, strict=True):
         assert re.match(expected, verdict), (line, verdict)
+    if release_of(name) == "0.7.1":
+        assert "needs trainer.use_legacy_worker_impl=disable, got auto" in old_workers
 
 
-# ------------------------------------------------------------------------------------------------------- exactness
-
-
-@pytest.mark.parametrize("name", RELEASE)
-def test_gradients_are_the_closed_form_without_the_plugin(name: str, runs: Runs, trees: dict[str, Path]) -> None:
-    done = runs["test_gradients_are_the_closed_form_without_the_plugin", name].result()
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = json.loads((trees[name] / "results.json").read_text())
-    assert {row["mode"] for row in rows} >= {"vl_norm", "vl_norm:0.75", "vl_norm:0"}
-    wrong = [(row["scenario"], row["mode"], row["error"]) for row in rows if not row["error"] <= TOLERANCE]
-    assert not wrong
-    assert all(row["norm"] > 1e-3 for row in rows if not row["scenario"].startswith("no valid token"))
-
-
-@pytest.mark.parametrize("name", RELEASE)
-def test_own_tests_pass(name: str, runs: Runs) -> None:
-    """The test file inside of the patch."""
-    done = runs["test_own_tests_pass", name].result()
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 13  # type: ignore[index]
+@pytest.mark.parametrize("name", newest_first(*(n for n in ALL if n != MINIMAL)))
+def test_tests_inside_of_the_patch_pass(name: str, answers: Callable[[str], dict[str, Any]]) -> None:
+    status, output = answers(name)["tests"]
+    assert status == 0, output
+    assert int(re.search(r"(\d+) passed", output)[1]) >= 13  # type: ignore[index]
 
 
 # ----------------------------------------------------------------------------------------------- with the plugin
 
-BOTH = """
-import logging, torch, verl
+BESIDE = """
+import sys
+from tests.engine import scenarios
+scenarios.import_verl("cpu")
+import torch
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.workers.config import FSDPActorConfig
-from vlnorm_verl import plugin
 
 for mode in ("vl_norm", "vl_norm:0.75", "grpo_norm"):
     FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode=mode, loss_scale_factor=2)
-    print(mode, "plugin" if plugin.is_ours(mode) else "verl")
-one = torch.ones(1, 2)
-print(agg_loss(one, one, "vl_norm", loss_scale_factor=2).item())
+    try:  # outside of a mini-batch both refuse a gradient, each in its own words
+        agg_loss(torch.ones(1, 2, requires_grad=True), torch.ones(1, 2), mode, loss_scale_factor=2)
+    except Exception as error:
+        print(mode, "verl" if "batch_weight_sum" in str(error) or "batch_power_sum" in str(error) else "plugin")
+scenarios.main()
 """
 
 
-def test_plugin_leaves_the_mode_to_a_patched_verl_and_says_so(trees: dict[str, Path], tmp_path: Path) -> None:
-    tree = trees["vl_norm-0.9.1.patch"]
-    done = python(tree, "-c", BOTH, plugin="auto")
-    # The plugin's own aggregation would refuse the last call: it is outside of a mini-batch. x = 1/M, times two tokens.
-    assert done.stdout.splitlines() == ["vl_norm verl", "vl_norm:0.75 verl", "grpo_norm plugin", "1.0"], done.stderr
-    assert done.stderr.count("vlnorm-verl leaves the aggregation to it") == 1
-
+@pytest.mark.parametrize("name", [FULL, MINIMAL])
+def test_plugin_leaves_the_mode_to_a_patched_verl_and_says_so(
+    name: str, tree: Callable[[str], Path], tmp_path: Path
+) -> None:
     out = tmp_path / "results.json"
-    arguments = ["-m", "tests.engine.scenarios", "--native", "--ranks", "1", "--dtype", "float64", "--out", str(out)]
-    done = python(tree, *arguments, plugin="auto")
+    arguments = ["--native", "--ranks", "1", "--dtype", "float64", "--out", str(out)]
+    done = python(tree(name), "-c", BESIDE, *arguments, plugin="auto")
     assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines()[:3] == ["vl_norm verl", "vl_norm:0.75 verl", "grpo_norm plugin"]
+    assert done.stderr.count("vlnorm-verl leaves the aggregation to it") == 1
     rows = json.loads(out.read_text())
     assert all(row["error"] <= TOLERANCE and "vl_norm/length_mean" not in row["metrics"] for row in rows)
 
 
-def test_plugin_beside_the_registry_answers_for_its_own_modes(trees: dict[str, Path], tmp_path: Path) -> None:
+def test_plugin_beside_the_registry_answers_for_its_own_modes(tree: Callable[[str], Path], tmp_path: Path) -> None:
     """The patched losses ask the registry for the mode; the plugin's modes are not in it."""
     out = tmp_path / "results.json"
     arguments = ["-m", "tests.engine.features", "--ranks", "1", "--dtype", "float64", "--out", str(out)]
-    done = python(trees[REGISTRY], *arguments, "--only", "KL loss", "critic", plugin="auto")
+    done = python(tree(REGISTRY), *arguments, "--only", "KL loss", "critic", plugin="auto")
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads(out.read_text())
     assert [row["row"] for row in rows] == ["KL loss", "critic", "critic, dynamic, tool masks"]

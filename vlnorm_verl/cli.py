@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from vlnorm_verl import __version__
+from vlnorm_verl import __version__, extras
 from vlnorm_verl.files import UserError
 from vlnorm_verl.lab.cli import lab_app
 from vlnorm_verl.report.cli import report
@@ -24,7 +24,8 @@ class Commands(typer.core.TyperGroup):
 
     def invoke(self, context: Any) -> Any:
         try:
-            return super().invoke(context)
+            with extras.named_if_missing(context):
+                return super().invoke(context)
         except UserError as error:
             typer.secho(str(error), fg="red", err=True)
             raise typer.Exit(2) from None
@@ -71,12 +72,26 @@ def _in_its_environment(command: Callable[[], int]) -> None:
 def _recipes(folder: Path) -> Path:
     if not (folder / "config" / "recipe.yaml").is_file():
         raise typer.BadParameter(
-            f"{folder.absolute()} has no config/recipe.yaml. Give the folder recipes/ of a checkout of this project"
+            f"{folder.absolute()} has no config/recipe.yaml, as the folder recipes/ of a checkout has"
         )
     return folder
 
 
-Recipes = Annotated[Path, typer.Option(callback=_recipes, help="The folder recipes/ of a checkout of this project.")]
+def _default_recipes() -> Path:
+    """Those of the checkout that the command is called in, else the copy that is installed with the package."""
+    here = Path("recipes")
+    return here if (here / "config" / "recipe.yaml").is_file() else Path(__file__).parent / "recipes"
+
+
+Recipes = Annotated[
+    Path,
+    typer.Option(
+        callback=_recipes,
+        default_factory=_default_recipes,
+        show_default="./recipes, else the package's",
+        help="The folder recipes/ of a checkout of this project.",
+    ),
+]
 
 
 @app.command()
@@ -123,8 +138,8 @@ On = Annotated[str, typer.Option(help="slurm: submit with sbatch. kubernetes: pr
 
 @app.command(context_settings={"allow_interspersed_args": True})
 def launch(
+    recipes: Recipes,
     overrides: Annotated[list[str] | None, typer.Argument(help="Choices and Hydra overrides, key=value.")] = None,
-    recipes: Recipes = Path("recipes"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every value and the command; check; stop.")] = False,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="The worst case and an ordinary step: memory, time, disk.")
@@ -160,10 +175,10 @@ def launch(
 
 @app.command(context_settings={"allow_interspersed_args": True})
 def reproduce(
+    recipes: Recipes,
     what: Annotated[
         list[str] | None, typer.Argument(help="Sets of runs; then choices and Hydra overrides, key=value.")
     ] = None,
-    recipes: Recipes = Path("recipes"),
     list_sets: Annotated[bool, typer.Option("--list", help="Sets, numbers of runs, how far they are.")] = False,
     status: Annotated[bool, typer.Option("--status", help="How far each run is.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check each run against verl; stop.")] = False,

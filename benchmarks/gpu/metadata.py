@@ -5,9 +5,8 @@ python benchmarks/gpu/metadata.py SITE     a folder on PYTHONPATH
 
 import re
 import sys
-from pathlib import Path
-
 import tomllib
+from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 

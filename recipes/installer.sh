@@ -1,0 +1,49 @@
+# Sourced by the scripts that install: `install`, `uninstall` and `install_cpu_torch` for the environment $target. By uv if
+# it is there or pip can fetch it (a third of pip's time); by pip where there is none, and for what uv cannot install.
+
+pip_install() { "$target/bin/python" -m pip --disable-pip-version-check --no-input install "$@"; }
+
+install() {
+  if [ -n "$uv" ]; then
+    "$uv" pip install --python "$target/bin/python" "$@" && return
+    echo "uv could not; pip tries" >&2
+  fi
+  pip_install "$@"
+}
+
+uninstall() { "$target/bin/python" -m pip --disable-pip-version-check uninstall --yes "$@"; }
+
+# uv reads no pip.conf: where packages come from, and what certificates are trusted, it is told in variables of its own.
+# Those that are set already stay.
+hand_on_pips_settings() {
+  local settings
+  # Sorted: a PIP_… variable comes before the files.
+  settings=$("$target/bin/python" -m pip config list)
+  setting() { sed -n "s/^[^=]*\.$1='\(.*\)'$/\1/p" <<< "$settings" | head -n 1 | sed 's/\\n/ /g; s/  */ /g; s/^ //'; }
+  local main extra links cert
+  main=$(setting index-url) extra=$(setting extra-index-url) links=$(setting find-links) cert=$(setting cert)
+  [ -z "$main" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$main}
+  [ -z "$extra" ] || export UV_INDEX=${UV_INDEX:-$extra} UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}
+  [ -z "$links" ] || export UV_FIND_LINKS=${UV_FIND_LINKS:-${links// /,}}
+  [ -z "$cert" ] || export SSL_CERT_FILE=${SSL_CERT_FILE:-$cert}
+}
+
+uv=$(command -v uv || true)
+if [ -z "$uv" ] && { [ -x "$target/bin/uv" ] || pip_install --quiet uv; }; then
+  uv=$target/bin/uv
+fi
+if [ -n "$uv" ]; then
+  hand_on_pips_settings
+else
+  echo "pip has no uv for this machine: it installs the packages itself, which takes minutes longer" >&2
+fi
+
+cpu_torch="torch==2.13.0+cpu"
+
+# The machine's own index first (a mirror or a local wheel may have the CPU build), PyTorch's index of CPU wheels next.
+# The exact "+cpu" version keeps a CUDA build out.
+install_cpu_torch() {
+  install --no-deps "$cpu_torch" && return
+  echo "The configured index has no $cpu_torch; trying PyTorch's index of CPU wheels …"
+  install --no-deps --index-url https://download.pytorch.org/whl/cpu "$cpu_torch"
+}
