@@ -26,14 +26,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vlnorm_verl.files import UserError
-from vlnorm_verl.report import dumps, measures, paper, tables
+from vlnorm_verl.report import dumps, first_hit, measures, paper, tables
+from vlnorm_verl.report.build import build
 from vlnorm_verl.report.estimates import Estimate
-from vlnorm_verl.report.readers import read_runs
-from vlnorm_verl.report.report import build
-from vlnorm_verl.report.runs import Run, Setting
+from vlnorm_verl.report.identity import Setting
+from vlnorm_verl.report.read import read_runs
+from vlnorm_verl.report.run import Run
 
 SAMPLES = Path(__file__).parent / "report_samples"
-NAME = "aggregation-countdown-3b-8192"
+NAME = "aggregation-countdown-tiny-256"
 SET = "vlnorm_tiny_countdown"
 
 
@@ -67,7 +68,7 @@ def write_run(
     folder = root / f"{method.replace(':', '-')}-{seed}"
     folder.mkdir(parents=True)
     curve = curve or {step: float(np.mean([r for p in found.values() for r in p])) for step, found in dumps.items()}
-    choices = {"family": "aggregation", "task": "countdown", "model": "3b", "length": "3072", "scale": "gpu"}
+    choices = {"family": "aggregation", "task": "countdown", "model": "3b", "length": "3072"}
     mode = {"grpo_norm": "seq-mean-token-mean", "dapo_norm": "token-mean", "dapo": "token-mean"}.get(method, method)
     config = {
         "recipe": {**choices, "method": method.partition(":")[0], "alpha": 1.0, "seed": seed, **(recipe or {})},
@@ -131,7 +132,7 @@ def logged(method: str, seed: int, step: int = 4) -> dict[str, float]:
 
 def test_a_real_run_is_what_its_recipe_says() -> None:
     run = read_one(SAMPLES / f"{NAME}-vl_norm-seed0")
-    assert run.setting == Setting("aggregation", "countdown", "3b", "8192", "cpu")
+    assert run.setting == Setting("aggregation", "countdown", "tiny", "256")
     assert (run.method_key, run.seed, run.planned_steps) == ("vl_norm:1", 0, 4)
     assert run.steps.tolist() == [0, 1, 2, 3, 4]
     assert sorted(run.validations) == [0, 2, 4]
@@ -185,12 +186,15 @@ def test_the_table_of_real_runs(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
-def test_rows_of_the_tiny_model_never_stand_beside_the_papers_values(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / scale, curve={1: 0.5}, recipe={"scale": scale}) for scale in ("cpu", "gpu")]
-    rows = {row["model"]: row for row in made(read_runs(list(map(str, runs))), "countdown")}
-    assert rows["tiny (3b)"]["paper's Avg@8"] == "tiny model, not the paper's"
+def test_the_papers_values_stand_beside_its_own_models_only(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / model, curve={1: 0.5}, recipe={"model": model}) for model in ("3b", "tiny")]
+    runs = read_runs(list(map(str, runs)))
+    rows = {row["model"]: row for row in made(runs, "countdown")}
     assert rows["3b"]["paper's Avg@8"] == "0.847 [second-hand, of v1]"
     assert rows["3b"]["paper's Pass@8"] == "0.938 [second-hand, of v1]"
+    assert rows["tiny"]["paper's Avg@8"] is None
+    assert "The paper has no model tiny: such rows are not comparable with its values." in foot(runs, "countdown")
+    assert "paper's Avg@8" not in made(runs[1:], "countdown")[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics
@@ -391,7 +395,7 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nothing can be made")
 def test_a_folder_that_cannot_be_made_is_refused_before_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlnorm_verl.report.report.read_runs", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("vlnorm_verl.report.build.read_runs", lambda *_: pytest.fail("read"))
     console = Console(record=True, file=io.StringIO(), width=400)
     assert build([str(SAMPLES)], Path("/proc/nope"), console=console) == 2
     assert "--out /proc/nope: cannot be made" in console.export_text()
@@ -436,15 +440,6 @@ def test_a_second_report_removes_what_it_has_no_runs_for(tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------------------ other configurations
 
 
-def test_the_quickstarts_settings(tmp_path: Path) -> None:
-    (tmp_path / "metrics-000.jsonl").write_text(json.dumps({"step": 60, "data": accuracy(0.5)}) + "\n")
-    settings = {"mode": "vl_norm:0.75", "seed": 3, "ranks": 1, "overrides": ["a=b"], "steps": 60}
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    run = read_one(tmp_path)
-    assert (run.method_key, run.seed, run.planned_steps, run.family) == ("vl_norm:0.75", 3, 60, "quickstart")
-    assert "overrides: a=b" in run.notes
-
-
 def test_a_plain_run_of_verl_with_hydras_configuration(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 7, "data": accuracy(0.5)}) + "\n")
     (tmp_path / ".hydra").mkdir()
@@ -457,7 +452,7 @@ def test_a_plain_run_of_verl_with_hydras_configuration(tmp_path: Path) -> None:
     )
     run = read_one(tmp_path)
     assert (run.method_key, run.seed, run.planned_steps) == ("grpo_norm", 4, 50)
-    assert (run.model, run.length, run.task) == ("Qwen2.5-3B", "512", "")
+    assert run.setting == Setting(model="Qwen2.5-3B", length="512")
     assert [row["step"] for row in made([run], "runs")] == ["7 of 50"]
 
 
@@ -533,14 +528,13 @@ def test_acc_counts_before_score_and_booleans_count(tmp_path: Path) -> None:
     lines = [dump_line("p", 1, acc=0.0), dump_line("p", 0, acc=True), dump_line("q", 1, acc=None), dump_line("q", 0)]
     file.write_text("".join(lines))
     found = dumps.count(file, [])[""]
-    assert dict(zip(found.n.tolist(), found.correct.tolist(), strict=True)) == {2: 1.0}
-    assert found.correct.tolist() == [1.0, 1.0]
+    assert (found.n, found.correct) == ([2, 2], [1.0, 1.0])
 
 
 def test_equal_prompts_with_other_answers_are_other_problems(tmp_path: Path) -> None:
     file = tmp_path / "0.jsonl"
     file.write_text(dump_line("p", 1, gts={"a": 1}) + dump_line("p", 1, gts={"a": 2}) + dump_line("p", 0, gts={"a": 1}))
-    assert sorted(dumps.count(file, [])[""].n.tolist()) == [1, 2]
+    assert sorted(dumps.count(file, [])[""].n) == [1, 2]
 
 
 def test_a_dump_that_is_being_written(tmp_path: Path) -> None:
@@ -622,7 +616,7 @@ def write_math(root: Path, method: str, right: dict[str, int], seed: int = 0, fi
 
 def test_a_real_run_with_four_sets(tmp_path: Path) -> None:
     """verl drew eight problems of the four sets; two sets have a single one, which has no interval."""
-    run = read_one(SAMPLES / "aggregation-math-3b-3072-vl_norm-seed0")
+    run = read_one(SAMPLES / "aggregation-math-tiny-128-vl_norm-seed0")
     sizes = {name: len(found.problems) for name, found in run.validations[2].items()}
     assert sizes == {"aime2024": 3, "amc": 1, "math500": 3, "minerva": 1}
     (row,) = made([run], "math")
@@ -632,7 +626,7 @@ def test_a_real_run_with_four_sets(tmp_path: Path) -> None:
         assert np.isnan(row[column].low) == (sizes[name] == 1)
     expected = sum(own[name] * size for name, size in sizes.items()) / 8
     assert row["weighted Avg@8"].value == pytest.approx(expected)
-    assert row["paper's weighted Avg@8"] == "tiny model, not the paper's"
+    assert "paper's weighted Avg@8" not in row
     assert run.notes == ["no validation dump of steps 0"]
 
 
@@ -785,7 +779,7 @@ def test_accuracies_that_are_not_avg_at_8_are_not_called_so(tmp_path: Path) -> N
 
 
 def test_the_vl_norm_that_others_are_compared_with() -> None:
-    of_paper, other = Setting("aggregation", "math", "3b", "3072", "gpu"), Setting("", "x", "", "", "")
+    of_paper, other = Setting("aggregation", "math", "3b", "3072"), Setting(task="x")
     keys = ["dapo_norm", "vl_norm:0.5", "vl_norm:0.75", "vl_norm:1", "vl_norm"]
     assert measures.main_vl_norm(of_paper, keys) == "vl_norm:0.75"
     assert measures.main_vl_norm(of_paper, ["vl_norm:0.5", "vl_norm:1"]) is None
@@ -878,7 +872,7 @@ def test_the_papers_count_and_first_hit_against_first_hit(tmp_path: Path) -> Non
 def test_smoothing_treats_both_curves_and_the_target_alike(tmp_path: Path) -> None:
     reference = read_one(write_run(tmp_path, "dapo_norm", curve={10: 0.2, 20: 0.9, 30: 0.4, 40: 0.6}))
     run = read_one(write_run(tmp_path, curve={10: 0.5, 20: 0.5, 30: 0.8, 40: 0.9}))
-    raw, smooth = (measures.reach(run, reference, window) for window in (1, 20))
+    raw, smooth = (first_hit.first_hits(run, reference, window) for window in (1, 20))
     assert (raw.reference_first, raw.first) == (20, 30)
     assert (smooth.reference_first, smooth.first) == (20, 10)
     assert (raw.target, smooth.target) == pytest.approx((0.6, 0.5))
@@ -893,21 +887,21 @@ def test_a_speed_up_over_seeds_is_a_t_interval_of_logarithms(tmp_path: Path) -> 
         folders.append(write_run(tmp_path, "dapo_norm", seed=seed, curve={20: 0.1, 40: 0.2, 80: final}, planned=80))
     runs = read_runs(list(map(str, folders)))
     vl, dapo = [[run for run in runs if run.method == method] for method in ("vl_norm", "dapo_norm")]
-    found = measures.speed_up(vl, dapo, 1)
+    found = first_hit.speed_up(vl, dapo, 1)
     logs = np.log([4.0, 2.0, 2.0])
     half = 4.302653 * logs.std(ddof=1) / np.sqrt(3)
     assert found.by_last.value == pytest.approx(np.exp(logs.mean()))
     assert found.by_last.low == pytest.approx(np.exp(logs.mean() - half), rel=1e-5)
     assert found.by_last.high == pytest.approx(np.exp(logs.mean() + half), rel=1e-5)
     never = read_one(write_run(tmp_path / "x", seed=2, curve={20: 0.1, 80: 0.2}, planned=80))
-    partly = measures.speed_up([*vl[:2], never], dapo, 1)
+    partly = first_hit.speed_up([*vl[:2], never], dapo, 1)
     assert (partly.reached, partly.pairs) == (2, 3)
     assert np.isnan(partly.by_last.low)
     assert partly.by_last.note == "of the 2 seeds that reached"
     # Steps and ratios are of the same two seeds.
     assert (partly.target, partly.first, partly.reference_last) == (0.5, 30, 80)
     assert partly.by_last.value == pytest.approx(np.exp(logs[:2].mean()))
-    assert measures.speed_up([vl[0], never], dapo[::2], 1).by_last.note == "of the seed that reached"
+    assert first_hit.speed_up([vl[0], never], dapo[::2], 1).by_last.note == "of the seed that reached"
 
 
 def test_an_unfinished_run_is_neither_a_target_nor_out_of_reach(tmp_path: Path) -> None:
@@ -922,7 +916,7 @@ def test_an_unfinished_run_is_neither_a_target_nor_out_of_reach(tmp_path: Path) 
     assert [rows[1][key] for key in ("its last step", "its own first hit", "first hit", *tables.RATIOS)] == [None] * 5
     other = read_one(write_run(tmp_path, "dapo_norm", seed=1, curve={0: 0.1, 50: 0.5}, planned=100))
     ours = [read_one(write_run(tmp_path / "x", seed=s, curve={0: 0.1, 50: 0.7, 100: 0.8}, planned=100)) for s in (0, 1)]
-    found = measures.speed_up(ours, [done, other], 1)
+    found = first_hit.speed_up(ours, [done, other], 1)
     assert (found.pairs, found.reached, found.first) == (1, 1, 50)
     assert found.note == "the reference is not finished (step 50 of 100) in 1 of 2 seeds, which are left out"
 
@@ -930,7 +924,7 @@ def test_an_unfinished_run_is_neither_a_target_nor_out_of_reach(tmp_path: Path) 
 def test_a_target_that_was_met_before_training_gives_no_ratio(tmp_path: Path) -> None:
     run = read_one(write_run(tmp_path, curve={0: 0.5, 10: 0.6}))
     reference = read_one(write_run(tmp_path, "dapo_norm", curve={0: 0.5, 10: 0.4}, planned=10))
-    found = measures.speed_up([run], [reference], 1)
+    found = first_hit.speed_up([run], [reference], 1)
     assert found.by_last is None
     assert found.note == "the target was met before training"
 
@@ -955,18 +949,18 @@ def test_every_value_of_the_paper_has_its_label_and_source() -> None:
 
 
 def test_the_papers_values_are_given_to_their_setting_only() -> None:
-    at = Setting("aggregation", "countdown", "3b", "3072", "gpu")
+    at = Setting("aggregation", "countdown", "3b", "3072")
     assert paper.cell(at, "grpo_norm", "avg@8") == "0.811 [second-hand, of v1]"
     assert paper.cell(at, "vl_norm:1", "avg@8") == "0.847 [second-hand, of v1]"
     assert paper.cell(at, "vl_norm:0.5", "avg@8") == "not found"
     assert paper.cell(at._replace(length="8192"), "vl_norm:1", "avg@8") == "not found"
-    assert paper.cell(at._replace(scale="cpu"), "vl_norm:1", "avg@8") == "tiny model, not the paper's"
+    assert paper.cell(at._replace(model="tiny"), "vl_norm:1", "avg@8") is None
 
 
 def test_the_foot_says_where_the_papers_values_were_read_and_what_concerns_its_rows(tmp_path: Path) -> None:
     three = read_one(write_run(tmp_path / "3b", "grpo_norm", curve={10: 0.5}))
     seven = read_one(write_run(tmp_path / "7b", curve={10: 0.5}, recipe={"model": "7b"}))
-    tiny = read_one(write_run(tmp_path / "tiny", curve={10: 0.5}, recipe={"model": "7b", "scale": "cpu"}))
+    tiny = read_one(write_run(tmp_path / "tiny", curve={10: 0.5}, recipe={"model": "tiny"}))
     texts = [foot([run], "countdown") for run in (three, seven, tiny)]
     assert ["CountDown 7B: in the paper's table GRPO Norm" in text for text in texts] == [False, True, False]
     assert ["entropy under VL Norm: between 0.1 and 0.2" in text for text in texts] == [False, True, False]

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from vlnorm_verl.report import figures, output, tables
-from vlnorm_verl.report.figures import Drawing
-from vlnorm_verl.report.runs import Run, Validation
+from vlnorm_verl.methods import METHODS, label_of
+from vlnorm_verl.report import curves, figures, measures, style, tables, training
+from vlnorm_verl.report.curves import Drawing
+from vlnorm_verl.report.identity import Setting
+from vlnorm_verl.report.run import Run, Validation
 
 AGGREGATIONS = ("grpo_norm", "dapo_norm", "dr_grpo_norm", "dr_grpo", "vl_norm")
 
@@ -26,7 +28,7 @@ AGGREGATIONS = ("grpo_norm", "dapo_norm", "dr_grpo_norm", "dr_grpo", "vl_norm")
 def _style() -> Iterator[None]:
     import matplotlib.pyplot as plt
 
-    with output.use_style(), warnings.catch_warnings():
+    with style.use_style(), warnings.catch_warnings():
         warnings.simplefilter("error")
         # Raised when garbage is collected, which may be that of any test before this one.
         warnings.simplefilter("ignore", ResourceWarning)
@@ -59,7 +61,7 @@ def run(method: str, accuracies: dict[int, float], seed: int = 0, dumps: bool = 
             "actor/vl_norm/weight_max": np.full(len(steps), 9.0),
         }
     validations = {step: {"set": validation(accuracy)} for step, accuracy in accuracies.items()} if dumps else {}
-    settings = {"family": "dapo", "task": "countdown", "model": "3b", "length": "3072", "scale": "gpu"} | options
+    setting = Setting(**{"family": "dapo", "task": "countdown", "model": "3b", "length": "3072"} | options)
     return Run(
         folder=Path("runs") / method,
         name=f"{method}-{seed}",
@@ -70,7 +72,7 @@ def run(method: str, accuracies: dict[int, float], seed: int = 0, dumps: bool = 
         steps=steps,
         metrics=metrics,
         validations=validations,
-        **settings,
+        setting=setting,
     )
 
 
@@ -101,9 +103,7 @@ OURS = {0: 0.1, 100: 0.7, 200: 0.75, 300: 0.74, 400: 0.8, 500: 0.85}
 
 @pytest.mark.parametrize("dumps", [True, False])
 def test_marks_are_where_the_final_accuracy_is_reached_first(dumps: bool) -> None:
-    drawing = drawn([run("dapo", DAPO, dumps=dumps), run("vl_norm", OURS, dumps=dumps)])[
-        "fig2-dapo-countdown-3b-3072-gpu"
-    ]
+    drawing = drawn([run("dapo", DAPO, dumps=dumps), run("vl_norm", OURS, dumps=dumps)])["fig2-dapo-countdown-3b-3072"]
     left = drawing.figure.axes[0]
     assert [line for line in left.get_lines() if list(line.get_ydata()) == [0.75, 0.75]], "no line at DAPO's final"
     star, own = artist(drawing, "reached"), artist(drawing, "reached-reference")
@@ -115,7 +115,7 @@ def test_marks_are_where_the_final_accuracy_is_reached_first(dumps: bool) -> Non
 
 
 def test_bars_are_the_final_accuracies_and_their_difference() -> None:
-    drawing = drawn([run("dapo", DAPO), run("vl_norm", OURS)])["fig2-dapo-countdown-3b-3072-gpu"]
+    drawing = drawn([run("dapo", DAPO), run("vl_norm", OURS)])["fig2-dapo-countdown-3b-3072"]
     right = drawing.figure.axes[1]
     assert [bar.get_height() for bar in right.patches] == pytest.approx([0.75, 0.85])
     assert right.get_ylim()[0] == 0
@@ -126,7 +126,7 @@ def test_bars_are_the_final_accuracies_and_their_difference() -> None:
 
 
 def test_not_reached_is_said() -> None:
-    drawing = drawn([run("dapo", OURS), run("vl_norm", DAPO)])["fig2-dapo-countdown-3b-3072-gpu"]
+    drawing = drawn([run("dapo", OURS), run("vl_norm", DAPO)])["fig2-dapo-countdown-3b-3072"]
     assert artist(drawing, "reached") is None
     assert "DAPO + VL Norm (α = 1): not reached" in texts(drawing)
     assert "has not reached DAPO's final accuracy (not reached)" in drawing.caption
@@ -135,7 +135,7 @@ def test_not_reached_is_said() -> None:
 
 def test_a_target_that_the_untrained_model_meets_is_not_marked() -> None:
     drawing = drawn([run("dapo", {0: 0.5, 10: 0.4, 20: 0.3}), run("vl_norm", {0: 0.5, 10: 0.2, 20: 0.35})])
-    one = drawing["fig2-dapo-countdown-3b-3072-gpu"]
+    one = drawing["fig2-dapo-countdown-3b-3072"]
     assert artist(one, "reached") is artist(one, "reached-reference") is None
     assert "the target was met before training" in one.caption
 
@@ -143,7 +143,7 @@ def test_a_target_that_the_untrained_model_meets_is_not_marked() -> None:
 def test_marks_are_the_speed_up_tables() -> None:
     runs = [run("dapo", {0: 0.1, 10: 0.4, 20: 0.5}, seed) for seed in (0, 1)]
     runs += [run("vl_norm", {0: 0.1, 10: first, 20: 0.8}, seed) for seed, first in enumerate((0.6, 0.3))]
-    drawing = drawn(runs)["fig2-dapo-countdown-3b-3072-gpu"]
+    drawing = drawn(runs)["fig2-dapo-countdown-3b-3072"]
     table = next(table for table in tables.tables(runs) if table.name == "speedup")
     row = dict(zip(table.columns, table.rows[0], strict=True))
     assert list(artist(drawing, "reached").get_xdata()) == [float(row["first hit"])] == [15]
@@ -152,7 +152,7 @@ def test_marks_are_the_speed_up_tables() -> None:
 
 
 def test_marks_at_one_step_are_both_seen() -> None:
-    drawing = drawn([run("dapo", DAPO), run("vl_norm", {**DAPO, 500: 0.8})])["fig2-dapo-countdown-3b-3072-gpu"]
+    drawing = drawn([run("dapo", DAPO), run("vl_norm", {**DAPO, 500: 0.8})])["fig2-dapo-countdown-3b-3072"]
     star, own = artist(drawing, "reached"), artist(drawing, "reached-reference")
     assert list(star.get_xdata()) == list(own.get_xdata()) == [300]
     assert own.get_markersize() > star.get_markersize() + 2
@@ -160,7 +160,7 @@ def test_marks_at_one_step_are_both_seen() -> None:
 
 
 def test_bars_and_difference_are_at_the_last_step_of_both() -> None:
-    one = drawn([run("dapo", DAPO), run("vl_norm", {0: 0.1, 100: 0.7, 200: 0.9})])["fig2-dapo-countdown-3b-3072-gpu"]
+    one = drawn([run("dapo", DAPO), run("vl_norm", {0: 0.1, 100: 0.7, 200: 0.9})])["fig2-dapo-countdown-3b-3072"]
     right = one.figure.axes[1]
     assert [bar.get_height() for bar in right.patches] == pytest.approx([0.6, 0.9])
     assert right.get_title().startswith("+30.0 points\n[")
@@ -171,14 +171,14 @@ def test_bars_and_difference_are_at_the_last_step_of_both() -> None:
 def test_a_reference_that_is_not_finished_is_no_target() -> None:
     dapo = run("dapo", DAPO)
     dapo.planned_steps = 1000
-    one = drawn([dapo, run("vl_norm", OURS)])["fig2-dapo-countdown-3b-3072-gpu"]
+    one = drawn([dapo, run("vl_norm", OURS)])["fig2-dapo-countdown-3b-3072"]
     assert artist(one, "reached") is None
     assert "no first hit is marked: DAPO is not finished (step 500 of 1000)." in one.caption
 
 
 def test_the_reference_is_dapo_norm_in_the_other_family_or_what_there_is() -> None:
     runs = [run(method, DAPO, family="aggregation") for method in AGGREGATIONS]
-    name = "fig2-aggregation-countdown-3b-3072-gpu"
+    name = "fig2-aggregation-countdown-3b-3072"
     assert "against DAPO Norm" in drawn(runs)[name].title
     assert "against Dr. GRPO" in drawn([runs[3], runs[4]])[name].title
     assert not [name for name in drawn(runs[:4]) if name.startswith("fig2")]
@@ -192,7 +192,7 @@ def test_the_reference_is_dapo_norm_in_the_other_family_or_what_there_is() -> No
 def test_bands_contain_the_mean(seeds: int) -> None:
     generator = np.random.default_rng(0)
     series = [(np.arange(5), generator.random(5)) for _ in range(seeds)]
-    curve = figures.over_seeds(series)
+    curve = curves.curve_of(series)
     assert curve is not None
     table = np.array([values for _, values in series])
     assert curve.mean == pytest.approx(table.mean(axis=0))
@@ -209,13 +209,13 @@ def test_bands_contain_the_mean(seeds: int) -> None:
 def test_a_mean_goes_on_without_a_seed_that_has_ended() -> None:
     steps = np.array([0, 10, 20, 30])
     long, short = (steps, np.array([0.0, 0.2, math.nan, 0.8])), (steps[:2], np.array([0.2, 0.4]))
-    curve = figures.over_seeds([long, short])
+    curve = curves.curve_of([long, short])
     assert curve is not None
     assert (list(curve.steps), curve.mean.tolist()) == ([0, 10, 30], pytest.approx([0.1, 0.3, 0.8]))
     assert (curve.whole, curve.apart) == (2, [])
     assert curve.high.tolist() == pytest.approx([0.2, 0.4, 0.8])
-    assert figures.over_seeds([(steps, np.full(4, math.nan))]) is None
-    apart = figures.over_seeds([(steps[:2], np.zeros(2)), (steps[2:], np.ones(2))])
+    assert curves.curve_of([(steps, np.full(4, math.nan))]) is None
+    apart = curves.curve_of([(steps[:2], np.zeros(2)), (steps[2:], np.ones(2))])
     assert apart is not None
     assert (apart.whole, len(apart.apart)) == (0, 2)
 
@@ -224,11 +224,11 @@ def test_a_seed_that_has_ended_is_named_with_its_step() -> None:
     runs = [run("dapo", DAPO, seed) for seed in (0, 1)] + [run("dapo", {0: 0.1, 100: 0.4}, 2), run("vl_norm", OURS)]
     runs[1].metrics["actor/grad_norm"][300:] = math.nan
     found = drawn(runs)
-    for name in ("fig2-dapo-countdown-3b-3072-gpu", "fig3-dapo"):
+    for name in ("fig2-dapo-countdown-3b-3072", "fig3-dapo"):
         assert "After a seed's end the mean is of the others: dapo-2 (step 100)." in found[name].caption
     means = [line.get_xdata() for line in found["fig3-dapo"].figure.axes[0].get_lines()]
     assert [100, 200, 300, 400, 500] in [list(steps) for steps in means], "the others' mean does not go on"
-    training = found["training-dapo-countdown-3b-3072-gpu"].caption
+    training = found["training-dapo-countdown-3b-3072"].caption
     assert "of the others: dapo-2 (step 100), dapo-1 (actor/grad_norm, step 299)." in training
 
 
@@ -246,8 +246,8 @@ def test_a_method_has_one_color_in_all_figures() -> None:
     assert len(of_figures) == 3
     for shown in of_figures:
         for label, color in shown.items():
-            key = next(run.method_key for run in runs if output.method_label(run.method_key) == label)
-            assert color == output.METHOD_COLORS[key.split(":")[0]]
+            key = next(run.method_key for run in runs if label_of(run.method_key) == label)
+            assert color == METHODS[key.split(":")[0]].color
 
 
 def test_grid_has_a_row_for_each_task_and_model_and_a_column_for_each_length() -> None:
@@ -295,11 +295,14 @@ def test_sets_in_one_number_are_called_weighted() -> None:
     assert drawn([run("vl_norm", DAPO)])["fig3-dapo"].figure.axes[0].get_ylabel() == "validation Avg@8"
 
 
-def test_the_tiny_model_is_named_and_never_beside_others() -> None:
-    runs = [run(method, DAPO, scale=scale) for method in ("dapo", "vl_norm") for scale in ("cpu", "gpu")]
-    for name, drawing in drawn(runs).items():
-        assert ("tiny model" in drawing.title) == name.endswith("cpu"), name
-        assert ("3B" in drawing.title) <= name.endswith("gpu")
+def test_models_are_named_and_have_panels_of_their_own() -> None:
+    runs = [run(method, DAPO, model=model) for method in ("dapo", "vl_norm") for model in ("tiny", "3b")]
+    found = drawn(runs)
+    assert [axes.get_title() for axes in found["fig3-dapo"].figure.axes] == [
+        "CountDown, 3B, 3072 tokens",
+        "CountDown, tiny, 3072 tokens",
+    ]
+    assert found["training-dapo-countdown-tiny-3072"].title == "Training: CountDown, tiny, 3072 tokens"
 
 
 # ------------------------------------------------------------------------------------------- training, lengths, alpha
@@ -307,18 +310,18 @@ def test_the_tiny_model_is_named_and_never_beside_others() -> None:
 
 def test_training_shows_each_run_and_the_trailing_mean() -> None:
     runs = [run("dapo", DAPO, seed) for seed in (0, 1)]
-    drawing = drawn(runs, smooth=20)["training-dapo-countdown-3b-3072-gpu"]
-    assert [axes.get_title() for axes in drawing.figure.axes] == list(figures.TRAINING.values())
+    drawing = drawn(runs, smooth=20)["training-dapo-countdown-3b-3072"]
+    assert [axes.get_title() for axes in drawing.figure.axes] == list(training.TRAINING.values())
     *raw, smoothed = drawing.figure.axes[0].get_lines()
     assert [len(line.get_xdata()) for line in raw] == [501, 501]
     both = np.mean([one.metrics["actor/entropy"] for one in runs], axis=0)
     assert smoothed.get_ydata()[-1] == pytest.approx(both[-20:].mean())
     assert "trailing mean of 20 steps" in drawing.caption
-    assert "trailing mean of 11 steps" in drawn(runs, smooth=3)["training-dapo-countdown-3b-3072-gpu"].caption
+    assert "trailing mean of 11 steps" in drawn(runs, smooth=3)["training-dapo-countdown-3b-3072"].caption
 
 
 def test_length_bands() -> None:
-    drawing = drawn([run("dapo", DAPO, seed) for seed in (0, 1)])["lengths-dapo-countdown-3b-3072-gpu"]
+    drawing = drawn([run("dapo", DAPO, seed) for seed in (0, 1)])["lengths-dapo-countdown-3b-3072"]
     tokens, clipped, characters = drawing.figure.axes
     (mean,) = tokens.get_lines()
     assert mean.get_ydata()[[0, -1]] == pytest.approx([100.5, 600.5])
@@ -335,7 +338,7 @@ def test_length_bands() -> None:
 
 def test_own_metrics_of_the_aggregation() -> None:
     found = drawn([run("dapo", DAPO), run("vl_norm", OURS)])
-    lengths, ratio, _, weights = found["vl-norm-dapo-countdown-3b-3072-gpu"].figure.axes
+    lengths, ratio, _, weights = found["vl-norm-dapo-countdown-3b-3072"].figure.axes
     lasts = {line.get_linestyle(): line.get_ydata()[0] for line in lengths.get_lines() if line.get_linewidth() > 1}
     assert lasts == {"-": 100, "--": 50}
     assert {round(float(value), 6) for line in ratio.get_lines() for value in line.get_ydata()} == {1.414214}
@@ -349,7 +352,7 @@ def test_alpha_figure_has_each_alpha_and_the_others_show_the_papers_only() -> No
     ]
     runs += [run("dr_grpo_norm", DAPO, family="aggregation")]
     found = drawn(runs)
-    setting = "aggregation-countdown-3b-3072-gpu"
+    setting = "aggregation-countdown-3b-3072"
     left, right = found[f"alpha-{setting}"].figure.axes
     assert len({to_hex(line.get_color()) for line in left.get_lines()}) == 3
     points = {
@@ -363,7 +366,7 @@ def test_alpha_figure_has_each_alpha_and_the_others_show_the_papers_only() -> No
     math_runs = [run("vl_norm", OURS, alpha=alpha, task="math") for alpha in (0.75, 1)] + [
         run("dapo", DAPO, task="math")
     ]
-    assert "α = 0.75" in drawn(math_runs)["fig2-dapo-math-3b-3072-gpu"].title
+    assert "α = 0.75" in drawn(math_runs)["fig2-dapo-math-3b-3072"].title
 
 
 # --------------------------------------------------------------------------------------------------------- odd runs
@@ -383,7 +386,7 @@ ODD = {
     "dumps only": [without(run(method, DAPO), "") for method in ("vl_norm", "dapo")],
     "all zero": [run(method, dict.fromkeys(DAPO, 0.0)) for method in ("vl_norm", "dapo")],
     "seeds without a common step": [run("vl_norm", {0: 0.1, 10: 0.2}), run("vl_norm", {5: 0.1, 15: 0.3}, 1)],
-    "unknown setting": [run("mine", DAPO, family="", task="", model="", length="", scale="")],
+    "unknown setting": [run("mine", DAPO, family="", task="", model="", length="")],
     "names that are markup": [run(name, DAPO, task="$x_{", model="<b>") for name in ("$a_{x$ b", "_hidden", "a/../b")],
     "no α": [run("vl_norm", OURS, alpha=None), run("vl_norm", OURS, alpha=0.5), run("dapo", DAPO)],
     "unpaired sets": [run("vl_norm", OURS, dumps=False), run("dapo", DAPO)],
@@ -404,11 +407,11 @@ def test_steps_that_lack_a_metric_are_left_out() -> None:
     one = run("dapo", DAPO)
     one.metrics["actor/entropy"][1::2] = math.nan
     one.metrics["actor/grad_norm"][:] = math.nan
-    drawing = drawn([one])["training-dapo-countdown-3b-3072-gpu"]
+    drawing = drawn([one])["training-dapo-countdown-3b-3072"]
     raw, smoothed = drawing.figure.axes[0].get_lines()
     assert len(raw.get_xdata()) == 251
     assert np.isfinite(smoothed.get_ydata()).all()
-    assert figures.TRAINING["actor/grad_norm"] not in [
+    assert training.TRAINING["actor/grad_norm"] not in [
         axes.get_title() for axes in drawing.figure.axes if axes.get_visible()
     ]
 
@@ -466,11 +469,11 @@ def test_entropies_of_all_methods_are_nats_a_token() -> None:
     ours.metrics["actor/vl_norm/weighted_tokens"] = np.full(10, 6.0)
     ours.metrics["actor/vl_norm/denominator"] = np.full(10, 20.0)
     for one in runs:
-        found = figures.measures.entropy_per_token(one)
+        found = measures.entropy_per_token(one)
         assert found is not None
         np.testing.assert_allclose(found, 0.25)
     del ours.metrics["actor/vl_norm/denominator"]
-    assert figures.measures.entropy_per_token(ours) is None
-    (panel, *_) = drawn(runs)["training-aggregation-countdown-3b-3072-gpu"].figure.axes
+    assert measures.entropy_per_token(ours) is None
+    (panel, *_) = drawn(runs)["training-aggregation-countdown-3b-3072"].figure.axes
     assert {len(line.get_xdata()) for line in panel.lines} == {10}
     assert {round(float(value), 9) for line in panel.lines for value in line.get_ydata()} == {0.25}

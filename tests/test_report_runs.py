@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 
 from tests.test_report import accuracy, dump_line, foot, made, quiet, random_dump, table_of, write_run
 from vlnorm_verl.files import UserError
-from vlnorm_verl.report import measures
-from vlnorm_verl.report.readers import read_runs, value_at
-from vlnorm_verl.report.report import build
-from vlnorm_verl.report.runs import Run
+from vlnorm_verl.report import first_hit, measures
+from vlnorm_verl.report.build import build
+from vlnorm_verl.report.read import read_runs
+from vlnorm_verl.report.run import Run, value_at
 
 KEY = "val-core/set/acc/mean@8"
 
@@ -404,7 +404,7 @@ def test_smoothing_is_over_the_same_steps_for_runs_validated_at_other_distances(
         "".join(json.dumps({"step": s, "data": accuracy(v)}) + "\n" for s, v in rarely.items()),
     )
     runs = read(tmp_path)
-    assert measures.smoothing(runs, None) == 150
+    assert first_hit.smoothing(runs, None) == 150
     assert {row["curve"] for row in made(runs, "speedup")} == {"raw", "mean of 150 steps"}
     assert {row["curve"] for row in made(runs, "speedup", smooth=20)} == {"raw", "mean of 20 steps"}
     back = next(

@@ -2,7 +2,7 @@
 
 | what        | where it is looked for                                                                             |
 |-------------|----------------------------------------------------------------------------------------------------|
-| verl's file | metrics-NNN.jsonl (launcher, quickstart) are the starts of one run; any other *.jsonl whose records |
+| verl's file | metrics-NNN.jsonl (the launcher's) are the starts of one run; any other *.jsonl whose records      |
 | logger      | are verl's is a run of its own                                                                     |
 | tensorboard | a folder of event files                                                                            |
 | wandb       | an offline run's *.wandb                                                                           |
@@ -195,9 +195,7 @@ def _is_metrics(path: Path) -> bool:
 
 
 def _has_configuration(folder: Path) -> bool:
-    """Whether the launcher or the quickstart has begun a run here."""
-    if (folder / "settings.json").is_file():
-        return True
+    """Whether the launcher has begun a run here."""
     if not (folder / "config.yaml").is_file():
         return False
     with open(folder / "config.yaml", errors="replace") as file:

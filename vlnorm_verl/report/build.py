@@ -20,12 +20,14 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from vlnorm_verl.files import UserError
+from vlnorm_verl import methods
+from vlnorm_verl.files import UserError, write_json
 from vlnorm_verl.report.identity import parse_method
-from vlnorm_verl.report.output import missing_libraries
-from vlnorm_verl.report.readers import read_runs
-from vlnorm_verl.report.runs import Run
-from vlnorm_verl.runs.process import write_json
+from vlnorm_verl.report.read import read_runs
+from vlnorm_verl.report.run import Run
+from vlnorm_verl.report.style import Figure, missing_libraries, write_figures
+from vlnorm_verl.report.table import Table
+from vlnorm_verl.report.writers import print_table, write_tables
 
 WRITTEN = ".written.json"
 
@@ -62,7 +64,7 @@ def _build(arguments: list[str], out: Path, smooth: int | None, console: Console
 
     from vlnorm_verl.report import tables as tables_module
     from vlnorm_verl.report.figures import figures as draw
-    from vlnorm_verl.report.output import Figure, Table, print_table, write_figures, write_page, write_tables
+    from vlnorm_verl.report.page import write_page
 
     tables = tables_module.tables(runs, smooth, baseline)
     missing = tables_module.missing(tables)
@@ -94,8 +96,7 @@ def _method_key(baseline: str, runs: list[Run]) -> str:
     """The key of the method that --baseline names, as a loss_agg_mode or as the runs' own method."""
     if not baseline:
         return ""
-    method, alpha = parse_method(baseline, "--baseline")
-    key = method if alpha is None else f"{method}:{alpha:g}"
+    key = methods.join(*parse_method(baseline, "--baseline"))
     known = {run.method_key for run in runs if len(run.steps)}
     if key not in known:
         raise UserError(f"--baseline {baseline}: no run of that method; there are {', '.join(sorted(known))}")
