@@ -26,7 +26,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vlnorm_verl.files import UserError
-from vlnorm_verl.report import dumps, first_hit, measures, paper, tables
+from vlnorm_verl.report import dumps, first_hit, groups, measures, paper, tables
 from vlnorm_verl.report.build import build
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.identity import Setting
@@ -781,11 +781,11 @@ def test_accuracies_that_are_not_avg_at_8_are_not_called_so(tmp_path: Path) -> N
 def test_the_vl_norm_that_others_are_compared_with() -> None:
     of_paper, other = Setting("aggregation", "math", "3b", "3072"), Setting(task="x")
     keys = ["dapo_norm", "vl_norm:0.5", "vl_norm:0.75", "vl_norm:1", "vl_norm"]
-    assert measures.main_vl_norm(of_paper, keys) == "vl_norm:0.75"
-    assert measures.main_vl_norm(of_paper, ["vl_norm:0.5", "vl_norm:1"]) is None
-    assert measures.main_vl_norm(other, keys) == "vl_norm:1"
-    assert measures.main_vl_norm(other, keys[:3]) == "vl_norm:0.75"
-    assert measures.main_vl_norm(other, ["dapo_norm", "vl_norm"]) is None
+    assert groups.main_vl_norm(of_paper, keys) == "vl_norm:0.75"
+    assert groups.main_vl_norm(of_paper, ["vl_norm:0.5", "vl_norm:1"]) is None
+    assert groups.main_vl_norm(other, keys) == "vl_norm:1"
+    assert groups.main_vl_norm(other, keys[:3]) == "vl_norm:0.75"
+    assert groups.main_vl_norm(other, ["dapo_norm", "vl_norm"]) is None
 
 
 def test_which_table_a_run_belongs_to_is_what_its_recipe_says(tmp_path: Path) -> None:

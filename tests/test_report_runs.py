@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from tests.test_report import accuracy, dump_line, foot, made, quiet, random_dump, table_of, write_run
 from vlnorm_verl.files import UserError
-from vlnorm_verl.report import first_hit, measures
+from vlnorm_verl.report import first_hit, groups, measures
 from vlnorm_verl.report.build import build
 from vlnorm_verl.report.read import read_runs
 from vlnorm_verl.report.run import Run, value_at
@@ -138,7 +138,7 @@ def test_files_of_one_seed_are_joined_where_the_later_does_not_begin_at_the_begi
     put(tmp_path / "b.jsonl", text((0, 20, 0.1)))
     twice = read(f"vl_norm@3={tmp_path}/a.jsonl", f"vl_norm@3={tmp_path}/b.jsonl")
     assert [run.steps[-1] for run in twice] == [50, 20]
-    assert [run.steps[-1] for run in measures.grouped(twice).popitem()[1]] == [50]
+    assert [run.steps[-1] for run in groups.grouped(twice).popitem()[1]] == [50]
 
 
 # ------------------------------------------------------------------------------------------------------- bad values

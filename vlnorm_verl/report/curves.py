@@ -17,6 +17,7 @@ import numpy as np
 from vlnorm_verl.methods import Method, is_vl_norm, label_of, method_of, place_of
 from vlnorm_verl.report import measures
 from vlnorm_verl.report.estimates import t_half_width
+from vlnorm_verl.report.groups import main_vl_norm
 from vlnorm_verl.report.identity import Setting
 from vlnorm_verl.report.run import Run
 from vlnorm_verl.report.style import figure_text
@@ -78,11 +79,11 @@ def accuracy_label(runs: Iterable[Run]) -> str:
 
 
 def with_one_alpha(setting: Setting, methods: Methods) -> tuple[Methods, str]:
-    """The methods with VL Norm at one α, `measures.main_vl_norm`'s, and the caption's word on it."""
+    """The methods with VL Norm at one α, `groups.main_vl_norm`'s, and the caption's word on it."""
     variants = [key for key in methods if is_vl_norm(key)]
     if len(variants) < 2:
         return methods, ""
-    chosen = measures.main_vl_norm(setting, variants)
+    chosen = main_vl_norm(setting, variants)
     kept = {key: runs for key, runs in methods.items() if key == chosen or key not in variants}
     return kept, f" VL Norm at other α: figure {name_of('alpha', *setting)}."
 

@@ -357,19 +357,12 @@ def _on_common_problems(a: Scores, b: Scores) -> tuple[Scores, Scores]:
         return a, b
     if len(a.sizes) != len(b.sizes):
         raise ValueError("the two were not scored on the same validation sets")
-    common, columns_a, columns_b, sizes = [], [], [], []
-    offset_a = offset_b = 0
-    for size_a, size_b in zip(a.sizes, b.sizes, strict=True):
-        where = {problem: offset_b + i for i, problem in enumerate(b.problems[offset_b : offset_b + size_b])}
-        shared = [i for i in range(offset_a, offset_a + size_a) if a.problems[i] in where]
-        common += [a.problems[i] for i in shared]
-        columns_a += shared
-        columns_b += [where[a.problems[i]] for i in shared]
-        sizes.append(len(shared))
-        offset_a, offset_b = offset_a + size_a, offset_b + size_b
+    place = {problem: index for index, problem in enumerate(b.problems)}
+    kept = [index for index, problem in enumerate(a.problems) if problem in place]
+    problems = tuple(a.problems[index] for index in kept)
+    set_of: np.ndarray = np.repeat(np.arange(len(a.sizes)), a.sizes)
+    sizes = tuple(np.bincount(set_of[kept], minlength=len(a.sizes)).tolist())
     if not all(sizes):
         raise ValueError("the two have no problem in common")
-    return (
-        Scores(a.values[:, columns_a], tuple(common), tuple(sizes), a.seeds),
-        Scores(b.values[:, columns_b], tuple(common), tuple(sizes), b.seeds),
-    )
+    in_b = [place[problem] for problem in problems]
+    return Scores(a.values[:, kept], problems, sizes, a.seeds), Scores(b.values[:, in_b], problems, sizes, b.seeds)

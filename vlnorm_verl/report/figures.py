@@ -22,31 +22,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlnorm_verl.methods import Method, alpha_color, is_vl_norm, method_of, split
-from vlnorm_verl.report import measures
-from vlnorm_verl.report.curves import (
-    Curve,
-    Drawing,
-    Entry,
-    Methods,
-    accuracy_label,
-    accuracy_of,
-    band_words,
-    draw_curve,
-    draw_legend,
-    ended_words,
-    entries_of,
-    from_step_0,
-    method_label,
-    name_of,
-    order,
-    setting_title,
-    subplots,
-    titled,
-    with_one_alpha,
-)
+from vlnorm_verl.methods import Method, alpha_color, alpha_of, is_vl_norm, method_of, split
+from vlnorm_verl.report import curves, measures
+from vlnorm_verl.report.curves import Curve, Drawing, Entry, Methods
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.first_hit import SpeedUp, speed_up
+from vlnorm_verl.report.groups import grouped, main_vl_norm
 from vlnorm_verl.report.identity import Setting
 from vlnorm_verl.report.run import Run
 from vlnorm_verl.report.style import Figure, figure_text, render, use_style
@@ -77,8 +58,8 @@ def drawings(runs: list[Run], smooth: int | None = None, baseline: str = "") -> 
 
 
 def _drawings(runs: list[Run], smooth: int | None, baseline: str) -> Iterator[Drawing | None]:
-    settings: dict[Setting, Methods] = {setting: {} for setting, _ in measures.grouped(runs)}
-    for (setting, key), seeds in sorted(measures.grouped(runs).items(), key=lambda item: order(item[0][1])):
+    settings: dict[Setting, Methods] = {setting: {} for setting, _ in grouped(runs)}
+    for (setting, key), seeds in sorted(grouped(runs).items(), key=lambda item: curves.order(item[0][1])):
         settings[setting][key] = seeds
     for setting, methods in settings.items():
         yield draw_reached(setting, methods, baseline)
@@ -104,21 +85,22 @@ def draw_reached(setting: Setting, methods: Methods, baseline: str = "") -> Draw
     flat at the end. Both are the speed-up table's, unsmoothed. Right, both accuracies at the last step that both were
     validated at, and their difference.
     """
-    methods, aside = with_one_alpha(setting, methods)
-    curves = {key: curve for key, runs in methods.items() if (curve := accuracy_of(runs)) and (curve.steps > 0).any()}
-    others = [key for key in curves if not is_vl_norm(key) and key != baseline]
-    ours = measures.main_vl_norm(setting, curves)
+    methods, aside = curves.with_one_alpha(setting, methods)
+    drawn = {key: curve for key, runs in methods.items() if (curve := curves.accuracy_of(runs))}
+    drawn = {key: curve for key, curve in drawn.items() if (curve.steps > 0).any()}
+    others = [key for key in drawn if not is_vl_norm(key) and key != baseline]
+    ours = main_vl_norm(setting, drawn)
     if baseline:
         ours = others[0] if ours in (None, baseline) and others else ours
-        others = [key for key in curves if key == baseline]
+        others = [key for key in drawn if key == baseline]
     if ours is None or not others or ours == baseline:
         return None
     reference = next((key for key in others if split(key)[0] in REFERENCES), others[0])
     width = 9.0
-    figure, ((left, right),) = subplots(1, 2, width, 3.9, width_ratios=(2.3, 1))
+    figure, ((left, right),) = curves.subplots(1, 2, width, 3.9, width_ratios=(2.3, 1))
     for key in (reference, ours):
-        draw_curve(left, curves[key], method_of(key))
-    name = method_label(reference, setting.family)
+        curves.draw_curve(left, drawn[key], method_of(key))
+    name = curves.method_label(reference, setting.family)
     found = speed_up(methods[ours], methods[reference], 1)
     target, words = None, "no accuracy to reach yet."
     if found is not None and found.pairs:
@@ -127,27 +109,27 @@ def draw_reached(setting: Setting, methods: Methods, baseline: str = "") -> Draw
         words = _mark_first_hits(left, found, reference, ours, setting.family)
     elif found is not None:
         words = f"no first hit is marked: {found.note.replace('the reference', name)}."
-    from_step_0(left)
-    accuracy = accuracy_label(run for key in (reference, ours) for run in methods[key])
+    curves.from_step_0(left)
+    accuracy = curves.accuracy_label(run for key in (reference, ours) for run in methods[key])
     left.set_ylabel(f"validation {accuracy}")
     if target is not None:
         left.set_title(f"dashed: {name}'s final accuracy, {target:.3f}", loc="left")
     where = _draw_final(right, [(key, methods[key]) for key in (reference, ours)], setting.family)
-    title = titled(f"{method_label(ours, setting.family)} against {name}", setting)
+    title = curves.titled(f"{curves.method_label(ours, setting.family)} against {name}", setting)
     figure.suptitle(title)
-    draw_legend(figure, entries_of((reference, ours), setting.family), width)
+    curves.draw_legend(figure, curves.entries_of((reference, ours), setting.family), width)
     caption = (
         f"Left: {accuracy} on validation prompts over training; {words} Right: accuracy {where}, its "
         "95% interval, and the difference in points; where there is one seed, the interval is over problems only."
-        f"{band_words(curves[key] for key in (reference, ours))}"
-        f"{ended_words([{key: methods[key] for key in (reference, ours)}])}{aside}"
+        f"{curves.band_words(drawn[key] for key in (reference, ours))}"
+        f"{curves.ended_words([{key: methods[key] for key in (reference, ours)}])}{aside}"
     )
-    return Drawing(figure, name_of("fig2", *setting), title, caption)
+    return Drawing(figure, curves.name_of("fig2", *setting), title, caption)
 
 
 def _mark_first_hits(axes: Axes, found: SpeedUp, reference_key: str, key: str, family: str) -> str:
     """Both marks with their labels, on the line at the target; returns the caption's words."""
-    name, our_name = method_label(reference_key, family), method_label(key, family)
+    name, our_name = curves.method_label(reference_key, family), curves.method_label(key, family)
     axes.set_ylim(bottom=axes.get_ylim()[0])
     own = f"{'at or before ' if found.reference_late else ''}{found.reference_first:.6g}"
     # Larger than the star and behind it, so that both are seen where they coincide.
@@ -223,7 +205,9 @@ def _draw_final(axes: Axes, methods: list[tuple[str, list[Run]]], family: str) -
         if np.isfinite(difference.low) and np.isfinite(difference.high):
             words += f"\n[{scale * difference.low:+.{digits}f}, {scale * difference.high:+.{digits}f}]"
         axes.set_title(words.replace("-", "−"))
-    axes.set_xticks(range(len(methods)), [method_label(key, family).replace(" + ", " +\n") for key, _ in methods])
+    axes.set_xticks(
+        range(len(methods)), [curves.method_label(key, family).replace(" + ", " +\n") for key, _ in methods]
+    )
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set(
@@ -243,59 +227,54 @@ def _draw_final(axes: Axes, methods: list[tuple[str, list[Run]]], family: str) -
 
 def draw_accuracies(settings: dict[Setting, Methods]) -> Drawing | None:
     """Figure 3: accuracy of every method over training; rows task and model, columns length. One family."""
-    panels: dict[tuple[str, str], dict[str, tuple[Setting, dict[str, Curve]]]] = {}
+    panels: dict[Setting, dict[str, Curve]] = {}
     aside = ""
     compared: list[Methods] = []
     for setting, methods in settings.items():
-        shown, words = with_one_alpha(setting, methods)
+        shown, words = curves.with_one_alpha(setting, methods)
         compared.append(shown)
-        curves = {key: curve for key, runs in shown.items() if (curve := accuracy_of(runs))}
-        if curves:
-            panels.setdefault((setting.task, setting.model), {})[setting.length] = (setting, curves)
+        lines = {key: curve for key, runs in shown.items() if (curve := curves.accuracy_of(runs))}
+        if lines:
+            panels[setting] = lines
             aside += words
     if not panels:
         return None
-    family = next(iter(settings)).family
-    keys = sorted({key for row in panels.values() for _, curves in row.values() for key in curves}, key=order)
+    keys = sorted({key for lines in panels.values() for key in lines}, key=curves.order)
     # α differs by task: one line of the legend, and each panel says its own.
-    ours = {
-        key: methods[key][0].alpha
-        for methods in settings.values()
-        for key in keys
-        if is_vl_norm(key) and key in methods
-    }
-    lengths = sorted({length for row in panels.values() for length in row}, key=lambda text: (len(text), text))
+    ours = [key for key in keys if is_vl_norm(key)]
+    family = next(iter(panels)).family
+    rows = sorted({(setting.task, setting.model) for setting in panels})
+    lengths = sorted({setting.length for setting in panels}, key=lambda text: (len(text), text))
     width = max(6.4, 4.2 * len(lengths))
-    figure, grid = subplots(len(panels), len(lengths), width, 0.9 + 2.6 * len(panels), sharey="row")
-    drawn: list[Curve] = []
-    places = sorted(panels)
-    for row, (place, axes_row) in enumerate(zip(places, grid, strict=True)):
+    figure, grid = curves.subplots(len(rows), len(lengths), width, 0.9 + 2.6 * len(rows), sharey="row")
+    for row, axes_row in zip(rows, grid, strict=True):
+        in_row = [length for length in lengths if Setting(family, *row, length) in panels]
         for length, axes in zip(lengths, axes_row, strict=True):
-            if length not in panels[place]:
+            setting = Setting(family, *row, length)
+            if setting not in panels:
                 axes.set_visible(False)
                 continue
-            setting, curves = panels[place][length]
-            for key, curve in curves.items():
-                draw_curve(axes, curve, method_of(key))
-                drawn.append(curve)
-            alpha = next((f", α = {alpha:g}" for key in curves if (alpha := ours.get(key)) is not None), "")
-            axes.set_title(figure_text(setting_title(setting)) + (alpha if len(ours) > 1 else ""))
-            from_step_0(axes)
-            if any(length in panels[below] for below in places[row + 1 :]):
+            for key, curve in panels[setting].items():
+                curves.draw_curve(axes, curve, method_of(key))
+            alpha = next((f", α = {alpha:g}" for key in panels[setting] if (alpha := alpha_of(key)) is not None), "")
+            axes.set_title(figure_text(curves.setting_title(setting)) + (alpha if len(ours) > 1 else ""))
+            curves.from_step_0(axes)
+            if any(Setting(family, *below, length) in panels for below in rows[rows.index(row) + 1 :]):
                 axes.set_xlabel("")
-            if length == next(column for column in lengths if column in panels[place]):
+            if length == in_row[0]:
                 axes.tick_params(labelleft=True)  # a shared axis has them in the first column, which may be empty
-                runs = (run for key in curves for run in settings[setting][key])
-                axes.set_ylabel(f"validation {accuracy_label(runs)}")
+                runs = (run for key in panels[setting] for run in settings[setting][key])
+                axes.set_ylabel(f"validation {curves.accuracy_label(runs)}")
     title = figure_text(", ".join(filter(None, ("Validation accuracy over training", FAMILIES.get(family, family)))))
     figure.suptitle(title)
     in_legend = ["vl_norm", *(key for key in keys if key not in ours)] if len(ours) > 1 else keys
-    draw_legend(figure, entries_of(in_legend, family), width)
+    drawn = [curve for lines in panels.values() for curve in lines.values()]
+    curves.draw_legend(figure, curves.entries_of(in_legend, family), width)
     caption = (
         "Accuracy on validation prompts over training; on Math the four sets are weighted by size."
-        f"{band_words(drawn)}{ended_words(compared)}{aside}"
+        f"{curves.band_words(drawn)}{curves.ended_words(compared)}{aside}"
     )
-    return Drawing(figure, name_of("fig3", family), title, caption)
+    return Drawing(figure, curves.name_of("fig3", family), title, caption)
 
 
 # ------------------------------------------------------------------------------------------------------------------ α
@@ -306,42 +285,42 @@ def draw_alpha(setting: Setting, methods: Methods) -> Drawing | None:
     variants = {
         key: (runs, curve)
         for key, runs in sorted(methods.items(), key=lambda item: item[1][0].alpha or 0.0)
-        if is_vl_norm(key) and runs[0].alpha is not None and (curve := accuracy_of(runs))
+        if is_vl_norm(key) and runs[0].alpha is not None and (curve := curves.accuracy_of(runs))
     }
     if len(variants) < 2:
         return None
     width = 9.0
-    figure, ((left, right),) = subplots(1, 2, width, 3.9, width_ratios=(1.5, 1))
+    figure, ((left, right),) = curves.subplots(1, 2, width, 3.9, width_ratios=(1.5, 1))
     lines = ("-", "--", "-.", ":")
     entries: list[Entry] = []
     for index, (key, (runs, curve)) in enumerate(variants.items()):
         alpha = runs[0].alpha or 0.0
         look = method_of(key)._replace(color=alpha_color(alpha), line=lines[index % len(lines)])
-        draw_curve(left, curve, look)
-        entries.append((method_label(key, setting.family), look))
+        curves.draw_curve(left, curve, look)
+        entries.append((curves.method_label(key, setting.family), look))
         _draw_final_point(right, alpha, runs, look)
     alphas = [runs[0].alpha or 0.0 for runs, _ in variants.values()]
     finals = [_final(runs).value for runs, _ in variants.values()]
     right.plot(alphas, finals, color="#999999", linewidth=0.9, zorder=1)
-    zero = next((key for key in methods if split(key)[0] == "dr_grpo_norm" and accuracy_of(methods[key])), None)
+    zero = next((key for key in methods if split(key)[0] == "dr_grpo_norm" and curves.accuracy_of(methods[key])), None)
     if zero is not None:
         look = method_of(zero)._replace(line="")
         _draw_final_point(right, 0.0, methods[zero], look)
-        entries.append((method_label(zero, setting.family), look))
+        entries.append((curves.method_label(zero, setting.family), look))
     right.set(xlabel="α", ylabel="final accuracy")
     right.set_xticks(sorted({*alphas, *([0.0] if zero else [])}))
-    from_step_0(left)
-    left.set_ylabel(f"validation {accuracy_label(run for runs, _ in variants.values() for run in runs)}")
-    title = titled("VL Norm's α", setting)
+    curves.from_step_0(left)
+    left.set_ylabel(f"validation {curves.accuracy_label(run for runs, _ in variants.values() for run in runs)}")
+    title = curves.titled("VL Norm's α", setting)
     figure.suptitle(title)
-    draw_legend(figure, entries, width)
+    curves.draw_legend(figure, entries, width)
     caption = (
         "Left: accuracy on validation prompts over training. Right: at the last validation, with its 95% interval."
-        f"{band_words(curve for _, curve in variants.values())}"
-        f"{ended_words([{key: runs for key, (runs, _) in variants.items()}])}"
+        f"{curves.band_words(curve for _, curve in variants.values())}"
+        f"{curves.ended_words([{key: runs for key, (runs, _) in variants.items()}])}"
         + (" Dr. GRPO Norm is VL Norm at α = 0." if zero is not None else "")
     )
-    return Drawing(figure, name_of("alpha", *setting), title, caption)
+    return Drawing(figure, curves.name_of("alpha", *setting), title, caption)
 
 
 def _draw_final_point(axes: Axes, alpha: float, runs: list[Run], look: Method) -> None:

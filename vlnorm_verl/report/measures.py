@@ -1,8 +1,8 @@
 """What the report measures of runs: final accuracy, differences, monotonicity. Tables and figures use it.
 
-"Runs" of a function are the seeds of one method in one setting (a value of `grouped`). Final is the last step at which
-any of them was validated, also where it is not their last; a seed that is not as far is left out (`final_runs`). A
-difference is at the last step at which both methods were. Accuracies over several validation sets are weighted by
+"Runs" of a function are the seeds of one method in one setting (a value of `groups.grouped`). Final is the last step at
+which any of them was validated, also where it is not their last; a seed that is not as far is left out (`final_runs`).
+A difference is at the last step at which both methods were. Accuracies over several validation sets are weighted by
 their number of problems.
 
 Covered: runs with dumps (intervals over problems) and runs with verl's metrics alone (intervals over seeds only). Not
@@ -13,21 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import nan
 from typing import NamedTuple
 
 import numpy as np
 
-from vlnorm_verl.methods import alpha_of, method_of
-from vlnorm_verl.report import estimates, paper
+from vlnorm_verl.methods import method_of
+from vlnorm_verl.report import estimates
 from vlnorm_verl.report.estimates import Estimate, Scores, average, over_seeds, pass_at_k, rank_correlation
-from vlnorm_verl.report.identity import Setting
 from vlnorm_verl.report.run import Logged, Run, Validation, logged_accuracies, value_at
 
 K = 8  # of Pass@k, the paper's
-Group = tuple[Setting, str]
 
 
 class Measure(NamedTuple):
@@ -43,25 +41,6 @@ class Measure(NamedTuple):
 
 AVERAGE = Measure(average, 1, binary=False)
 PASS = Measure(functools.partial(pass_at_k, k=K), K, binary=True)
-
-
-def grouped(runs: Sequence[Run]) -> dict[Group, list[Run]]:
-    """{(setting, method_key): its runs by seed}, in the order of the first run of each.
-
-    Of two runs with the same seed the one with more steps is taken, since they are one sample; see `doubles`.
-    """
-    groups: dict[Group, dict[int, Run]] = {}
-    for run in runs:
-        seeds = groups.setdefault((run.setting, run.method_key), {})
-        if run.seed not in seeds or len(run.steps) > len(seeds[run.seed].steps):
-            seeds[run.seed] = run
-    return {group: [seeds[seed] for seed in sorted(seeds)] for group, seeds in groups.items()}
-
-
-def doubles(runs: Sequence[Run]) -> list[Run]:
-    """The runs that `grouped` leaves out."""
-    kept = {id(run) for group in grouped(runs).values() for run in group}
-    return [run for run in runs if id(run) not in kept]
 
 
 def of_seed(runs: Sequence[Run], seed: int) -> Run | None:
@@ -197,12 +176,12 @@ def scores(runs: Sequence[Run], step: int, measure: Measure = AVERAGE, name: str
     sizes, blocks = [], []
     for name in names:
         tables = [_by_problem(sets[name], measure) for sets in dumped]
-        shared = sorted(set.intersection(*map(set, tables)))
+        shared, block = _shared(tables)
         if 2 * len(shared) < max(map(len, tables)):
             return None
         problems += [f"{name}/{problem}" for problem in shared]
         sizes.append(len(shared))
-        blocks.append(np.array([[table[problem] for problem in shared] for table in tables]))
+        blocks.append(block)
     return Scores(np.concatenate(blocks, axis=1), tuple(problems), tuple(sizes), tuple(run.seed for run in runs))
 
 
@@ -214,6 +193,12 @@ def _by_problem(validation: Validation, measure: Measure) -> dict[str, float]:
         raise ValueError(f"needs {measure.least} responses of a problem")
     problems = [problem for problem, keep in zip(validation.problems, enough, strict=True) if keep]
     return dict(zip(problems, measure.score(validation.n[enough], validation.correct[enough]).tolist(), strict=True))
+
+
+def _shared(tables: Sequence[dict[str, float]]) -> tuple[list[str], np.ndarray]:
+    """The P problems that all tables have, sorted, and their scores [tables, P]."""
+    problems = sorted(set.intersection(*map(set, tables)))
+    return problems, np.array([[table[problem] for problem in problems] for table in tables])
 
 
 def final_accuracy(runs: Sequence[Run], name: str | None = None) -> Estimate | None:
@@ -379,32 +364,9 @@ def _over_steps(run: Run, steps: np.ndarray) -> tuple[np.ndarray, tuple[int, ...
     blocks, sizes = [], []
     for name in names:
         tables = [_by_problem(run.validations[int(step)][name], AVERAGE) for step in steps]
-        shared = sorted(set.intersection(*map(set, tables)))
+        shared, block = _shared(tables)
         if len(shared) < 2:
             return "a set of one problem" if max(map(len, tables)) == 1 else "other problems in each validation"
-        blocks.append(np.array([[table[problem] for problem in shared] for table in tables]))
+        blocks.append(block)
         sizes.append(len(shared))
     return np.concatenate(blocks, axis=1), tuple(sizes)
-
-
-# ---------------------------------------------------------------------------------------- what is compared with what
-
-
-def compared_with(setting: Setting, method_keys: Iterable[str], baseline: str = "") -> str | None:
-    """The method that the others of a setting are compared with: the baseline asked for, else VL Norm."""
-    keys = list(method_keys)
-    return main_vl_norm(setting, keys) if not baseline else baseline if baseline in keys else None
-
-
-def main_vl_norm(setting: Setting, method_keys: Iterable[str]) -> str | None:
-    """The VL Norm that other methods of a setting are compared with.
-
-    With the task's α in the paper's settings, and none if that was not run; elsewhere with α = 1 if there is one, else
-    with the largest.
-    """
-    found = {alpha: key for key in method_keys if (alpha := alpha_of(key)) is not None}
-    of_paper = paper.has(setting)
-    own = paper.alpha(setting.task) if of_paper else 1.0
-    if own in found:
-        return found[own]
-    return None if of_paper or not found else found[max(found)]

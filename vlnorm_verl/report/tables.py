@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isnan
 
-from vlnorm_verl.methods import alpha_of, label_of, place_of
-from vlnorm_verl.report import measures, paper
+from vlnorm_verl.methods import alpha_of, label_of
+from vlnorm_verl.report import feet, measures, paper
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.first_hit import SpeedUp, smoothing, speed_up
+from vlnorm_verl.report.groups import Group, Groups, doubles, grouped, only, ordered, reference, with_validation
 from vlnorm_verl.report.identity import UNKNOWN_SEED, Setting
-from vlnorm_verl.report.measures import Group
-from vlnorm_verl.report.run import VALIDATION_METRIC, Run
+from vlnorm_verl.report.run import Run
 from vlnorm_verl.report.table import Cell, Table
 
-Groups = dict[Group, list[Run]]
 Row = dict[str, Cell]  # heading -> cell; the rows of a table have the same headings
 
 TITLES = {
@@ -31,30 +30,13 @@ TITLES = {
     "inputs": "What was read",
 }
 MATH_SETS = {"aime2024": "AIME2024", "amc": "AMC", "math500": "MATH500", "minerva": "Minerva"}
-DIFFERENCE = "VL Norm minus this"
 RATIOS = ("last step / first hit", "first hit / first hit")
 # What paper.yaml has behind a table's accuracy, difference and Pass@8: metric, heading.
 OF_PAPER: dict[str, tuple[tuple[str, str] | None, ...]] = {
     "countdown": (("avg@8", "paper's Avg@8"), None, ("pass@8", "paper's Pass@8")),
-    "dapo": (("accuracy", "paper's accuracy"), ("vl_norm_minus_this", f"paper's {DIFFERENCE}"), None),
+    "dapo": (("accuracy", "paper's accuracy"), ("vl_norm_minus_this", f"paper's {feet.DIFFERENCE}"), None),
     "runs": (None, None, None),
 }
-
-ACCURACY = (
-    "Avg@8: share of correct responses, mean over problems, at a run's last validation. Brackets: 95% interval, over "
-    "problems (a problem's responses stay together) and, where there are several, over seeds; with one seed it holds "
-    "for that training run only."
-)
-PAIRED = "95% interval of the paired difference (same problems; same seeds where both have them)."
-PASS = (
-    "Pass@8: 1 − C(n−c, 8)/C(n, 8), unbiased, mean over problems. verl's best@8: a bootstrap with replacement, which "
-    "lies below it."
-)
-MONOTONICITY = (
-    "Monotonicity: Kendall's τ-b between step and accuracy over a run's validations. This definition is ours; the "
-    "paper's was not found."
-)
-WEIGHTED = "Weighted: over the validation sets by their number of problems; its interval resamples within each set."
 
 
 def tables(runs: Sequence[Run], smooth: int | None = None, baseline: str = "") -> list[Table]:
@@ -63,7 +45,7 @@ def tables(runs: Sequence[Run], smooth: int | None = None, baseline: str = "") -
     smooth: steps of the speed-up's trailing mean, see `first_hit.smoothing`.
     baseline: the method that others are compared with, instead of VL Norm.
     """
-    groups = _ordered({group: of for group, of in measures.grouped(runs).items() if _with_validation(of)})
+    groups = ordered({group: of for group, of in grouped(runs).items() if with_validation(of)})
     # The paper's tables are of verl's accuracy.
     of_paper = {g: r for g, r in groups.items() if paper.has(g[0]) and not any(run.metric for run in r)}
     others = {g: r for g, r in groups.items() if g not in of_paper}
@@ -104,34 +86,10 @@ def _table(name: str, rows: list[Row], foot: list[str]) -> Table:
 # -------------------------------------------------------------------------------------------------- which runs where
 
 
-def _with_validation(runs: Sequence[Run]) -> list[Run]:
-    """A run that has just begun says nothing of its final accuracy."""
-    return [run for run in runs if measures.validated_steps(run)]
-
-
 def _is_main(setting: Setting, method_key: str, task: str) -> bool:
     """Whether a row of the paper's table of a task: one of the aggregations, VL Norm with the task's α."""
     of_table = setting.family == "aggregation" and setting.task == task
     return of_table and alpha_of(method_key) in (None, paper.alpha(task))
-
-
-def _ordered(groups: Groups) -> Groups:
-    def key(group: Group) -> tuple[object, ...]:
-        (family, task, model, length), method_key = group
-        by_number = (0, int(length), "") if length.isdigit() else (1, 0, length)
-        return family, task, model, by_number, place_of(method_key), alpha_of(method_key) or 0.0, method_key
-
-    return {group: groups[group] for group in sorted(groups, key=key)}
-
-
-def _only(groups: Groups, setting: Setting) -> Groups:
-    return {group: runs for group, runs in groups.items() if group[0] == setting}
-
-
-def reference(groups: Groups, setting: Setting, baseline: str = "") -> Group | None:
-    """What the others of a setting are compared with."""
-    key = measures.compared_with(setting, [key for _, key in _only(groups, setting)], baseline)
-    return None if key is None else (setting, key)
 
 
 # ------------------------------------------------------------------------------------------------------------ cells
@@ -147,15 +105,8 @@ def _ending(runs: Sequence[Run]) -> Row:
     return {
         "monotonicity": measures.monotonicity(runs),
         "seeds": used if used == len(runs) else f"{used} of {len(runs)}",
-        "step": _step(runs),
+        "step": feet.step_of(runs),
     }
-
-
-def _step(runs: Sequence[Run]) -> str:
-    """ "1000", "450 of 1000"; of the last validation."""
-    step = measures.final_step(runs) or 0
-    planned = max((run.planned_steps or 0 for run in runs), default=0)
-    return str(step) if step >= planned else f"{step} of {planned}"
 
 
 def _difference(groups: Groups, group: Group, baseline: str = "") -> Cell:
@@ -164,95 +115,7 @@ def _difference(groups: Groups, group: Group, baseline: str = "") -> Cell:
     if other is None or other == group:
         return None
     minuend, subtrahend = (group, other) if baseline else (other, group)
-    return measures.difference(_with_validation(groups[minuend]), _with_validation(groups[subtrahend]))
-
-
-def _difference_heading(baseline: str) -> str:
-    return f"this minus {label_of(baseline)}" if baseline else DIFFERENCE
-
-
-def _average(groups: Groups) -> str:
-    """The accuracies' heading."""
-    return measures.accuracy_name([run for runs in groups.values() for run in runs])
-
-
-# ------------------------------------------------------------------------------------------------------------- feet
-
-
-def _accuracy(groups: Groups) -> str:
-    """On the accuracies."""
-    metric = next((run.metric for runs in groups.values() for run in runs), "")
-    return f"{metric}: as it was logged. {ACCURACY.partition(': ')[2]}" if metric == _average(groups) else ACCURACY
-
-
-def _paired(groups: Groups, baseline: str) -> list[str]:
-    """On the difference, or on why several methods have none."""
-    references = {group: reference(groups, group[0], baseline) for group in groups}
-    if any(other not in (None, group) for group, other in references.items()):
-        better = "this" if baseline else "VL Norm"
-        return [f"{_difference_heading(baseline)}: positive where {better} is better; {PAIRED}"]
-    if len(groups) == 1 or any(references.values()):
-        return []
-    if baseline:
-        return [f"No differences: {label_of(baseline)} was not run here."]
-    return ["No VL Norm here that the others could be compared with: --baseline METHOD names another method."]
-
-
-def _caveats(groups: Groups) -> list[str]:
-    """What a reader has to know before comparing the rows."""
-    every = [run for runs in groups.values() for run in runs]
-    validated = _with_validation(every)
-    named = {
-        "Not finished": [f"{run.name} ({_step([run])})" for run in validated if measures.unfinished(run)],
-        "Accuracy is not a number any more": [
-            f"{run.name} (from step {step} on)"
-            for run in every
-            for key, step in run.ended.items()
-            if key == run.metric or (not run.metric and VALIDATION_METRIC.fullmatch(key))
-        ],
-        "Without a validation, left out": [run.name for run in every if not measures.validated_steps(run)],
-        "Not as far as another seed of its row, so not in the row's values": [
-            f"{run.name} (step {last})"
-            for runs in groups.values()
-            for run in _with_validation(runs)
-            if (last := max(measures.validated_steps(run))) < (measures.final_step(runs) or 0)
-        ],
-    }
-    feet = [f"{words}: {', '.join(names)}." for words, names in named.items() if names]
-    settings = dict.fromkeys(setting for setting, _ in groups)
-    for setting in settings:
-        steps = {measures.final_step(runs) or 0 for runs in _only(groups, setting).values()}
-        if len(steps) > 1:
-            where = ", ".join(filter(None, (setting.model, setting.length)))
-            feet.append(
-                f"{where or 'These runs'}: rows stand at different steps ({', '.join(map(str, sorted(steps)))}); a "
-                "difference is at the last step that both have."
-            )
-    if others := {setting.model for setting in settings if paper.has(setting) and not paper.covers(setting)}:
-        feet.append(
-            f"The paper has no model {', '.join(sorted(others))}: such rows are not comparable with its values."
-        )
-    if any(map(paper.covers, settings)):
-        feet.append(
-            "The paper's values are of arXiv 2509.07558; the label says where each was read, “not found” that it could "
-            "not be."
-        )
-    return feet
-
-
-def _other_accuracies(groups: Groups) -> list[str]:
-    """A sentence where a run's accuracies are not means of eight responses' `acc`."""
-    others = []
-    for run in _with_validation([run for runs in groups.values() for run in runs]):
-        variables, counts = measures.accuracies_of([run])
-        if counts <= {0}:
-            continue
-        if variables - {"acc"} or counts != {measures.K}:
-            what = f" of {', '.join(sorted(variables))}" if variables - {"acc"} else ""
-            others.append(f"{run.name}: mean@{', '.join(map(str, sorted(counts)))}{what}")
-    if not others:
-        return []
-    return [f"Not Avg@8 of verl's acc: {'; '.join(others)}. Pass@8 is over the problems that have eight responses."]
+    return measures.difference(with_validation(groups[minuend]), with_validation(groups[subtrahend]))
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -262,12 +125,12 @@ def _comparison(name: str, groups: Groups, baseline: str) -> Table | None:
     """Rows model × length × method, but for CountDown with their task; with what the paper has."""
     rows: list[Row] = []
     for group, all_runs in groups.items():
-        (setting, method_key), runs = group, _with_validation(all_runs)
+        (setting, method_key), runs = group, with_validation(all_runs)
         row: Row = {} if name == "countdown" else {"task": setting.task}
         row |= {"model": setting.model, "length": setting.length, "method": label_of(method_key, setting.family)}
         measured: Row = {
-            _average(groups): measures.final_accuracy(runs),
-            _difference_heading(baseline): _difference(groups, group, baseline),
+            feet.accuracy_heading(groups): measures.final_accuracy(runs),
+            feet.difference_heading(baseline): _difference(groups, group, baseline),
             "Pass@8": measures.final_pass(runs),
         }
         for (heading, value), of_paper in zip(measured.items(), OF_PAPER[name], strict=True):
@@ -277,37 +140,37 @@ def _comparison(name: str, groups: Groups, baseline: str) -> Table | None:
         rows.append(row | {"verl's best@8": measures.own_best(runs)} | _ending(runs))
     if not rows:
         return None
-    feet = [_accuracy(groups), *_paired(groups, baseline), PASS, MONOTONICITY]
+    foot = [feet.on_accuracy(groups), *feet.on_difference(groups, baseline), feet.PASS, feet.MONOTONICITY]
     if any(len(measures.validation_sets(runs)) > 1 for runs in groups.values()):
-        feet.append(WEIGHTED)
-    feet += [*_caveats(groups), *paper.sources(groups, [of[0] for of in OF_PAPER[name] if of is not None])]
-    feet += paper.remarks(groups) if name == "countdown" else []
-    return _table(name, rows, [*feet, *_other_accuracies(groups)])
+        foot.append(feet.WEIGHTED)
+    foot += [*feet.caveats(groups), *paper.sources(groups, [of[0] for of in OF_PAPER[name] if of is not None])]
+    foot += paper.remarks(groups) if name == "countdown" else []
+    return _table(name, rows, [*foot, *feet.on_other_accuracies(groups)])
 
 
 def _math(groups: Groups, baseline: str) -> Table | None:
     names = {name for runs in groups.values() for name in measures.validation_sets(runs)}
     rows: list[Row] = []
     for group, all_runs in groups.items():
-        (setting, method_key), runs = group, _with_validation(all_runs)
+        (setting, method_key), runs = group, with_validation(all_runs)
         row: Row = {"model": setting.model, "length": setting.length, "method": label_of(method_key, setting.family)}
         for name in (*MATH_SETS, *sorted(names - MATH_SETS.keys())):
             row[MATH_SETS.get(name, name)] = measures.final_accuracy(runs, name)
-        row[f"weighted {_average(groups)}"] = measures.final_accuracy(runs)
+        row[f"weighted {feet.accuracy_heading(groups)}"] = measures.final_accuracy(runs)
         row["paper's weighted Avg@8"] = paper.cell(setting, method_key, "avg@8")
-        row[_difference_heading(baseline)] = _difference(groups, group, baseline)
+        row[feet.difference_heading(baseline)] = _difference(groups, group, baseline)
         row["weighted Pass@8"] = measures.final_pass(runs)
         rows.append(row | {"verl's best@8": measures.own_best(runs)} | _ending(runs))
     if not rows:
         return None
-    feet = [ACCURACY, WEIGHTED, *_paired(groups, baseline), PASS, MONOTONICITY]
+    foot = [feet.ACCURACY, feet.WEIGHTED, *feet.on_difference(groups, baseline), feet.PASS, feet.MONOTONICITY]
     if any(len(measures.set_sizes(run)) < len(measures.validation_sets([run])) for g in groups.values() for run in g):
-        feet.append(
+        foot.append(
             "Where no dump that can be used says which validation set a response is of, each set's number is verl's "
             "own, without an interval over problems, and there is no weighted average."
         )
-    feet += [*_caveats(groups), *paper.sources(groups, ("avg@8",)), *paper.remarks(groups)]
-    return _table("math", rows, [*feet, *_other_accuracies(groups)])
+    foot += [*feet.caveats(groups), *paper.sources(groups, ("avg@8",)), *paper.remarks(groups)]
+    return _table("math", rows, [*foot, *feet.on_other_accuracies(groups)])
 
 
 def _alpha(groups: Groups) -> Table | None:
@@ -315,13 +178,16 @@ def _alpha(groups: Groups) -> Table | None:
     ours = {g: r for g, r in groups.items() if g[0].family == "aggregation" and alpha_of(g[1]) is not None}
     chosen: Groups = {}
     for setting in dict.fromkeys(setting for setting, _ in ours):
-        of_setting = _only(ours, setting)
+        of_setting = only(ours, setting)
         if {alpha_of(key) for _, key in of_setting} != {paper.alpha(setting.task)}:
             chosen |= of_setting
     rows: list[Row] = []
     for (setting, method_key), all_runs in chosen.items():
-        runs = _with_validation(all_runs)
-        row = _place(setting) | {"α": f"{alpha_of(method_key):g}", _average(chosen): measures.final_accuracy(runs)}
+        runs = with_validation(all_runs)
+        row = _place(setting) | {
+            "α": f"{alpha_of(method_key):g}",
+            feet.accuracy_heading(chosen): measures.final_accuracy(runs),
+        }
         row["paper's Avg@8"] = paper.cell(setting, method_key, "avg@8")
         row["task's α minus this"] = _difference(chosen, (setting, method_key))
         row["Pass@8"] = measures.final_pass(runs)
@@ -329,15 +195,15 @@ def _alpha(groups: Groups) -> Table | None:
     if not rows:
         return None
     alphas = ", ".join(f"{task} {paper.alpha(task):g}" for task in ("countdown", "math"))
-    feet = [
-        ACCURACY,
+    foot = [
+        feet.ACCURACY,
         f"Task's α minus this: paired as in the other tables, against the α that the paper's scripts have ({alphas}). "
         "Which values of α the paper tried was not found; these are ours.",
-        PASS,
-        MONOTONICITY,
+        feet.PASS,
+        feet.MONOTONICITY,
     ]
-    feet += [*_caveats(chosen), *paper.sources(chosen, ("avg@8",)), *_other_accuracies(chosen)]
-    return _table("alpha", rows, feet)
+    foot += [*feet.caveats(chosen), *paper.sources(chosen, ("avg@8",)), *feet.on_other_accuracies(chosen)]
+    return _table("alpha", rows, foot)
 
 
 def _speed_up(groups: Groups, smooth: int | None, baseline: str) -> Table | None:
@@ -348,21 +214,21 @@ def _speed_up(groups: Groups, smooth: int | None, baseline: str) -> Table | None
     pairs: list[tuple[Group, Group]] = []
     for setting in dict.fromkeys(setting for setting, _ in groups):
         if main := reference(groups, setting, baseline):
-            others = [other for other in _only(groups, setting) if other != main]
+            others = [other for other in only(groups, setting) if other != main]
             pairs += [(other, main) if baseline else (main, other) for other in others]
     pairs += [(other, group) for group, other in pairs]
     rows: list[Row] = []
     used: Groups = {}
     for group, other in pairs:
-        smoothed = smoothing((run for runs in _only(groups, group[0]).values() for run in runs), smooth)
+        smoothed = smoothing((run for runs in only(groups, group[0]).values() for run in runs), smooth)
         for window in dict.fromkeys((1, smoothed)):
-            found = speed_up(_with_validation(groups[group]), _with_validation(groups[other]), window)
+            found = speed_up(with_validation(groups[group]), with_validation(groups[other]), window)
             if found is not None:
                 used |= {group: groups[group], other: groups[other]}
                 rows.append(_speed_up_row(group, other, window, found))
     if not rows:
         return None
-    feet = [
+    foot = [
         "Target: the reference's accuracy at its last validation; of a smoothed curve, of its trailing mean over as "
         f"many steps as it says{'' if smooth else ' (three validations)'}. First hit: the first validation at the "
         "target or above, of a run's own curve; both methods are treated alike. Steps are means over seeds, ratios "
@@ -373,11 +239,11 @@ def _speed_up(groups: Groups, smooth: int | None, baseline: str) -> Table | None
         "reference too had reached its own final accuracy before its last step: first hit / first hit does not.",
         "Steps are those with a validation, so a first hit is known to one validation's distance. In a log whose "
         "beginning is lost it is at or before a step, and there is no ratio.",
-        *_caveats(used),
+        *feet.caveats(used),
         *paper.sources(used, ("first_hit", "speed_up")),
-        *_other_accuracies(used),
+        *feet.on_other_accuracies(used),
     ]
-    return _table("speedup", rows, feet)
+    return _table("speedup", rows, foot)
 
 
 def _speed_up_row(group: Group, other: Group, window: int, found: SpeedUp) -> Row:
@@ -414,7 +280,7 @@ def _papers_first_hit(group: Group, other: Group) -> Cell:
 
 def inputs(runs: Sequence[Run]) -> Table:
     """Each run that was read, with what was odd."""
-    left_out = measures.doubles(runs)
+    left_out = doubles(runs)
     rows: list[list[Cell]] = []
     for run in runs:
         last = str(int(run.steps[-1])) if len(run.steps) else "none"

@@ -13,29 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlnorm_verl.methods import LineStyle, Method, alpha_color, method_of
-from vlnorm_verl.report.curves import (
-    Curve,
-    Drawing,
-    Entry,
-    Methods,
-    Series,
-    curve_of,
-    draw_band,
-    draw_legend,
-    ended_words,
-    entries_of,
-    from_0,
-    from_step_0,
-    log_if_wide,
-    method_label,
-    metric_of,
-    name_of,
-    subplots,
-    titled,
-    trailing,
-    window_of,
-    with_one_alpha,
-)
+from vlnorm_verl.report import curves
+from vlnorm_verl.report.curves import Curve, Drawing, Entry, Methods, Series
 from vlnorm_verl.report.identity import Setting
 from vlnorm_verl.report.run import Run
 
@@ -54,14 +33,14 @@ Line = tuple[str, list[Series], str, LineStyle]  # method key, one series a run,
 
 def draw_training(setting: Setting, methods: Methods, smooth: int | None) -> Drawing | None:
     """Entropy, mean response length, gradient norm and training reward over steps: raw thin, trailing mean thick."""
-    methods, aside = with_one_alpha(setting, methods)
-    window = window_of(methods, smooth)
+    methods, aside = curves.with_one_alpha(setting, methods)
+    window = curves.window_of(methods, smooth)
     panels: dict[str, list[Line]] = {}
     for metric in TRAINING:
         lines = [
             (key, series, method_of(key).color, method_of(key).line)
             for key, runs in methods.items()
-            if (series := metric_of(runs, metric))
+            if (series := curves.metric_of(runs, metric))
         ]
         if lines:
             panels[metric] = lines
@@ -72,13 +51,13 @@ def draw_training(setting: Setting, methods: Methods, smooth: int | None) -> Dra
         f"As verl logs it at each step. Thin: every run. Thick: trailing mean of {window} steps of the mean over "
         "seeds. Entropy: divided by the sum of the tokens' weights, since verl aggregates it as the loss; a method "
         f"whose sum is not known is left out. A gradient norm has the scale of the method's weights."
-        f"{ended_words([methods], panels)}{aside}"
+        f"{curves.ended_words([methods], panels)}{aside}"
     )
     return _small_multiples(
         {TRAINING[metric]: lines[::-1] for metric, lines in panels.items()},
         window,
-        entries_of([key for key in methods if key in shown], setting.family),
-        (name_of("training", *setting), titled("Training", setting), caption),
+        curves.entries_of([key for key in methods if key in shown], setting.family),
+        (curves.name_of("training", *setting), curves.titled("Training", setting), caption),
     )
 
 
@@ -87,9 +66,9 @@ def _draw_smoothed(axes: Axes, series: list[Series], window: int, color: str, li
         if len(steps) == 1:
             axes.plot(steps, values, marker=".", color=color)
         axes.plot(steps, values, color=color, linewidth=0.6, alpha=max(0.15, 0.45 / len(series)))
-    curve = curve_of(series)
+    curve = curves.curve_of(series)
     if curve is not None and len(curve.steps):
-        axes.plot(curve.steps, trailing(curve, window), color=color, linestyle=line, zorder=3)
+        axes.plot(curve.steps, curves.trailing(curve, window), color=color, linestyle=line, zorder=3)
 
 
 def _small_multiples(
@@ -99,18 +78,18 @@ def _small_multiples(
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     width = 4.5 * columns if columns > 1 else 6.4
-    figure, grid = subplots(rows, columns, width, 0.9 + 2.5 * rows)
+    figure, grid = curves.subplots(rows, columns, width, 0.9 + 2.5 * rows)
     for axes, (heading, lines) in zip(grid.flat, panels.items(), strict=False):
         for _, series, color, line in lines:
             _draw_smoothed(axes, series, window, color, line)
-        log_if_wide(axes, (values for _, series, _, _ in lines for _, values in series))
+        curves.log_if_wide(axes, (values for _, series, _, _ in lines for _, values in series))
         axes.set_title(heading)
-        from_step_0(axes)
+        curves.from_step_0(axes)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     name, title, caption = words
     figure.suptitle(title)
-    draw_legend(figure, [(text, look._replace(marker="")) for text, look in entries], width)
+    curves.draw_legend(figure, [(text, look._replace(marker="")) for text, look in entries], width)
     return Drawing(figure, name, title, caption)
 
 
@@ -119,12 +98,12 @@ def _small_multiples(
 
 def draw_lengths(setting: Setting, methods: Methods) -> Drawing | None:
     """Lengths over training, one column a method: tokens of training responses, characters of validation responses."""
-    methods, aside = with_one_alpha(setting, methods)
+    methods, aside = curves.with_one_alpha(setting, methods)
     tokens = {key: ranges for key, runs in methods.items() if (ranges := _token_range(runs))}
     clipped = {
         key: curve
         for key, runs in methods.items()
-        if (curve := curve_of(metric_of(runs, "response_length/clip_ratio"))) and len(curve.steps)
+        if (curve := curves.curve_of(curves.metric_of(runs, "response_length/clip_ratio"))) and len(curve.steps)
     }
     texts = {key: quantiles for key, runs in methods.items() if (quantiles := _character_quantiles(runs))}
     rows: list[tuple[str, dict[str, Any], Callable[..., None], float]] = [
@@ -138,7 +117,7 @@ def draw_lengths(setting: Setting, methods: Methods) -> Drawing | None:
         return None
     width = max(6.4, min(2.5 * len(keys), 16.0))
     heights = [height for _, _, _, height in rows]
-    figure, grid = subplots(
+    figure, grid = curves.subplots(
         len(rows), len(keys), width, 0.7 + 2.4 * sum(heights), sharex=True, sharey="row", height_ratios=heights
     )
     for (words, of_methods, draw, _), axes_row in zip(rows, grid, strict=True):
@@ -148,14 +127,14 @@ def draw_lengths(setting: Setting, methods: Methods) -> Drawing | None:
             axes.set_ylabel(words)
             axes.label_outer()
         if axes_row[0].get_yscale() == "linear":
-            from_0(axes_row)
-    from_step_0(*grid.flat)
+            curves.from_0(axes_row)
+    curves.from_step_0(*grid.flat)
     for axes in grid[:-1].flat:
         axes.set_xlabel("")
     for key, axes in zip(keys, grid[0], strict=True):
-        words = method_label(key, setting.family).replace(" + ", " +\n")
+        words = curves.method_label(key, setting.family).replace(" + ", " +\n")
         axes.set_title(words, color=method_of(key).color, fontweight="bold")
-    title = titled("Response lengths", setting)
+    title = curves.titled("Response lengths", setting)
     figure.suptitle(title)
     parts = []
     if tokens:
@@ -170,7 +149,7 @@ def draw_lengths(setting: Setting, methods: Methods) -> Drawing | None:
             "Characters: of the validation responses' text (verl's dumps have no token counts); line: median; bands: "
             "25% to 75% and 5% to 95%."
         )
-    return Drawing(figure, name_of("lengths", *setting), title, f"{' '.join(parts)} All seeds together.{aside}")
+    return Drawing(figure, curves.name_of("lengths", *setting), title, f"{' '.join(parts)} All seeds together.{aside}")
 
 
 def _token_range(runs: list[Run]) -> dict[str, Series]:
@@ -178,7 +157,7 @@ def _token_range(runs: list[Run]) -> dict[str, Series]:
     ranges: dict[str, Series] = {}
     for name, over_runs in (("mean", np.mean), ("min", np.min), ("max", np.max)):
         at: dict[int, list[float]] = {}
-        for steps, values in metric_of(runs, f"response_length/{name}"):
+        for steps, values in curves.metric_of(runs, f"response_length/{name}"):
             for step, value in zip(steps, values, strict=True):
                 at.setdefault(int(step), []).append(float(value))
         if at:
@@ -190,11 +169,11 @@ def _token_range(runs: list[Run]) -> dict[str, Series]:
 def _draw_token_range(axes: Axes, ranges: dict[str, Series], color: str) -> None:
     if "min" in ranges and "max" in ranges:
         steps, of_min, of_max = np.intersect1d(ranges["min"][0], ranges["max"][0], return_indices=True)
-        draw_band(axes, steps, ranges["min"][1][of_min], ranges["max"][1][of_max], color, 0.2)
+        curves.draw_band(axes, steps, ranges["min"][1][of_min], ranges["max"][1][of_max], color, 0.2)
     if "mean" in ranges:
         marker = "o" if len(ranges["mean"][0]) == 1 else ""
         axes.plot(*ranges["mean"], color=color, linewidth=1, marker=marker)
-    log_if_wide(axes, (values for _, values in ranges.values()))
+    curves.log_if_wide(axes, (values for _, values in ranges.values()))
 
 
 def _draw_share(axes: Axes, curve: Curve, color: str) -> None:
@@ -221,8 +200,8 @@ def _character_quantiles(runs: list[Run]) -> tuple[np.ndarray, np.ndarray] | Non
 
 def _draw_quantiles(axes: Axes, over_steps: tuple[np.ndarray, np.ndarray], color: str) -> None:
     steps, quantiles = over_steps
-    draw_band(axes, steps, quantiles[:, 0], quantiles[:, 4], color, 0.18)
-    draw_band(axes, steps, quantiles[:, 1], quantiles[:, 3], color, 0.3)
+    curves.draw_band(axes, steps, quantiles[:, 0], quantiles[:, 4], color, 0.18)
+    curves.draw_band(axes, steps, quantiles[:, 1], quantiles[:, 3], color, 0.3)
     axes.plot(steps, quantiles[:, 2], color=color, marker="o")
 
 
@@ -245,7 +224,7 @@ def draw_vl_norm(setting: Setting, methods: Methods, smooth: int | None) -> Draw
 
     panels: dict[str, list[Line]] = {
         heading: [
-            (key, metric_of(runs, f"actor/vl_norm/{metric}"), look(key).color, line)
+            (key, curves.metric_of(runs, f"actor/vl_norm/{metric}"), look(key).color, line)
             for key, runs in methods.items()
             for metric, line in metrics.items()
         ]
@@ -255,7 +234,7 @@ def draw_vl_norm(setting: Setting, methods: Methods, smooth: int | None) -> Draw
     if not logged:
         return None
     shown = {key: runs for key, runs in methods.items() if key in logged}
-    window = window_of(shown, smooth)
+    window = curves.window_of(shown, smooth)
     caption = (
         "As the plugin logs it, mean of a step's mini-batches. A and H: arithmetic and harmonic mean length; √(A/H): "
         "coefficient of variation of DAPO's or Dr. GRPO's gradient over that of α = 1, if the variance of a response's "
@@ -265,6 +244,6 @@ def draw_vl_norm(setting: Setting, methods: Methods, smooth: int | None) -> Draw
     return _small_multiples(
         panels,
         window,
-        [(method_label(key, setting.family), look(key)) for key in shown],
-        (name_of("vl-norm", *setting), titled("The aggregation's own metrics", setting), caption),
+        [(curves.method_label(key, setting.family), look(key)) for key in shown],
+        (curves.name_of("vl-norm", *setting), curves.titled("The aggregation's own metrics", setting), caption),
     )
