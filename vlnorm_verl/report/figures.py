@@ -58,9 +58,7 @@ def drawings(runs: list[Run], smooth: int | None = None, baseline: str = "") -> 
 
 
 def _drawings(runs: list[Run], smooth: int | None, baseline: str) -> Iterator[Drawing | None]:
-    settings: dict[Setting, Methods] = {setting: {} for setting, _ in grouped(runs)}
-    for (setting, key), seeds in sorted(grouped(runs).items(), key=lambda item: curves.order(item[0][1])):
-        settings[setting][key] = seeds
+    settings = by_setting(runs)
     for setting, methods in settings.items():
         yield draw_reached(setting, methods, baseline)
     for family in dict.fromkeys(setting.family for setting in settings):
@@ -70,6 +68,14 @@ def _drawings(runs: list[Run], smooth: int | None, baseline: str) -> Iterator[Dr
         yield draw_lengths(setting, methods)
         yield draw_vl_norm(setting, methods, smooth)
         yield draw_alpha(setting, methods)
+
+
+def by_setting(runs: list[Run]) -> dict[Setting, Methods]:
+    """Settings in the order of their first runs, methods in that of the legends."""
+    settings: dict[Setting, Methods] = {setting: {} for setting, _ in grouped(runs)}
+    for (setting, key), seeds in sorted(grouped(runs).items(), key=lambda item: curves.order(item[0][1])):
+        settings[setting][key] = seeds
+    return settings
 
 
 # ------------------------------------------------------------------------------------------------- the paper's Fig. 2
