@@ -148,6 +148,17 @@ def test_a_difference_on_one_common_seed_of_two_has_no_interval(tmp_path: Path) 
     assert (apart.high - apart.low > paired.high - paired.low, apart.note) == (True, "")
 
 
+def test_a_difference_is_of_the_seeds_that_were_validated_at_its_step(tmp_path: Path) -> None:
+    ours = read(
+        write_run(tmp_path, dumps={10: random_dump(0, 0.5), 20: random_dump(1, 0.6)}),
+        write_run(tmp_path, seed=1, dumps={10: random_dump(2, 0.5)}),
+    )
+    other = read_one(write_run(tmp_path, "dapo_norm", seed=5, dumps={20: random_dump(3, 0.4)}))
+    found, alone = measures.difference(ours, [other]), measures.difference(ours[:1], [other])
+    assert found == alone
+    assert found.low < found.value < found.high
+
+
 def test_without_a_step_in_common_there_is_no_difference(tmp_path: Path) -> None:
     folders = [write_run(tmp_path, curve={10: 0.5}), write_run(tmp_path, "grpo_norm", curve={15: 0.5})]
     grpo, _ = made(read(*folders), "countdown")

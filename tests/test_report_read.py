@@ -267,7 +267,7 @@ def test_a_missing_library_is_named(tracked: Path, library: str, monkeypatch: py
 
 def test_acc_counts_before_score_and_booleans_count(tmp_path: Path) -> None:
     file = tmp_path / "0.jsonl"
-    lines = [dump_line("p", 1, acc=0.0), dump_line("p", 0, acc=True), dump_line("q", 1, acc=None), dump_line("q", 0)]
+    lines = [dump_line("p", 1, acc=0.0), dump_line("p", 1, acc=True), dump_line("q", 1, acc=None), dump_line("q", 0)]
     file.write_text("".join(lines))
     found = dumps.count(file, [])[""]
     assert (found.n, found.correct) == ([2, 2], [1.0, 1.0])
