@@ -181,12 +181,12 @@ def _not_used(run: Run, step: int, name: str, validation: Validation) -> str:
     if (validation.correct < 0).any() or (validation.correct > validation.n).any():
         return f"validation/{step}.jsonl: has scores below 0 or above 1: not used"
     logged = logged_accuracies(run).get(name)
-    own = None if logged is None else value_at(run, logged.values, step)
-    if own is None:
+    accuracy = None if logged is None else value_at(run, logged.values, step)
+    if accuracy is None:
         return ""
     # Over responses, a prompt that is in the set twice counts twice, as verl does; over problems, a problem whose
     # responses are not all there still counts once.
     measured = float(validation.correct.sum() / validation.n.sum())
-    if min(abs(measured - own), abs(float((validation.correct / validation.n).mean()) - own)) <= 1e-5:
+    if min(abs(measured - accuracy), abs(float((validation.correct / validation.n).mean()) - accuracy)) <= 1e-5:
         return ""
-    return f"validation/{step}.jsonl: its accuracy is {measured:.4f}, verl logged {own:.4f} at that step: not used"
+    return f"validation/{step}.jsonl: its accuracy is {measured:.4f}, verl logged {accuracy:.4f} at that step: not used"

@@ -107,14 +107,14 @@ def draw_reached(setting: Setting, methods: Methods, baseline: str = "") -> Draw
     for key in (reference, ours):
         curves.draw_curve(left, drawn[key], method_of(key))
     name = curves.method_label(reference, setting.family)
-    found = speed_up(methods[ours], methods[reference], 1)
+    hits = speed_up(methods[ours], methods[reference], 1)
     target, words = None, "no accuracy to reach yet."
-    if found is not None and found.pairs:
-        target = found.target
+    if hits is not None and hits.pairs:
+        target = hits.target
         left.axhline(target, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-        words = _mark_first_hits(left, found, reference, ours, setting.family)
-    elif found is not None:
-        words = f"no first hit is marked: {found.note.replace('the reference', name)}."
+        words = _mark_first_hits(left, hits, reference, ours, setting.family)
+    elif hits is not None:
+        words = f"no first hit is marked: {hits.note.replace('the reference', name)}."
     curves.from_step_0(left)
     accuracy = curves.accuracy_label(run for key in (reference, ours) for run in methods[key])
     left.set_ylabel(f"validation {accuracy}")
@@ -133,30 +133,30 @@ def draw_reached(setting: Setting, methods: Methods, baseline: str = "") -> Draw
     return Drawing(figure, curves.name_of("fig2", *setting), title, caption)
 
 
-def _mark_first_hits(axes: Axes, found: SpeedUp, reference_key: str, key: str, family: str) -> str:
+def _mark_first_hits(axes: Axes, hits: SpeedUp, reference_key: str, key: str, family: str) -> str:
     """Both marks with their labels, on the line at the target; returns the caption's words."""
     name, our_name = curves.method_label(reference_key, family), curves.method_label(key, family)
     axes.set_ylim(bottom=axes.get_ylim()[0])
-    own = f"{'at or before ' if found.reference_late else ''}{found.reference_first:.6g}"
+    own = f"{'at or before ' if hits.reference_late else ''}{hits.reference_first:.6g}"
     # Larger than the star and behind it, so that both are seen where they coincide.
-    _mark(axes, found.reference_first, found.target, own, 22, method_of(reference_key).color, "o", "reached-reference")
+    _mark(axes, hits.reference_first, hits.target, own, 22, method_of(reference_key).color, "o", "reached-reference")
     own_words = f"the open mark is where {name} itself was first there, step {own}"
-    seeds = f" in {found.reached} of {found.pairs} seeds" if found.reached < found.pairs else ""
-    note = f" ({found.note.replace('the reference', name)})" if found.note else ""
-    if found.first is None or found.by_last is None or found.by_first is None:
-        what = "not reached" if found.waiting is None else f"not yet, at step {found.waiting}"
-        if found.first is not None:
-            what = f"at or before step {found.first:.6g}"
+    seeds = f" in {hits.reached} of {hits.pairs} seeds" if hits.reached < hits.pairs else ""
+    note = f" ({hits.note.replace('the reference', name)})" if hits.note else ""
+    if hits.first is None or hits.by_last is None or hits.by_first is None:
+        what = "not reached" if hits.waiting is None else f"not yet, at step {hits.waiting}"
+        if hits.first is not None:
+            what = f"at or before step {hits.first:.6g}"
         words = f"{our_name}: {what}"
         axes.text(0.5, 0.04, words, transform=axes.transAxes, ha="center", color=method_of(key).color)
-        has = "has not reached" if found.first is None else "has reached"
+        has = "has not reached" if hits.first is None else "has reached"
         return f"{our_name} {has} {name}'s final accuracy ({what}); {own_words}{note}."
-    hit, ratio = f"{found.first:.6g}", f" ({found.by_last.value:.2f}×)"
-    _mark(axes, found.first, found.target, f"{hit}{ratio}", 6, method_of(key).color, "*", "reached")
+    hit, ratio = f"{hits.first:.6g}", f" ({hits.by_last.value:.2f}×)"
+    _mark(axes, hits.first, hits.target, f"{hit}{ratio}", 6, method_of(key).color, "*", "reached")
     return (
         f"the star is where {our_name} first reaches the final accuracy of {name}, step {hit}{ratio}{seeds}, the "
-        f"factor being the last step of {name}, {found.reference_last:.6g}, over it; {own_words}, "
-        f"{found.by_first.value:.2f} times that of {our_name}. Each seed's own curve is read, unsmoothed, at its "
+        f"factor being the last step of {name}, {hits.reference_last:.6g}, over it; {own_words}, "
+        f"{hits.by_first.value:.2f} times that of {our_name}. Each seed's own curve is read, unsmoothed, at its "
         f"validations, and the mean over seeds marked, as in the table of the speed-up{note}."
     )
 

@@ -64,9 +64,9 @@ def main_vl_norm(setting: Setting, method_keys: Iterable[str]) -> str | None:
     With the task's α in the paper's settings, and none if that was not run; elsewhere with α = 1 if there is one, else
     with the largest.
     """
-    found = {alpha: key for key in method_keys if (alpha := alpha_of(key)) is not None}
+    by_alpha = {alpha: key for key in method_keys if (alpha := alpha_of(key)) is not None}
     of_paper = paper.has(setting)
-    own = paper.alpha(setting.task) if of_paper else 1.0
-    if own in found:
-        return found[own]
-    return None if of_paper or not found else found[max(found)]
+    wanted = paper.alpha(setting.task) if of_paper else 1.0
+    if wanted in by_alpha:
+        return by_alpha[wanted]
+    return None if of_paper or not by_alpha else by_alpha[max(by_alpha)]

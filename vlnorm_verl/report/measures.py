@@ -97,8 +97,8 @@ def accuracy_curve(run: Run, name: str | None = None) -> tuple[np.ndarray, np.nd
 
 
 def _accuracy_at(run: Run, logged: dict[str, Logged], step: int, name: str) -> float:
-    if name in logged and (own := value_at(run, logged[name].values, step)) is not None:
-        return own
+    if name in logged and (value := value_at(run, logged[name].values, step)) is not None:
+        return value
     validation = run.validations.get(step, {}).get(name)
     return nan if validation is None else float(average(validation.n, validation.correct).mean())
 
@@ -341,19 +341,19 @@ def monotonicity(runs: Sequence[Run]) -> Estimate | None:
     if not curves or any(len(steps) < 2 for steps, _ in curves):
         return None
     # Rounded, so that accuracies that are equal but for their last bit are ties.
-    found = [float(kendalltau(steps, np.round(values, 9)).statistic) for steps, values in curves]
-    if not np.isfinite(found).all():
+    correlations = [float(kendalltau(steps, np.round(values, 9)).statistic) for steps, values in curves]
+    if not np.isfinite(correlations).all():
         return None
     one_seed = "one seed" if len(runs) == 1 else ""
     if min(len(steps) for steps, _ in curves) < 3:
-        return Estimate(float(np.mean(found)), note=one_seed).noted("two validations")
+        return Estimate(float(np.mean(correlations)), note=one_seed).noted("two validations")
     if len(runs) > 1:
-        return over_seeds(found, -1.0, 1.0)
+        return over_seeds(correlations, -1.0, 1.0)
     steps = curves[0][0]
     table = _over_steps(runs[0], steps)
     if isinstance(table, str):
-        return Estimate(found[0], note=one_seed).noted(table)
-    return replace(rank_correlation(steps, *table), value=found[0])
+        return Estimate(correlations[0], note=one_seed).noted(table)
+    return replace(rank_correlation(steps, *table), value=correlations[0])
 
 
 def _over_steps(run: Run, steps: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]] | str:

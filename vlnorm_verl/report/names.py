@@ -58,10 +58,10 @@ def _cut_seed(name: str) -> tuple[str, int | None]:
 
 def _cut_mode(name: str) -> tuple[str, str]:
     """The name without its mode, and that; two modes in one name are a comparison's."""
-    found = list(_MODE.finditer(name))
-    if len(found) != 1:
+    matches = list(_MODE.finditer(name))
+    if len(matches) != 1:
         return name, ""
-    (match,) = found
+    (match,) = matches
     plain = re.sub("[- ]", "_", match["mode"].lower())
     mode = next(mode for mode in MODES if mode.replace("-", "_") == plain)
     for parameter in (match[group] for group in ("parameter", "alpha", "decimal") if match[group] is not None):
@@ -71,9 +71,9 @@ def _cut_mode(name: str) -> tuple[str, str]:
 
 def shortest(names: Sequence[tuple[str, ...]]) -> list[str]:
     """Of each path, nearest part first, as many parts as tell it from the other paths: "exp", "project/exp"."""
-    found = []
-    for one in names:
-        others = [other for other in set(names) if other != one]
-        parts = next((k for k in range(1, len(one)) if all(other[:k] != one[:k] for other in others)), len(one))
-        found.append("/".join(reversed(one[:parts])))
-    return found
+    shortened = []
+    for path in names:
+        others = [other for other in set(names) if other != path]
+        parts = next((k for k in range(1, len(path)) if all(other[:k] != path[:k] for other in others)), len(path))
+        shortened.append("/".join(reversed(path[:parts])))
+    return shortened

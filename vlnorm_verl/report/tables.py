@@ -222,10 +222,10 @@ def _speed_up(groups: Groups, smooth: int | None, baseline: str) -> Table | None
     for group, other in pairs:
         smoothed = smoothing((run for runs in only(groups, group[0]).values() for run in runs), smooth)
         for window in dict.fromkeys((1, smoothed)):
-            found = speed_up(with_validation(groups[group]), with_validation(groups[other]), window)
-            if found is not None:
+            hits = speed_up(with_validation(groups[group]), with_validation(groups[other]), window)
+            if hits is not None:
                 used |= {group: groups[group], other: groups[other]}
-                rows.append(_speed_up_row(group, other, window, found))
+                rows.append(_speed_up_row(group, other, window, hits))
     if not rows:
         return None
     foot = [
@@ -246,23 +246,23 @@ def _speed_up(groups: Groups, smooth: int | None, baseline: str) -> Table | None
     return _table("speedup", rows, foot)
 
 
-def _speed_up_row(group: Group, other: Group, window: int, found: SpeedUp) -> Row:
+def _speed_up_row(group: Group, other: Group, window: int, hits: SpeedUp) -> Row:
     setting, method_key = group
     instead: Cell = None
-    if found.pairs and found.first is None:
-        instead = "not reached" if found.waiting is None else f"not yet (step {found.waiting})"
+    if hits.pairs and hits.first is None:
+        instead = "not reached" if hits.waiting is None else f"not yet (step {hits.waiting})"
     return _place(setting) | {
         "method": label_of(method_key, setting.family),
         "reaches the final accuracy of": label_of(other[1], setting.family),
         "curve": "raw" if window == 1 else f"mean of {window} steps",
-        "target": Estimate(found.target, note=found.note),
-        "its last step": _mean_step(found.reference_last),
-        "its own first hit": _mean_step(found.reference_first, found.reference_late),
-        "first hit": _mean_step(found.first, found.late) or instead,
+        "target": Estimate(hits.target, note=hits.note),
+        "its last step": _mean_step(hits.reference_last),
+        "its own first hit": _mean_step(hits.reference_first, hits.reference_late),
+        "first hit": _mean_step(hits.first, hits.late) or instead,
         "paper's first hit": _papers_first_hit(group, other),
-        RATIOS[0]: found.by_last or instead,
-        RATIOS[1]: found.by_first or instead,
-        "seeds reached": f"{found.reached} of {found.pairs}",
+        RATIOS[0]: hits.by_last or instead,
+        RATIOS[1]: hits.by_first or instead,
+        "seeds reached": f"{hits.reached} of {hits.pairs}",
     }
 
 

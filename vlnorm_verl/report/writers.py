@@ -104,7 +104,7 @@ def to_json(table: Table) -> str:
         "name": table.name,
         "title": table.title,
         "columns": table.columns,
-        "rows": [[cell(one) for one in row] for row in table.rows],
+        "rows": [[cell(content) for content in row] for row in table.rows],
         "foot": table.foot,
     }
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
