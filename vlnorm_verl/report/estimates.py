@@ -260,7 +260,7 @@ def _interval(values: np.ndarray, sizes: tuple[int, ...], note: str, rate: bool)
             return Estimate(value, *_all_alike(value, values.shape[1]), note)
         return Estimate(value, note=note).noted("the same in every problem")
     if len(values) > 1:
-        half = _half_width(values, sizes)
+        half = _half_width(values.mean(0), [values], sizes)
         low, high = _wilson(value, half) if rate else (value - half, value + half)
         return _cut(value, low, high, note, rate)
     variance, freedom = _over_problems(values[0], sizes)
@@ -320,12 +320,7 @@ def _rest(values: np.ndarray, sizes: tuple[int, ...]) -> float:
     return total
 
 
-def _half_width(values: np.ndarray, sizes: tuple[int, ...]) -> float:
-    """Of the interval of the mean of values [S, P] over crossed seeds and problems."""
-    return _joint_half_width(values.mean(0), [values], sizes)
-
-
-def _joint_half_width(of_problems: np.ndarray, samples: list[np.ndarray], sizes: tuple[int, ...]) -> float:
+def _half_width(of_problems: np.ndarray, samples: list[np.ndarray], sizes: tuple[int, ...]) -> float:
     """of_problems: [P] whose mean is the estimate; samples: [S, P] each, with seeds independent of each other's."""
     variance, freedom = _over_problems(of_problems, sizes)
     rest = sum(_rest(values, sizes) for values in samples)
@@ -340,7 +335,7 @@ def _unpaired(a: Scores, b: Scores) -> Estimate:
     value = float(paired.mean())
     if min(a.sizes) < 2:
         return Estimate(value, note="a set of one problem")
-    half = _joint_half_width(paired, [a.values, b.values], a.sizes)
+    half = _half_width(paired, [a.values, b.values], a.sizes)
     return _cut(value, value - half, value + half, "", rate=False)
 
 

@@ -13,6 +13,7 @@ an argument in which there is nothing, so that no input goes unmentioned.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -181,16 +182,11 @@ def _plain_logs(folder: Path, names: list[str]) -> list[Path]:
 
 def _is_metrics(path: Path) -> bool:
     """Whether one of a file's first lines is what verl's file logger writes."""
-    try:
-        with open(path, "rb") as file:
-            for _ in range(TRIED_LINES):
-                try:
-                    decode(file.readline(LONGEST_LINE), RECORD)
-                    return True
-                except (msgspec.MsgspecError, UnicodeDecodeError):
-                    continue
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        for _ in range(TRIED_LINES):
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+                decode(file.readline(LONGEST_LINE), RECORD)
+                return True
     return False
 
 
