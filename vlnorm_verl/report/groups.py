@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from vlnorm_verl.methods import alpha_of, place_of
 from vlnorm_verl.report import paper
@@ -47,8 +47,13 @@ def ordered(groups: Groups) -> Groups:
     return {group: groups[group] for group in sorted(groups, key=key)}
 
 
+def where(groups: Groups, condition: Callable[[Setting, str], bool]) -> Groups:
+    """Those whose setting and method's key meet the condition."""
+    return {group: runs for group, runs in groups.items() if condition(*group)}
+
+
 def only(groups: Groups, setting: Setting) -> Groups:
-    return {group: runs for group, runs in groups.items() if group[0] == setting}
+    return where(groups, lambda of_group, _: of_group == setting)
 
 
 def reference(groups: Groups, setting: Setting, baseline: str = "") -> Group | None:

@@ -13,7 +13,7 @@ from vlnorm_verl.methods import alpha_of, label_of
 from vlnorm_verl.report import feet, measures, paper
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.first_hit import SpeedUp, smoothing, speed_up
-from vlnorm_verl.report.groups import Group, Groups, doubles, grouped, only, ordered, reference, with_validation
+from vlnorm_verl.report.groups import Group, Groups, doubles, grouped, only, ordered, reference, where, with_validation
 from vlnorm_verl.report.identity import UNKNOWN_SEED, Setting
 from vlnorm_verl.report.run import Run
 from vlnorm_verl.report.table import Cell, Table
@@ -45,17 +45,17 @@ def tables(runs: Sequence[Run], smooth: int | None = None, baseline: str = "") -
     smooth: steps of the speed-up's trailing mean, see `first_hit.smoothing`.
     baseline: the method that others are compared with, instead of VL Norm.
     """
-    groups = ordered({group: of for group, of in grouped(runs).items() if with_validation(of)})
+    groups = ordered({group: seeds for group, seeds in grouped(runs).items() if with_validation(seeds)})
     # The paper's tables are of verl's accuracy.
-    of_paper = {g: r for g, r in groups.items() if paper.has(g[0]) and not any(run.metric for run in r)}
-    others = {g: r for g, r in groups.items() if g not in of_paper}
+    other_metric = any(run.metric for run in runs)
+    of_paper = where(groups, lambda setting, _: paper.has(setting) and not other_metric)
     made = [
-        _comparison("countdown", {g: r for g, r in of_paper.items() if _is_main(*g, "countdown")}, baseline),
-        _math({g: r for g, r in of_paper.items() if _is_main(*g, "math")}, baseline),
-        _alpha(of_paper),
-        _comparison("dapo", {g: r for g, r in of_paper.items() if g[0].family == "dapo"}, baseline),
+        _comparison("countdown", where(of_paper, lambda setting, key: _is_main(setting, key, "countdown")), baseline),
+        _math(where(of_paper, lambda setting, key: _is_main(setting, key, "math")), baseline),
+        _alpha(where(of_paper, lambda setting, _: setting.family == "aggregation")),
+        _comparison("dapo", where(of_paper, lambda setting, _: setting.family == "dapo"), baseline),
         _speed_up(groups, smooth, baseline),
-        _comparison("runs", others, baseline),
+        _comparison("runs", where(groups, lambda setting, key: (setting, key) not in of_paper), baseline),
     ]
     return [table for table in made if table is not None] + [inputs(runs)]
 
@@ -164,7 +164,11 @@ def _math(groups: Groups, baseline: str) -> Table | None:
     if not rows:
         return None
     foot = [feet.ACCURACY, feet.WEIGHTED, *feet.on_difference(groups, baseline), feet.PASS, feet.MONOTONICITY]
-    if any(len(measures.set_sizes(run)) < len(measures.validation_sets([run])) for g in groups.values() for run in g):
+    if any(
+        len(measures.set_sizes(run)) < len(measures.validation_sets([run]))
+        for seeds in groups.values()
+        for run in seeds
+    ):
         foot.append(
             "Where no dump that can be used says which validation set a response is of, each set's number is verl's "
             "own, without an interval over problems, and there is no weighted average."
@@ -175,7 +179,7 @@ def _math(groups: Groups, baseline: str) -> Table | None:
 
 def _alpha(groups: Groups) -> Table | None:
     """VL Norm in the settings that have it with another α than the task's, or with several."""
-    ours = {g: r for g, r in groups.items() if g[0].family == "aggregation" and alpha_of(g[1]) is not None}
+    ours = where(groups, lambda _, method_key: alpha_of(method_key) is not None)
     chosen: Groups = {}
     for setting in dict.fromkeys(setting for setting, _ in ours):
         of_setting = only(ours, setting)
