@@ -93,8 +93,7 @@ class DumpCache:
         return known if known and (known.size, known.mtime) == (stat.st_size, stat.st_mtime_ns) else None
 
     def read(self, path: Path) -> Dump:
-        if known := self.get(path):
-            return known
+        """Count it again, whatever is known."""
         stat = path.stat()  # before reading: a dump that grows meanwhile is read again the next time
         notes: list[str] = []
         dump = self.dumps[str(path.resolve())] = Dump(stat.st_size, stat.st_mtime_ns, count(path, notes), notes)

@@ -204,12 +204,13 @@ def _attach_dumps(
 ) -> None:
     """Count the dumps that are not counted yet, with a progress bar, and give them to their runs."""
     cache = DumpCache(cache_folder / CACHE_FILE if cache_folder else None)
-    new = [file for files in dumps for file in files.values() if cache.get(file) is None]
+    counted = {file: known for files in dumps for file in files.values() if (known := cache.get(file))}
+    new = [file for files in dumps for file in files.values() if file not in counted]
     for file in track(new, "reading validation dumps", console=console or Console(stderr=True), transient=True):
-        cache.read(file)
+        counted[file] = cache.read(file)
     cache.save()
     for run, files in zip(runs, dumps, strict=True):
-        attach_validations(run, {step: cache.read(file) for step, file in files.items()})
+        attach_validations(run, {step: counted[file] for step, file in files.items()})
         _note_missing(run, set(files))
 
 
