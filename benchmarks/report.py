@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
-SAMPLE = ROOT / "tests" / "report_samples" / "aggregation-countdown-3b-8192-vl_norm-seed0"
+SAMPLE = ROOT / "tests" / "report_samples" / "aggregation-countdown-tiny-256-vl_norm-seed0"
 EVERY = 50  # steps between validations
 READ = """
 import resource, sys, time
 start = time.perf_counter()
 from pathlib import Path
-from vlnorm_verl.report.readers import read_runs
+from vlnorm_verl.report.read import read_runs
 imported = time.perf_counter()
 runs = read_runs([sys.argv[1]], Path(sys.argv[2]))
 read = time.perf_counter()

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from vlnorm_verl.report import figures, output, tables
-from vlnorm_verl.report.figures import Drawing
-from vlnorm_verl.report.runs import Run, Validation
+from vlnorm_verl.methods import METHODS, label_of
+from vlnorm_verl.report import curves, figures, measures, style, tables, training
+from vlnorm_verl.report.curves import Drawing
+from vlnorm_verl.report.identity import Setting
+from vlnorm_verl.report.run import Run, Validation
 
 AGGREGATIONS = ("grpo_norm", "dapo_norm", "dr_grpo_norm", "dr_grpo", "vl_norm")
 
@@ -26,7 +28,7 @@ AGGREGATIONS = ("grpo_norm", "dapo_norm", "dr_grpo_norm", "dr_grpo", "vl_norm")
 def _style() -> Iterator[None]:
     import matplotlib.pyplot as plt
 
-    with output.use_style(), warnings.catch_warnings():
+    with style.use_style(), warnings.catch_warnings():
         warnings.simplefilter("error")
         # Raised when garbage is collected, which may be that of any test before this one.
         warnings.simplefilter("ignore", ResourceWarning)
@@ -59,7 +61,7 @@ def run(method: str, accuracies: dict[int, float], seed: int = 0, dumps: bool = 
             "actor/vl_norm/weight_max": np.full(len(steps), 9.0),
         }
     validations = {step: {"set": validation(accuracy)} for step, accuracy in accuracies.items()} if dumps else {}
-    settings = {"family": "dapo", "task": "countdown", "model": "3b", "length": "3072", "scale": "gpu"} | options
+    setting = Setting(**{"family": "dapo", "task": "countdown", "model": "3b", "length": "3072"} | options)
     return Run(
         folder=Path("runs") / method,
         name=f"{method}-{seed}",
@@ -70,7 +72,7 @@ def run(method: str, accuracies: dict[int, float], seed: int = 0, dumps: bool = 
         steps=steps,
         metrics=metrics,
         validations=validations,
-        **settings,
+        setting=setting,
     )
 
 
@@ -82,6 +84,21 @@ def validation(accuracy: float) -> Validation:
 
 def drawn(runs: list[Run], smooth: int | None = None, baseline: str = "") -> dict[str, Drawing]:
     return {drawing.name: drawing for drawing in figures.drawings(runs, smooth, baseline)}
+
+
+def draw(kind: str, runs: list[Run], smooth: int | None = None, baseline: str = "") -> Drawing | None:
+    """One figure of runs of one setting; of one family for fig3."""
+    settings = figures.by_setting(runs)
+    if kind == "fig3":
+        return figures.draw_accuracies(settings)
+    ((setting, methods),) = settings.items()
+    if kind == "fig2":
+        return figures.draw_reached(setting, methods, baseline)
+    if kind == "training":
+        return training.draw_training(setting, methods, smooth)
+    if kind == "vl-norm":
+        return training.draw_vl_norm(setting, methods, smooth)
+    return {"lengths": training.draw_lengths, "alpha": figures.draw_alpha}[kind](setting, methods)
 
 
 def artist(drawing: Drawing, gid: str) -> Any:
@@ -101,9 +118,7 @@ OURS = {0: 0.1, 100: 0.7, 200: 0.75, 300: 0.74, 400: 0.8, 500: 0.85}
 
 @pytest.mark.parametrize("dumps", [True, False])
 def test_marks_are_where_the_final_accuracy_is_reached_first(dumps: bool) -> None:
-    drawing = drawn([run("dapo", DAPO, dumps=dumps), run("vl_norm", OURS, dumps=dumps)])[
-        "fig2-dapo-countdown-3b-3072-gpu"
-    ]
+    drawing = draw("fig2", [run("dapo", DAPO, dumps=dumps), run("vl_norm", OURS, dumps=dumps)])
     left = drawing.figure.axes[0]
     assert [line for line in left.get_lines() if list(line.get_ydata()) == [0.75, 0.75]], "no line at DAPO's final"
     star, own = artist(drawing, "reached"), artist(drawing, "reached-reference")
@@ -115,7 +130,7 @@ def test_marks_are_where_the_final_accuracy_is_reached_first(dumps: bool) -> Non
 
 
 def test_bars_are_the_final_accuracies_and_their_difference() -> None:
-    drawing = drawn([run("dapo", DAPO), run("vl_norm", OURS)])["fig2-dapo-countdown-3b-3072-gpu"]
+    drawing = draw("fig2", [run("dapo", DAPO), run("vl_norm", OURS)])
     right = drawing.figure.axes[1]
     assert [bar.get_height() for bar in right.patches] == pytest.approx([0.75, 0.85])
     assert right.get_ylim()[0] == 0
@@ -126,7 +141,7 @@ def test_bars_are_the_final_accuracies_and_their_difference() -> None:
 
 
 def test_not_reached_is_said() -> None:
-    drawing = drawn([run("dapo", OURS), run("vl_norm", DAPO)])["fig2-dapo-countdown-3b-3072-gpu"]
+    drawing = draw("fig2", [run("dapo", OURS), run("vl_norm", DAPO)])
     assert artist(drawing, "reached") is None
     assert "DAPO + VL Norm (α = 1): not reached" in texts(drawing)
     assert "has not reached DAPO's final accuracy (not reached)" in drawing.caption
@@ -134,8 +149,7 @@ def test_not_reached_is_said() -> None:
 
 
 def test_a_target_that_the_untrained_model_meets_is_not_marked() -> None:
-    drawing = drawn([run("dapo", {0: 0.5, 10: 0.4, 20: 0.3}), run("vl_norm", {0: 0.5, 10: 0.2, 20: 0.35})])
-    one = drawing["fig2-dapo-countdown-3b-3072-gpu"]
+    one = draw("fig2", [run("dapo", {0: 0.5, 10: 0.4, 20: 0.3}), run("vl_norm", {0: 0.5, 10: 0.2, 20: 0.35})])
     assert artist(one, "reached") is artist(one, "reached-reference") is None
     assert "the target was met before training" in one.caption
 
@@ -143,7 +157,7 @@ def test_a_target_that_the_untrained_model_meets_is_not_marked() -> None:
 def test_marks_are_the_speed_up_tables() -> None:
     runs = [run("dapo", {0: 0.1, 10: 0.4, 20: 0.5}, seed) for seed in (0, 1)]
     runs += [run("vl_norm", {0: 0.1, 10: first, 20: 0.8}, seed) for seed, first in enumerate((0.6, 0.3))]
-    drawing = drawn(runs)["fig2-dapo-countdown-3b-3072-gpu"]
+    drawing = draw("fig2", runs)
     table = next(table for table in tables.tables(runs) if table.name == "speedup")
     row = dict(zip(table.columns, table.rows[0], strict=True))
     assert list(artist(drawing, "reached").get_xdata()) == [float(row["first hit"])] == [15]
@@ -152,7 +166,7 @@ def test_marks_are_the_speed_up_tables() -> None:
 
 
 def test_marks_at_one_step_are_both_seen() -> None:
-    drawing = drawn([run("dapo", DAPO), run("vl_norm", {**DAPO, 500: 0.8})])["fig2-dapo-countdown-3b-3072-gpu"]
+    drawing = draw("fig2", [run("dapo", DAPO), run("vl_norm", {**DAPO, 500: 0.8})])
     star, own = artist(drawing, "reached"), artist(drawing, "reached-reference")
     assert list(star.get_xdata()) == list(own.get_xdata()) == [300]
     assert own.get_markersize() > star.get_markersize() + 2
@@ -160,7 +174,7 @@ def test_marks_at_one_step_are_both_seen() -> None:
 
 
 def test_bars_and_difference_are_at_the_last_step_of_both() -> None:
-    one = drawn([run("dapo", DAPO), run("vl_norm", {0: 0.1, 100: 0.7, 200: 0.9})])["fig2-dapo-countdown-3b-3072-gpu"]
+    one = draw("fig2", [run("dapo", DAPO), run("vl_norm", {0: 0.1, 100: 0.7, 200: 0.9})])
     right = one.figure.axes[1]
     assert [bar.get_height() for bar in right.patches] == pytest.approx([0.6, 0.9])
     assert right.get_title().startswith("+30.0 points\n[")
@@ -171,18 +185,17 @@ def test_bars_and_difference_are_at_the_last_step_of_both() -> None:
 def test_a_reference_that_is_not_finished_is_no_target() -> None:
     dapo = run("dapo", DAPO)
     dapo.planned_steps = 1000
-    one = drawn([dapo, run("vl_norm", OURS)])["fig2-dapo-countdown-3b-3072-gpu"]
+    one = draw("fig2", [dapo, run("vl_norm", OURS)])
     assert artist(one, "reached") is None
     assert "no first hit is marked: DAPO is not finished (step 500 of 1000)." in one.caption
 
 
 def test_the_reference_is_dapo_norm_in_the_other_family_or_what_there_is() -> None:
     runs = [run(method, DAPO, family="aggregation") for method in AGGREGATIONS]
-    name = "fig2-aggregation-countdown-3b-3072-gpu"
-    assert "against DAPO Norm" in drawn(runs)[name].title
-    assert "against Dr. GRPO" in drawn([runs[3], runs[4]])[name].title
-    assert not [name for name in drawn(runs[:4]) if name.startswith("fig2")]
-    assert not [name for name in drawn(runs[4:]) if name.startswith("fig2")]
+    assert "against DAPO Norm" in draw("fig2", runs).title
+    assert "against Dr. GRPO" in draw("fig2", [runs[3], runs[4]]).title
+    assert draw("fig2", runs[:4]) is None
+    assert draw("fig2", runs[4:]) is None
 
 
 # ------------------------------------------------------------------------------------------------------------ curves
@@ -192,7 +205,7 @@ def test_the_reference_is_dapo_norm_in_the_other_family_or_what_there_is() -> No
 def test_bands_contain_the_mean(seeds: int) -> None:
     generator = np.random.default_rng(0)
     series = [(np.arange(5), generator.random(5)) for _ in range(seeds)]
-    curve = figures.over_seeds(series)
+    curve = curves.curve_of(series)
     assert curve is not None
     table = np.array([values for _, values in series])
     assert curve.mean == pytest.approx(table.mean(axis=0))
@@ -209,13 +222,13 @@ def test_bands_contain_the_mean(seeds: int) -> None:
 def test_a_mean_goes_on_without_a_seed_that_has_ended() -> None:
     steps = np.array([0, 10, 20, 30])
     long, short = (steps, np.array([0.0, 0.2, math.nan, 0.8])), (steps[:2], np.array([0.2, 0.4]))
-    curve = figures.over_seeds([long, short])
+    curve = curves.curve_of([long, short])
     assert curve is not None
     assert (list(curve.steps), curve.mean.tolist()) == ([0, 10, 30], pytest.approx([0.1, 0.3, 0.8]))
     assert (curve.whole, curve.apart) == (2, [])
     assert curve.high.tolist() == pytest.approx([0.2, 0.4, 0.8])
-    assert figures.over_seeds([(steps, np.full(4, math.nan))]) is None
-    apart = figures.over_seeds([(steps[:2], np.zeros(2)), (steps[2:], np.ones(2))])
+    assert curves.curve_of([(steps, np.full(4, math.nan))]) is None
+    apart = curves.curve_of([(steps[:2], np.zeros(2)), (steps[2:], np.ones(2))])
     assert apart is not None
     assert (apart.whole, len(apart.apart)) == (0, 2)
 
@@ -223,12 +236,12 @@ def test_a_mean_goes_on_without_a_seed_that_has_ended() -> None:
 def test_a_seed_that_has_ended_is_named_with_its_step() -> None:
     runs = [run("dapo", DAPO, seed) for seed in (0, 1)] + [run("dapo", {0: 0.1, 100: 0.4}, 2), run("vl_norm", OURS)]
     runs[1].metrics["actor/grad_norm"][300:] = math.nan
-    found = drawn(runs)
-    for name in ("fig2-dapo-countdown-3b-3072-gpu", "fig3-dapo"):
-        assert "After a seed's end the mean is of the others: dapo-2 (step 100)." in found[name].caption
-    means = [line.get_xdata() for line in found["fig3-dapo"].figure.axes[0].get_lines()]
+    fig3 = draw("fig3", runs)
+    for drawing in (draw("fig2", runs), fig3):
+        assert "After a seed's end the mean is of the others: dapo-2 (step 100)." in drawing.caption
+    means = [line.get_xdata() for line in fig3.figure.axes[0].get_lines()]
     assert [100, 200, 300, 400, 500] in [list(steps) for steps in means], "the others' mean does not go on"
-    training = found["training-dapo-countdown-3b-3072-gpu"].caption
+    training = draw("training", runs).caption
     assert "of the others: dapo-2 (step 100), dapo-1 (actor/grad_norm, step 299)." in training
 
 
@@ -242,12 +255,10 @@ def colors(drawing: Drawing) -> dict[str, str]:
 
 def test_a_method_has_one_color_in_all_figures() -> None:
     runs = [run(method, DAPO, seed, family="aggregation") for method in AGGREGATIONS for seed in (0, 1)]
-    of_figures = [colors(one) for name, one in drawn(runs).items() if not name.startswith(("lengths", "vl-norm"))]
-    assert len(of_figures) == 3
-    for shown in of_figures:
+    for shown in (colors(draw(kind, runs)) for kind in ("fig2", "fig3", "training")):
         for label, color in shown.items():
-            key = next(run.method_key for run in runs if output.method_label(run.method_key) == label)
-            assert color == output.METHOD_COLORS[key.split(":")[0]]
+            key = next(run.method_key for run in runs if label_of(run.method_key) == label)
+            assert color == METHODS[key.split(":")[0]].color
 
 
 def test_grid_has_a_row_for_each_task_and_model_and_a_column_for_each_length() -> None:
@@ -262,7 +273,7 @@ def test_grid_has_a_row_for_each_task_and_model_and_a_column_for_each_length() -
         for task, model, length in places
         for method in ("dapo_norm", "vl_norm")
     ]
-    drawing = drawn(runs)["fig3-aggregation"]
+    drawing = draw("fig3", runs)
     shape = [[axes.get_visible() for axes in drawing.figure.axes[start : start + 2]] for start in (0, 2, 4)]
     assert shape == [[True, True], [True, False], [False, True]]
     assert drawing.figure.axes[2].get_title() == "CountDown, 7B, 3072 tokens"
@@ -279,7 +290,7 @@ def test_grid_has_a_row_for_each_task_and_model_and_a_column_for_each_length() -
 def test_alpha_by_task_is_one_line_of_the_legend() -> None:
     runs = [run("vl_norm", DAPO, family="aggregation", alpha=1.0)]
     runs += [run("vl_norm", DAPO, family="aggregation", alpha=0.75, task="math")]
-    drawing = drawn(runs)["fig3-aggregation"]
+    drawing = draw("fig3", runs)
     assert list(colors(drawing)) == ["VL Norm"]
     assert [axes.get_title() for axes in drawing.figure.axes] == [
         "CountDown, 3B, 3072 tokens, α = 1",
@@ -291,15 +302,17 @@ def test_sets_in_one_number_are_called_weighted() -> None:
     one = run("vl_norm", DAPO, task="math")
     for sets in one.validations.values():
         sets["other"] = sets["set"]
-    assert drawn([one])["fig3-dapo"].figure.axes[0].get_ylabel() == "validation weighted Avg@8"
-    assert drawn([run("vl_norm", DAPO)])["fig3-dapo"].figure.axes[0].get_ylabel() == "validation Avg@8"
+    assert draw("fig3", [one]).figure.axes[0].get_ylabel() == "validation weighted Avg@8"
+    assert draw("fig3", [run("vl_norm", DAPO)]).figure.axes[0].get_ylabel() == "validation Avg@8"
 
 
-def test_the_tiny_model_is_named_and_never_beside_others() -> None:
-    runs = [run(method, DAPO, scale=scale) for method in ("dapo", "vl_norm") for scale in ("cpu", "gpu")]
-    for name, drawing in drawn(runs).items():
-        assert ("tiny model" in drawing.title) == name.endswith("cpu"), name
-        assert ("3B" in drawing.title) <= name.endswith("gpu")
+def test_models_are_named_and_have_panels_of_their_own() -> None:
+    runs = [run(method, DAPO, model=model) for method in ("dapo", "vl_norm") for model in ("tiny", "3b")]
+    assert [axes.get_title() for axes in draw("fig3", runs).figure.axes] == [
+        "CountDown, 3B, 3072 tokens",
+        "CountDown, tiny, 3072 tokens",
+    ]
+    assert draw("training", runs[:1]).title == "Training: CountDown, tiny, 3072 tokens"
 
 
 # ------------------------------------------------------------------------------------------- training, lengths, alpha
@@ -307,18 +320,18 @@ def test_the_tiny_model_is_named_and_never_beside_others() -> None:
 
 def test_training_shows_each_run_and_the_trailing_mean() -> None:
     runs = [run("dapo", DAPO, seed) for seed in (0, 1)]
-    drawing = drawn(runs, smooth=20)["training-dapo-countdown-3b-3072-gpu"]
-    assert [axes.get_title() for axes in drawing.figure.axes] == list(figures.TRAINING.values())
+    drawing = draw("training", runs, 20)
+    assert [axes.get_title() for axes in drawing.figure.axes] == list(training.TRAINING.values())
     *raw, smoothed = drawing.figure.axes[0].get_lines()
     assert [len(line.get_xdata()) for line in raw] == [501, 501]
     both = np.mean([one.metrics["actor/entropy"] for one in runs], axis=0)
     assert smoothed.get_ydata()[-1] == pytest.approx(both[-20:].mean())
     assert "trailing mean of 20 steps" in drawing.caption
-    assert "trailing mean of 11 steps" in drawn(runs, smooth=3)["training-dapo-countdown-3b-3072-gpu"].caption
+    assert "trailing mean of 11 steps" in draw("training", runs, 3).caption
 
 
 def test_length_bands() -> None:
-    drawing = drawn([run("dapo", DAPO, seed) for seed in (0, 1)])["lengths-dapo-countdown-3b-3072-gpu"]
+    drawing = draw("lengths", [run("dapo", DAPO, seed) for seed in (0, 1)])
     tokens, clipped, characters = drawing.figure.axes
     (mean,) = tokens.get_lines()
     assert mean.get_ydata()[[0, -1]] == pytest.approx([100.5, 600.5])
@@ -334,23 +347,24 @@ def test_length_bands() -> None:
 
 
 def test_own_metrics_of_the_aggregation() -> None:
-    found = drawn([run("dapo", DAPO), run("vl_norm", OURS)])
-    lengths, ratio, _, weights = found["vl-norm-dapo-countdown-3b-3072-gpu"].figure.axes
+    lengths, ratio, _, weights = draw("vl-norm", [run("dapo", DAPO), run("vl_norm", OURS)]).figure.axes
     lasts = {line.get_linestyle(): line.get_ydata()[0] for line in lengths.get_lines() if line.get_linewidth() > 1}
     assert lasts == {"-": 100, "--": 50}
     assert {round(float(value), 6) for line in ratio.get_lines() for value in line.get_ydata()} == {1.414214}
     assert weights.get_yscale() == "log"
-    assert not [name for name in drawn([run("dapo", DAPO)]) if name.startswith("vl-norm")]
+    assert draw("vl-norm", [run("dapo", DAPO)]) is None
 
 
-def test_alpha_figure_has_each_alpha_and_the_others_show_the_papers_only() -> None:
+@pytest.fixture(scope="module")
+def alphas() -> list[Run]:
     runs = [
         run("vl_norm", {**OURS, 500: 0.5 + 0.2 * alpha}, alpha=alpha, family="aggregation") for alpha in (0.25, 0.75, 1)
     ]
-    runs += [run("dr_grpo_norm", DAPO, family="aggregation")]
-    found = drawn(runs)
-    setting = "aggregation-countdown-3b-3072-gpu"
-    left, right = found[f"alpha-{setting}"].figure.axes
+    return [*runs, run("dr_grpo_norm", DAPO, family="aggregation")]
+
+
+def test_alpha_figure_has_each_alpha_and_dr_grpo_norm_at_0(alphas: list[Run]) -> None:
+    left, right = draw("alpha", alphas).figure.axes
     assert len({to_hex(line.get_color()) for line in left.get_lines()}) == 3
     points = {
         float(line.get_xdata()[0]): float(line.get_ydata()[0])
@@ -358,12 +372,14 @@ def test_alpha_figure_has_each_alpha_and_the_others_show_the_papers_only() -> No
         if len(line.get_xdata()) == 1
     }
     assert points == pytest.approx({0.25: 0.55, 0.75: 0.65, 1.0: 0.7, 0.0: 0.75})
-    assert list(colors(found["fig3-aggregation"])) == ["VL Norm (α = 1)", "Dr. GRPO Norm"]
-    assert f"alpha-{setting}" in found["fig3-aggregation"].caption
-    math_runs = [run("vl_norm", OURS, alpha=alpha, task="math") for alpha in (0.75, 1)] + [
-        run("dapo", DAPO, task="math")
-    ]
-    assert "α = 0.75" in drawn(math_runs)["fig2-dapo-math-3b-3072-gpu"].title
+
+
+def test_of_several_alphas_the_other_figures_show_the_papers(alphas: list[Run]) -> None:
+    drawing = draw("fig3", alphas)
+    assert list(colors(drawing)) == ["VL Norm (α = 1)", "Dr. GRPO Norm"]
+    assert "alpha-aggregation-countdown-3b-3072" in drawing.caption
+    of_math = [run("vl_norm", OURS, alpha=alpha, task="math") for alpha in (0.75, 1)]
+    assert "α = 0.75" in draw("fig2", [*of_math, run("dapo", DAPO, task="math")]).title
 
 
 # --------------------------------------------------------------------------------------------------------- odd runs
@@ -383,7 +399,7 @@ ODD = {
     "dumps only": [without(run(method, DAPO), "") for method in ("vl_norm", "dapo")],
     "all zero": [run(method, dict.fromkeys(DAPO, 0.0)) for method in ("vl_norm", "dapo")],
     "seeds without a common step": [run("vl_norm", {0: 0.1, 10: 0.2}), run("vl_norm", {5: 0.1, 15: 0.3}, 1)],
-    "unknown setting": [run("mine", DAPO, family="", task="", model="", length="", scale="")],
+    "unknown setting": [run("mine", DAPO, family="", task="", model="", length="")],
     "names that are markup": [run(name, DAPO, task="$x_{", model="<b>") for name in ("$a_{x$ b", "_hidden", "a/../b")],
     "no α": [run("vl_norm", OURS, alpha=None), run("vl_norm", OURS, alpha=0.5), run("dapo", DAPO)],
     "unpaired sets": [run("vl_norm", OURS, dumps=False), run("dapo", DAPO)],
@@ -404,11 +420,11 @@ def test_steps_that_lack_a_metric_are_left_out() -> None:
     one = run("dapo", DAPO)
     one.metrics["actor/entropy"][1::2] = math.nan
     one.metrics["actor/grad_norm"][:] = math.nan
-    drawing = drawn([one])["training-dapo-countdown-3b-3072-gpu"]
+    drawing = draw("training", [one])
     raw, smoothed = drawing.figure.axes[0].get_lines()
     assert len(raw.get_xdata()) == 251
     assert np.isfinite(smoothed.get_ydata()).all()
-    assert figures.TRAINING["actor/grad_norm"] not in [
+    assert training.TRAINING["actor/grad_norm"] not in [
         axes.get_title() for axes in drawing.figure.axes if axes.get_visible()
     ]
 
@@ -437,19 +453,14 @@ def test_nothing_is_cut_where_runs_stand_at_different_steps() -> None:
 
 def test_many_runs_have_one_legend() -> None:
     runs = [run(method, DAPO, seed, family="aggregation") for method in AGGREGATIONS for seed in range(4)]
-    for name, drawing in drawn(runs).items():
-        if not name.startswith("lengths"):
-            assert len(drawing.figure.legends) == 1
-            assert not [axes for axes in drawing.figure.axes if axes.get_legend()]
+    for drawing in (draw(kind, runs) for kind in ("fig2", "fig3", "training", "vl-norm")):
+        assert len(drawing.figure.legends) == 1
+        assert not [axes for axes in drawing.figure.axes if axes.get_legend()]
 
 
-def test_the_same_runs_give_the_same_bytes() -> None:
-    runs = [run("dapo", DAPO), run("vl_norm", OURS)]
-    one, other = (figures.figures(runs, 3) for _ in range(2))
-    assert [(figure.name, figure.svg, figure.png) for figure in one] == [
-        (figure.name, figure.svg, figure.png) for figure in other
-    ]
-    assert len({figure.name for figure in one}) == len(one) == 5
+def test_each_figure_has_a_name_of_its_own() -> None:
+    names = [drawing.name for drawing in figures.drawings([run("dapo", DAPO), run("vl_norm", OURS)], 3)]
+    assert len(set(names)) == len(names) == 5
 
 
 # ------------------------------------------------------------------------------------------------------------- entropy
@@ -466,11 +477,11 @@ def test_entropies_of_all_methods_are_nats_a_token() -> None:
     ours.metrics["actor/vl_norm/weighted_tokens"] = np.full(10, 6.0)
     ours.metrics["actor/vl_norm/denominator"] = np.full(10, 20.0)
     for one in runs:
-        found = figures.measures.entropy_per_token(one)
+        found = measures.entropy_per_token(one)
         assert found is not None
         np.testing.assert_allclose(found, 0.25)
     del ours.metrics["actor/vl_norm/denominator"]
-    assert figures.measures.entropy_per_token(ours) is None
-    (panel, *_) = drawn(runs)["training-aggregation-countdown-3b-3072-gpu"].figure.axes
+    assert measures.entropy_per_token(ours) is None
+    (panel, *_) = draw("training", runs).figure.axes
     assert {len(line.get_xdata()) for line in panel.lines} == {10}
     assert {round(float(value), 9) for line in panel.lines for value in line.get_ydata()} == {0.25}

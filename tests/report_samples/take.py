@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 HERE = Path(__file__).parent
 KEPT = {
-    "recipe": ("name", "seed", "steps", "family", "task", "alpha", "model", "length", "method", "scale"),
+    "recipe": ("name", "seed", "steps", "family", "task", "alpha", "model", "length", "method"),
     "trainer": ("total_training_steps", "test_freq"),
     "data": ("max_response_length",),
 }
@@ -21,7 +21,7 @@ def take(run: Path) -> None:
     for file in sorted(run.glob("metrics-*.jsonl")):
         shutil.copy(file, folder / file.name)
     dumps = sorted((run / "validation").glob("*.jsonl"), key=lambda file: int(file.stem))
-    for file in dumps if run.name.endswith("8192-vl_norm-seed0") else dumps[-1:]:
+    for file in dumps if run.name.endswith("256-vl_norm-seed0") else dumps[-1:]:
         shutil.copy(file, folder / "validation" / file.name)
     config = OmegaConf.load(run / "config.yaml")
     kept = {section: {key: config[section][key] for key in keys} for section, keys in KEPT.items()}

@@ -58,7 +58,7 @@ def run(
     """
     from vlnorm_verl.lab import gradients, rollouts, tasks
     from vlnorm_verl.lab.report import GRADIENTS, build
-    from vlnorm_verl.report.output import missing_libraries
+    from vlnorm_verl.report.style import missing_libraries
 
     try:
         if problem := missing_libraries():
@@ -94,7 +94,7 @@ def report(
     vlnorm-verl lab report start=lab/start end=lab/step60 --out lab/report
     """
     from vlnorm_verl.lab.report import build
-    from vlnorm_verl.report.output import missing_libraries
+    from vlnorm_verl.report.style import missing_libraries
 
     try:
         if problem := missing_libraries():

@@ -1,6 +1,6 @@
 """The lab's figures: the paper's Figures 1 (right), 4 and 5 as measured, and which α.
 
-Covered: what is drawn. Not covered: the numbers (analysis.py), style and files (vlnorm_verl/report/output.py).
+Covered: what is drawn. Not covered: the numbers (analysis.py), style and files (vlnorm_verl/report/style.py).
 """
 
 from __future__ import annotations
@@ -13,17 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlnorm_verl.lab.analysis import COMPARED, LEAST_VARIANCE, LOST, PAIRS, THIRDS, Analysis, Slope, Tradeoff
+from vlnorm_verl.methods import alpha_color, label_of, method_of
 from vlnorm_verl.report.estimates import Estimate
-from vlnorm_verl.report.output import (
-    Figure,
-    alpha_color,
-    figure_text,
-    method_color,
-    method_label,
-    method_marker,
-    render,
-    use_style,
-)
+from vlnorm_verl.report.style import Figure, figure_text, render, use_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +60,7 @@ def title(one: Analysis) -> str:
 def color_of(mode: str) -> str:
     """As everywhere; VL Norm's α by shades."""
     name, _, value = mode.partition(":")
-    return alpha_color(float(value)) if name == "vl_norm" else method_color(mode)
+    return alpha_color(float(value)) if name == "vl_norm" else method_of(mode).color
 
 
 def bar(axes: Axes, x: float, estimate: Estimate, label: str | None = None, **style: Any) -> None:
@@ -154,9 +146,9 @@ def draw_noise(axes: Axes, one: Analysis) -> None:
     for k, method in enumerate(one.methods):
         color = color_of(method.mode)
         if method.mode == LEAST_VARIANCE:
-            axes.plot([k], [1.0], marker=method_marker(method.mode), color=color, linestyle="none")
+            axes.plot([k], [1.0], marker=method_of(method.mode).marker, color=color, linestyle="none")
         else:
-            bar(axes, k, method.noise, fmt=method_marker(method.mode), color=color)
+            bar(axes, k, method.noise, fmt=method_of(method.mode).marker, color=color)
         axes.plot([k + 0.22], [method.noise_predicted], "x", color="#555555")
         if math.isfinite(method.noise_by_beta):
             axes.plot([k + 0.36], [method.noise_by_beta], "+", color="#555555", markersize=6)
@@ -168,7 +160,7 @@ def draw_noise(axes: Axes, one: Analysis) -> None:
 
 
 def short_label(mode: str) -> str:
-    return method_label(mode).replace("VL Norm (α = ", "VL α=").removesuffix(")").replace(" Norm", "")
+    return label_of(mode).replace("VL Norm (α = ", "VL α=").removesuffix(")").replace(" Norm", "")
 
 
 def methods(main: Sequence[Analysis]) -> Figure:
@@ -178,7 +170,7 @@ def methods(main: Sequence[Analysis]) -> Figure:
         draw_noise(row[0], one)
         row[0].set_title(title(one))
         for k, method in enumerate(one.methods):
-            bar(row[1], k, method.cv, fmt=method_marker(method.mode), color=color_of(method.mode))
+            bar(row[1], k, method.cv, fmt=method_of(method.mode).marker, color=color_of(method.mode))
             if math.isfinite(method.cv_predicted):
                 row[1].plot([k + 0.22], [method.cv_predicted], "x", color="#555555")
         if not any(math.isfinite(method.cv.value) for method in one.methods):
@@ -275,11 +267,11 @@ def growth(main: Sequence[Analysis]) -> Figure:
         assert one.growth is not None
         for k, mode in enumerate(COMPARED):
             x = np.array(one.growth.length) * 1.02 ** (k - len(COMPARED) / 2)
-            color, marker = color_of(mode), method_marker(mode)
+            color, marker = color_of(mode), method_of(mode).marker
             panel.plot(x, one.growth.predicted[mode], color=color, linewidth=0.9, alpha=0.8)
             for at, measured in zip(x, one.growth.norm[mode], strict=True):
                 bar(panel, at, measured, fmt=marker, color=color)
-            panel.plot([], [], marker=marker, color=color, label=method_label(mode))
+            panel.plot([], [], marker=marker, color=color, label=label_of(mode))
         panel.set(xscale="log", yscale="log", xlabel="mean response length of the prompts, tokens", title=title(one))
         panel.set_ylabel("‖E G‖ over Dr. GRPO's on all prompts")
         lines = [value for mode in COMPARED for value in one.growth.predicted[mode]]

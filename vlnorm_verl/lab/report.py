@@ -4,7 +4,7 @@
     tables/, figures/         Markdown, CSV, JSON, LaTeX; PNG and SVG
 
 Covered: several models (checkpoints of one run) and several choices of parameters side by side. Not covered: what the
-numbers are (analysis.py) and how files look (vlnorm_verl/report/output.py).
+numbers are (analysis.py) and how files look (vlnorm_verl/report/writers.py, style.py, page.py).
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from rich.console import Console
 from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import store
 from vlnorm_verl.lab.analysis import COMPARED, LOST, PAIRS, THIRDS, Analysis, Tradeoff, analyse
-from vlnorm_verl.report import output
+from vlnorm_verl.methods import label_of
 from vlnorm_verl.report.estimates import Estimate
-from vlnorm_verl.report.output import Cell, Table, method_label
+from vlnorm_verl.report.page import write_page
+from vlnorm_verl.report.style import Figure, write_figures
+from vlnorm_verl.report.table import Cell, Table
+from vlnorm_verl.report.writers import print_table, write_tables
 
 GRADIENTS = "gradients"  # the folder in a lab's folder that has one folder for each choice of parameters
 SHOWN_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -61,17 +64,17 @@ def build(
     made = tables(found)
     drawn = figures(found)
     verdicts = [verdict(one) for one in of_most_parameters(found)]
-    output.write_tables(made, out / "tables")
-    output.write_figures(drawn, out / "figures")
+    write_tables(made, out / "tables")
+    write_figures(drawn, out / "figures")
     by_name = {figure.name: figure for figure in drawn}
-    parts: list[Table | output.Figure | str] = []
+    parts: list[Table | Figure | str] = []
     for heading, names in SECTIONS.items():
         inside = [figure for name, figure in by_name.items() if name.startswith(tuple(names))]
         tables_inside = [table for table in made if table.name in names]
         if inside or tables_inside:
             parts += [heading, *inside, *tables_inside]
-    output.write_page(out / "lab.html", "The gradient lab", [*verdicts, *map(described, found)], parts)
-    output.print_table(made[0], console)
+    write_page(out / "lab.html", "The gradient lab", [*verdicts, *map(described, found)], parts)
+    print_table(made[0], console)
     for text in verdicts:
         console.print(text, markup=False, highlight=False)
     console.print(f"{out / 'lab.html'}", markup=False, highlight=False)
@@ -277,7 +280,7 @@ def methods(found: Sequence[Analysis]) -> Table:
         [
             one.name,
             one.gradients,
-            method_label(method.mode),
+            label_of(method.mode),
             method.sum_x,
             method.scale,
             method.cosine,
@@ -435,7 +438,7 @@ def growth(found: Sequence[Analysis]) -> Table:
         [
             one.name,
             one.gradients,
-            method_label(mode),
+            label_of(mode),
             f"{length:.0f}",
             one.growth.predicted[mode][k],
             one.growth.norm[mode][k],

@@ -50,6 +50,6 @@ def report(
 
     Exit code 0, or 2 for a wrong request, which no run found is.
     """
-    from vlnorm_verl.report.report import build
+    from vlnorm_verl.report.build import build
 
     raise typer.Exit(build(runs, out, smooth, metric=metric, baseline=baseline))

@@ -7,19 +7,20 @@ Not covered: dumps of several validation sets whose reward does not write a `val
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from vlnorm_verl.report.runs import Run, Validation, logged_accuracies, value_at
+from vlnorm_verl.files import write
+from vlnorm_verl.report.run import Run, Validation, logged_accuracies, value_at
 from vlnorm_verl.runs.records import Lines
 
 CACHE_FILE = ".validation-counts.msgpack"
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 
 
 class _Response(msgspec.Struct):
@@ -44,27 +45,36 @@ def _number(value: Any) -> float | None:
     return number if np.isfinite(number) else None
 
 
-class _Counts(msgspec.Struct):
-    """One validation set of one dump; `problems` is an index into the cache's lists."""
+class Counts(msgspec.Struct):
+    """One validation set of one dump, as `Validation` has it, in types that msgpack has."""
 
-    problems: int
+    problems: list[str]
     n: list[int]
     correct: list[float]
     binary: bool
     characters: bytes  # int32
 
+    def validation(self) -> Validation:
+        correct = np.array(self.correct)
+        return Validation(
+            problems=self.problems,
+            n=np.array(self.n, dtype=np.int64),
+            correct=correct.astype(np.int64) if self.binary else correct,
+            binary=self.binary,
+            characters=np.frombuffer(self.characters, dtype=np.int32) if self.characters else None,
+        )
 
-class _Dump(msgspec.Struct):
+
+class Dump(msgspec.Struct):
     size: int
     mtime: int
-    sets: dict[str, _Counts]
+    sets: dict[str, Counts]  # by validation set, "" if the dump does not say
     notes: list[str]
 
 
 class _Content(msgspec.Struct):
     format: int
-    problems: list[list[str]]
-    dumps: dict[str, _Dump]
+    dumps: dict[str, Dump]
 
 
 class DumpCache:
@@ -72,64 +82,39 @@ class DumpCache:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.content = _Content(CACHE_FORMAT, [], {})
-        if path and path.exists():
-            try:
-                content = msgspec.msgpack.decode(path.read_bytes(), type=_Content)
-            except msgspec.MsgspecError:
-                content = self.content
-            if content.format == CACHE_FORMAT:
-                self.content = content
-        self.lists = {tuple(names): index for index, names in enumerate(self.content.problems)}
+        self.dumps: dict[str, Dump] = {}
         self.changed = False
+        with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
+            content = msgspec.msgpack.decode(path.read_bytes() if path else b"", type=_Content)
+            self.dumps = content.dumps if content.format == CACHE_FORMAT else {}
 
-    def get(self, path: Path) -> _Dump | None:
-        known, stat = self.content.dumps.get(str(path.resolve())), path.stat()
+    def get(self, path: Path) -> Dump | None:
+        known, stat = self.dumps.get(str(path.resolve())), path.stat()
         return known if known and (known.size, known.mtime) == (stat.st_size, stat.st_mtime_ns) else None
 
-    def read(self, path: Path) -> _Dump:
-        if known := self.get(path):
-            return known
+    def read(self, path: Path) -> Dump:
+        """Count it again, whatever is known."""
         stat = path.stat()  # before reading: a dump that grows meanwhile is read again the next time
-        dump = _Dump(stat.st_size, stat.st_mtime_ns, {}, [])
-        for name, found in count(path, dump.notes).items():
-            dump.sets[name] = _Counts(
-                problems=self._index(found.problems),
-                n=found.n.tolist(),
-                correct=found.correct.tolist(),
-                binary=found.binary,
-                characters=b"" if found.characters is None else found.characters.tobytes(),
-            )
-        self.content.dumps[str(path.resolve())] = dump
+        notes: list[str] = []
+        dump = self.dumps[str(path.resolve())] = Dump(stat.st_size, stat.st_mtime_ns, count(path, notes), notes)
         self.changed = True
         return dump
 
-    def _index(self, problems: list[str]) -> int:
-        key = tuple(problems)
-        if key not in self.lists:
-            self.lists[key] = len(self.content.problems)
-            self.content.problems.append(problems)
-        return self.lists[key]
-
     def save(self) -> None:
         if self.path and self.changed:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_bytes(msgspec.msgpack.encode(self.content))
-            temporary.replace(self.path)
+            write(self.path, msgspec.msgpack.encode(_Content(CACHE_FORMAT, self.dumps)))
 
 
 _RESPONSE = msgspec.json.Decoder(_Response)
 
 
-def count(path: Path, notes: list[str]) -> dict[str, Validation]:
+def count(path: Path, notes: list[str]) -> dict[str, Counts]:
     """{validation set, "" if the dump does not say: its counts}.
 
     Correct is `acc` where the reward gives it, else `score`. Problems are in the order of their identity.
     """
-    totals: dict[str, dict[bytes, list[float]]] = {}
+    scores: dict[str, dict[str, list[float]]] = {}  # of each problem's responses, by validation set
     lengths: dict[str, list[int]] = {}
-    graded: set[str] = set()
     unscored = 0
     for response in Lines(path, _RESPONSE, notes):
         score = _number(response.score if response.acc is None else response.acc)
@@ -137,52 +122,35 @@ def count(path: Path, notes: list[str]) -> dict[str, Validation]:
             unscored += 1
             continue
         name = str(response.validation_set or "")
-        digest = hashlib.blake2b(response.input, digest_size=8)
-        digest.update(b"\0")
-        digest.update(response.gts)
-        total = totals.setdefault(name, {}).setdefault(digest.digest(), [0, 0.0])
-        total[0] += 1
-        total[1] += score
-        if score not in (0, 1):
-            graded.add(name)
+        problem = hashlib.blake2b(bytes(response.input) + b"\0" + bytes(response.gts), digest_size=8).hexdigest()
+        scores.setdefault(name, {}).setdefault(problem, []).append(score)
         if isinstance(response.output, str):
             lengths.setdefault(name, []).append(len(response.output))
     if unscored:
         notes.append(f"{path.name}: {unscored} responses without a score, left out")
-    result = {}
-    for name, problems in totals.items():
-        order = sorted(problems)
-        result[name] = Validation(
-            problems=[problem.hex() for problem in order],
-            n=np.array([problems[problem][0] for problem in order], dtype=np.int64),
-            correct=np.array([problems[problem][1] for problem in order]),
-            binary=name not in graded,
-            characters=np.sort(np.array(lengths[name], dtype=np.int32)) if name in lengths else None,
+    return {
+        name: Counts(
+            problems=sorted(problems),
+            n=[len(problems[problem]) for problem in sorted(problems)],
+            correct=[sum(problems[problem]) for problem in sorted(problems)],
+            binary=all(score in (0, 1) for of_problem in problems.values() for score in of_problem),
+            characters=np.sort(np.array(lengths.get(name, []), dtype=np.int32)).tobytes(),
         )
-    return result
+        for name, problems in scores.items()
+    }
 
 
-def attach_validations(run: Run, dumps: dict[int, _Dump], cache: DumpCache) -> None:
+def attach_validations(run: Run, dumps: dict[int, Dump]) -> None:
     """Give a run its counts, name the sets, and note what does not agree with verl's own metrics."""
     named = logged_accuracies(run)
     unnamed = False
-    for step in sorted(dumps):
-        for name, counts in dumps[step].sets.items():
+    for step, dump in sorted(dumps.items()):
+        for name, counts in dump.sets.items():
             if not name and len(named) != 1:
                 unnamed = True
-                continue
-            if run.metric and name and name not in named:  # of an accuracy that was not asked for
-                continue
-            numbers = np.array(counts.correct)
-            validation = Validation(
-                problems=cache.content.problems[counts.problems],
-                n=np.array(counts.n, dtype=np.int64),
-                correct=numbers.astype(np.int64) if counts.binary else numbers,
-                binary=counts.binary,
-                characters=np.frombuffer(counts.characters, dtype=np.int32) if counts.characters else None,
-            )
-            run.validations.setdefault(step, {})[name or next(iter(named))] = validation
-        run.notes += dumps[step].notes
+            elif not run.metric or not name or name in named:  # else of an accuracy that was not asked for
+                run.validations.setdefault(step, {})[name or next(iter(named))] = counts.validation()
+        run.notes += dump.notes
     if unnamed:
         run.notes.append(
             "validation dumps do not say which validation set a response is of: no intervals (a reward that returns "
@@ -212,12 +180,12 @@ def _not_used(run: Run, step: int, name: str, validation: Validation) -> str:
     if (validation.correct < 0).any() or (validation.correct > validation.n).any():
         return f"validation/{step}.jsonl: has scores below 0 or above 1: not used"
     logged = logged_accuracies(run).get(name)
-    own = None if logged is None else value_at(run, logged.values, step)
-    if own is None:
+    accuracy = None if logged is None else value_at(run, logged.values, step)
+    if accuracy is None:
         return ""
     # Over responses, a prompt that is in the set twice counts twice, as verl does; over problems, a problem whose
     # responses are not all there still counts once.
     measured = float(validation.correct.sum() / validation.n.sum())
-    if min(abs(measured - own), abs(float((validation.correct / validation.n).mean()) - own)) <= 1e-5:
+    if min(abs(measured - accuracy), abs(float((validation.correct / validation.n).mean()) - accuracy)) <= 1e-5:
         return ""
-    return f"validation/{step}.jsonl: its accuracy is {measured:.4f}, verl logged {own:.4f} at that step: not used"
+    return f"validation/{step}.jsonl: its accuracy is {measured:.4f}, verl logged {accuracy:.4f} at that step: not used"

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 
 import numpy as np
@@ -50,6 +50,10 @@ class Estimate:
     low: float = nan
     high: float = nan
     note: str = ""
+
+    def noted(self, *notes: str) -> Estimate:
+        """With these notes behind its own."""
+        return replace(self, note="; ".join(filter(None, (self.note, *notes))))
 
 
 @dataclass(frozen=True)
@@ -146,19 +150,18 @@ def difference_over_own_problems(pairs: Sequence[tuple[Scores, Scores]]) -> Esti
 
 def _nested(values: list[np.ndarray], sizes: list[tuple[int, ...]], rate: bool) -> Estimate:
     """Seeds and problems vary together: Student's t over the seeds' means, not narrower than the problems alone."""
-    means, note = np.array([one.mean() for one in values]), "other problems in each seed"
+    means, note = np.array([of_seed.mean() for of_seed in values]), "other problems in each seed"
     value, count = float(means.mean()), len(means)
     if min(map(min, sizes)) < 2:
-        return Estimate(value, note=_joined(note, "a set of one problem"))
-    within = [_over_problems(one, size) for one, size in zip(values, sizes, strict=True)]
+        return Estimate(value, note=note).noted("a set of one problem")
+    within = [_over_problems(of_seed, size) for of_seed, size in zip(values, sizes, strict=True)]
     of_problems = sum(variance for variance, _ in within) / count**2
-    of_seeds = float(means.var(ddof=1)) / count
-    quantile = _t(sum(freedom for _, freedom in within))
-    half = max(_t(count - 1) * of_seeds**0.5, quantile * of_problems**0.5)
+    quantile = t_quantile(sum(freedom for _, freedom in within))
+    half = max(float(t_half_width(means)), quantile * of_problems**0.5)
     if half == 0:
         if rate and value in (0.0, 1.0):
             return Estimate(value, *_all_alike(value, min(map(len, values))), note)
-        return Estimate(value, note=_joined(note, "the same in every problem"))
+        return Estimate(value, note=note).noted("the same in every problem")
     low, high = _wilson(value, half) if rate else (value - half, value + half)
     return _cut(value, low, high, note, rate)
 
@@ -166,13 +169,25 @@ def _nested(values: list[np.ndarray], sizes: list[tuple[int, ...]], rate: bool) 
 def over_seeds(values: Sequence[float], low: float = -np.inf, high: float = np.inf) -> Estimate:
     """Mean of one number per seed with Student's t interval, cut to [low, high]."""
     numbers = np.asarray(values, dtype=np.float64)
-    value, count = float(numbers.mean()), len(numbers)
-    if count < 2:
+    value = float(numbers.mean())
+    if len(numbers) < 2:
         return Estimate(value, note="one seed")
     if np.ptp(numbers) == 0:
         return Estimate(value, note="the same in every seed")
-    half = _t(count - 1) * float(numbers.std(ddof=1)) / count**0.5
+    half = float(t_half_width(numbers))
     return Estimate(value, max(low, value - half), min(high, value + half))
+
+
+def t_half_width(values: np.ndarray) -> np.ndarray:
+    """Half the width of Student's 95% interval of the mean over the first axis of values [S, …], NaN left out.
+
+    Of fewer than two values it is what a standard deviation of 0 would give.
+    """
+    from scipy.stats import t
+
+    count = np.maximum(np.isfinite(values).sum(axis=0), 2)
+    spread = np.sqrt(np.nansum((values - np.nanmean(values, axis=0)) ** 2, axis=0) / (count - 1))
+    return np.asarray(t.isf(TAIL, count - 1) * spread / np.sqrt(count))
 
 
 def rank_correlation(steps: np.ndarray, values: np.ndarray, sizes: tuple[int, ...]) -> Estimate:
@@ -239,13 +254,13 @@ def _interval(values: np.ndarray, sizes: tuple[int, ...], note: str, rate: bool)
     """Of the mean of values [S, P]: rates in [0, 1], or differences of rates in [−1, 1]."""
     value = float(values.mean())
     if min(sizes) < 2:
-        return Estimate(value, note=_joined(note, "a set of one problem"))
+        return Estimate(value, note=note).noted("a set of one problem")
     if np.ptp(values) == 0:
         if rate and value in (0.0, 1.0):
             return Estimate(value, *_all_alike(value, values.shape[1]), note)
-        return Estimate(value, note=_joined(note, "the same in every problem"))
+        return Estimate(value, note=note).noted("the same in every problem")
     if len(values) > 1:
-        half = _half_width(values, sizes)
+        half = _half_width(values.mean(0), [values], sizes)
         low, high = _wilson(value, half) if rate else (value - half, value + half)
         return _cut(value, low, high, note, rate)
     variance, freedom = _over_problems(values[0], sizes)
@@ -253,7 +268,7 @@ def _interval(values: np.ndarray, sizes: tuple[int, ...], note: str, rate: bool)
     means = resampled_means(values, sizes)[:, 0]
     low, high = float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
     if rate:
-        ends = _wilson(value, _t(freedom) * variance**0.5)
+        ends = _wilson(value, t_quantile(freedom) * variance**0.5)
         low, high = min(low, ends[0]), max(high, ends[1])
     return _cut(value, low, high, note, rate)
 
@@ -262,7 +277,8 @@ def _cut(value: float, low: float, high: float, note: str, rate: bool) -> Estima
     return Estimate(value, max(0.0 if rate else -1.0, float(low)), min(1.0, float(high)), note)
 
 
-def _t(freedom: float) -> float:
+def t_quantile(freedom: float) -> float:
+    """Of Student's t at this module's level, both sides."""
     from scipy.stats import t
 
     return float(t.isf(TAIL, freedom))
@@ -279,7 +295,7 @@ def _expanded_tail(freedom: float) -> float:
     """Tail probability of the percentile interval that makes up for its narrowness (Hesterberg 2015, equation 8)."""
     from scipy.stats import norm
 
-    return float(norm.sf(np.sqrt((freedom + 1) / freedom) * _t(freedom)))
+    return float(norm.sf(np.sqrt((freedom + 1) / freedom) * t_quantile(freedom)))
 
 
 def _over_problems(values: np.ndarray, sizes: tuple[int, ...]) -> tuple[float, float]:
@@ -304,17 +320,12 @@ def _rest(values: np.ndarray, sizes: tuple[int, ...]) -> float:
     return total
 
 
-def _half_width(values: np.ndarray, sizes: tuple[int, ...]) -> float:
-    """Of the interval of the mean of values [S, P] over crossed seeds and problems."""
-    return _joint_half_width(values.mean(0), [values], sizes)
-
-
-def _joint_half_width(of_problems: np.ndarray, samples: list[np.ndarray], sizes: tuple[int, ...]) -> float:
+def _half_width(of_problems: np.ndarray, samples: list[np.ndarray], sizes: tuple[int, ...]) -> float:
     """of_problems: [P] whose mean is the estimate; samples: [S, P] each, with seeds independent of each other's."""
     variance, freedom = _over_problems(of_problems, sizes)
     rest = sum(_rest(values, sizes) for values in samples)
-    of_seeds = sum(_t(len(v) - 1) ** 2 * float(v.mean(1).var(ddof=1)) / len(v) for v in samples)
-    quantile = _t(freedom) ** 2
+    of_seeds = sum(float(t_half_width(values.mean(1))) ** 2 for values in samples)
+    quantile = t_quantile(freedom) ** 2
     return float(np.sqrt(max(quantile * variance, of_seeds + quantile * max(0.0, variance - rest))))
 
 
@@ -324,14 +335,16 @@ def _unpaired(a: Scores, b: Scores) -> Estimate:
     value = float(paired.mean())
     if min(a.sizes) < 2:
         return Estimate(value, note="a set of one problem")
-    half = _joint_half_width(paired, [a.values, b.values], a.sizes)
+    half = _half_width(paired, [a.values, b.values], a.sizes)
     return _cut(value, value - half, value + half, "", rate=False)
 
 
 def _all_alike(value: float, trials: int) -> tuple[float, float]:
     """Clopper-Pearson's interval after `trials` equal results: one response to each problem would be such a trial."""
-    end = TAIL ** (1 / trials)
-    return (end, 1.0) if value == 1.0 else (0.0, 1 - end)
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(value) * trials, trials).proportion_ci(LEVEL, method="exact")
+    return float(interval.low), float(interval.high)
 
 
 def _on_common_problems(a: Scores, b: Scores) -> tuple[Scores, Scores]:
@@ -339,23 +352,12 @@ def _on_common_problems(a: Scores, b: Scores) -> tuple[Scores, Scores]:
         return a, b
     if len(a.sizes) != len(b.sizes):
         raise ValueError("the two were not scored on the same validation sets")
-    common, columns_a, columns_b, sizes = [], [], [], []
-    offset_a = offset_b = 0
-    for size_a, size_b in zip(a.sizes, b.sizes, strict=True):
-        where = {problem: offset_b + i for i, problem in enumerate(b.problems[offset_b : offset_b + size_b])}
-        shared = [i for i in range(offset_a, offset_a + size_a) if a.problems[i] in where]
-        common += [a.problems[i] for i in shared]
-        columns_a += shared
-        columns_b += [where[a.problems[i]] for i in shared]
-        sizes.append(len(shared))
-        offset_a, offset_b = offset_a + size_a, offset_b + size_b
+    place = {problem: index for index, problem in enumerate(b.problems)}
+    kept = [index for index, problem in enumerate(a.problems) if problem in place]
+    problems = tuple(a.problems[index] for index in kept)
+    set_of: np.ndarray = np.repeat(np.arange(len(a.sizes)), a.sizes)
+    sizes = tuple(np.bincount(set_of[kept], minlength=len(a.sizes)).tolist())
     if not all(sizes):
         raise ValueError("the two have no problem in common")
-    return (
-        Scores(a.values[:, columns_a], tuple(common), tuple(sizes), a.seeds),
-        Scores(b.values[:, columns_b], tuple(common), tuple(sizes), b.seeds),
-    )
-
-
-def _joined(*notes: str) -> str:
-    return "; ".join(note for note in notes if note)
+    in_b = [place[problem] for problem in problems]
+    return Scores(a.values[:, kept], problems, sizes, a.seeds), Scores(b.values[:, in_b], problems, sizes, b.seeds)

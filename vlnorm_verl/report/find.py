@@ -2,7 +2,7 @@
 
 | what        | where it is looked for                                                                             |
 |-------------|----------------------------------------------------------------------------------------------------|
-| verl's file | metrics-NNN.jsonl (launcher, quickstart) are the starts of one run; any other *.jsonl whose records |
+| verl's file | metrics-NNN.jsonl (the launcher's) are the starts of one run; any other *.jsonl whose records      |
 | logger      | are verl's is a run of its own                                                                     |
 | tensorboard | a folder of event files                                                                            |
 | wandb       | an offline run's *.wandb                                                                           |
@@ -13,6 +13,7 @@ an argument in which there is nothing, so that no input goes unmentioned.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ def find(arguments: list[str]) -> list[Source]:
     Raises:
         UserError: a path does not exist, a seed is none or is of several runs, or there is no run at all.
     """
-    found: dict[tuple[str, Path], Source] = {}
+    sources_by_file: dict[tuple[str, Path], Source] = {}
     for argument in arguments:
         label, seed, path = split_label(argument)
         if not path.exists():
@@ -87,14 +88,14 @@ def find(arguments: list[str]) -> list[Source]:
             raise UserError(f"RUN {argument}: a seed is of one run, and there are {len(sources)} in {path}")
         for source in sources:
             key = source.kind, (source.files[0] if source.files and not _many(source) else source.folder).resolve()
-            found.setdefault(key, replace(source, label=label, seed=seed, alone=len(sources) == 1))
-    if all(source.kind == "empty" and not _has_configuration(source.folder) for source in found.values()):
+            sources_by_file.setdefault(key, replace(source, label=label, seed=seed, alone=len(sources) == 1))
+    if all(source.kind == "empty" and not _has_configuration(source.folder) for source in sources_by_file.values()):
         raise UserError(
             f"RUN {' '.join(arguments)}: no run there. Looked for metrics-NNN.jsonl or another *.jsonl of verl's file "
             "logger, tensorboard's events.out.tfevents.* and *.wandb, in these folders and all below"
         )
-    common = frozenset.intersection(*(frozenset(source.names) for source in found.values()))
-    return [replace(source, common=common) for source in found.values()]
+    common = frozenset.intersection(*(frozenset(source.names) for source in sources_by_file.values()))
+    return [replace(source, common=common) for source in sources_by_file.values()]
 
 
 def _many(source: Source) -> bool:
@@ -166,8 +167,8 @@ def _sources(folder: Path, names: list[str], argument: Path) -> Iterator[Source]
 
 
 def _starts(folder: Path, names: list[str]) -> list[Path]:
-    found = [match for name in names if (match := STARTS.fullmatch(name))]
-    return [folder / match[0] for match in sorted(found, key=lambda match: int(match[1]))]
+    matches = [match for name in names if (match := STARTS.fullmatch(name))]
+    return [folder / match[0] for match in sorted(matches, key=lambda match: int(match[1]))]
 
 
 def _events(folder: Path, names: list[str]) -> list[Path]:
@@ -181,23 +182,16 @@ def _plain_logs(folder: Path, names: list[str]) -> list[Path]:
 
 def _is_metrics(path: Path) -> bool:
     """Whether one of a file's first lines is what verl's file logger writes."""
-    try:
-        with open(path, "rb") as file:
-            for _ in range(TRIED_LINES):
-                try:
-                    decode(file.readline(LONGEST_LINE), RECORD)
-                    return True
-                except (msgspec.MsgspecError, UnicodeDecodeError):
-                    continue
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        for _ in range(TRIED_LINES):
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+                decode(file.readline(LONGEST_LINE), RECORD)
+                return True
     return False
 
 
 def _has_configuration(folder: Path) -> bool:
-    """Whether the launcher or the quickstart has begun a run here."""
-    if (folder / "settings.json").is_file():
-        return True
+    """Whether the launcher has begun a run here."""
     if not (folder / "config.yaml").is_file():
         return False
     with open(folder / "config.yaml", errors="replace") as file:

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from vlnorm_verl.report.runs import Setting
+from vlnorm_verl.methods import split
+from vlnorm_verl.report.identity import Setting
 
 NOT_FOUND = "not found"
-TINY = "tiny model, not the paper's"
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Known:
     source: str
     method: str = ""
 
+    def is_of(self, setting: Setting) -> bool:
+        of = setting._asdict()
+        return all(of[key] == value for key, value in self.setting.items())
+
 
 @functools.cache
 def _content() -> dict[str, Any]:
@@ -36,14 +40,15 @@ def _content() -> dict[str, Any]:
     return content
 
 
+@functools.cache
 def values() -> list[Known]:
     return [Known(**entry) for entry in _content()["values"]]
 
 
 def alpha(task: str) -> float | None:
     """VL Norm's α on a task of the paper; None for another task."""
-    found = _content()["alpha"].get(task)
-    return None if found is None else float(found)
+    of_task = _content()["alpha"].get(task)
+    return None if of_task is None else float(of_task)
 
 
 def has(setting: Setting) -> bool:
@@ -51,46 +56,41 @@ def has(setting: Setting) -> bool:
     return setting.family in ("aggregation", "dapo") and setting.task in ("countdown", "math")
 
 
+def covers(setting: Setting) -> bool:
+    """Whether the paper also has the model, so that its values may stand beside a run's."""
+    return has(setting) and setting.model in _content()["models"]
+
+
 def known(setting: Setting, method_key: str, metric: str) -> Known | None:
-    """The paper's value for a run at full size with the task's α; None for one of the tiny model, of which it has none.
-
-    The paper's VL Norm is the one with the task's α.
-    """
-    method, _, number = method_key.partition(":")
-    if number and float(number) != alpha(setting.task):
+    """The paper's value for a run; its VL Norm is the one with the task's α."""
+    method, number = split(method_key)
+    if number not in (None, alpha(setting.task)):
         return None
-    for one in values():
-        if (one.metric, one.method) == (metric, method) and _fits(one, setting):
-            return one
-    return None
+    matching = (value for value in values() if (value.metric, value.method) == (metric, method))
+    return next((value for value in matching if value.is_of(setting)), None)
 
 
-def _fits(one: Known, setting: Setting) -> bool:
-    of = setting._asdict()
-    return setting.scale != "cpu" and all(of[key] == value for key, value in one.setting.items())
-
-
-def cell(setting: Setting, method_key: str, metric: str) -> str:
-    """ "0.847 [second-hand, of v1]", "not found", or that the run is not one of the paper's."""
-    if setting.scale == "cpu":
-        return TINY
-    found = known(setting, method_key, metric)
-    return NOT_FOUND if found is None else f"{found.value} [{found.label}]"
+def cell(setting: Setting, method_key: str, metric: str) -> str | None:
+    """ "0.847 [second-hand, of v1]", "not found", or None for a model that the paper does not have."""
+    value = known(setting, method_key, metric)
+    if value is not None:
+        return f"{value.value} [{value.label}]"
+    return NOT_FOUND if covers(setting) else None
 
 
 def sources(rows: Iterable[tuple[Setting, str]], metrics: Iterable[str]) -> list[str]:
     """A sentence for a table's foot: where the values of these rows (setting, method key) were read."""
-    found = [one for row in rows for metric in metrics if (one := known(*row, metric)) is not None]
-    labels = dict.fromkeys(f"[{one.label}]: {one.source}" for one in found)
+    shown = [value for row in rows for metric in metrics if (value := known(*row, metric)) is not None]
+    labels = dict.fromkeys(f"[{value.label}]: {value.source}" for value in shown)
     return [f"Read in {'; '.join(labels)}."] if labels else []
 
 
 def remarks(rows: Iterable[tuple[Setting, str]]) -> list[str]:
     """Sentences for a table's foot that concern at least one of its rows (setting, method key)."""
-    rows = list(rows)
+    rows = [row for row in rows if covers(row[0])]
     return [
-        f"{one.item}: {one.value} [{one.label}; {one.source}]."
-        for one in values()
-        if one.metric == "remark"
-        and any(_fits(one, setting) and key.startswith(one.method) for setting, key in rows if has(setting))
+        f"{value.item}: {value.value} [{value.label}; {value.source}]."
+        for value in values()
+        if value.metric == "remark"
+        and any(value.is_of(setting) and key.startswith(value.method) for setting, key in rows)
     ]

@@ -24,7 +24,7 @@ def read_tensorboard(files: Iterable[Path], notes: list[str]) -> list[Start]:
         from tensorboard.util.tensor_util import make_ndarray
     except ImportError:
         raise UserError(f"{next(iter(files))}: reading it needs tensorboard: pip install tensorboard") from None
-    found: list[tuple[float, list[Start]]] = []
+    by_time: list[tuple[float, list[Start]]] = []
     for file in files:
         rows: list[tuple[int, dict[str, Any]]] = []
         began = None
@@ -39,8 +39,8 @@ def read_tensorboard(files: Iterable[Path], notes: list[str]) -> list[Start]:
             notes.append(f"{file.name}: cannot be read to its end ({type(error).__name__})")
         if began is None:
             notes.append(f"{file.name}: no event in it")
-        found.append((began or 0.0, starts_of(file.name, rows)))
-    return [start for _, starts in sorted(found, key=lambda one: one[0]) for start in starts]
+        by_time.append((began or 0.0, starts_of(file.name, rows)))
+    return [start for _, starts in sorted(by_time, key=lambda entry: entry[0]) for start in starts]
 
 
 class Wandb(NamedTuple):

@@ -23,17 +23,16 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 
 from vlnorm_verl.files import UserError
 from vlnorm_verl.report.dumps import CACHE_FILE, DumpCache, attach_validations
 from vlnorm_verl.report.find import ACCEPTED, Source, find
-from vlnorm_verl.report.identity import Identity, identify, settle, shortest
-from vlnorm_verl.report.runs import VALIDATION_METRIC, Run, logged_accuracies, value_at
+from vlnorm_verl.report.identity import UNKNOWN_SEED, Identity, identify, settle
+from vlnorm_verl.report.names import shortest
+from vlnorm_verl.report.run import VALIDATION_METRIC, Run, logged_accuracies
 from vlnorm_verl.report.trackers import read_tensorboard, read_wandb
 from vlnorm_verl.runs.records import NOTED, RECORD, Lines, Start, columns, join, read_starts
-
-__all__ = ["UserError", "read_runs", "value_at"]
 
 
 @dataclass
@@ -56,8 +55,8 @@ class _Log:
     @property
     def key(self) -> tuple[Any, ...]:
         """What logs of one run have in common, besides wandb's name of the run."""
-        one = self.identity
-        return one.setting, one.method, one.alpha, one.seed, self.config or one.rest
+        identity = self.identity
+        return identity.setting, identity.method_key, identity.seed, self.config or identity.rest
 
 
 def read_runs(
@@ -87,10 +86,10 @@ def read_runs(
 def _read(source: Source) -> _Log:
     notes: list[str] = []
     if source.kind == "wandb":
-        found = read_wandb(source.files[0], notes)
-        identity = identify(source, found.config, found.name)
-        config = {key: value for key, value in found.config.items() if key != "trainer"}
-        return _Log(source, identity, [*found.starts], _first(found.starts), notes, found.began, config, found.run)
+        wandb = read_wandb(source.files[0], notes)
+        identity = identify(source, wandb.config, wandb.name)
+        config = {key: value for key, value in wandb.config.items() if key != "trainer"}
+        return _Log(source, identity, [*wandb.starts], _first(wandb.starts), notes, wandb.began, config, wandb.run)
     if source.kind == "tensorboard":
         starts = read_tensorboard(source.files, notes)
         return _Log(source, identify(source), [*starts], _first(starts), notes)
@@ -120,7 +119,7 @@ def _goes_on(log: _Log, run: _Log) -> bool:
     """Whether a log is of a run that an earlier log is of: by wandb's word, or since it starts in the middle of it."""
     if log.run and log.run == run.run:
         return True
-    known = log.identity.seed is not None or bool(log.config or log.identity.rest)
+    known = log.identity.seed != UNKNOWN_SEED or bool(log.config or log.identity.rest)
     return known and log.key == run.key and log.first > max(1, run.first)
 
 
@@ -137,31 +136,22 @@ def _names(logs: Sequence[_Log]) -> list[str]:
 
 def _run(log: _Log, name: str, metric: str) -> Run:
     """A run without its validations."""
-    identity, notes = log.identity, list(log.notes)
-    starts = (one for of in log.starts for one in ([of] if isinstance(of, Start) else read_starts([of], notes)))
+    notes = [*log.identity.notes, *log.notes]
+    starts = (start for of in log.starts for start in ([of] if isinstance(of, Start) else read_starts([of], notes)))
     steps, metrics, ended = columns(join(starts, notes))
+    # What was never a number is not worth a word, except for an accuracy.
+    ended = {k: s for k, s in ended.items() if k in metrics or k == metric or VALIDATION_METRIC.fullmatch(k)}
     run = Run(
+        **{**vars(log.identity), "notes": notes},
         folder=log.source.folder,
         name=name,
-        family=identity.family,
-        task=identity.task,
-        model=identity.model,
-        length=identity.length,
-        scale=identity.scale,
-        method=identity.method,
-        alpha=identity.alpha if identity.method == "vl_norm" else None,
-        seed=UNKNOWN_SEED if identity.seed is None else identity.seed,
-        planned_steps=identity.planned_steps,
         steps=steps,
         metrics=metrics,
-        notes=identity.notes + notes,
-        scale_factor=identity.scale_factor,
         metric=metric,
-        # What was never a number is not worth a word, except for an accuracy.
-        ended={k: s for k, s in ended.items() if k in metrics or k == metric or VALIDATION_METRIC.fullmatch(k)},
+        ended=ended,
     )
     if log.source.kind == "empty":
-        run.notes.append("no metrics yet" if any(identity.setting) else f"no run there; accepted: {ACCEPTED}")
+        run.notes.append("no metrics yet" if any(run.setting) else f"no run there; accepted: {ACCEPTED}")
     elif not len(steps):
         run.notes.append("no step in its metrics")
     if (late := run.late_start) is not None:
@@ -179,7 +169,7 @@ def _run(log: _Log, name: str, metric: str) -> Run:
 def _leave_out_copies(runs: Sequence[Run], logs: Sequence[_Log]) -> None:
     """verl logs to several loggers at once: of the same values by two of them, those with a configuration are kept."""
     kept: list[tuple[Run, _Log]] = []
-    for run, log in sorted(zip(runs, logs, strict=True), key=lambda one: (one[1].identity.named, -len(one[0].steps))):
+    for run, log in sorted(zip(runs, logs, strict=True), key=lambda pair: (pair[0].named, -len(pair[0].steps))):
         copied = [other for other, of in kept if of.source.kind != log.source.kind and _same_values(run, other)]
         if copied:
             run.notes.append(f"the same values as {copied[0].name}, by another logger: left out")
@@ -191,22 +181,22 @@ def _same_values(run: Run, other: Run) -> bool:
     """Of all metrics that both have, at all steps that both have, as far as tensorboard's float32 tells them apart."""
     _, of_run, of_other = np.intersect1d(run.steps, other.steps, return_indices=True)
     pairs = [(run.metrics[key][of_run], other.metrics[key][of_other]) for key in run.metrics.keys() & other.metrics]
-    same = (np.array_equal(one.astype(np.float32), two.astype(np.float32), equal_nan=True) for one, two in pairs)
+    same = (np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True) for a, b in pairs)
     return len(of_run) > 0 and bool(pairs) and all(same)
 
 
 def _dumps(run: Run, log: _Log) -> dict[int, Path]:
     """{step: dump} up to the run's last record, beyond which a dump is of a start that was given up or not logged."""
     folder = log.source.folder / "validation"
-    if not folder.is_dir() and log.identity.validation_folder:
-        folder = Path(log.identity.validation_folder)
-    if log.source.shared or not log.identity.method or not folder.is_dir():
+    if not folder.is_dir() and run.validation_folder:
+        folder = Path(run.validation_folder)
+    if log.source.shared or not run.method or not folder.is_dir():
         return {}
-    found = {int(f.stem): f for f in folder.glob("*.jsonl") if f.stem.isdecimal()}
-    last = int(run.steps[-1]) if len(run.steps) else max(found, default=0)
-    if beyond := sorted(step for step in found if step > last):
+    files = {int(file.stem): file for file in folder.glob("*.jsonl") if file.stem.isdecimal()}
+    last = int(run.steps[-1]) if len(run.steps) else max(files, default=0)
+    if beyond := sorted(step for step in files if step > last):
         run.notes.append(f"validation dumps of steps {', '.join(map(str, beyond))}, after its last record, left out")
-    return {step: file for step, file in found.items() if step <= last}
+    return {step: file for step, file in files.items() if step <= last}
 
 
 def _attach_dumps(
@@ -214,30 +204,14 @@ def _attach_dumps(
 ) -> None:
     """Count the dumps that are not counted yet, with a progress bar, and give them to their runs."""
     cache = DumpCache(cache_folder / CACHE_FILE if cache_folder else None)
-    files = [file for found in dumps for file in found.values()]
-    progress = Progress(
-        TextColumn("reading validation dumps"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=console or Console(stderr=True),
-        transient=True,
-    )
-    read = {}
-    with progress:
-        bar = progress.add_task("", total=sum(file.stat().st_size for file in files if cache.get(file) is None))
-        for file in files:
-            known = cache.get(file) is not None
-            read[file] = cache.read(file)
-            if not known:
-                progress.update(bar, advance=read[file].size)
+    counted = {file: known for files in dumps for file in files.values() if (known := cache.get(file))}
+    new = [file for files in dumps for file in files.values() if file not in counted]
+    for file in track(new, "reading validation dumps", console=console or Console(stderr=True), transient=True):
+        counted[file] = cache.read(file)
     cache.save()
-    for run, found in zip(runs, dumps, strict=True):
-        attach_validations(run, {step: read[file] for step, file in found.items()}, cache)
-        _note_missing(run, set(found))
-
-
-UNKNOWN_SEED = -1
+    for run, files in zip(runs, dumps, strict=True):
+        attach_validations(run, {step: counted[file] for step, file in files.items()})
+        _note_missing(run, set(files))
 
 
 def _number_seeds(runs: Sequence[Run]) -> None:
@@ -264,6 +238,6 @@ def _note_missing(run: Run, dumped: set[int]) -> None:
     elif not dumped:
         run.notes.append("no validation dumps: no intervals over problems")
     else:
-        validated = {int(step) for one in accuracies.values() for step in run.steps[np.isfinite(one.values)]}
+        validated = {int(step) for acc in accuracies.values() for step in run.steps[np.isfinite(acc.values)]}
         if missing := sorted(validated - dumped):
             run.notes.append(f"no validation dump of steps {', '.join(map(str, missing))}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import itertools
 import json
 import math
 import os
@@ -22,9 +21,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from vlnorm_verl.report import output
+from vlnorm_verl.report import page, style, writers
 from vlnorm_verl.report.estimates import Estimate
-from vlnorm_verl.report.output import Figure, Table
+from vlnorm_verl.report.style import Figure
+from vlnorm_verl.report.table import Cell, Table
 
 HOSTILE = (
     "<script>alert('x')</script> | a_b & 100% of $x^2$ #1 {y} ~ \\input{/etc/passwd} `code` *b* [l](u) √(A/H) α 中"
@@ -33,7 +33,7 @@ HOSTILE = (
 
 @pytest.fixture
 def table() -> Table:
-    rows: list[list[output.Cell]] = [
+    rows: list[list[Cell]] = [
         [HOSTILE, Estimate(0.6151, 0.598, 0.632, "one seed"), 3, None],
         ["VL Norm (α = 1)", Estimate(-0.02), -4, 0.12345],
         ["two\nlines", Estimate(0.9, 0.8, 0.95, "one seed"), np.int64(7), math.nan],
@@ -50,13 +50,13 @@ def figure() -> Figure:
 def draw(name: str, title: str) -> Figure:
     import matplotlib.pyplot as plt
 
-    with output.use_style():
+    with style.use_style():
         drawn, axes = plt.subplots()
-        axes.plot([0, 1, 2], [0.1, 0.4, 0.3], "o-", label=output.figure_text(HOSTILE.removesuffix(" 中")))
+        axes.plot([0, 1, 2], [0.1, 0.4, 0.3], "o-", label=style.figure_text(HOSTILE.removesuffix(" 中")))
         axes.fill_between([0, 1, 2], [0, 0.3, 0.2], [0.2, 0.5, 0.4])
-        axes.set_title(output.figure_text("$a_{x$ b"))
+        axes.set_title(style.figure_text("$a_{x$ b"))
         axes.legend()
-        return output.render(drawn, name, title, "a caption & <i>more</i>")
+        return style.render(drawn, name, title, "a caption & <i>more</i>")
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
@@ -68,7 +68,7 @@ def cells_of_line(line: str) -> list[str]:
 
 
 def test_markdown_has_its_cells_whatever_is_in_them(table: Table) -> None:
-    lines = output.to_markdown(table).splitlines()
+    lines = writers.to_markdown(table).splitlines()
     body = [line for line in lines if line.startswith("|")]
     assert len(body) == 2 + len(table.rows)
     assert {len(cells_of_line(line)) for line in body} == {4}
@@ -81,7 +81,7 @@ def test_markdown_has_its_cells_whatever_is_in_them(table: Table) -> None:
 
 
 def test_markdown_shows_markup_as_text(table: Table) -> None:
-    text = output.to_markdown(table).replace("<sup>a</sup>", "")
+    text = writers.to_markdown(table).replace("<sup>a</sup>", "")
     assert "<" not in text
     assert "&lt;script&gt;" in text
     for character in "$#`*_~":
@@ -91,7 +91,7 @@ def test_markdown_shows_markup_as_text(table: Table) -> None:
 
 
 def test_csv_reads_back(table: Table) -> None:
-    rows = list(csv.DictReader(io.StringIO(output.to_csv(table))))
+    rows = list(csv.DictReader(io.StringIO(writers.to_csv(table))))
     assert list(rows[0]) == ["method", "Avg@8", "Avg@8 low", "Avg@8 high", "Avg@8 note", "steps", "Δ"]
     assert [row["method"] for row in rows] == [row[0] for row in table.rows]
     assert [float(rows[0][f"Avg@8{part}"]) for part in ("", " low", " high")] == [0.6151, 0.598, 0.632]
@@ -106,7 +106,7 @@ def test_json_is_json(table: Table) -> None:
     def refuse(constant: str) -> None:
         raise ValueError(constant)
 
-    content = json.loads(output.to_json(table), parse_constant=refuse)
+    content = json.loads(writers.to_json(table), parse_constant=refuse)
     assert content["rows"][0] == [HOSTILE, {"value": 0.6151, "low": 0.598, "high": 0.632, "note": "one seed"}, 3, None]
     assert content["rows"][1][1] == {"value": -0.02, "low": None, "high": None, "note": ""}
     assert content["rows"][2][2:] == [7, None]
@@ -114,32 +114,30 @@ def test_json_is_json(table: Table) -> None:
 
 
 def test_latex_commands_every_special_character() -> None:
-    assert output.latex_escape("a_b & 100% #1 $x$ {y}") == r"a\_b \& 100\% \#1 \$x\$ \{y\}"
-    assert output.latex_escape(r"\input{x}") == r"\textbackslash{}input\{x\}"
-    assert output.latex_escape("~^") == r"\textasciitilde{}\textasciicircum{}"
-    assert output.latex_escape("α ± √(A/H) Δ ‖g‖²") == (
-        r"\ensuremath{\alpha} \ensuremath{\pm} \ensuremath{\surd}(A/H) \ensuremath{\Delta} "
-        r"\ensuremath{\|}g\ensuremath{\|}\ensuremath{^2}"
+    assert writers.latex_escape("a_b & 100% #1 $x$ {y}") == r"a\_b \& 100\% \#1 \$x\$ \{y\}"
+    assert writers.latex_escape(r"\input{x}") == r"{\textbackslash}input\{x\}"
+    assert writers.latex_escape("~^") == r"{\textasciitilde}{\textasciicircum}"
+    assert writers.latex_escape("α √(A/H) ‖g‖²") == (
+        r"\ensuremath{\alpha} \ensuremath{\surd}(A/H) \ensuremath{\Vert}g\ensuremath{\Vert}{\texttwosuperior}"
     )
-    assert output.latex_escape("[x] --no ,,") == r"{[}x{]} -{}-no ,{},"
-    assert output.latex_escape("é ß ł 中 😀") == "é ß ł U+4E2D U+1F600"
+    assert writers.latex_escape("[x] --no ,,") == r"{[}x{]} -{}-no ,{},"
+    assert writers.latex_escape("é ß 中 😀") == r"\'e {\ss} U+4E2D U+1F600"
 
 
 def test_latex_leaves_nothing_that_tex_would_read() -> None:
     everything = string.printable + "".join(map(chr, range(0xA0, 0x2300))) + "中😀\u202e\ud800"
     for character in everything:
-        escaped = output.latex_escape(f"x{character}x")
-        # What is left after our commands is plain text of letters that T1 fonts have.
-        rest = re.sub(r"\\ensuremath\{(?:\\[A-Za-z]+|\\\||\^2|\^3|\^\\circ|-)\}", "", escaped)
-        rest = re.sub(r"\\[A-Za-z]+\{\}|\\[#$%&_{}]|\{\[\}|\{\]\}", "", rest).replace(
-            "~", "" if character == "\xa0" else "~"
-        )
-        assert not set(rest) & set("\\{}$&#^_%~[]\n"), (character, escaped)
-        assert all(ord(c) < 0x17F for c in rest), (character, escaped)
+        escaped = writers.latex_escape(f"x{character}x")
+        # What is left after commands and accents is plain ASCII that TeX prints.
+        rest = re.sub(r"\\[A-Za-z]+ ?|\\[#$%&_{}'`^~=.\"]|[{}]", "", escaped)
+        rest = rest.replace("~", "" if character == "\xa0" else "~")
+        assert not set(rest) & set("\\{}$&#^_%~\n"), (character, escaped)
+        assert rest.isascii(), (character, escaped)
+        assert escaped.count("{") - escaped.count(r"\{") == escaped.count("}") - escaped.count(r"\}"), escaped
 
 
 def test_latex_table_is_whole(table: Table) -> None:
-    text = output.to_latex(table)
+    text = writers.to_latex(table)
     without = re.sub(r"\\[\\{}]", "", text)
     assert without.count("{") == without.count("}")
     assert re.findall(r"\\(begin|end)\{(\w+)\}", text) == [
@@ -162,7 +160,7 @@ def test_latex_table_is_whole(table: Table) -> None:
 
 def test_console_prints_values_notes_and_feet(table: Table) -> None:
     console = Console(width=250, file=io.StringIO(), color_system=None)
-    output.print_table(table, console)
+    writers.print_table(table, console)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert "0.615 [0.598, 0.632] (a)" in printed
     assert "(a) one seed" in printed
@@ -172,7 +170,7 @@ def test_console_prints_values_notes_and_feet(table: Table) -> None:
 
 def test_console_that_is_narrow_cuts_nothing(table: Table) -> None:
     console = Console(width=60, file=io.StringIO(), color_system=None)
-    output.print_table(table, console)
+    writers.print_table(table, console)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in printed
     assert printed.count("Avg@8") == len(table.rows)
@@ -184,12 +182,12 @@ def test_console_that_is_narrow_cuts_nothing(table: Table) -> None:
     [(0.0004, "0.000"), (-0.0004, "0.000"), (-0.0006, "−0.001"), (math.inf, "∞"), (-math.inf, "−∞"), (True, "1")],
 )
 def test_numbers(value: float, shown: str) -> None:
-    assert f"| {shown} |" in output.to_markdown(Table("t", "t", ["x"], [[value]]))
+    assert f"| {shown} |" in writers.to_markdown(Table("t", "t", ["x"], [[value]]))
 
 
 def test_many_notes_have_marks_of_their_own() -> None:
-    rows: list[list[output.Cell]] = [[Estimate(0.5, note=f"note {index}")] for index in range(30)]
-    marks = re.findall(r"^- <sup>(\w+)</sup>", output.to_markdown(Table("t", "t", ["x"], rows)), re.MULTILINE)
+    rows: list[list[Cell]] = [[Estimate(0.5, note=f"note {index}")] for index in range(30)]
+    marks = re.findall(r"^- <sup>(\w+)</sup>", writers.to_markdown(Table("t", "t", ["x"], rows)), re.MULTILINE)
     assert len(set(marks)) == 30
     assert (marks[0], marks[25], marks[26]) == ("a", "z", "aa")
 
@@ -203,7 +201,7 @@ def test_a_table_that_is_none_is_refused() -> None:
 
 
 def test_files_are_whole_or_not_there(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output.write_tables([table], tmp_path / "out")
+    writers.write_tables([table], tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"nasty_x.{e}" for e in ("md", "csv", "json", "tex")
     }
@@ -215,83 +213,17 @@ def test_files_are_whole_or_not_there(table: Table, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "replace", full)
     table.title = "another"
     with pytest.raises(OSError, match="no space"):
-        output.write_tables([table], tmp_path / "out")
+        writers.write_tables([table], tmp_path / "out")
     assert (tmp_path / "out" / "nasty_x.md").read_bytes() == before
 
 
 def test_a_name_that_is_not_unicode_is_written(tmp_path: Path) -> None:
     broken = b"run-\xff".decode("utf-8", "surrogateescape")
     table = Table("t", broken, ["run"], [[broken]])
-    output.write_tables([table], tmp_path)
-    output.write_page(tmp_path / "page.html", broken, [], [table])
+    writers.write_tables([table], tmp_path)
+    page.write_page(tmp_path / "page.html", broken, [], [table])
     for path in tmp_path.iterdir():
         assert "run-" in path.read_text("utf-8")
-
-
-# --------------------------------------------------------------------------------------------------------- methods
-
-
-def test_labels_are_the_papers() -> None:
-    assert output.method_label("vl_norm:1") == "VL Norm (α = 1)"
-    assert output.method_label("vl_norm:0.75", "dapo") == "DAPO + VL Norm (α = 0.75)"
-    assert output.method_label("vl_norm", "dapo") == "DAPO + VL Norm"
-    assert [output.method_label(mode) for mode in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")] == [
-        "DAPO Norm",
-        "GRPO Norm",
-        "Dr. GRPO Norm",
-    ]
-    assert [output.method_label(method, "dapo") for method in ("dapo", "overlong_filtering", "soft_punishment")] == [
-        "DAPO",
-        "DAPO + overlong filtering",
-        "DAPO + soft punishment",
-    ]
-    assert [output.method_label(key) for key in ("dr_grpo", "mine:2", "vl_norm:x")] == [
-        "Dr. GRPO",
-        "mine:2",
-        "vl_norm:x",
-    ]
-
-
-def test_a_method_has_one_color() -> None:
-    assert len({output.method_color(key) for key in ("vl_norm", "vl_norm:1", "vl_norm:0.75", "vl_norm:0")}) == 1
-    assert output.method_color("token-mean") == output.method_color("dapo_norm")
-    assert output.method_color("mine") == output.method_color("mine")
-    # Not by Python's hash of a string, which differs from process to process.
-    assert output.method_color("mine") == "#888888"
-
-
-FAMILIES = (
-    ("vl_norm", "grpo_norm", "dapo_norm", "dr_grpo_norm", "dr_grpo"),
-    ("vl_norm", "dapo", "overlong_filtering", "soft_punishment"),
-)
-PAIRS = [pair for family in FAMILIES for pair in itertools.combinations(family, 2)]
-# Viénot, Brettel & Mollon 1999: linear RGB as a deuteranope sees it.
-DEUTERANOPIA = np.array([[0.29275, 0.70725, -0.02234], [0.29275, 0.70725, -0.02234], [-0.02234, 0.02234, 1.0]])
-
-
-def lab(color: str, vision: np.ndarray) -> np.ndarray:
-    """CIE L*a*b* of a color as seen through `vision`, a matrix of linear RGB."""
-    rgb = np.array([int(color[index : index + 2], 16) / 255 for index in (1, 3, 5)])
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    seen = np.clip(vision @ linear, 0, 1)
-    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    x, y, z = np.cbrt(to_xyz @ seen / np.array([0.9505, 1.0, 1.089]))
-    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
-
-
-@pytest.mark.parametrize(("one", "other"), PAIRS)
-def test_methods_differ_in_color_for_a_deuteranope_and_without_color(one: str, other: str) -> None:
-    for vision in (np.eye(3), DEUTERANOPIA):
-        distance = np.linalg.norm(lab(output.method_color(one), vision) - lab(output.method_color(other), vision))
-        assert distance > 12, distance  # 2.3 is just noticeable
-    assert output.method_line_style(one) != output.method_line_style(other)
-    assert output.method_marker(one) != output.method_marker(other)
-
-
-def test_shades_of_alpha_get_darker_around_the_methods_own() -> None:
-    lightness = [lab(output.alpha_color(alpha), np.eye(3))[0] for alpha in (0, 0.25, 0.5, 0.75, 1, 1.5, 2)]
-    assert all(a - b > 4 for a, b in itertools.pairwise(lightness))
-    assert output.alpha_color(1) == output.method_color("vl_norm")
 
 
 # --------------------------------------------------------------------------------------------------------- figures
@@ -302,7 +234,7 @@ def test_figures_are_images_and_the_same_bytes_each_time(figure: Figure, tmp_pat
 
     again = draw("one", "<b>title</b> & more")
     assert (again.svg, again.png) == (figure.svg, figure.png)
-    output.write_figures([figure], tmp_path)
+    style.write_figures([figure], tmp_path)
     pixels = imread(tmp_path / "one.png")
     assert pixels.shape[:2] == (720, 960)
     assert pixels.std() > 0.01
@@ -365,35 +297,35 @@ class Page(HTMLParser):
 
 
 def write(tmp_path: Path, table: Table, figure: Figure) -> tuple[str, Page]:
-    output.write_tables([table], tmp_path / "tables")
-    output.write_figures([figure], tmp_path)
+    writers.write_tables([table], tmp_path / "tables")
+    style.write_figures([figure], tmp_path)
     parts: list[Table | Figure | str] = [HOSTILE, table, "Figures", figure, "Figures"]
-    output.write_page(tmp_path / "report.html", HOSTILE, [HOSTILE, "two"], parts)
+    page.write_page(tmp_path / "report.html", HOSTILE, [HOSTILE, "two"], parts)
     text = (tmp_path / "report.html").read_text()
     return text, Page(text)
 
 
 def test_page_needs_no_network_and_runs_nothing(table: Table, figure: Figure, tmp_path: Path) -> None:
-    text, page = write(tmp_path, table, figure)
-    inlined = "".join(base64.b64decode(source.partition("base64,")[2]).decode() for source in page.images)
+    text, shown = write(tmp_path, table, figure)
+    inlined = "".join(base64.b64decode(source.partition("base64,")[2]).decode() for source in shown.images)
     assert inlined.count("<svg") == 1
     allowed = r"https?://(?:www\.w3\.org/|purl\.org/dc/|creativecommons\.org/ns#|matplotlib\.org/)"
     # Those are names of namespaces and of the program that drew, not addresses that are loaded.
     assert re.findall(rf"(?!{allowed})https?://\S+", text + inlined) == []
-    assert not {"script", "link", "iframe", "object", "form"} & set(page.names)
+    assert not {"script", "link", "iframe", "object", "form"} & set(shown.names)
     assert not re.search(r"@import|url\(", text)
-    assert all(source.startswith("data:image/") for source in page.images)
-    assert not [one for one in page.attributes if one[1].startswith("on")]
+    assert all(source.startswith("data:image/") for source in shown.images)
+    assert not [one for one in shown.attributes if one[1].startswith("on")]
     assert not re.search(r"(?:href|src)=\"(?!#)[^\"]*:", inlined)
 
 
 def test_page_holds_what_it_was_given(table: Table, figure: Figure, tmp_path: Path) -> None:
-    text, page = write(tmp_path, table, figure)
-    assert page.names.count("table") == 1
-    assert len(page.cells) == 16
-    assert page.cells[0] == HOSTILE
-    assert page.cells[1] == "0.615a [0.598, 0.632]"
-    assert [cell.strip() for cell in page.cells[13:]] == ["not reached", "1000000", "0.500"]
+    text, shown = write(tmp_path, table, figure)
+    assert shown.names.count("table") == 1
+    assert len(shown.cells) == 16
+    assert shown.cells[0] == HOSTILE
+    assert shown.cells[1] == "0.615a [0.598, 0.632]"
+    assert [cell.strip() for cell in shown.cells[13:]] == ["not reached", "1000000", "0.500"]
     assert "Foot: |x|_1 &lt; 5% &amp; more." in text
     assert "a caption &amp; &lt;i&gt;more&lt;/i&gt;" in text
     assert "prefers-color-scheme: dark" in text
@@ -402,22 +334,22 @@ def test_page_holds_what_it_was_given(table: Table, figure: Figure, tmp_path: Pa
 
 
 def test_links_of_a_page_lead_somewhere(table: Table, figure: Figure, tmp_path: Path) -> None:
-    _, page = write(tmp_path, table, figure)
-    assert len(page.ids) == len(set(page.ids))
-    inner = [target[1:] for target in page.targets if target.startswith("#")]
+    _, shown = write(tmp_path, table, figure)
+    assert len(shown.ids) == len(set(shown.ids))
+    inner = [target[1:] for target in shown.targets if target.startswith("#")]
     assert len(inner) == 5
-    assert set(inner) <= set(page.ids)
-    files = [target for target in page.targets if not target.startswith("#")]
+    assert set(inner) <= set(shown.ids)
+    files = [target for target in shown.targets if not target.startswith("#")]
     assert files == [*(f"tables/nasty_x.{e}" for e in ("csv", "json", "md", "tex")), "one.png", "one.svg"]
     assert all((tmp_path / file).is_file() for file in files)
-    output.write_page(tmp_path / "elsewhere" / "page.html", "t", [], [table, figure])
+    page.write_page(tmp_path / "elsewhere" / "page.html", "t", [], [table, figure])
     alone = Page((tmp_path / "elsewhere" / "page.html").read_text())
     assert [target for target in alone.targets if not target.startswith("#")] == []
 
 
 def test_a_large_figure_is_put_in_as_png(figure: Figure, tmp_path: Path) -> None:
-    figure.svg += f"<!--{'x' * output.SVG_LIMIT}-->"
-    output.write_page(tmp_path / "page.html", "t", [], [figure])
+    figure.svg += f"<!--{'x' * page.SVG_LIMIT}-->"
+    page.write_page(tmp_path / "page.html", "t", [], [figure])
     (source,) = Page((tmp_path / "page.html").read_text()).images
     assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == figure.png
 
@@ -427,6 +359,6 @@ def test_the_same_input_gives_the_same_page(table: Table, figure: Figure, tmp_pa
 
 
 def test_a_column_may_have_decimals_of_its_own() -> None:
-    cells: list[output.Cell] = [0.12345, Estimate(2.6666, 1.5, 3.0)]
+    cells: list[Cell] = [0.12345, Estimate(2.6666, 1.5, 3.0)]
     one = Table("t", "T", ["a", "b"], [cells], digits_of={"b": 2})
-    assert "| 0.123 | 2.67 [1.50, 3.00] |" in output.to_markdown(one)
+    assert "| 0.123 | 2.67 [1.50, 3.00] |" in writers.to_markdown(one)

@@ -1,6 +1,6 @@
-"""What the report knows of a run: its settings, its metrics over steps and its validation counts.
+"""A run: what it is, its metrics over steps and its validation counts, and the accuracies in them.
 
-Covered: the data model that reading, tables and figures share, and the accuracies in it. Reading files is readers.py.
+Covered: the data model that reading, tables and figures share. Not covered: reading files (read.py).
 """
 
 from __future__ import annotations
@@ -12,17 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vlnorm_verl.report.identity import Identity
+
 VALIDATION_METRIC = re.compile(r"val-core/(?P<set>.+)/(?P<variable>[^/]+)/mean@(?P<n>\d+)")
-
-
-class Setting(NamedTuple):
-    """What runs must share to be compared."""
-
-    family: str
-    task: str
-    model: str
-    length: str
-    scale: str
 
 
 @dataclass
@@ -42,47 +34,24 @@ class Validation:
     characters: np.ndarray | None = None
 
 
-@dataclass
-class Run:
+@dataclass(kw_only=True)
+class Run(Identity):
     """One training run; runs with one `setting` and one `method_key` differ by seed only.
 
-    family … scale: as the recipes name them ("aggregation", "countdown", "3b", "8192", "gpu"); "" if unknown.
-    method: the recipe's, else verl's loss_agg_mode.
     steps: int [T], sorted, unique.
     metrics: verl's metric -> float64 [T], NaN where a step lacks it.
     validations: step -> validation set -> counts, from the dumps.
-    notes: what was odd while reading.
-    scale_factor: M, verl's loss_scale_factor, tokens.
     metric: what the accuracy is, if not verl's mean@n of the validation sets.
     ended: metric -> the step from which on it was logged, but not as a finite number.
     """
 
     folder: Path
     name: str
-    family: str
-    task: str
-    model: str
-    length: str
-    scale: str
-    method: str
-    alpha: float | None
-    seed: int
-    planned_steps: int | None
     steps: np.ndarray
     metrics: dict[str, np.ndarray]
     validations: dict[int, dict[str, Validation]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    scale_factor: float | None = None
     metric: str = ""
     ended: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def setting(self) -> Setting:
-        return Setting(self.family, self.task, self.model, self.length, self.scale)
-
-    @property
-    def method_key(self) -> str:
-        return self.method if self.alpha is None else f"{self.method}:{self.alpha:g}"
 
     @property
     def late_start(self) -> int | None:
@@ -113,21 +82,21 @@ def logged_accuracies(run: Run) -> dict[str, Logged]:
 
     Of the run's `metric` alone where it has one.
     """
-    found: dict[str, Logged] = {}
+    accuracies: dict[str, Logged] = {}
     for key in [run.metric] if run.metric else run.metrics:
         column, match = run.metrics.get(key), VALIDATION_METRIC.fullmatch(key)
         if column is not None and match:
-            one = Logged(match["variable"], int(match["n"]), column)
-            other = found.get(match["set"])
-            if other is None or (one.variable == "acc", one.n) > (other.variable == "acc", other.n):
-                found[match["set"]] = one
+            logged = Logged(match["variable"], int(match["n"]), column)
+            other = accuracies.get(match["set"])
+            if other is None or (logged.variable == "acc", logged.n) > (other.variable == "acc", other.n):
+                accuracies[match["set"]] = logged
         elif column is not None and run.metric:
-            found[key] = Logged(key, 0, column)
-    return found
+            accuracies[key] = Logged(key, 0, column)
+    return accuracies
 
 
 def value_at(run: Run, column: np.ndarray, step: int) -> float | None:
     """A metric's value at a step; None where there is none."""
     at = int(np.searchsorted(run.steps, step))
-    there = at < len(run.steps) and run.steps[at] == step and np.isfinite(column[at])
-    return float(column[at]) if there else None
+    has_value = at < len(run.steps) and run.steps[at] == step and np.isfinite(column[at])
+    return float(column[at]) if has_value else None

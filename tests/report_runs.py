@@ -1,0 +1,121 @@
+"""Runs of verl made for the report's tests, and what the report makes of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+
+from vlnorm_verl.report import tables
+from vlnorm_verl.report.read import read_runs
+from vlnorm_verl.report.run import Run
+
+SAMPLES = Path(__file__).parent / "report_samples"
+KEY = "val-core/set/acc/mean@8"
+
+
+def record(step: int, **metrics: Any) -> str:
+    return json.dumps({"step": step, "data": {key.replace("__", "/"): value for key, value in metrics.items()}}) + "\n"
+
+
+def accuracy(value: float, name: str = "set", n: int = 8) -> dict[str, float]:
+    return {f"val-core/{name}/acc/mean@{n}": value}
+
+
+def dump_line(problem: str, right: float, **fields: Any) -> str:
+    entry = {"input": problem, "output": "text", "gts": "1", "score": right, "step": 0, "acc": right, **fields}
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def write_run(
+    root: Path,
+    method: str = "vl_norm:1.0",
+    seed: int = 0,
+    curve: dict[int, float] | None = None,
+    dumps: dict[int, dict[str, list[int]]] | None = None,
+    planned: int = 1000,
+    recipe: dict[str, Any] | None = None,
+    name: str = "set",
+) -> Path:
+    """A run as the launcher leaves it. curve: step -> accuracy. dumps: step -> problem -> its responses' scores."""
+    folder = root / f"{method.replace(':', '-')}-{seed}"
+    folder.mkdir(parents=True)
+    curve = curve or {step: float(np.mean([r for p in found.values() for r in p])) for step, found in dumps.items()}
+    choices = {"family": "aggregation", "task": "countdown", "model": "3b", "length": "3072"}
+    mode = {"grpo_norm": "seq-mean-token-mean", "dapo_norm": "token-mean", "dapo": "token-mean"}.get(method, method)
+    config = {
+        "recipe": {**choices, "method": method.partition(":")[0], "alpha": 1.0, "seed": seed, **(recipe or {})},
+        "actor_rollout_ref": {"actor": {"loss_agg_mode": mode}},
+        "trainer": {"total_training_steps": planned},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = [json.dumps({"step": step, "data": accuracy(value, name)}) + "\n" for step, value in curve.items()]
+    (folder / "metrics-000.jsonl").write_text("".join(lines))
+    for step, problems in (dumps or {}).items():
+        (folder / "validation").mkdir(exist_ok=True)
+        text = "".join(dump_line(problem, right) for problem, found in problems.items() for right in found)
+        (folder / "validation" / f"{step}.jsonl").write_text(text)
+    return folder
+
+
+def random_dump(seed: int, rate: float, problems: int = 40) -> dict[str, list[int]]:
+    generator = np.random.default_rng(seed)
+    return {f"p{i}": generator.binomial(1, rate, 8).tolist() for i in range(problems)}
+
+
+def line(step: int, offset: float = 0.0, **more: Any) -> str:
+    """A training step of verl, validated every tenth step: accuracy 0.3 + step / 200 + offset."""
+    data = {"training/global_step": step, "actor/grad_norm": 0.5}
+    if step % 10 == 0:
+        data |= accuracy(round(0.3 + step / 200 + offset, 4))
+    return json.dumps({"step": step, "data": {**data, **more}}) + "\n"
+
+
+def text(*spans: tuple[int, int, float]) -> str:
+    """The lines of starts from a first to a last step."""
+    return "".join(line(step, offset) for first, last, offset in spans for step in range(first, last + 1))
+
+
+def put(path: Path, content: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return path
+
+
+def read(*arguments: Any, **options: Any) -> list[Run]:
+    return read_runs([str(argument) for argument in arguments], **options)
+
+
+def read_one(folder: Path | str, **arguments: Any) -> Run:
+    (run,) = read_runs([str(folder)], **arguments)
+    return run
+
+
+def said(runs: list[Run]) -> list[tuple[str, int]]:
+    return [(run.method_key, run.seed) for run in runs]
+
+
+def made(runs: list[Run], name: str, **options: Any) -> list[dict[str, Any]]:
+    found = {table.name: table for table in tables.tables(runs, **options)}
+    return [dict(zip(found[name].columns, row, strict=True)) for row in found[name].rows] if name in found else []
+
+
+def foot(runs: list[Run], name: str) -> str:
+    return " ".join(next(table.foot for table in tables.tables(runs) if table.name == name))
+
+
+def table_of(out: Path, name: str) -> list[dict[str, Any]]:
+    """Rows of a written table by its columns."""
+
+    with open(out / "tables" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())

@@ -1,0 +1,250 @@
+"""Which runs the report finds, and what it takes them for: labels, configurations, names of files and folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.report_runs import accuracy, made, put, quiet, read, read_one, record, said, table_of, text, write_run
+from vlnorm_verl.files import UserError
+from vlnorm_verl.report.build import build
+from vlnorm_verl.report.identity import Setting
+
+# ---------------------------------------------------------------------------------------------------------------- found
+
+
+def test_runs_are_found_below_a_folder_but_not_in_their_own_dumps(tmp_path: Path) -> None:
+    write_run(tmp_path / "a" / "b", curve={1: 0.5}, dumps={1: {"p": [1]}})
+    other = write_run(tmp_path / "a", "dapo_norm", curve={1: 0.5})
+    (other / "rollouts").mkdir()
+    (other / "rollouts" / "1.jsonl").write_text(record(1, a=1.0))
+    plain = tmp_path / "a" / "project"
+    plain.mkdir()
+    (plain / "experiment.jsonl").write_text(record(1, a=1.0))
+    (plain / "notes.jsonl").write_text('{"step": "no", "data": 3}\n')
+    assert sorted(run.name for run in read(tmp_path)) == ["dapo_norm-0", "experiment", "vl_norm-1.0-0"]
+
+
+def test_a_run_that_is_given_twice_is_read_once(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, curve={1: 0.5})
+    assert len(read(folder, tmp_path, f"{folder}/")) == 1
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    put(tmp_path / "disk" / "x7" / "metrics-000.jsonl", text((0, 40, 0.0)))
+    put(tmp_path / "disk" / "y.jsonl", text((0, 40, 0.0)))
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "vl_norm-seed2").symlink_to(tmp_path / "disk" / "x7")
+    (runs / "again").symlink_to(tmp_path / "disk" / "x7")
+    (runs / "token-mean_s1.jsonl").symlink_to(tmp_path / "disk" / "y.jsonl")
+    (runs / "loop").symlink_to(runs)
+    (runs / "nowhere.jsonl").symlink_to(tmp_path / "gone")
+    found = read(runs)
+    assert sorted(said(found)) == [("again", 0), ("dapo_norm", 1)]
+
+
+@pytest.mark.parametrize("start", ["\n", "\ufeff", "\ufeff\n\n", 'p": 3}}\n', "nothing\n" * 9])
+def test_a_file_is_found_whatever_its_first_lines_are(start: str, tmp_path: Path) -> None:
+    put(tmp_path / "run.jsonl", start + text((0, 40, 0.0)))
+    for argument in (tmp_path, tmp_path / "run.jsonl"):
+        (run,) = read(argument)
+        assert run.steps[-1] == 40
+
+
+def test_an_input_that_gave_nothing_is_a_row(tmp_path: Path) -> None:
+    run = put(tmp_path / "vl_norm.jsonl", text((0, 10, 0.0)))
+    (tmp_path / "empty").mkdir()
+    nothing = [tmp_path / "empty", put(tmp_path / "README.md", "text"), put(tmp_path / "data.jsonl", '{"prompt": 1}\n')]
+    rows = made(read(run, *nothing), "inputs")
+    assert len(rows) == 4
+    notes = {row["folder"]: row["notes"] for row in rows}
+    assert "no run there" in notes[str(nothing[0])]
+    assert "no run there" in notes[str(nothing[1])]
+    assert any("no step in its metrics" in note for note in notes.values())
+
+
+def test_a_run_without_metrics_is_named_and_breaks_nothing(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", curve={1: 0.5, 2: 0.6})
+    empty = write_run(tmp_path / "runs", "dapo_norm", curve={1: 0.1})
+    (empty / "metrics-000.jsonl").unlink()
+    begun = write_run(tmp_path / "runs", "grpo_norm", curve={1: 0.1})
+    (begun / "metrics-000.jsonl").write_text("")
+    assert build([str(tmp_path / "runs")], tmp_path / "out", console=quiet()) == 0
+    notes = {row["run"]: row["notes"] for row in table_of(tmp_path / "out", "inputs")}
+    assert "no metrics yet" in notes["dapo_norm-0"]
+    assert "no step in its metrics" in notes["grpo_norm-0"]
+    assert [row["method"] for row in table_of(tmp_path / "out", "countdown")] == ["VL Norm (α = 1)"]
+
+
+# --------------------------------------------------------------------------------------------------------------- labels
+
+
+def test_a_label_is_the_method_and_several_seeds_are_counted(tmp_path: Path) -> None:
+    for name, value in (("x", 0.5), ("y", 0.7)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"step": 5, "data": accuracy(value)}) + "\n")
+    runs = read(f"token-mean={tmp_path}/x.jsonl", f"token-mean={tmp_path}/y.jsonl", f"vl_norm:0.5={tmp_path}/x.jsonl")
+    assert [run.method_key for run in runs] == ["dapo_norm", "dapo_norm"]  # the third is the first again
+    assert [run.seed for run in runs] == [0, 1]
+    assert "its seed is not known: counted as seed 1" in runs[1].notes
+    (row,) = made(runs, "runs")
+    assert row["Avg@8"].value == pytest.approx(0.6)
+    assert row["seeds"] == 2
+    assert read(f"vl_norm:0.5={tmp_path}/x.jsonl")[0].method_key == "vl_norm:0.5"
+
+
+def test_a_label_with_a_seed(tmp_path: Path) -> None:
+    files = [put(tmp_path / name / "log.jsonl", text((0, 40, 0.0))) for name in ("a", "b", "c")]
+    runs = read(f"vl_norm:0.75@4={files[0]}", f"mine@0={files[1]}", f"mine={files[2]}")
+    assert said(runs) == [("vl_norm:0.75", 4), ("mine", 0), ("mine", 1)]
+    for wrong, says in ((f"mine@x={files[0]}", "'x' is no seed"), (f"mine@1={tmp_path}", "a seed is of one run")):
+        with pytest.raises(UserError, match=says):
+            read(wrong)
+
+
+def test_a_label_of_several_runs_only_names_those_that_say_their_method(tmp_path: Path) -> None:
+    for method in ("vl_norm:1.0", "dapo_norm"):
+        write_run(tmp_path / "runs", method, curve={10: 0.5})
+    runs = read(f"mine={tmp_path}/runs")
+    assert [(run.name, run.method_key) for run in runs] == [
+        ("mine/dapo_norm-0", "dapo_norm"),
+        ("mine/vl_norm-1.0-0", "vl_norm:1"),
+    ]
+    assert not any("left out" in row["notes"] for row in made(runs, "inputs"))
+    alone = read_one(f"grpo_norm={tmp_path}/runs/dapo_norm-0")
+    assert (alone.name, alone.method_key) == ("grpo_norm", "grpo_norm")
+    for name in ("x", "y"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"step": 5, "data": accuracy(0.5)}) + "\n")
+    (tmp_path / "runs").rename(tmp_path / ".hidden")
+    assert [run.method_key for run in read(f"dr_grpo={tmp_path}")] == ["dr_grpo", "dr_grpo"]
+
+
+def test_a_labelled_run_of_no_known_setting_is_compared_with_those_of_the_one_that_is_known(tmp_path: Path) -> None:
+    known, old = write_run(tmp_path, curve={0: 0.1, 10: 0.6}), put(tmp_path / "old.jsonl", text((0, 10, 0.0)))
+    runs = read(known, f"token-mean={old}")
+    assert runs[0].setting == runs[1].setting
+    assert "its setting is not known: taken as that of the other runs" in runs[1].notes
+    assert len({run.setting for run in read(known, old)}) == 2
+
+
+def test_a_path_with_an_equals_sign_needs_no_label(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "lr=1", curve={1: 0.5})
+    assert read_one(folder).method_key == "vl_norm:1"
+
+
+# ------------------------------------------------------------------------------------------------------- configurations
+
+
+def test_several_experiments_in_one_folder_share_no_configuration_and_no_dumps(tmp_path: Path) -> None:
+    """verl's file logger writes PROJECT/EXPERIMENT.jsonl; PROJECT's dumps are the last experiment's."""
+    folder = write_run(tmp_path, dumps={10: {"p": [1] * 8, "q": [0] * 8}})
+    (folder / "metrics-000.jsonl").rename(folder / "a.jsonl")
+    assert read_one(folder).method_key == "vl_norm:1"
+    (folder / "b.jsonl").write_text((folder / "a.jsonl").read_text())
+    for argument in (folder, folder / "a.jsonl"):
+        for run in read(argument):
+            assert (run.method_key, run.validations, run.planned_steps) == (run.name, {}, None)
+            assert "several runs' *.jsonl in its folder: configuration and dumps there not used" in run.notes
+
+
+def test_a_plain_run_of_verl_with_hydras_configuration(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 7, "data": accuracy(0.5)}) + "\n")
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_text(
+        "base: ${oc.env:NOT_SET_ANYWHERE}/x\n"
+        "actor_rollout_ref: {actor: {loss_agg_mode: seq-mean-token-mean}, model: {path: /models/Qwen2.5-3B}}\n"
+        "data: {seed: 4, max_response_length: 512, val_files: ['${base}']}\n"
+        "steps: 50\n"
+        "trainer: {total_training_steps: '${steps}', validation_data_dir: null}\n"
+    )
+    run = read_one(tmp_path)
+    assert (run.method_key, run.seed, run.planned_steps) == ("grpo_norm", 4, 50)
+    assert run.setting == Setting(model="Qwen2.5-3B", length="512")
+    assert [row["step"] for row in made([run], "runs")] == ["7 of 50"]
+
+
+def test_the_mode_that_was_trained_decides_over_the_recipes_alpha(tmp_path: Path) -> None:
+    run = read_one(write_run(tmp_path, "vl_norm:0.5", curve={1: 0.5}))
+    assert run.method_key == "vl_norm:0.5"
+    assert read_one(write_run(tmp_path, "dapo_norm", curve={1: 0.5})).method_key == "dapo_norm"
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"),
+    [("vl_norm:9", "α = 9 is out of range; accepted: 0 ≤ α ≤ 2"), ("vl_norm:", "'' is not a number"),
+     ("grpo_norm:2", "takes no parameter"), ("vl_norm:nan", "out of range")],
+)  # fmt: skip
+def test_a_mode_that_training_refuses_is_refused(mode: str, says: str, tmp_path: Path) -> None:
+    file = put(tmp_path / "log.jsonl", text((0, 10, 0.0)))
+    named = put(tmp_path / "x" / f"{mode}.jsonl", text((0, 10, 0.0)))
+    config = write_run(tmp_path / "y", curve={1: 0.5})
+    (config / "config.yaml").write_text(f"actor_rollout_ref: {{actor: {{loss_agg_mode: '{mode}'}}}}\n")
+    for argument in (f"{mode}={file}", named, config):
+        with pytest.raises(UserError, match=says):
+            read(argument)
+    assert read(f"vl_norm:1.5={file}")[0].method_key == "vl_norm:1.5"
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+
+NAMED = {
+    ("exp-vl_norm/metrics.jsonl", "exp-dapo_norm/metrics.jsonl"): [("dapo_norm", 0), ("vl_norm:1", 0)],
+    ("vl_norm.jsonl", "token-mean.jsonl"): [("dapo_norm", 0), ("vl_norm:1", 0)],
+    ("vl_norm/a.jsonl", "seq-mean-token-mean/a.jsonl"): [("grpo_norm", 0), ("vl_norm:1", 0)],
+    ("proj/vl_norm_s0.jsonl", "proj/vl_norm-seed1.jsonl"): [("vl_norm:1", 1), ("vl_norm:1", 0)],
+    ("vl_norm/seed3/log.jsonl", "vl_norm/seed4/log.jsonl"): [("vl_norm:1", 3), ("vl_norm:1", 4)],
+    ("vl_norm:0.75/metrics.jsonl", "Dr_GRPO_Norm/metrics.jsonl"): [("dr_grpo_norm", 0), ("vl_norm:0.75", 0)],
+    ("vl-norm-0.5_s2/x.jsonl", "q_vl_norm-alpha0.25-s3/x.jsonl"): [("vl_norm:0.25", 3), ("vl_norm:0.5", 2)],
+    ("q-vl_norm-1.5b_s0/x.jsonl",): [("vl_norm:1", 0)],
+    ("project/experiment.jsonl",): [("experiment", 0)],
+    ("a/experiment.jsonl", "b/experiment.jsonl"): [("a/experiment", 0), ("b/experiment", 0)],
+    ("mine_s0.jsonl", "mine_s1.jsonl"): [("mine", 0), ("mine", 1)],
+    ("vl_norm-vs-token-mean/a.jsonl",): [("a", 0)],
+}
+
+
+@pytest.mark.parametrize("files", NAMED, ids=lambda files: files[0])
+def test_names_of_files_and_folders_are_methods_and_seeds(files: tuple[str, ...], tmp_path: Path) -> None:
+    for file in files:
+        put(tmp_path / "logs" / file, text((0, 40, 0.0)))
+    runs = read(tmp_path / "logs")
+    assert said(runs) == NAMED[files]
+    assert len({run.setting for run in runs}) == 1
+
+
+def test_what_names_tell_apart_is_never_averaged(tmp_path: Path) -> None:
+    for file in ("math-vl_norm", "countdown-vl_norm", "math-token-mean", "countdown-token-mean"):
+        put(tmp_path / f"{file}.jsonl", text((0, 40, 0.1 * ("vl" in file))))
+    rows = made(read(tmp_path), "runs")
+    assert [(row["task"], row["method"], row["seeds"]) for row in rows] == [
+        (task, method, 1) for task in ("countdown", "math") for method in ("DAPO Norm", "VL Norm (α = 1)")
+    ]
+    assert [row["VL Norm minus this"].value for row in rows[::2]] == pytest.approx([0.1, 0.1])
+
+
+@pytest.mark.parametrize("prefix", ["", "exp-"])
+@pytest.mark.parametrize("given", ["folders", "files", "one folder"])
+def test_folders_named_as_modes_have_differences_and_speed_up(
+    given: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = [
+        put(Path(prefix + mode) / "experiment.jsonl", text((0, 40, gain)))
+        for mode, gain in (("vl_norm", 0.1), ("token-mean", 0))
+    ]
+    runs = read(*{"folders": [file.parent for file in files], "files": files, "one folder": ["."]}[given])
+    rows = {row["method"]: row for row in made(runs, "runs")}
+    assert rows["DAPO Norm"]["VL Norm minus this"].value == pytest.approx(0.1)
+    speed = made(runs, "speedup")[0]
+    assert (speed["first hit"], speed["last step / first hit"].value) == ("20", pytest.approx(2.0))
+
+
+def test_the_name_of_what_all_runs_are_in_says_nothing(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        put(tmp_path / "vl_norm_study_seed3" / f"{name}.jsonl", text((0, 40, 0.0)))
+    folder = tmp_path / "vl_norm_study_seed3"
+    for arguments in ([folder], [folder / "a.jsonl", folder / "b.jsonl"]):
+        assert said(read(*arguments)) == [("a", 0), ("b", 0)]

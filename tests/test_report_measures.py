@@ -1,0 +1,350 @@
+"""What the report measures of runs: seeds, differences, monotonicity, first hits; expected numbers by other means."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.report_runs import KEY, accuracy, foot, made, put, random_dump, read, read_one, text, write_run
+from vlnorm_verl.report import first_hit, groups, measures, tables
+from vlnorm_verl.report.identity import Setting
+from vlnorm_verl.report.run import Run
+
+# ---------------------------------------------------------------------------------------------------------------- seeds
+
+
+def test_one_seed_says_so_and_more_seeds_do_not(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, seed=s, dumps={10: random_dump(s, 0.5)}) for s in range(3)]
+    runs = read(*folders)
+    assert measures.final_accuracy(runs[:1]).note == "one seed"
+    assert measures.final_accuracy(runs).note == ""
+    assert [row["seeds"] for row in made(runs, "countdown")] == [3]
+
+
+def test_without_dumps_the_interval_is_over_seeds(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, seed=s, curve={10: 0.5 + s / 10}) for s in range(3)]
+    found = measures.final_accuracy(read(*folders))
+    assert found.value == pytest.approx(0.6)
+    assert found.high - found.value == pytest.approx(4.302653 * 0.1 / 3**0.5)
+    assert found.note == "no dumps, over seeds only"
+
+
+def test_two_runs_of_one_seed_are_not_two_seeds(tmp_path: Path) -> None:
+    short = write_run(tmp_path / "a", curve={10: 0.1})
+    full = write_run(tmp_path / "b", curve={10: 0.5, 20: 0.9})
+    for order in ([short, full], [full, short]):
+        runs = read(*order)
+        (row,) = made(runs, "countdown")
+        assert (row["seeds"], row["Avg@8"].value) == (1, 0.9)
+        assert [("left out" in entry["notes"], entry["last step"][:2]) for entry in made(runs, "inputs")] == [
+            (run.folder == short, "10" if run.folder == short else "20") for run in runs
+        ]
+
+
+def test_a_seed_that_is_not_as_far_is_not_in_the_final_values(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path, dumps={400: random_dump(0, 0.4), 450: random_dump(1, 0.5)}),
+        write_run(tmp_path, seed=1, dumps={400: random_dump(2, 0.1)}),
+        write_run(tmp_path, "grpo_norm", dumps={400: random_dump(3, 0.3), 1000: random_dump(4, 0.6)}),
+    ]
+    runs = read(*folders)
+    grpo, vl = made(runs, "countdown")
+    alone = made([runs[0]], "countdown")[0]
+    for column in ("Avg@8", "Pass@8", "monotonicity"):
+        assert vl[column] == alone[column]
+    assert (grpo["step"], vl["step"]) == ("1000", "450 of 1000")
+    assert (grpo["seeds"], vl["seeds"]) == (1, "1 of 2")
+    text = foot(runs, "countdown")
+    assert "Not finished: vl_norm-1.0-0 (450 of 1000), vl_norm-1.0-1 (400 of 1000)." in text
+    assert "Not as far as another seed of its row, so not in the row's values: vl_norm-1.0-1 (step 400)." in text
+    assert "rows stand at different steps (450, 1000)" in text
+    # Both were validated at step 400, where seed 0 is in both.
+    gap = np.mean(list(random_dump(0, 0.4).values())) - np.mean(list(random_dump(3, 0.3).values()))
+    assert grpo["VL Norm minus this"].value == pytest.approx(gap)
+    assert grpo["VL Norm minus this"].note == "one seed; at step 400; 1 of 2 seeds: no interval"
+    assert np.isnan(grpo["VL Norm minus this"].low)
+
+
+@pytest.mark.parametrize("number", ["NaN", "null"])
+def test_an_accuracy_that_is_nan_from_a_step_on_is_said_and_the_others_go_on(number: str, tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        content = text((0, 60, 0.0))
+        if seed == 2:
+            content = "".join(
+                one.replace('mean@8": 0.', f'mean@8": {number}, "x": 0.') if json.loads(one)["step"] >= 30 else one
+                for one in content.splitlines(keepends=True)
+            )
+        put(tmp_path / f"vl_norm_s{seed}.jsonl", content)
+    runs = read(tmp_path)
+    assert f"not a finite number from step 30 on: {KEY}" in runs[2].notes
+    (row,) = made(runs, "runs")
+    assert (row["seeds"], row["step"], row["Avg@8"].value) == ("2 of 3", "60", pytest.approx(0.6))
+    assert "Accuracy is not a number any more: vl_norm_s2 (from step 30 on)." in foot(runs, "runs")
+    assert "not in the row's values: vl_norm_s2 (step 20)" in foot(runs, "runs")
+
+
+# ---------------------------------------------------------------------------------------------------------- differences
+
+
+def test_the_difference_is_paired_within_a_setting_only(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / "3b", dumps={10: random_dump(1, 0.6)}),
+        write_run(tmp_path / "3b", "grpo_norm", dumps={10: random_dump(2, 0.4)}),
+        write_run(tmp_path / "7b", "grpo_norm", dumps={10: random_dump(3, 0.4)}, recipe={"model": "7b"}),
+    ]
+    runs = read(*folders)
+    rows = {(row["model"], row["method"]): row["VL Norm minus this"] for row in made(runs, "countdown")}
+    a, b = random_dump(1, 0.6), random_dump(2, 0.4)
+    expected = np.mean([np.mean(a[p]) - np.mean(b[p]) for p in a])
+    assert rows["3b", "GRPO Norm"].value == pytest.approx(expected)
+    assert rows["3b", "GRPO Norm"].low < expected < rows["3b", "GRPO Norm"].high
+    assert rows["7b", "GRPO Norm"] is None
+
+
+def test_a_difference_that_cannot_be_paired_has_no_interval(tmp_path: Path) -> None:
+    """Two seeds of other problems against one run of another seed, and runs without dumps."""
+    dumps = [{f"{seed}-{p}": found for p, found in random_dump(seed, 0.5).items()} for seed in (0, 1)]
+    vl = read(*(write_run(tmp_path, seed=seed, dumps={10: dumps[seed]}) for seed in (0, 1)))
+    one = read_one(write_run(tmp_path, "grpo_norm", seed=2, dumps={10: random_dump(2, 0.5)}))
+    bare = read_one(write_run(tmp_path, "dapo_norm", curve={10: 0.25}))
+    for other, ours, note in ((one, vl, "not paired"), (bare, vl[:1], "not paired; 1 of 2 seeds: no interval")):
+        found = measures.difference(vl, [other])
+        expected = measures.final_accuracy(ours).value - measures.final_accuracy([other]).value
+        assert found.value == pytest.approx(expected)
+        assert (np.isnan(found.low), found.note) == (True, note)
+    assert measures.final_accuracy(vl).note == "other problems in each seed"
+    assert measures.final_pass(vl).note == "other problems in each seed"
+
+
+def test_a_difference_is_of_the_seeds_that_both_have(tmp_path: Path) -> None:
+    vl = read(*(write_run(tmp_path, seed=s, dumps={10: random_dump(s, 0.6)}) for s in (0, 1, 2)))
+    other = read(*(write_run(tmp_path, "dapo_norm", seed=s, dumps={10: random_dump(9 + s, 0.4)}) for s in (1, 2)))
+    found, same = measures.difference(vl, other), measures.difference(vl[1:], other)
+    assert (found.value, found.low, found.high) == (same.value, same.low, same.high)
+    assert (found.note, same.note) == ("2 of 3 seeds", "")
+    apart = measures.difference(vl[:1], other)
+    assert (apart.note, np.isfinite(apart.low)) == ("one seed", True)
+
+
+def test_a_difference_on_one_common_seed_of_two_has_no_interval(tmp_path: Path) -> None:
+    def runs(method: str, *seeds: int) -> list[Run]:
+        root = tmp_path / f"{method}{len(list(tmp_path.iterdir()))}"
+        return read(*(write_run(root, method, s, dumps={10: random_dump(s + len(method), 0.5)}) for s in seeds))
+
+    ours, one, other = runs("vl_norm:1.0", 0, 1), runs("dapo_norm", 1), runs("dapo_norm", 1, 2)
+    found = measures.difference(ours, one)
+    assert (np.isnan(found.low), found.note) == (True, "one seed; 1 of 2 seeds: no interval")
+    assert found.value == pytest.approx(measures.difference(ours[1:], one).value)
+    # Two seeds on each side are two samples, whatever their numbers.
+    apart = measures.difference(ours, other)
+    assert apart.value == pytest.approx(measures.final_accuracy(ours).value - measures.final_accuracy(other).value)
+    paired = measures.difference(ours[1:], one)
+    assert (apart.high - apart.low > paired.high - paired.low, apart.note) == (True, "")
+
+
+def test_a_difference_is_of_the_seeds_that_were_validated_at_its_step(tmp_path: Path) -> None:
+    ours = read(
+        write_run(tmp_path, dumps={10: random_dump(0, 0.5), 20: random_dump(1, 0.6)}),
+        write_run(tmp_path, seed=1, dumps={10: random_dump(2, 0.5)}),
+    )
+    other = read_one(write_run(tmp_path, "dapo_norm", seed=5, dumps={20: random_dump(3, 0.4)}))
+    found, alone = measures.difference(ours, [other]), measures.difference(ours[:1], [other])
+    assert found == alone
+    assert found.low < found.value < found.high
+
+
+def test_without_a_step_in_common_there_is_no_difference(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, curve={10: 0.5}), write_run(tmp_path, "grpo_norm", curve={15: 0.5})]
+    grpo, _ = made(read(*folders), "countdown")
+    assert np.isnan(grpo["VL Norm minus this"].value)
+    assert grpo["VL Norm minus this"].note == "no validated step in common"
+
+
+def test_the_vl_norm_that_others_are_compared_with() -> None:
+    of_paper, other = Setting("aggregation", "math", "3b", "3072"), Setting(task="x")
+    keys = ["dapo_norm", "vl_norm:0.5", "vl_norm:0.75", "vl_norm:1", "vl_norm"]
+    assert groups.main_vl_norm(of_paper, keys) == "vl_norm:0.75"
+    assert groups.main_vl_norm(of_paper, ["vl_norm:0.5", "vl_norm:1"]) is None
+    assert groups.main_vl_norm(other, keys) == "vl_norm:1"
+    assert groups.main_vl_norm(other, keys[:3]) == "vl_norm:0.75"
+    assert groups.main_vl_norm(other, ["dapo_norm", "vl_norm"]) is None
+
+
+# --------------------------------------------------------------------------------------------------------- monotonicity
+
+
+def test_monotonicity_is_kendalls_tau_over_the_validations(tmp_path: Path) -> None:
+    curve = {0: 0.1, 50: 0.3, 100: 0.2, 150: 0.4, 200: 0.4}
+    pairs = list(itertools.combinations(curve.values(), 2))
+    concordant, tied = sum(b > a for a, b in pairs), sum(a == b for a, b in pairs)
+    tau = (concordant - (10 - concordant - tied)) / np.sqrt(10 * (10 - tied))
+    run = read_one(write_run(tmp_path, curve=curve))
+    assert measures.monotonicity([run]).value == pytest.approx(tau)
+    assert measures.monotonicity([run]).note == "one seed; no dumps"
+    falling = read_one(write_run(tmp_path, seed=1, curve={0: 0.9, 100: 0.7, 200: 0.5}))
+    found = measures.monotonicity([run, falling])
+    assert found.value == pytest.approx((tau - 1) / 2)
+    assert (found.low, found.high) == (-1, 1)
+
+
+def test_monotonicity_of_one_seed_has_an_interval_over_problems(tmp_path: Path) -> None:
+    dumps = {step: random_dump(step, 0.3 + step / 100) for step in (0, 10, 20, 30)}
+    found = measures.monotonicity([read_one(write_run(tmp_path, dumps=dumps))])
+    assert found.note == "one seed"
+    assert found.low < found.value <= found.high
+
+
+@pytest.mark.parametrize(
+    ("dumps", "note"),
+    [
+        ({0: [0, 0, 1], 1: [0, 1, 1]}, "one seed; two validations"),
+        ({0: [0], 1: [1], 2: [1]}, "one seed; a set of one problem"),
+        ({0: [0, 0], 1: [1, 1], 2: [1, 1]}, "one seed; the same in every resample"),
+    ],
+)
+def test_a_monotonicity_without_an_interval_says_why(dumps: dict[int, list[int]], note: str, tmp_path: Path) -> None:
+    named = {step: {f"p{i}": [right] * 8 for i, right in enumerate(found)} for step, found in dumps.items()}
+    found = measures.monotonicity([read_one(write_run(tmp_path, dumps=named))])
+    assert found.value > 0
+    assert (np.isnan(found.low), found.note) == (True, note)
+
+
+# ----------------------------------------------------------------------------------------------------------- first hits
+
+
+def test_the_papers_count_and_first_hit_against_first_hit(tmp_path: Path) -> None:
+    """The paper's 375 against 1000; the reference had been at its final accuracy at step 750."""
+    recipe = {"family": "dapo"}
+    dapo = write_run(tmp_path, "dapo", curve={250: 0.5, 500: 0.7, 750: 0.87, 1000: 0.866}, recipe=recipe)
+    vl = write_run(tmp_path, curve={125: 0.5, 250: 0.7, 375: 0.866, 1000: 0.912}, recipe=recipe)
+    rows = made(read(dapo, vl), "speedup")
+    raw = next(row for row in rows if row["curve"] == "raw" and row["method"].startswith("DAPO + VL"))
+    assert raw["target"].value == pytest.approx(0.866)
+    assert [raw[key] for key in ("its last step", "its own first hit", "first hit")] == ["1000", "750", "375"]
+    assert raw["last step / first hit"].value == pytest.approx(1000 / 375)
+    assert raw["first hit / first hit"].value == pytest.approx(2.0)
+    assert raw["last step / first hit"].note == "one seed"
+    assert np.isnan(raw["last step / first hit"].low)
+    assert raw["paper's first hit"] == "375 (2.67×) [paper, Fig. 2]"
+    assert rows[0] == raw, "what VL Norm reaches comes first"
+    back = next(row for row in rows if row["curve"] == "raw" and row["method"] == "DAPO")
+    assert (back["first hit"], back["first hit / first hit"], back["seeds reached"]) == ("not reached",) * 2 + (
+        "0 of 1",
+    )
+
+
+def test_smoothing_treats_both_curves_and_the_target_alike(tmp_path: Path) -> None:
+    reference = read_one(write_run(tmp_path, "dapo_norm", curve={10: 0.2, 20: 0.9, 30: 0.4, 40: 0.6}))
+    run = read_one(write_run(tmp_path, curve={10: 0.5, 20: 0.5, 30: 0.8, 40: 0.9}))
+    raw, smooth = (first_hit.first_hits(run, reference, window) for window in (1, 20))
+    assert (raw.reference_first, raw.first) == (20, 30)
+    assert (smooth.reference_first, smooth.first) == (20, 10)
+    assert (raw.target, smooth.target) == pytest.approx((0.6, 0.5))
+
+
+def test_smoothing_is_over_the_same_steps_for_runs_validated_at_other_distances(tmp_path: Path) -> None:
+    often = {step: 0.5 + 0.4 * (step % 20 == 10) for step in range(0, 101, 10)}
+    put(
+        tmp_path / "vl_norm.jsonl",
+        "".join(json.dumps({"step": s, "data": accuracy(v)}) + "\n" for s, v in often.items()),
+    )
+    rarely = {0: 0.4, 50: 0.5, 100: 0.6}
+    put(
+        tmp_path / "token-mean.jsonl",
+        "".join(json.dumps({"step": s, "data": accuracy(v)}) + "\n" for s, v in rarely.items()),
+    )
+    runs = read(tmp_path)
+    assert first_hit.smoothing(runs, None) == 150
+    assert {row["curve"] for row in made(runs, "speedup")} == {"raw", "mean of 150 steps"}
+    assert {row["curve"] for row in made(runs, "speedup", smooth=20)} == {"raw", "mean of 20 steps"}
+    back = next(
+        row for row in made(runs, "speedup", smooth=20) if row["method"] == "DAPO Norm" and row["curve"] != "raw"
+    )
+    assert back["target"].value == pytest.approx(0.7)  # of steps 90 and 100
+
+
+def test_a_speed_up_over_seeds_is_a_t_interval_of_logarithms(tmp_path: Path) -> None:
+    folders = []
+    for seed, hit in enumerate((20, 40, 40)):
+        final = 0.6 if seed == 2 else 0.5
+        rising = {step: 0.9 if step >= hit else 0.1 for step in (20, 40, 80)}
+        folders.append(write_run(tmp_path, seed=seed, curve=rising, planned=80))
+        folders.append(write_run(tmp_path, "dapo_norm", seed=seed, curve={20: 0.1, 40: 0.2, 80: final}, planned=80))
+    runs = read(*folders)
+    vl, dapo = [[run for run in runs if run.method == method] for method in ("vl_norm", "dapo_norm")]
+    found = first_hit.speed_up(vl, dapo, 1)
+    logs = np.log([4.0, 2.0, 2.0])
+    half = 4.302653 * logs.std(ddof=1) / np.sqrt(3)
+    assert found.by_last.value == pytest.approx(np.exp(logs.mean()))
+    assert found.by_last.low == pytest.approx(np.exp(logs.mean() - half), rel=1e-5)
+    assert found.by_last.high == pytest.approx(np.exp(logs.mean() + half), rel=1e-5)
+    never = read_one(write_run(tmp_path / "x", seed=2, curve={20: 0.1, 80: 0.2}, planned=80))
+    partly = first_hit.speed_up([*vl[:2], never], dapo, 1)
+    assert (partly.reached, partly.pairs) == (2, 3)
+    assert np.isnan(partly.by_last.low)
+    assert partly.by_last.note == "of the 2 seeds that reached"
+    # Steps and ratios are of the same two seeds.
+    assert (partly.target, partly.first, partly.reference_last) == (0.5, 30, 80)
+    assert partly.by_last.value == pytest.approx(np.exp(logs[:2].mean()))
+    assert first_hit.speed_up([vl[0], never], dapo[::2], 1).by_last.note == "of the seed that reached"
+
+
+def test_an_unfinished_run_is_neither_a_target_nor_out_of_reach(tmp_path: Path) -> None:
+    done = read_one(write_run(tmp_path, "dapo_norm", curve={0: 0.1, 50: 0.5, 100: 0.6}, planned=100))
+    begun = read_one(write_run(tmp_path, curve={0: 0.1, 50: 0.2}, planned=100))
+    rows = [row for row in made([done, begun], "speedup") if row["curve"] == "raw"]
+    assert [row["method"] for row in rows] == ["VL Norm (α = 1)", "DAPO Norm"]
+    assert [rows[0][key] for key in ("first hit", *tables.RATIOS)] == ["not yet (step 50)"] * 3
+    assert rows[0]["its own first hit"] == "100"
+    assert rows[1]["target"].note == "the reference is not finished (step 50 of 100)"
+    assert np.isnan(rows[1]["target"].value)
+    assert [rows[1][key] for key in ("its last step", "its own first hit", "first hit", *tables.RATIOS)] == [None] * 5
+    other = read_one(write_run(tmp_path, "dapo_norm", seed=1, curve={0: 0.1, 50: 0.5}, planned=100))
+    ours = [read_one(write_run(tmp_path / "x", seed=s, curve={0: 0.1, 50: 0.7, 100: 0.8}, planned=100)) for s in (0, 1)]
+    found = first_hit.speed_up(ours, [done, other], 1)
+    assert (found.pairs, found.reached, found.first) == (1, 1, 50)
+    assert found.note == "the reference is not finished (step 50 of 100) in 1 of 2 seeds, which are left out"
+
+
+def test_a_target_that_was_met_before_training_gives_no_ratio(tmp_path: Path) -> None:
+    run = read_one(write_run(tmp_path, curve={0: 0.5, 10: 0.6}))
+    reference = read_one(write_run(tmp_path, "dapo_norm", curve={0: 0.5, 10: 0.4}, planned=10))
+    found = first_hit.speed_up([run], [reference], 1)
+    assert found.by_last is None
+    assert found.note == "the target was met before training"
+
+
+def test_a_log_whose_beginning_is_lost_has_no_ratio(tmp_path: Path) -> None:
+    put(tmp_path / "vl_norm.jsonl", text((31, 60, 0.2)))
+    put(tmp_path / "token-mean.jsonl", text((0, 60, 0.0)))
+    runs = read(tmp_path)
+    assert "its log begins at step 31: what was before is not known" in runs[1].notes
+    ours, theirs = (row for row in made(runs, "speedup", smooth=1))
+    assert (ours["first hit"], ours["its own first hit"]) == ("at or before 40", "60")
+    assert (ours["last step / first hit"], ours["first hit / first hit"]) == (None, None)
+    assert ours["target"].note == "the beginning of a log is lost in 1 of 1 seeds"
+    assert (theirs["first hit"], theirs["its own first hit"]) == ("not reached", "at or before 60")
+
+
+def test_a_seed_with_a_lost_beginning_leaves_the_others_their_ratio(tmp_path: Path) -> None:
+    for seed, first in ((0, 0), (1, 31)):
+        put(tmp_path / f"vl_norm_s{seed}.jsonl", text((first, 60, 0.2)))
+        put(tmp_path / f"token-mean_s{seed}.jsonl", text((0, 60, 0.0)))
+    row = made(read(tmp_path), "speedup", smooth=1)[0]
+    assert row["first hit"] == "at or before 30"
+    ratio = row["last step / first hit"]
+    assert (ratio.value, ratio.note) == (pytest.approx(3), "of the seed that reached, with a whole log")
+
+
+@given(st.dictionaries(st.integers(0, 100), st.floats(0, 1), min_size=1, max_size=30), st.integers(1, 40))
+def test_trailing_mean(curve: dict[int, float], window: int) -> None:
+    steps = sorted(curve)
+    expected = [np.mean([curve[other] for other in steps if step - window < other <= step]) for step in steps]
+    found = measures.trailing_mean(np.array(steps), np.array([curve[step] for step in steps]), window)
+    assert found.tolist() == pytest.approx(expected)

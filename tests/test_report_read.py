@@ -1,0 +1,374 @@
+"""Reading what verl and its loggers write: records, runs that were resumed, bad values, validation dumps.
+
+Covered: JSON lines, tensorboard and offline wandb, written by verl's own Tracking; cut, corrupt and missing files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.report_runs import KEY, accuracy, dump_line, line, put, read, read_one, record, said, text, write_run
+from vlnorm_verl.files import UserError
+from vlnorm_verl.report import dumps, groups, measures
+from vlnorm_verl.report.run import value_at
+
+# -------------------------------------------------------------------------------------------------------------- records
+
+
+def test_a_cut_last_line_and_a_corrupt_line_are_named_and_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, curve={0: 0.1, 1: 0.2, 2: 0.3})
+    text = (folder / "metrics-000.jsonl").read_text().splitlines(keepends=True)
+    text[1] = text[1].replace(":", "", 1)
+    (folder / "metrics-000.jsonl").write_text("".join(text) + '{"step": 3, "da')
+    run = read_one(folder)
+    assert run.steps.tolist() == [0, 2]
+    assert "metrics-000.jsonl: last line is cut, left out" in run.notes
+    assert "metrics-000.jsonl: line 2 corrupt, left out" in run.notes
+
+
+def test_bytes_that_are_no_text_are_a_corrupt_line(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, curve={0: 0.1})
+    with open(folder / "metrics-000.jsonl", "ab") as file:
+        file.write(b"\0\0\xff\xfe\n" + record(1, loss=1.0).encode())
+    run = read_one(folder)
+    assert run.steps.tolist() == [0, 1]
+    assert "metrics-000.jsonl: line 2 corrupt, left out" in run.notes
+
+
+def test_a_whole_last_line_without_its_newline_counts(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, curve={0: 0.1})
+    with open(folder / "metrics-000.jsonl", "a") as file:
+        file.write(record(1, loss=1.0).rstrip())
+    run = read_one(folder)
+    assert run.steps.tolist() == [0, 1]
+    assert not any("cut" in note for note in run.notes)
+
+
+def test_null_is_nan_and_what_is_no_number_is_ignored(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, curve={0: 0.1})
+    (folder / "metrics-000.jsonl").write_text(
+        record(1, a=None, b=2, c="text", d=[1], e=1.5) + record(2, a=3.0, e="x") + record(3, never=None)
+    )
+    metrics = read_one(folder).metrics
+    assert set(metrics) == {"a", "b", "e"}
+    np.testing.assert_array_equal(metrics["a"], [np.nan, 3.0, np.nan])
+    np.testing.assert_array_equal(metrics["e"], [1.5, np.nan, np.nan])
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "null"])
+def test_a_value_that_is_not_finite_is_its_metrics_only(number: str, tmp_path: Path) -> None:
+    content = text((0, 40, 0.0)).replace('"actor/grad_norm": 0.5', f'"actor/grad_norm": {number}')
+    (run,) = read(put(tmp_path / "run.jsonl", content))
+    assert run.steps[-1] == 40
+    assert value_at(run, run.metrics[KEY], 40) == 0.5
+    assert not any("corrupt" in note for note in run.notes)
+
+
+def test_a_cut_line_full_of_quotes_takes_no_time(tmp_path: Path) -> None:
+    (run,) = read(put(tmp_path / "run.jsonl", line(1) + '{"step": 2, "data": {"NaN": "' + '\\"' * 300_000))
+    assert run.notes[0] == "run.jsonl: last line is cut, left out"
+
+
+def test_two_records_of_one_step_in_one_start_are_one(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, curve={0: 0.1})
+    (folder / "metrics-000.jsonl").write_text(record(1, a=1.0) + record(1, training__global_step=1, b=2.0))
+    metrics = read_one(folder).metrics
+    assert (metrics["a"][0], metrics["b"][0]) == (1.0, 2.0)
+
+
+def test_a_gap_is_said(tmp_path: Path) -> None:
+    (run,) = read(put(tmp_path / "run.jsonl", text((0, 50, 0.0), (80, 90, 0.0))))
+    assert "no records of steps 51 to 79" in run.notes
+
+
+# -------------------------------------------------------------------------------------------------------------- resumed
+
+
+def test_what_a_run_logged_after_the_step_it_is_resumed_from_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, curve={0: 0.1})
+    trained = {"training__global_step": 1}
+    (folder / "metrics-000.jsonl").write_text("".join(record(s, loss=1.0, old=1.0, **trained) for s in range(1, 31)))
+    (folder / "metrics-001.jsonl").write_text(
+        record(20, **{"val-core__set__acc__mean@8": 0.5}) + "".join(record(s, loss=2.0, **trained) for s in (21, 22))
+    )
+    (folder / "metrics-002.jsonl").write_text("")
+    (folder / "metrics-003.jsonl").write_text(record(22, loss=3.0, **trained) + record(23, loss=3.0, **trained))
+    run = read_one(folder)
+    at = {int(step): i for i, step in enumerate(run.steps)}
+    assert run.steps.tolist() == list(range(1, 24))
+    assert [run.metrics["loss"][at[s]] for s in (19, 20, 21, 22, 23)] == [1, 1, 2, 3, 3]
+    assert run.metrics["val-core/set/acc/mean@8"][at[20]] == 0.5  # a validation before going on adds to its step
+    assert np.isnan(run.metrics["old"][at[22]])  # a trained step is replaced whole
+    assert run.metrics["old"][at[20]] == 1.0
+    assert run.notes[:1] == ["metrics-001.jsonl: starts again at step 20; 10 later steps of the earlier start left out"]
+    assert not any("metrics-003" in note for note in run.notes)
+
+
+def test_a_run_that_starts_over_has_nothing_of_its_first_start(tmp_path: Path) -> None:
+    dumps = {step: {"p": [step > 5] * 8, "q": [1] * 8} for step in (0, 5, 10)}
+    folder = write_run(tmp_path, dumps=dumps, planned=10)
+    (folder / "metrics-001.jsonl").write_text(
+        "".join(json.dumps({"step": step, "data": accuracy(0.5)}) + "\n" for step in (0, 5))
+    )
+    run = read_one(folder)
+    assert run.steps.tolist() == [0, 5]
+    assert sorted(run.validations) == [0, 5]
+    assert measures.final_accuracy([run]).value == 0.5
+    assert "metrics-001.jsonl: starts again at step 0; 2 later steps of the earlier start left out" in run.notes
+    assert "validation dumps of steps 10, after its last record, left out" in run.notes
+
+
+def test_a_jsonl_in_which_the_step_goes_back(tmp_path: Path) -> None:
+    (run,) = read(put(tmp_path / "run.jsonl", text((0, 50, 0.0), (41, 45, 0.1), (21, 30, 0.2))))
+    assert run.steps.tolist() == list(range(31))
+    assert [value_at(run, run.metrics[KEY], step) for step in (20, 30)] == [0.4, 0.65]
+    assert "run.jsonl: starts again at step 41; 9 later steps of the earlier start left out" in run.notes
+    assert "run.jsonl: starts again at step 21; 24 later steps of the earlier start left out" in run.notes
+
+
+def test_files_of_one_seed_are_joined_where_the_later_does_not_begin_at_the_beginning(tmp_path: Path) -> None:
+    put(tmp_path / "a.jsonl", CRASHED)
+    put(tmp_path / "b.jsonl", RESUMED)
+    (run,) = read(f"vl_norm@3={tmp_path}/b.jsonl", f"vl_norm@3={tmp_path}/a.jsonl")
+    assert (run.seed, run.steps[-1], value_at(run, run.metrics[KEY], 50)) == (3, 60, 0.65)
+    assert [run.seed for run in read(f"vl_norm={tmp_path}/a.jsonl", f"vl_norm={tmp_path}/b.jsonl")] == [0, 1]
+    put(tmp_path / "b.jsonl", text((0, 20, 0.1)))
+    twice = read(f"vl_norm@3={tmp_path}/a.jsonl", f"vl_norm@3={tmp_path}/b.jsonl")
+    assert [run.steps[-1] for run in twice] == [50, 20]
+    assert [run.steps[-1] for run in groups.grouped(twice).popitem()[1]] == [50]
+
+
+# -------------------------------------------------------------------------------------------------------- other loggers
+
+
+TRACK = """
+import json, os, sys, wandb
+from verl.utils.tracking import Tracking
+for start in json.load(sys.stdin):
+    os.environ |= start["variables"]
+    tracking = Tracking(
+        "project", "experiment", default_backend=["file", "wandb", "tensorboard"], config=start["config"]
+    )
+    for text in start["lines"].splitlines():
+        tracking.log(**json.loads(text))
+    tracking.finish()
+    wandb.teardown()  # it would go on writing into the first start's folder
+"""
+CRASHED, RESUMED = text((0, 50, 0.0)), text((41, 60, 0.1))
+WIDE = "".join(
+    line(
+        step,
+        **{f"filler/{i}": float(i * step) for i in range(150)},
+        **{"actor/entropy": math.nan if step == 4 else step / 8},
+    )
+    for step in range(0, 60, 2)
+)
+STARTS = {  # folder: starts, their seeds
+    "resumed": ((CRASHED, 7), (text((0, 60, 0.0)), 8), (RESUMED, 7)),
+    "by-wandb": ((CRASHED, 7), (text((0, 20, 0.1)), 7)),
+    "wide": ((WIDE, 5),),
+}
+
+
+@pytest.fixture(scope="session")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What verl's own Tracking writes of runs, some started more than once: STARTS, each with three loggers."""
+    root = tmp_path_factory.mktemp("tracked")
+    starts = []
+    for name, of_folder in STARTS.items():
+        for lines, seed in of_folder:
+            folders = {"WANDB_DIR": str(root / name), "TENSORBOARD_DIR": str(root / name / f"tensorboard-{seed}")}
+            folders |= {"VERL_FILE_LOGGER_PATH": str(root / name / f"seed{seed}.jsonl")}
+            folders |= {"WANDB_RUN_ID": "abc", "WANDB_RESUME": "allow"} if name == "by-wandb" else {}
+            config = {
+                "actor_rollout_ref": {"actor": {"loss_agg_mode": "vl_norm", "limit": math.inf}},
+                "data": {"seed": seed},
+                "trainer": {"total_training_steps": 60, "resume_from_path": folders["TENSORBOARD_DIR"]},
+            }
+            starts.append({"variables": folders, "lines": lines, "config": config})
+            (root / name).mkdir(exist_ok=True)
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(root)}
+    command, variables = [sys.executable, "-c", TRACK], {**os.environ, **offline}
+    subprocess.run(command, input=json.dumps(starts), env=variables, check=True, capture_output=True, text=True)
+    return root
+
+
+def test_tensorboard_and_wandb_folders_of_a_resumed_run(tracked: Path) -> None:
+    """Two starts, and another seed of the same configuration."""
+    (one,) = read(tracked / "resumed" / "tensorboard-7")
+    runs = read(tracked / "resumed" / "wandb")
+    assert said(runs) == [("vl_norm:1", 7), ("vl_norm:1", 8)]
+    assert len({run.name for run in runs}) == 2
+    for run in (one, runs[0]):
+        assert run.steps.tolist() == list(range(61))
+        assert [value_at(run, run.metrics[KEY], s) for s in (40, 50, 60)] == pytest.approx([0.5, 0.65, 0.7])
+        assert any("starts again at step 41; 9 later steps of the earlier start left out" in note for note in run.notes)
+
+
+def test_wandbs_own_resumption_is_one_run_whatever_its_steps(tracked: Path) -> None:
+    (run,) = read(tracked / "by-wandb" / "wandb")
+    assert run.steps[-1] == 20
+    assert value_at(run, run.metrics[KEY], 20) == 0.5
+
+
+def test_one_run_by_three_loggers_is_one_run(tracked: Path) -> None:
+    """verl's file logger kept only the last start."""
+    runs = read(tracked / "resumed")
+    assert [(run.method_key, run.seed) for run in runs if len(run.steps)] == [("vl_norm:1", 7), ("vl_norm:1", 8)]
+    assert sum("by another logger: left out" in " ".join(run.notes) for run in runs) == len(runs) - 2 == 4
+
+
+@pytest.mark.parametrize("kind", ["tensorboard-5", "wandb"])
+def test_runs_of_other_loggers(tracked: Path, kind: str) -> None:
+    run = read_one(tracked / "wide" / kind)
+    assert run.steps.tolist() == list(range(0, 60, 2))
+    assert run.metrics["actor/entropy"][:4].tolist() == pytest.approx([0, 0.25, np.nan, 0.75], nan_ok=True)
+    assert [value_at(run, run.metrics[KEY], step) for step in (0, 10, 50)] == pytest.approx([0.3, 0.35, 0.55])
+    assert run.metrics["filler/149"][-1] == 149 * 58
+    if kind == "wandb":
+        assert (run.method_key, run.seed, run.planned_steps) == ("vl_norm:1", 5, 60)
+
+
+def test_an_offline_wandb_file_that_is_cut(tracked: Path, tmp_path: Path) -> None:
+    (file,) = (tracked / "wide").rglob("*.wandb")
+    content = file.read_bytes()
+    (tmp_path / "run-x.wandb").write_bytes(content[: len(content) * 2 // 3])
+    run = read_one(tmp_path / "run-x.wandb")
+    assert 5 < len(run.steps) < 30
+    assert run.metrics["filler/149"].tolist() == [149.0 * step for step in run.steps]
+    assert "run-x.wandb: the end is cut, left out" in run.notes
+
+
+def test_a_file_that_only_has_the_name_of_wandbs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a file of wandb"):
+        read(put(tmp_path / "bad.wandb", "something else"))
+
+
+@pytest.mark.parametrize("library", ["tensorboard", "wandb"])
+def test_a_missing_library_is_named(tracked: Path, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [m for m in sys.modules if m.split(".")[0] == library] + [library]:
+        monkeypatch.setitem(sys.modules, module, None)
+    (folder,) = (tracked / "wide").glob(f"{library}*")
+    with pytest.raises(UserError, match=f"pip install {library}"):
+        read(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------- dumps
+
+
+def test_acc_counts_before_score_and_booleans_count(tmp_path: Path) -> None:
+    file = tmp_path / "0.jsonl"
+    lines = [dump_line("p", 1, acc=0.0), dump_line("p", 1, acc=True), dump_line("q", 1, acc=None), dump_line("q", 0)]
+    file.write_text("".join(lines))
+    found = dumps.count(file, [])[""]
+    assert (found.n, found.correct) == ([2, 2], [1.0, 1.0])
+
+
+def test_equal_prompts_with_other_answers_are_other_problems(tmp_path: Path) -> None:
+    file = tmp_path / "0.jsonl"
+    file.write_text(dump_line("p", 1, gts={"a": 1}) + dump_line("p", 1, gts={"a": 2}) + dump_line("p", 0, gts={"a": 1}))
+    assert sorted(dumps.count(file, [])[""].n) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("scores", "right"),
+    [
+        ({"acc": "True", "score": 0.0}, 1),
+        ({"acc": "False", "score": 1.0}, 0),
+        ({"acc": "1.0"}, 1),
+        ({"acc": [1], "score": 1.0}, None),
+        ({"score": math.nan, "acc": None}, None),
+        ({"acc": 1.0, "output": ["a"], "validation_set": None}, 1),
+    ],
+)
+def test_scores_as_verls_trainers_write_them(scores: dict[str, Any], right: int | None, tmp_path: Path) -> None:
+    others = "".join(dump_line("other", r) for r in (1, 0))
+    put(tmp_path / "validation" / "40.jsonl", others + dump_line("p", 0.5, **scores))
+    total = 1.5 / 3 if right is None else (1 + right) / 3
+    put(tmp_path / "metrics-000.jsonl", json.dumps({"step": 40, "data": accuracy(0.5 if right is None else total)}))
+    (run,) = read(tmp_path)
+    counts = run.validations[40]["set"]
+    assert counts.n.sum() == (2 if right is None else 3)
+    assert counts.correct.sum() == 1 + (right or 0)
+    assert ("40.jsonl: 1 responses without a score, left out" in run.notes) == (right is None)
+
+
+def test_texts_are_not_touched_where_a_line_has_nan(tmp_path: Path) -> None:
+    """A problem is one problem, whether its line has a NaN in another field or not."""
+    folder = write_run(tmp_path, dumps={40: {'is 1 NaN? \\" -Infinity': [1, 0] * 4, "q": [1] * 8}})
+    file = folder / "validation" / "40.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("".join(one[:-1] + (', "penalty": NaN}\n' if i % 2 else "}\n") for i, one in enumerate(lines)))
+    (run,) = read(folder)
+    assert sorted(run.validations[40]["set"].n.tolist()) == [8, 8]
+    assert sorted(run.validations[40]["set"].correct.tolist()) == [4, 8]
+
+
+def test_a_dump_that_is_being_written(tmp_path: Path) -> None:
+    dumps = {1: {f"p{i}": [1, 0] * 4 for i in range(5)}}
+    folder = write_run(tmp_path, curve={1: 20 / 39}, dumps=dumps)
+    file = folder / "validation" / "1.jsonl"
+    text = file.read_text()
+    file.write_text(text[: text.rindex('"output"')])
+    run = read_one(folder)
+    assert run.validations[1]["set"].n.tolist().count(7) == 1
+    assert "1.jsonl: last line is cut, left out" in run.notes
+    assert "validation/1.jsonl: 1 of 5 problems have fewer than 8 responses" in run.notes
+    assert measures.final_pass([run]).value == 1.0
+    assert measures.final_pass([run]).note == "one seed; 4 of 5 problems"
+
+
+def test_a_dump_that_does_not_agree_with_verls_metrics_is_not_used(tmp_path: Path) -> None:
+    dumps = {step: {"p": [1, 0] * 4, "q": [1, 0] * 4} for step in (1, 2)}
+    run = read_one(write_run(tmp_path, curve={1: 0.5, 2: 0.6}, dumps=dumps))
+    assert "validation/2.jsonl: its accuracy is 0.5000, verl logged 0.6000 at that step: not used" in run.notes
+    assert not any("no validation dump" in note for note in run.notes)
+    assert sorted(run.validations) == [1]
+    found = measures.final_accuracy([run])
+    assert (found.value, np.isnan(found.low), found.note) == (0.6, True, "no dumps")
+    assert measures.final_pass([run]) is None
+
+
+def test_scores_that_are_no_rates_have_no_interval_over_problems(tmp_path: Path) -> None:
+    (run,) = read(write_run(tmp_path, curve={10: -0.5}, dumps={10: {"p": [-1] * 4, "q": [-1, 1] * 2}}))
+    assert "validation/10.jsonl: has scores below 0 or above 1: not used" in run.notes
+    assert measures.final_accuracy([run]).value == -0.5
+
+
+def test_graded_scores_have_an_average_but_no_pass(tmp_path: Path) -> None:
+    run = read_one(write_run(tmp_path, dumps={1: {f"p{i}": [0.5, 1.0] * 4 for i in range(4)}}))
+    assert not run.validations[1]["set"].binary
+    assert measures.final_accuracy([run]).value == 0.75
+    assert measures.final_pass([run]) is None
+
+
+def test_counts_are_kept_until_a_dump_changes(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", curve={1: 0.5}, dumps={1: {"p": [1, 0], "q": [1, 0]}})
+    file = folder / "validation" / "1.jsonl"
+    before = read_one(folder, cache_folder=tmp_path / "out")
+    stat = file.stat()
+    file.write_text(file.read_text().replace('"acc": 0', '"acc": 1'))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    kept = read_one(folder, cache_folder=tmp_path / "out")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    (folder / "metrics-000.jsonl").write_text(json.dumps({"step": 1, "data": accuracy(1.0)}) + "\n")
+    changed = read_one(folder, cache_folder=tmp_path / "out")
+    found = [run.validations[1]["set"].correct.sum() for run in (before, kept, changed)]
+    assert found == [2, 2, 4]
+    assert before.validations[1]["set"].problems == changed.validations[1]["set"].problems
+    np.testing.assert_array_equal(before.validations[1]["set"].characters, kept.validations[1]["set"].characters)
+
+
+def test_a_cache_of_something_else_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / dumps.CACHE_FILE).write_bytes(b"\xc1 something else")
+    folder = write_run(tmp_path / "run", curve={1: 0.5}, dumps={1: {"p": [1, 0]}})
+    assert read_one(folder, cache_folder=tmp_path).validations[1]["set"].correct.tolist() == [1]

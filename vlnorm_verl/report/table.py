@@ -1,0 +1,118 @@
+"""A table as data, and as the text that every writer shows: numbers rounded, notes by letters."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import NamedTuple
+
+from vlnorm_verl.report.estimates import Estimate
+
+Cell = str | int | float | Estimate | None
+ABSENT = "–"
+FILE_STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def one_line(text: str) -> str:
+    """Without line breaks, control characters and marks that turn the direction of what follows."""
+    return "".join(c for c in " ".join(text.split()) if unicodedata.category(c) not in ("Cc", "Cf"))
+
+
+def check_name(name: str) -> None:
+    if not FILE_STEM.fullmatch(name):
+        raise ValueError(f"name={name!r} is no file stem. Accepted: letters, digits, '.', '_' and '-'.")
+
+
+@dataclass
+class Table:
+    """A table of R rows and C columns.
+
+    Args:
+        name: file stem, e.g. "countdown".
+        title: one line.
+        columns: [C] headings.
+        rows: [R][C] cells. None and NaN print as "–"; an Estimate as "0.615 [0.598, 0.632]", its note below the table.
+        foot: sentences below the table: definitions, caveats.
+        digits: decimals of a float.
+        digits_of: the same of single columns, by heading.
+
+    Raises:
+        ValueError: `name` is no file stem, or a row hasn't one cell for each column.
+    """
+
+    name: str
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    foot: list[str] = field(default_factory=list)
+    digits: int = 3
+    digits_of: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        for index, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ValueError(f"table {self.name!r}, row {index}: {len(row)} cells for {len(self.columns)} columns.")
+
+
+class Shown(NamedTuple):
+    """A cell as every writer shows it. `mark` is the letter of its note."""
+
+    text: str
+    interval: str = ""
+    mark: str = ""
+    numeric: bool = False
+
+
+@dataclass
+class Layout:
+    """A table as text: [R][C] cells, which of the C columns hold numbers, and the notes by their letters."""
+
+    cells: list[list[Shown]]
+    numeric: list[bool]
+    notes: dict[str, str]
+
+
+def _number(value: float, digits: int) -> str:
+    if isinstance(value, Integral):
+        return str(int(value)).replace("-", "−")
+    if math.isnan(value):
+        return ABSENT
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    text = f"{value:.{digits}f}"
+    # A difference of −0.0004 isn't "−0.000".
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def _letters(index: int) -> str:
+    """0 -> a, 25 -> z, 26 -> aa."""
+    return (_letters(index // 26 - 1) if index >= 26 else "") + chr(ord("a") + index % 26)
+
+
+def layout_of(table: Table) -> Layout:
+    marks: dict[str, str] = {}
+
+    def show(cell: Cell, digits: int) -> Shown:
+        if cell is None:
+            return Shown(ABSENT, numeric=True)
+        if isinstance(cell, Estimate):
+            interval = ""
+            if not (math.isnan(cell.low) or math.isnan(cell.high)):
+                interval = f"[{_number(cell.low, digits)}, {_number(cell.high, digits)}]"
+            mark = marks.setdefault(cell.note, _letters(len(marks))) if cell.note else ""
+            return Shown(_number(cell.value, digits), interval, mark, numeric=True)
+        if isinstance(cell, Real):
+            return Shown(_number(cell, digits), numeric=True)
+        return Shown(one_line(str(cell)))
+
+    digits = [table.digits_of.get(column, table.digits) for column in table.columns]
+    cells = [[show(cell, of) for cell, of in zip(row, digits, strict=True)] for row in table.rows]
+    # A word among numbers ("not reached") leaves a column one of numbers.
+    numeric = [
+        any(isinstance(row[index], (Real, Estimate)) for row in table.rows) for index in range(len(table.columns))
+    ]
+    return Layout(cells, numeric, {mark: note for note, mark in marks.items()})
