@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlnorm_verl.files import UserError
+from vlnorm_verl.files import UserError, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 MERGED = "model"
 MERGED_FROM = "merged_from.json"
 _WEIGHTS = (".safetensors", ".bin")
-_HEAD = 1 << 20  # bytes of each weights file that go into the fingerprint
 
 
 def resolve(model: str, out: Path) -> str:
@@ -94,7 +93,7 @@ def _merged(actor: Path, target: Path) -> Path:
         )
         if done.returncode != 0:
             raise UserError(f"MODEL {actor}: verl cannot merge this checkpoint:\n{done.stdout[-2000:]}")
-        (temporary / MERGED_FROM).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+        write_json(temporary / MERGED_FROM, source)
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -102,9 +101,7 @@ def _merged(actor: Path, target: Path) -> Path:
 
 
 def fingerprint(resolved: str) -> str:
-    """Tells weights apart: of a folder, by each weights file's name, size and first MiB; of a hub name, by its commit.
-
-    The first MiB holds entries of the first tensors, which any training step changes.
+    """Tells weights apart: of a folder, by the bytes of its weights files; of a hub name, by its commit.
 
     Raises:
         UserError: a folder without weights, or a name that the hub does not have.
@@ -116,10 +113,9 @@ def fingerprint(resolved: str) -> str:
     if not files:
         raise UserError(f"MODEL {resolved} has no weights ({' or '.join(f'*{suffix}' for suffix in _WEIGHTS)})")
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name} {file.stat().st_size} ".encode())
-        with file.open("rb") as opened:
-            digest.update(opened.read(_HEAD))
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()} ".encode())
     return digest.hexdigest()
 
 
