@@ -114,8 +114,10 @@ def fingerprint(resolved: str) -> str:
         raise UserError(f"MODEL {resolved} has no weights ({' or '.join(f'*{suffix}' for suffix in _WEIGHTS)})")
     digest = hashlib.sha256()
     for path in files:
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
         with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()} ".encode())
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
