@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import zlib
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,7 @@ def with_transformers(
         width = max(map(len, rows))
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-        torch.manual_seed((request.seed << 32) + start)
+        torch.manual_seed(zlib.crc32(f"{request.seed} {start}".encode()))  # 32 bits are all that the CPU's takes
         with torch.no_grad():
             generated = model.generate(
                 input_ids=ids,
