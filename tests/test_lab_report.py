@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from rich.console import Console
@@ -26,7 +27,7 @@ from vlnorm_verl.lab import build, mini_batches, verdict
 from vlnorm_verl.lab.aggregations import ALPHAS, NoisyResponse, Tradeoff
 from vlnorm_verl.lab.analysis import Analysis, analyse, of_most_parameters
 from vlnorm_verl.lab.cli import folder_of
-from vlnorm_verl.lab.figures import figures
+from vlnorm_verl.lab.figures import figures, stem
 from vlnorm_verl.lab.jackknife import LOST
 from vlnorm_verl.lab.store import grpo_advantages
 from vlnorm_verl.lab.tables import tables
@@ -76,6 +77,7 @@ def test_one_command_makes_the_page_with_its_tables_and_figures(folder: Path) ->
     assert {"overview", "methods", "alpha", "thirds", "growth", "deviations-tiny-last-qkv"} <= figures
 
 
+@pytest.mark.usefixtures("_no_figures")
 def test_the_same_command_again_computes_nothing_anew(folder: Path) -> None:
     files = [folder / "rollouts.jsonl", *folder.glob("gradients/*/*.npy")]
     before = {path: path.stat().st_mtime_ns for path in files}
@@ -86,6 +88,13 @@ def test_the_same_command_again_computes_nothing_anew(folder: Path) -> None:
     assert "seed" in done.output
 
 
+@pytest.fixture
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longest, and the first test has drawn everything."""
+    monkeypatch.setattr(build, "figures", lambda analyses: [])
+
+
+@pytest.mark.usefixtures("_no_figures")
 def test_several_models_side_by_side(folder: Path, tmp_path: Path) -> None:
     done = lab("report", f"start={folder}", f"<b>end</b>={folder}", "--out", tmp_path, "--mini-batch=640")
     assert done.exit_code == 0, done.output
@@ -96,6 +105,7 @@ def test_several_models_side_by_side(folder: Path, tmp_path: Path) -> None:
     assert "&lt;b&gt;end" in page
 
 
+@pytest.mark.usefixtures("_no_figures")
 def test_gradients_that_are_not_complete_are_left_out(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "lab"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("report"))
@@ -182,7 +192,7 @@ def of_pool(mixed: int, reward: float = 0.0, pool: int = 16) -> Analysis:
         )
         of_prompt.advantages = grpo_advantages(of_prompt.rewards)
     settings = {"task": "synthetic", "temperature": 1.0, "seed": 0}
-    return analyse(stored(groups, **settings), f"{mixed} mixed, {reward:g}", "all", mini_batch=320)
+    return analyse(replace(stored(groups, **settings), parts={}), f"{mixed} mixed, {reward:g}", "all", mini_batch=320)
 
 
 @pytest.fixture(scope="module")
@@ -217,10 +227,17 @@ def test_tables_of_pools_without_a_signal_say_so(little: list[Analysis]) -> None
     assert "nan" not in text
 
 
-def test_pools_without_a_signal_can_be_drawn(little: list[Analysis]) -> None:
-    names = [figure.name for figure in figures(little)]
-    assert names[0] == "overview"
-    assert {"methods", "alpha", "thirds", "growth"} <= set(names)
+def test_pools_without_a_signal_can_be_drawn(little: list[Analysis], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the files: PNG and SVG of all of these would take a minute."""
+
+    def drawn(canvas: Any, name: str, *_: str) -> str:
+        canvas.draw_without_rendering()
+        plt.close(canvas)
+        return name
+
+    monkeypatch.setattr("vlnorm_verl.lab.figures.render", drawn)
+    of_one_model = [f"deviations-{stem(analysis.name)}-all" for analysis in little if analysis.slopes]
+    assert figures(little) == ["overview", *of_one_model, "methods", "alpha", "thirds", "growth"]
 
 
 def test_verdicts_of_pools_without_a_signal_recommend_nothing(little: list[Analysis]) -> None:
@@ -307,7 +324,7 @@ def test_everything_of_a_model(little: list[Analysis]) -> None:
     analysis = little[5]
     assert (analysis.drawn, analysis.prompts, analysis.mixed, analysis.slope_prompts) == (16, 16, 16, (2, 16))
     assert [trade.responses for trade in analysis.tradeoffs] == [16, 320]
-    assert {slope.part for slope in analysis.slopes} == {"all", "q_proj", "k_proj"}
+    assert {slope.score_only for slope in analysis.slopes} == {True, False}
     assert analysis.slope is not None
     assert not analysis.slope.score_only
     assert [thirds.where for thirds in analysis.thirds] == ["across prompts", "within prompts"]

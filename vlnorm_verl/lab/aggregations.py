@@ -27,7 +27,7 @@ def mode_of(alpha: float) -> str:
 
 
 @dataclass(frozen=True)
-class Method:
+class Comparison:
     """One aggregation on mini-batches of the pool, predicted and measured.
 
     sum_x: E Σ M x_i. By the model this is also the length of E G in units of Dr. GRPO's: compare `scale`.
@@ -54,7 +54,7 @@ class Method:
     bias: Estimate
 
 
-def compare(batches: MiniBatches, modes: Sequence[str], beta: float) -> list[Method]:
+def compare(batches: MiniBatches, modes: Sequence[str], beta: float) -> list[Comparison]:
     """The table of methods. `beta`: measured exponent of the variance, NaN if there is none."""
     chosen = [batches.row(mode) for mode in modes]
     reference, least = batches.row(REFERENCE), batches.row(LEAST_VARIANCE)
@@ -80,7 +80,7 @@ def compare(batches: MiniBatches, modes: Sequence[str], beta: float) -> list[Met
     predicted = {mode: batches.predicted_noise(mode, 1.0) for mode in (*modes, LEAST_VARIANCE)}
     by_beta = {mode: batches.predicted_noise(mode, beta) for mode in (*modes, LEAST_VARIANCE)}
     return [
-        Method(
+        Comparison(
             mode=mode,
             sum_x=float(batches.x[mode].sum(axis=1).mean()),
             scale=scale[k],
@@ -101,7 +101,7 @@ def compare(batches: MiniBatches, modes: Sequence[str], beta: float) -> list[Met
 class Tradeoff:
     """Bias, variance and mean squared error of VL Norm(α) about Dr. GRPO's E G, in units of ‖E G(Dr. GRPO)‖².
 
-    alphas [K]. bias, scale, cosine: as in `Method`, of the mini-batches drawn: VL Norm normalises within a mini-batch,
+    alphas [K]. bias, scale, cosine: as in `Comparison`, of the mini-batches drawn: VL Norm normalises within a mini-batch,
     so the part of the bias that is between prompts grows with the mini-batch, a little. variance, error: of a
     mini-batch of `responses` responses, the variance scaled from those drawn as 1/size. best: the α of least error; NaN
     where ‖E G(Dr. GRPO)‖² is not above 0 by its interval. among: the least and largest α whose error the data do not

@@ -19,7 +19,7 @@ from vlnorm_verl.files import UserError
 from vlnorm_verl.lab.aggregations import (
     ALPHAS,
     COMPARED,
-    Method,
+    Comparison,
     NoisyResponse,
     Tradeoff,
     compare,
@@ -56,7 +56,7 @@ class Analysis:
     mixed: int
     slope_prompts: tuple[int, int]
     slopes: list[Slope]
-    methods: list[Method]
+    methods: list[Comparison]
     noisy: list[NoisyResponse]
     drawn: int
     tradeoffs: list[Tradeoff]
