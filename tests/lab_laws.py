@@ -80,14 +80,10 @@ def correlated_sum(rng: np.random.Generator, length: int, rho: float) -> np.ndar
 def stored(groups: list[Group], **settings: Any) -> Stored:
     half = D // 2
     return Stored(
-        model="synthetic",
-        task="synthetic",
-        modules=["model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"],
-        sizes=[half, D - half],
+        settings={"max_response_length": M, **settings},
+        entries=D,
         dimension=D,
         parts={"q_proj": slice(0, half), "k_proj": slice(half, D)},
-        projected=False,
-        settings={"max_response_length": M, **settings},
         groups=groups,
     )
 

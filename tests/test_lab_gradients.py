@@ -30,7 +30,7 @@ from tests.lab_tiny import (
     score,
 )
 from vlnorm_verl.files import UserError
-from vlnorm_verl.lab import models, store
+from vlnorm_verl.lab import gradients, models, store
 from vlnorm_verl.lab.gradients import _checkpoint, compute, score_gradient
 from vlnorm_verl.lab.parameters import parts_of, select_parameters
 from vlnorm_verl.lab.sketch import CountSketch
@@ -191,11 +191,11 @@ def test_advantage_times_score_is_verls_policy_gradient(exact: Any, advantage: f
 
 def test_stored_groups_are_what_was_sampled(sampled: Path) -> None:
     stored = load(sampled)
-    assert (stored.model, stored.task, stored.projected) == (str(WEIGHTS), "tiny", False)
+    assert (stored.settings["model"], stored.settings["task"]) == (str(WEIGHTS), "tiny")
     assert [(group.kind, len(group.lengths)) for group in stored.groups] == [("slope", 6), ("pool", 3), ("pool", 3)]
     assert len({group.prompt for group in stored.groups}) == 3
-    assert stored.dimension == sum(stored.sizes) == 3 * (96 * 96 + 96)
-    assert all(name.startswith("model.layers.2.self_attn.") for name in stored.modules)
+    assert stored.dimension == stored.entries == 3 * (96 * 96 + 96)
+    assert all(name.startswith("model.layers.2.self_attn.") for name in stored.settings["names"])
     model = models.load_model(str(WEIGHTS))
     for group, raw in zip(stored.groups, store.read_rollouts(sampled), strict=True):
         assert isinstance(group.score_gradients, np.memmap)
@@ -268,10 +268,9 @@ def test_short_parts_are_not_projected(sampled: Path, tmp_path: Path) -> None:
     assert np.array_equal(
         load(tmp_path / "lab", "held").groups[0].score_gradients, load(sampled).groups[0].score_gradients
     )
-    assert not load(tmp_path / "lab", "held").projected
     compute(tmp_path / "lab", "last-qkv", 15_000, folder="not")
     stored = load(tmp_path / "lab", "not")
-    assert stored.projected
+    assert stored.dimension < stored.entries
     assert stored.parts["v_proj"] == slice(10_000, 15_000)
     with pytest.raises(UserError, match="--projection 2: fewer numbers than the 3 parts"):
         compute(tmp_path / "lab", "last-qkv", 2, folder="fewer")
@@ -281,7 +280,7 @@ def test_projected_gradients_are_sketches_of_the_whole_ones(sampled: Path, tmp_p
     shutil.copytree(sampled, tmp_path / "lab")
     compute(tmp_path / "lab", "all", 4096, folder="projected")
     stored = load(tmp_path / "lab", "projected")
-    assert (stored.projected, stored.dimension, sum(stored.sizes)) == (True, 4096, 337_152)
+    assert (stored.dimension, stored.entries) == (4096, 337_152)
     assert stored.parts == {name: slice(1024 * k, 1024 * (k + 1)) for k, name in enumerate(PARTS)}
     raw = list(store.read_rollouts(sampled))[1]
     rows = stored.groups[1].score_gradients
@@ -299,8 +298,6 @@ def test_projected_gradients_are_sketches_of_the_whole_ones(sampled: Path, tmp_p
 
 
 def test_many_entries_are_projected_unless_told_otherwise(sampled: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from vlnorm_verl.lab import gradients
-
     monkeypatch.setattr(gradients, "PROJECT_ABOVE", 10_000)
     monkeypatch.setattr(gradients, "PROJECTION", 128)
     shutil.copytree(sampled, tmp_path / "lab")
@@ -334,26 +331,31 @@ def test_checkpointing_recomputes_without_dropout() -> None:
     assert len(calls) == 2
 
 
-def test_a_stopped_call_goes_on_to_the_same_bytes(sampled: Path, tmp_path: Path) -> None:
+def test_a_stopped_call_goes_on_to_the_same_bytes(
+    sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "lab"
     out.mkdir()
     shutil.copy(sampled / store.ROLLOUTS, out)
 
-    def stop(index: int) -> None:
-        if index == 1:
-            raise KeyboardInterrupt
+    left = [7]  # the first prompt has six responses
 
-    with pytest.raises(KeyboardInterrupt):
-        compute(out, on_group=stop)
-    assert sorted(path.name for path in (out / "gradients").iterdir()) == ["000.npy", "001.npy", "settings.json"]
-    with pytest.raises(UserError, match="lacks the gradients of 1 prompts"):
+    def stop(*arguments: Any) -> Any:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return score_gradient(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gradients, "score_gradient", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compute(out)
+    assert sorted(path.name for path in (out / "gradients").iterdir()) == ["000.npy", "settings.json"]
+    with pytest.raises(UserError, match="lacks the gradients of 2 prompts"):
         load(out)
-    kept = (out / "gradients" / "001.npy").stat().st_mtime_ns
-    (out / "gradients" / "000.npy").unlink()
-    computed: list[int] = []
-    compute(out, on_group=computed.append)
-    assert computed == [0, 2]
-    assert (out / "gradients" / "001.npy").stat().st_mtime_ns == kept
+    kept = (out / "gradients" / "000.npy").stat().st_mtime_ns
+    compute(out)
+    assert (out / "gradients" / "000.npy").stat().st_mtime_ns == kept
     for name in ("000.npy", "001.npy", "002.npy", "settings.json"):
         assert (out / "gradients" / name).read_bytes() == (sampled / "gradients" / name).read_bytes()
 

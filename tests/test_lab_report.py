@@ -126,13 +126,14 @@ def test_wrong_requests_are_refused(folder: Path, tmp_path: Path) -> None:
         (["report", tmp_path, "--out", tmp_path], "is no folder of `vlnorm-verl lab run`"),
         (["report", tmp_path / "bare", "--out", tmp_path], "has no gradients"),
         (["report", folder, folder, "--out", tmp_path], "give one another name with NAME="),
-        (["report", folder, "--out", tmp_path, "--mini-batch=0"], "--mini-batch 0: must be 1 or more"),
+        (["report", folder, "--out", tmp_path, "--mini-batch=0"], "0 is not in the range x>=1"),
         (["run", MODEL, "--out", tmp_path / "x", "--task=countdwn"], "Did you mean 'countdown'?"),
-        (["run", MODEL, "--out", tmp_path / "x", *FEW, "--pool-prompts=3", "--modules=last-qkv"], "--pool-prompts 3"),
+        (["run", MODEL, "--out", tmp_path / "x", "--pool-prompts=3"], "'--pool-prompts': 3 is not in the range x>=4"),
+        (["run", MODEL, "--out", tmp_path / "x", "--slope-responses=2"], "2 is not in the range x>=3"),
     ):
         done = lab(*arguments)
         assert done.exit_code == 2, done.output
-        assert words in " ".join(done.output.split())
+        assert words in " ".join(done.output.replace("│", " ").split())
 
 
 def test_two_calls_into_one_folder_are_refused(tmp_path: Path) -> None:

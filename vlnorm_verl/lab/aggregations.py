@@ -54,28 +54,56 @@ class Comparison:
     bias: Estimate
 
 
+@dataclass(frozen=True)
+class Moments:
+    """The statistics of some aggregations' mini-batches, each a function of `MiniBatches.moments` [modes, 4].
+
+    rows: of the aggregations. reference: row of Dr. GRPO Norm. shrink: of the variance, for another mini-batch size.
+    """
+
+    rows: list[int]
+    reference: int
+    shrink: float = 1.0
+
+    def unit(self, m: Floats) -> float:
+        """‖E G(Dr. GRPO)‖²."""
+        return float(m[self.reference, 2])
+
+    def variance(self, m: Floats) -> Floats:
+        return np.asarray((m[self.rows, 1] - m[self.rows, 2]) * self.shrink)
+
+    def bias(self, m: Floats) -> Floats:
+        return np.asarray(m[self.rows, 2] - 2 * m[self.rows, 3] + m[self.reference, 2])
+
+    def error(self, m: Floats) -> Floats:
+        return self.bias(m) + self.variance(m)
+
+    def scale(self, m: Floats) -> Floats:
+        return relative(m[self.rows, 3], self.unit(m))
+
+    def cosine(self, m: Floats) -> Floats:
+        return np.asarray(m[self.rows, 3] / (root(m[self.rows, 2]) * root(m[self.reference, 2])))
+
+    def alignment(self, m: Floats) -> Floats:
+        return np.asarray(m[self.rows, 3] / (root(m[self.rows, 2] + self.variance(m)) * root(m[self.reference, 2])))
+
+
 def compare(batches: MiniBatches, modes: Sequence[str], beta: float) -> list[Comparison]:
     """The table of methods. `beta`: measured exponent of the variance, NaN if there is none."""
-    chosen = [batches.row(mode) for mode in modes]
-    reference, least = batches.row(REFERENCE), batches.row(LEAST_VARIANCE)
-
-    def variance(m: Floats) -> Floats:
-        return m[:, 1] - m[:, 2]
+    of = Moments([batches.row(mode) for mode in modes], batches.row(REFERENCE))
+    of_least = Moments([batches.row(LEAST_VARIANCE)], of.reference)
 
     def noise(m: Floats) -> Floats:
-        per_weight = root(variance(m)) / m[:, 0]
-        return per_weight[chosen] / per_weight[least]
+        per_weight, least = (root(some.variance(m)) / m[some.rows, 0] for some in (of, of_least))
+        return np.asarray(per_weight / least)
 
-    def bias(m: Floats) -> Floats:
-        return relative((m[:, 2] - 2 * m[:, 3] + m[reference, 2])[chosen], m[reference, 2])
-
-    scale = batches.estimate(lambda m: relative(m[chosen, 3], m[reference, 2]))
-    cosine = batches.estimate(lambda m: m[chosen, 3] / (root(m[chosen, 2]) * root(m[reference, 2])))
+    scale = batches.estimate(of.scale)
+    cosine = batches.estimate(of.cosine)
     noises = batches.estimate(noise, log=True)
-    cv = batches.estimate(lambda m: root(variance(m)[chosen]) / root(m[chosen, 2]), log=True)
-    biases = batches.estimate(bias)
-    variances = batches.estimate(lambda m: relative(variance(m)[chosen], m[reference, 2]), log=True)
-    mean_square = batches.moments[0, reference, 2]  # ‖μ‖²
+    cv = batches.estimate(lambda m: root(of.variance(m)) / root(m[of.rows, 2]), log=True)
+    biases = batches.estimate(lambda m: relative(of.bias(m), of.unit(m)))
+    variances = batches.estimate(lambda m: relative(of.variance(m), of.unit(m)), log=True)
+    mean_square = of.unit(batches.moments[0])  # ‖μ‖²
     per_token = (np.diag(batches.pool.products).mean() - mean_square) / batches.pool.lengths.mean()  # V
     predicted = {mode: batches.predicted_noise(mode, 1.0) for mode in (*modes, LEAST_VARIANCE)}
     by_beta = {mode: batches.predicted_noise(mode, beta) for mode in (*modes, LEAST_VARIANCE)}
@@ -101,9 +129,9 @@ def compare(batches: MiniBatches, modes: Sequence[str], beta: float) -> list[Com
 class Tradeoff:
     """Bias, variance and mean squared error of VL Norm(α) about Dr. GRPO's E G, in units of ‖E G(Dr. GRPO)‖².
 
-    alphas [K]. bias, scale, cosine: as in `Comparison`, of the mini-batches drawn: VL Norm normalises within a mini-batch,
-    so the part of the bias that is between prompts grows with the mini-batch, a little. variance, error: of a
-    mini-batch of `responses` responses, the variance scaled from those drawn as 1/size. best: the α of least error; NaN
+    alphas [K]. bias, scale, cosine: as in `Comparison`, of the mini-batches drawn: VL Norm normalises within each, so
+    the part of the bias that is between prompts grows with the mini-batch, a little. variance, error: of a mini-batch
+    of `responses` responses, the variance scaled from those drawn as 1/size. best: the α of least error; NaN
     where ‖E G(Dr. GRPO)‖² is not above 0 by its interval. among: the least and largest α whose error the data do not
     tell from the best one's. alignment: E G·E G(Dr. GRPO) / √(E‖G‖² ‖E G(Dr. GRPO)‖²), which no factor common to all
     updates changes; 1 is an update without noise. best_aligned: the α of the largest.
@@ -130,36 +158,22 @@ def tradeoff(batches: MiniBatches, responses_of_batch: int) -> Tradeoff:
         responses_of_batch: responses of the optimizer mini-batch that the answer is for.
     """
     rows = [batches.row(mode_of(alpha)) for alpha in ALPHAS]
-    reference = batches.row(REFERENCE)
-    shrink = batches.responses / responses_of_batch
-
-    def bias(m: Floats) -> Floats:
-        return np.asarray(m[rows, 2] - 2 * m[rows, 3] + m[reference, 2])
-
-    def variance(m: Floats) -> Floats:
-        return np.asarray((m[rows, 1] - m[rows, 2]) * shrink)
-
-    def error(m: Floats) -> Floats:
-        return bias(m) + variance(m)
-
-    def alignment(m: Floats) -> Floats:
-        return m[rows, 3] / (root(m[rows, 2] + variance(m)) * root(m[reference, 2]))
-
-    best = int(np.argmin(error(batches.moments[0])))
+    of = Moments(rows, batches.row(REFERENCE), shrink=batches.responses / responses_of_batch)
+    best = int(np.argmin(of.error(batches.moments[0])))
     # Differences in their own unit: the reference's norm, common to all, is the noisiest number here.
-    behind = batches.estimate(lambda m: error(m) - error(m)[best])
+    behind = batches.estimate(lambda m: of.error(m) - of.error(m)[best])
     alike = [alpha for alpha, gap in zip(ALPHAS, behind, strict=True) if alpha == ALPHAS[best] or not gap.low > 0]
-    known = batches.estimate(lambda m: m[[reference], 2])[0].low > 0
-    aligned = batches.estimate(alignment)
+    known = batches.estimate(lambda m: m[[of.reference], 2])[0].low > 0
+    aligned = batches.estimate(of.alignment)
     alignments = np.nan_to_num([estimate.value for estimate in aligned], nan=-np.inf)
     return Tradeoff(
         responses=responses_of_batch,
         alphas=ALPHAS,
-        bias=batches.estimate(lambda m: relative(bias(m), m[reference, 2])),
-        scale=batches.estimate(lambda m: relative(m[rows, 3], m[reference, 2])),
-        cosine=batches.estimate(lambda m: m[rows, 3] / (root(m[rows, 2]) * root(m[reference, 2]))),
-        variance=batches.estimate(lambda m: relative(variance(m), m[reference, 2]), log=True),
-        error=batches.estimate(lambda m: relative(error(m), m[reference, 2]), log=True),
+        bias=batches.estimate(lambda m: relative(of.bias(m), of.unit(m))),
+        scale=batches.estimate(of.scale),
+        cosine=batches.estimate(of.cosine),
+        variance=batches.estimate(lambda m: relative(of.variance(m), of.unit(m)), log=True),
+        error=batches.estimate(lambda m: relative(of.error(m), of.unit(m)), log=True),
         alignment=aligned,
         best=ALPHAS[best] if known else math.nan,
         among=(min(alike), max(alike)) if known else (math.nan, math.nan),

@@ -103,7 +103,7 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
     return Analysis(
         name=name,
         gradients=gradients,
-        entries=sum(stored.sizes),
+        entries=stored.entries,
         columns=stored.dimension,
         settings=stored.settings,
         lengths=of_pool.lengths,

@@ -35,9 +35,7 @@ SECTIONS = {
 }
 
 
-def build(
-    folders: Sequence[str], out: Path, mini_batch: int, seed: int, console: Console | None = None
-) -> list[Analysis]:
+def build(folders: Sequence[str], out: Path, mini_batch: int, seed: int) -> None:
     """Analyse the folders of `vlnorm-verl lab run`, and write and print what was found.
 
     Args:
@@ -49,9 +47,7 @@ def build(
     Raises:
         UserError: a folder without gradients, two of one name, or too few responses to say anything.
     """
-    console = console or Console()
-    if mini_batch < 1:
-        raise UserError(f"--mini-batch {mini_batch}: must be 1 or more responses")
+    console = Console()
     analyses = []
     with console.status("inner products and resampling …") as status:
         for name, folder in named(folders).items():
@@ -65,7 +61,6 @@ def build(
     if not analyses:
         raise UserError("no complete gradients; `vlnorm-verl lab run` goes on where it stopped")
     write(analyses, out, console)
-    return analyses
 
 
 def write(analyses: Sequence[Analysis], out: Path, console: Console) -> None:

@@ -39,26 +39,29 @@ def run(
         typer.Option(help="Parameters: last-qkv, all, or a regular expression on their names. Again for more."),
     ] = None,
     slope_prompts: Annotated[
-        int, typer.Option(help="Prompts with many responses each: exponent β of the variance.")
+        int, typer.Option(min=1, help="Prompts with many responses each: exponent β of the variance.")
     ] = 16,
-    slope_responses: Annotated[int, typer.Option(help="Responses to each of them.")] = 32,
-    pool_prompts: Annotated[int, typer.Option(help="Prompts with few responses each: mini-batches.")] = 64,
-    pool_responses: Annotated[int, typer.Option(help="Responses to each of them, as rollout.n.")] = 8,
+    slope_responses: Annotated[int, typer.Option(min=3, help="Responses to each of them.")] = 32,
+    pool_prompts: Annotated[int, typer.Option(min=4, help="Prompts with few responses each: mini-batches.")] = 64,
+    pool_responses: Annotated[int, typer.Option(min=2, help="Responses to each of them, as rollout.n.")] = 8,
     max_response_length: Annotated[
-        int | None, typer.Option(help="Tokens after which a response is cut.", show_default="256 for tiny, else 3072")
+        int | None,
+        typer.Option(min=1, help="Tokens after which a response is cut.", show_default="256 for tiny, else 3072"),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of the sampling, as in training.")] = 1.0,
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Responses sampled at a time by transformers.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Responses sampled at a time by transformers.")] = 64,
     projection: Annotated[
         int | None,
         typer.Option(
-            help="Project each gradient to so many numbers; 0: never.", show_default="above 1,000,000 entries"
+            min=0, help="Project each gradient to so many numbers; 0: never.", show_default="above 1,000,000 entries"
         ),
     ] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
     seed: Annotated[int, typer.Option(help="Of the prompts and the sampling.")] = 0,
-    mini_batch: Annotated[int, typer.Option(help="Responses of your optimizer mini-batch: which α for it?")] = 320,
+    mini_batch: Annotated[
+        int, typer.Option(min=1, help="Responses of your optimizer mini-batch: which α for it?")
+    ] = 320,
     analyse: Annotated[bool, typer.Option("--report/--no-report", help="Also write OUT/report.")] = True,
 ) -> None:
     """Sample responses, compute each one's gradient, and say what they tell.
@@ -121,7 +124,9 @@ def folder_of(modules: str) -> str:
 def report(
     folders: Annotated[list[str], typer.Argument(help="Folders of `vlnorm-verl lab run`, or NAME=FOLDER.")],
     out: Annotated[Path, typer.Option(file_okay=False, help="Where to write the page, tables and figures.")],
-    mini_batch: Annotated[int, typer.Option(help="Responses of your optimizer mini-batch: which α for it?")] = 320,
+    mini_batch: Annotated[
+        int, typer.Option(min=1, help="Responses of your optimizer mini-batch: which α for it?")
+    ] = 320,
     seed: Annotated[int, typer.Option(help="Of the mini-batches that are drawn and of the bootstrap.")] = 0,
 ) -> None:
     """Compare models, such as checkpoints of one run, by their stored gradients.

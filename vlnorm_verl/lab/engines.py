@@ -8,8 +8,6 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from vlnorm_verl.files import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +62,7 @@ def has_vllm() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def choose_engine(config: Any, console: Console) -> str:
+def choose_engine(config: Any) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -76,7 +74,7 @@ def choose_engine(config: Any, console: Console) -> str:
         engine, reason = "transformers", f"{size:,} parameters: vLLM's start would take longer"
     else:
         engine, reason = "vllm", f"{size:,} parameters"
-    console.print(f"engine: {engine} ({reason})", markup=False, highlight=False)
+    print(f"engine: {engine} ({reason})")
     return engine
 
 

@@ -214,7 +214,7 @@ def draw_tradeoff(axes: Axes, trade: Tradeoff) -> None:
     if math.isfinite(trade.best):
         axes.axvspan(*trade.among, color="#009E73", alpha=0.12, linewidth=0)
         axes.axvline(trade.best, color="#009E73", linewidth=1.0)
-    axes.set(xlabel="α", ylabel="in units of ‖E G‖²", ylim=(min(0.0, np.nanmin([*bias, 0.0])), 1.6 * np.nanmax(error)))
+    axes.set(xlabel="α", ylabel="in units of ‖E G‖²", ylim=(np.nanmin([0.0, *bias]), 1.6 * np.nanmax(error)))
     axes.legend()
 
 

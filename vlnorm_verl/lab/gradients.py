@@ -21,13 +21,12 @@ agrees up to rounding and not to the byte.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from vlnorm_verl.files import UserError, whole, write_json
 from vlnorm_verl.lab import models, store
@@ -48,8 +47,6 @@ def compute(
     projection: int | None = None,
     checkpointing: bool = False,
     folder: str = "gradients",
-    console: Console | None = None,
-    on_group: Callable[[int], None] | None = None,
 ) -> None:
     """Write the score gradients of all rollouts in `out`, one file a prompt; goes on where an earlier call stopped.
 
@@ -61,16 +58,11 @@ def compute(
             PROJECT_ABOVE entries, and none otherwise.
         checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         folder: of the gradients in `out`; another one for each other choice of modules.
-        console: where progress is shown.
-        on_group: called with the prompt's number after each file.
 
     Raises:
         UserError: a request that cannot be met, gradients of other settings in the folder, or weights that are not
             those that were sampled from.
     """
-    console = console or Console()
-    if projection is not None and projection < 0:
-        raise UserError(f"--projection {projection}: must be 0 (none) or more")
     sampled = store.read_settings(out)
     resolved = models.resolve(sampled["model"], out)
     if models.fingerprint(resolved) != sampled["weights"]:
@@ -113,20 +105,9 @@ def compute(
     counts = [len(rollouts.responses) for rollouts in store.read_rollouts(out)]
     missing = [i for i in range(len(counts)) if not store.gradient_path(out / folder, i).exists()]
     size, width = sum(entries.values()), sum(widths.values())
-    console.print(
-        f"score gradients of {len(chosen)} parameters, {size:,} entries"
-        + (f" projected to {width:,}" if width < size else ""),
-        markup=False,
-        highlight=False,
-    )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    projected = f" projected to {width:,}" if width < size else ""
+    print(f"score gradients of {len(chosen)} parameters, {size:,} entries{projected}")
+    with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         done = sum(counts) - sum(counts[index] for index in missing)
         bar = progress.add_task("score gradients", total=sum(counts), completed=done)
         for index, rollouts in enumerate(store.read_rollouts(out)):
@@ -146,8 +127,6 @@ def compute(
             file = store.gradient_path(out / folder, index)
             with whole(file) as temporary, temporary.open("wb") as opened:
                 np.save(opened, rows)
-            if on_group:
-                on_group(index)
 
 
 def score_gradient(

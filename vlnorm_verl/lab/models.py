@@ -122,43 +122,33 @@ def fingerprint(resolved: str) -> str:
 
 
 def load_config(resolved: str) -> Any:
-    """transformers' configuration of the model.
-
-    Raises:
-        UserError: transformers cannot read it.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(resolved)
-    except (OSError, ValueError) as error:
-        raise UserError(f"MODEL {resolved} is not a model of transformers: {error}") from error
+    """transformers' configuration of the model; raises as `_loaded`."""
+    return _loaded("AutoConfig", resolved, "is not a model of transformers")
 
 
 def load_tokenizer(resolved: str) -> PreTrainedTokenizerBase:
-    """
-    Raises:
-        UserError: transformers cannot read it.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(resolved)
-    except (OSError, ValueError) as error:
-        raise UserError(f"MODEL {resolved} has no tokenizer that transformers reads: {error}") from error
+    """Raises as `_loaded`."""
+    tokenizer: PreTrainedTokenizerBase = _loaded("AutoTokenizer", resolved, "has no tokenizer that transformers reads")
+    return tokenizer
 
 
 def load_model(resolved: str) -> PreTrainedModel:
-    """The model in float32, in evaluation mode, on the GPU if there is one.
-
-    Raises:
-        UserError: transformers cannot load it as a causal language model.
-    """
+    """The model in float32, in evaluation mode, on the GPU if there is one; raises as `_loaded`."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    wrong = "is not a causal language model of transformers"
+    model: PreTrainedModel = _loaded("AutoModelForCausalLM", resolved, wrong, dtype=torch.float32)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _loaded(kind: str, resolved: str, wrong: str, **options: Any) -> Any:
+    """
+    Raises:
+        UserError: transformers cannot load it.
+    """
+    import transformers
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolved, dtype=torch.float32)
+        return getattr(transformers, kind).from_pretrained(resolved, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"MODEL {resolved} is not a causal language model of transformers: {error}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        raise UserError(f"MODEL {resolved} {wrong}: {error}") from error

@@ -18,8 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import engines, models, store, vllm_engine
@@ -46,16 +45,6 @@ class Design:
     pool_prompts: int = 64
     pool_responses: int = 8
 
-    def __post_init__(self) -> None:
-        for kind in ("slope", "pool"):
-            prompts, responses = getattr(self, f"{kind}_prompts"), getattr(self, f"{kind}_responses")
-            if prompts < 0:
-                raise UserError(f"--{kind}-prompts {prompts}: must be 0 or more")
-            if prompts and responses < 2:
-                raise UserError(f"--{kind}-responses {responses}: must be 2 or more, a GRPO group")
-        if not self.prompts:
-            raise UserError("--slope-prompts 0 and --pool-prompts 0: at least one prompt is needed")
-
     @property
     def prompts(self) -> int:
         return self.slope_prompts + self.pool_prompts
@@ -78,7 +67,6 @@ def sample(
     out: Path,
     batch_size: int = 64,
     chat_template: bool = True,
-    console: Console | None = None,
 ) -> None:
     """Write `out`/rollouts.jsonl; does nothing if the same rollouts are there, and goes on where a call was stopped.
 
@@ -93,22 +81,16 @@ def sample(
         out: the lab's folder.
         batch_size: responses at a time, with transformers.
         chat_template: whether prompts go through the tokenizer's chat template.
-        console: where progress and the choice of the engine are shown.
 
     Raises:
         UserError: a request that cannot be met, or rollouts of other settings in `out`.
     """
-    console = console or Console()
     if engine not in engines.ENGINES:
         raise UserError(f"--engine {engine} is not known. Accepted: {', '.join(engines.ENGINES)}")
     if engine == "vllm" and not engines.has_vllm():
         raise UserError("--engine vllm: vLLM is not installed; take --engine transformers")
     if not temperature > 0:
         raise UserError(f"--temperature {temperature:g}: must be above 0")
-    if max_response_length < 1:
-        raise UserError(f"--max-response-length {max_response_length}: must be 1 or more")
-    if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size}: must be 1 or more")
     questions = task.questions(design.prompts, seed)
     resolved = models.resolve(model, out)
     tokenizer = models.load_tokenizer(resolved)
@@ -124,7 +106,7 @@ def sample(
         )
     there = store.read_settings(out) if (out / store.ROLLOUTS).exists() else None
     if engine == "auto":
-        engine = there["engine"] if there else engines.choose_engine(config, console)
+        engine = there["engine"] if there else engines.choose_engine(config)
     settings = {
         "format": store.FORMAT,
         "model": model,
@@ -142,7 +124,7 @@ def sample(
     }
     if there is not None:
         store.refuse_other(out / store.ROLLOUTS, there, settings)
-        console.print(f"{out / store.ROLLOUTS} is there already", markup=False, highlight=False)
+        print(f"{out / store.ROLLOUTS} is there already")
         return
     finished = store.finished_prompts(out, settings)
     counts = {number: design.part(number)[1] for number in prompts}
@@ -152,8 +134,7 @@ def sample(
         sampled = vllm_engine.responses(resolved, _without(request, finished.keys()), out)
     else:
         sampled = engines.with_transformers(models.load_model(resolved), request, batch_size, finished.keys())
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         done = sum(counts[number] for number in finished)
         bar = progress.add_task(f"responses, {engine}", total=sum(counts.values()), completed=done)
         for number, responses in sampled:

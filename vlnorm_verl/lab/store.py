@@ -66,25 +66,17 @@ class Stored:
     """Everything that the lab stored about one model.
 
     Args:
-        model: as it was given to the sampling.
-        task: name of the task.
-        modules: names of the parameters.
-        sizes: number of entries of each.
-        dimension: D, columns of the score gradients.
-        parts: {part of the model: its columns}, see `gradients.parts_of`.
-        projected: whether some columns are a CountSketch of the parameters' entries.
         settings: of sampling and gradients.
+        entries: of the parameters.
+        dimension: D ≤ entries, columns of the score gradients; fewer where some are a CountSketch.
+        parts: {part of the model: its columns}, see `parameters.parts_of`.
         groups: one for each prompt.
     """
 
-    model: str
-    task: str
-    modules: list[str]
-    sizes: list[int]
+    settings: dict[str, Any]
+    entries: int
     dimension: int
     parts: dict[str, slice]
-    projected: bool
-    settings: dict[str, Any]
     groups: list[Group]
 
 
@@ -261,14 +253,10 @@ def load(out: Path, folder: str = "gradients") -> Stored:
     if missing:
         raise UserError(f"{out / folder} lacks the gradients of {missing} prompts: compute again, which goes on there")
     return Stored(
-        model=sampled["model"],
-        task=sampled["task"],
-        modules=settings["names"],
-        sizes=settings["sizes"],
+        settings={**sampled, **settings},
+        entries=sum(settings["sizes"]),
         dimension=dimension,
         parts=dict(zip(settings["parts"], map(slice, ends, ends[1:]), strict=True)),
-        projected=dimension < sum(settings["sizes"]),
-        settings={**sampled, **settings},
         groups=groups,
     )
 
