@@ -11,9 +11,10 @@ import math
 import numpy as np
 import pytest
 
-from tests.lab_laws import MU, D, M, Mean, batches_of, constant, holds, pool_of, rate, truth, turning
+from tests.lab_laws import MU, D, M, Mean, batches_of, constant, group, holds, pool_of, rate, truth, turning
 from vlnorm_verl.lab import mini_batches
-from vlnorm_verl.lab.aggregations import COMPARED, compare, tradeoff
+from vlnorm_verl.lab.aggregations import COMPARED, compare, noisy_responses, tradeoff
+from vlnorm_verl.lab.gram import inner_products
 from vlnorm_verl.lab.jackknife import BLOCKS, LOST, blocks_of
 from vlnorm_verl.lab.mini_batches import REFERENCE, MiniBatches, draw_mini_batches, weights
 
@@ -201,3 +202,24 @@ def test_alphas_that_the_data_do_not_tell_apart_at_the_stated_rate() -> None:
         one = tradeoff(batches_of(pool_of(rng, prompts=32, v=0.3), seed, alphas=True), 32)
         kept.append(one.among[0] <= 1.0 <= one.among[1])
     assert rate(kept) >= 0.85
+
+
+# ------------------------------------------------------------------------------------------- single responses' noise
+
+
+def test_a_rare_short_failure_that_carries_the_noise_is_named() -> None:
+    groups = [group(np.random.default_rng(40 + prompt), "pool", 8) for prompt in range(16)]
+    failure = groups[5]
+    failure.lengths[2], failure.rewards[2] = 2, -1.0
+    failure.score_gradients[2] *= 10
+    batches = batches_of(inner_products(groups))
+    named = noisy_responses(batches, COMPARED, {3 + index: of_prompt for index, of_prompt in enumerate(groups)})
+    shares = {response.mode: response.share for response in named if (response.prompt, response.response) == (8, 2)}
+    assert shares["vl_norm:1"] > 0.5
+    assert shares["vl_norm:1"] > shares["vl_norm:0.5"] > shares.get("dapo_norm", 0.0)
+    assert {(response.length, response.reward) for response in named if response.prompt == 8} == {(2, -1.0)}
+
+
+def test_no_response_is_named_where_all_are_alike() -> None:
+    groups = [group(np.random.default_rng(prompt), "pool", 8) for prompt in range(32)]
+    assert noisy_responses(batches_of(inner_products(groups)), COMPARED, dict(enumerate(groups))) == []
