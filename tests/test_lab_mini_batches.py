@@ -14,7 +14,7 @@ import pytest
 from tests.lab_laws import MU, D, M, Mean, batches_of, constant, group, holds, pool_of, rate, truth, turning
 from vlnorm_verl.lab import mini_batches
 from vlnorm_verl.lab.aggregations import COMPARED, compare, noisy_responses, tradeoff
-from vlnorm_verl.lab.gram import inner_products
+from vlnorm_verl.lab.gram import Responses, inner_products
 from vlnorm_verl.lab.jackknife import BLOCKS, LOST, blocks_of
 from vlnorm_verl.lab.mini_batches import REFERENCE, MiniBatches, draw_mini_batches, weights
 
@@ -111,6 +111,15 @@ def test_a_signal_lost_in_noise_is_said_to_be_lost() -> None:
     for method in methods:
         assert math.isnan(method.cv.value) == (method.cv.note == LOST)
         assert np.isfinite(method.noise.value)  # needs no signal
+
+
+def test_a_mean_of_rounding_size_is_lost_in_noise() -> None:
+    """Not a variance of 95,314,870 in units of ‖E G‖²."""
+    pool = pool_of(np.random.default_rng(17), prompts=16)
+    same = pool.prompts[:, None] == pool.prompts
+    pool = Responses(pool.prompts, pool.lengths, np.where(same, pool.products, 1e-10))
+    for method in compare(batches_of(pool), COMPARED, 1.0):
+        assert (method.cv.note, method.variance.note, method.bias.note) == (LOST, LOST, LOST)
 
 
 def test_without_a_signal_no_alpha_is_best_at_the_stated_rate() -> None:
@@ -215,7 +224,9 @@ def test_a_rare_short_failure_that_carries_the_noise_is_named() -> None:
     batches = batches_of(inner_products(groups))
     named = noisy_responses(batches, COMPARED, {3 + index: of_prompt for index, of_prompt in enumerate(groups)})
     shares = {response.mode: response.share for response in named if (response.prompt, response.response) == (8, 2)}
-    assert shares["vl_norm:1"] > 0.5
+    g = np.concatenate([of_prompt.score_gradients for of_prompt in groups]).astype(np.float64)
+    noise = (batches.x["vl_norm:1"] ** 2).sum(axis=0) * ((g - g.mean(axis=0)) ** 2).sum(axis=1)
+    assert shares["vl_norm:1"] == pytest.approx(noise[5 * 8 + 2] / noise.sum())
     assert shares["vl_norm:1"] > shares["vl_norm:0.5"] > shares.get("dapo_norm", 0.0)
     assert {(response.length, response.reward) for response in named if response.prompt == 8} == {(2, -1.0)}
 

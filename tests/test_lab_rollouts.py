@@ -180,9 +180,13 @@ def test_a_stopped_call_goes_on_to_the_same_rollouts(
         file.write(torn)
     with pytest.raises(UserError, match=r"partial.* made with other settings \(batch_size: 4 there, 5 asked for"):
         sample(*arguments, tmp_path / "lab", batch_size=5)
-    again = stop_after(monkeypatch, 9)
+    with monkeypatch.context() as patch:
+        assert stop_after(patch, 1) == []
+        with pytest.raises(Stopped):
+            sample(*arguments, tmp_path / "lab", batch_size=4)
+    last = stop_after(monkeypatch, 9)
     sample(*arguments, tmp_path / "lab", batch_size=4)
-    assert again == [2, 3]
+    assert last == [3]
     assert not (tmp_path / "lab" / store.PARTIAL).exists()
     assert (tmp_path / "lab" / store.ROLLOUTS).read_bytes() == (tmp_path / "whole" / store.ROLLOUTS).read_bytes()
 

@@ -44,10 +44,11 @@ def inner_products(groups: Sequence[Group], columns: slice = slice(None), score_
     Args:
         groups: of one kind.
         columns: which coordinates of the stored gradients.
-        score_only: with A = 1 for every response instead of its advantage.
+        score_only: with A = 1 for every response instead of its advantage. An advantage of a group of equal rewards
+            is taken as 0, not as what rounding leaves of it.
     """
     sizes = [len(group.lengths) for group in groups]
-    advantages = np.concatenate([np.ones_like(g.advantages) if score_only else g.advantages for g in groups])
+    advantages = np.concatenate([np.ones(len(g.lengths)) if score_only else g.advantages * g.mixed for g in groups])
     start, stop, _ = columns.indices(groups[0].score_gradients.shape[1])
     products = np.zeros((sum(sizes), sum(sizes)))
     width = max(1, AT_A_TIME // sum(sizes))

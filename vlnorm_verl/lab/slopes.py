@@ -118,15 +118,12 @@ class Slope:
 
 
 def slope(groups: Sequence[Group], part: str, columns: slice, score_only: bool, seed: int) -> Slope | None:
-    """β of some columns of the groups' gradients. None if no prompt has gradients and lengths that differ.
-
-    A group of equal rewards says nothing with advantages: they are 0, or what rounding leaves of 0.
-    """
+    """β of some columns of the groups' gradients. None if no prompt has gradients and lengths that differ."""
     left_out, unbiased = [], []
     for group in groups:
         of_prompt = inner_products([group], columns, score_only)
         d = deviations(of_prompt.products)
-        if (score_only or group.mixed) and len(d) >= 3 and np.all(d > 0) and len(np.unique(of_prompt.lengths)) > 1:
+        if len(d) >= 3 and np.all(d > 0) and len(np.unique(of_prompt.lengths)) > 1:
             lengths: Floats = of_prompt.lengths.astype(np.float64)
             left_out.append((lengths, d))
             unbiased.append((lengths, unbiased_deviations(of_prompt.products)))

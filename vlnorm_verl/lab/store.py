@@ -57,7 +57,7 @@ class Group:
 
     @property
     def mixed(self) -> bool:
-        """Whether the rewards differ. Where they do not, advantages are 0, or what rounding leaves of 0."""
+        """Whether the rewards differ. Where they do not, A is 0, or what rounding leaves of it: 0.007 for 8 of 0.1."""
         return bool(np.ptp(self.rewards) > 0)
 
 
