@@ -21,7 +21,7 @@ agrees up to rounding and not to the byte.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from vlnorm_verl.files import UserError, whole, write_json
 from vlnorm_verl.lab import models, store
 from vlnorm_verl.lab.parameters import LAST_QKV, parts_of, select_parameters
-from vlnorm_verl.lab.sketch import CountSketch
+from vlnorm_verl.lab.sketch import Projection
 
 if TYPE_CHECKING:
     import torch
@@ -75,21 +75,17 @@ def compute(
     parts = parts_of(list(chosen))
     chosen = {name: chosen[name] for names in parts.values() for name in names}  # the columns of a part together
     sizes = {name: parameter.numel() for name, parameter in chosen.items()}
+    size = sum(sizes.values())
     if projection is None:
-        projection = PROJECTION if sum(sizes.values()) > PROJECT_ABOVE else 0
-    share = projection // len(parts) if projection else sum(sizes.values())
-    if share == 0:
-        raise UserError(
-            f"--projection {projection}: fewer numbers than the {len(parts)} parts of the chosen parameters"
-        )
-    entries = {part: sum(sizes[name] for name in names) for part, names in parts.items()}
-    widths = {part: min(size, share) for part, size in entries.items()}
+        projection = PROJECTION if size > PROJECT_ABOVE else 0
+    projected = Projection(parts, sizes, projection or len(parts) * size)
+    width = sum(projected.widths.values())
     settings = {
         "format": store.FORMAT,
         "rollouts_sha256": store.rollouts_sha256(out),
         "names": list(chosen),
         "sizes": list(sizes.values()),
-        "parts": widths,
+        "parts": projected.widths,
     }
     path = out / folder / store.SETTINGS
     if path.exists():
@@ -101,12 +97,10 @@ def compute(
         parameter.requires_grad_(True)
     if checkpointing:
         _checkpoint(model)
-    sketches = {part: CountSketch(width) if width < entries[part] else None for part, width in widths.items()}
     counts = [len(rollouts.responses) for rollouts in store.read_rollouts(out)]
     missing = [i for i in range(len(counts)) if not store.gradient_path(out / folder, i).exists()]
-    size, width = sum(entries.values()), sum(widths.values())
-    projected = f" projected to {width:,}" if width < size else ""
-    print(f"score gradients of {len(chosen)} parameters, {size:,} entries{projected}")
+    fewer = f" projected to {width:,}" if width < size else ""
+    print(f"score gradients of {len(chosen)} parameters, {size:,} entries{fewer}")
     with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         done = sum(counts) - sum(counts[index] for index in missing)
         bar = progress.add_task("score gradients", total=sum(counts), completed=done)
@@ -116,11 +110,7 @@ def compute(
             rows: np.ndarray = np.empty((counts[index], width), dtype=np.float32)
             for row, response in enumerate(rollouts.responses):
                 gradient = score_gradient(model, chosen, rollouts.prompt_ids, response, sampled["temperature"])
-                of_parts = [
-                    sketch(part) if sketch else _flat(part.values())
-                    for part, sketch in (({n: gradient[n] for n in parts[p]}, sketches[p]) for p in parts)
-                ]
-                rows[row] = _flat(of_parts).cpu().numpy()
+                rows[row] = projected(gradient).cpu().numpy()
                 progress.update(bar, advance=1)
             if not np.isfinite(rows).all():
                 raise UserError(f"prompt {index}: a score gradient is not finite; the model overflows in float32")
@@ -156,12 +146,6 @@ def score_gradient(
     negative = torch.nn.functional.cross_entropy(logits / temperature, ids[0, -len(response_ids) :], reduction="sum")
     gradients = torch.autograd.grad(-negative, list(parameters.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(parameters, gradients, strict=True))
-
-
-def _flat(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    import torch
-
-    return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
 def _checkpoint(model: PreTrainedModel) -> None:

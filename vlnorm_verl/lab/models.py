@@ -73,11 +73,11 @@ def _merged(actor: Path, target: Path) -> Path:
     }
     record = target / MERGED_FROM
     if record.is_file():
-        there = json.loads(record.read_text(encoding="utf-8"))
-        if there == source:
+        merged = json.loads(record.read_text(encoding="utf-8"))
+        if merged == source:
             return target
         raise UserError(
-            f"{target} was merged from {there['checkpoint']} as it was then, not from {actor}: take another --out"
+            f"{target} was merged from {merged['checkpoint']} as it was then, not from {actor}: take another --out"
         )
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)

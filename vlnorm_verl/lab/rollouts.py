@@ -104,9 +104,9 @@ def sample(
             f"--max-response-length {max_response_length}: with a prompt of {longest} tokens this is beyond the "
             f"model's {positions} positions; accepted: up to {positions - longest}"
         )
-    there = store.read_settings(out) if (out / store.ROLLOUTS).exists() else None
+    sampled_before = store.read_settings(out) if (out / store.ROLLOUTS).exists() else None
     if engine == "auto":
-        engine = there["engine"] if there else engines.choose_engine(config)
+        engine = sampled_before["engine"] if sampled_before else engines.choose_engine(config)
     settings = {
         "format": store.FORMAT,
         "model": model,
@@ -122,8 +122,8 @@ def sample(
         "engine": engine,
         "batch_size": batch_size if engine == "transformers" else None,
     }
-    if there is not None:
-        store.refuse_other(out / store.ROLLOUTS, there, settings)
+    if sampled_before is not None:
+        store.refuse_other(out / store.ROLLOUTS, sampled_before, settings)
         print(f"{out / store.ROLLOUTS} is there already")
         return
     finished = store.finished_prompts(out, settings)

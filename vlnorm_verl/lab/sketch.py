@@ -6,7 +6,10 @@ Their standard deviation is at most √(2/K) of the product of the norms. No mat
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from vlnorm_verl.files import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -60,3 +63,36 @@ class CountSketch:
             generator = torch.Generator().manual_seed(key)
             self._drawn[name] = torch.randint(2 * self.size, (count,), generator=generator, dtype=torch.int32)
         return self._drawn[name]
+
+
+class Projection:
+    """Gradients as a few numbers for each part of the model: a CountSketch, or the entries where they are not more.
+
+    Args:
+        parts: {part: names of its parameters}.
+        sizes: {name of a parameter: its entries}.
+        size: K of all parts together; each has the same share.
+
+    Raises:
+        UserError: fewer numbers than parts.
+    """
+
+    def __init__(self, parts: Mapping[str, Sequence[str]], sizes: Mapping[str, int], size: int) -> None:
+        share = size // len(parts)
+        if share == 0:
+            raise UserError(f"--projection {size}: fewer numbers than the {len(parts)} parts of the chosen parameters")
+        entries = {part: sum(sizes[name] for name in names) for part, names in parts.items()}
+        self.parts = parts
+        self.widths = {part: min(count, share) for part, count in entries.items()}
+        self._sketches = {part: CountSketch(share) for part, count in entries.items() if count > share}
+
+    def __call__(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """[Σ widths] in the order of the parts."""
+        import torch
+
+        columns: list[torch.Tensor] = []
+        for part, names in self.parts.items():
+            of_part = {name: gradients[name] for name in names}
+            sketch = self._sketches.get(part)
+            columns += [sketch(of_part)] if sketch else [gradient.reshape(-1) for gradient in of_part.values()]
+        return torch.cat(columns)
