@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import zlib
-from collections.abc import Iterator, Set
+from collections.abc import Generator, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,9 @@ class Request:
     ends: Set[int]
 
 
-Sampled = Iterator[tuple[int, list[list[int]]]]  # number of a prompt, tokens of its responses with the end token
+Sampled = Generator[
+    tuple[int, list[list[int]]], None, None
+]  # number of a prompt, tokens of its responses with the end token
 
 
 def end_tokens(resolved: str, eos_token_id: int | None) -> set[int]:

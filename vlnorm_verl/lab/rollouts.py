@@ -14,6 +14,7 @@ model's own dtype, usually bfloat16, while the gradients are in float32: a diffe
 from __future__ import annotations
 
 from collections.abc import Set
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,7 +135,8 @@ def sample(
         sampled = vllm_engine.responses(resolved, _without(request, finished.keys()), out)
     else:
         sampled = engines.with_transformers(models.load_model(resolved), request, batch_size, finished.keys())
-    with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with closing(sampled), Progress(*columns) as progress:
         done = sum(counts[number] for number in finished)
         bar = progress.add_task(f"responses, {engine}", total=sum(counts.values()), completed=done)
         for number, responses in sampled:
