@@ -36,9 +36,8 @@ class Request:
     ends: Set[int]
 
 
-Sampled = Generator[
-    tuple[int, list[list[int]]], None, None
-]  # number of a prompt, tokens of its responses with the end token
+# Number of a prompt, and the tokens of its responses, the end token included.
+Sampled = Generator[tuple[int, list[list[int]]], None, None]
 
 
 def end_tokens(resolved: str, eos_token_id: int | None) -> set[int]:
