@@ -135,6 +135,12 @@ def test_rollouts_of_other_settings_are_refused(sampled: Path) -> None:
     assert (sampled / store.ROLLOUTS).read_bytes() == before
 
 
+def test_rollouts_of_format_1_are_read(tmp_path: Path) -> None:
+    """They call the prompts with many responses deep."""
+    store.write_rollouts(tmp_path, {}, [Rollouts(kind, "p", [1], [[2]], [0.0], [True]) for kind in ("deep", "pool")])
+    assert [group.kind for group in store.read_rollouts(tmp_path)] == ["slope", "pool"]
+
+
 def test_rollouts_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     def interrupted() -> Any:
         yield Rollouts("pool", "p", [1], [[2]], [0.0], [True])

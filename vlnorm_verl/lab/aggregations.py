@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlnorm_verl.lab.gram import Floats, relative, root, squared_distances
-from vlnorm_verl.lab.mini_batches import REFERENCE, MiniBatches
+from vlnorm_verl.lab.mini_batches import CROSS, REFERENCE, SQUARE, SQUARED_MEAN, SUM_X, MiniBatches
 from vlnorm_verl.lab.store import Group
 from vlnorm_verl.report.estimates import Estimate
 
@@ -55,7 +55,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Moments:
+class Statistics:
     """The statistics of some aggregations' mini-batches, each a function of `MiniBatches.moments` [modes, 4].
 
     rows: of the aggregations. reference: row of Dr. GRPO Norm. shrink: of the variance, for another mini-batch size.
@@ -67,43 +67,48 @@ class Moments:
 
     def unit(self, m: Floats) -> float:
         """‖E G(Dr. GRPO)‖²."""
-        return float(m[self.reference, 2])
+        return float(m[self.reference, SQUARED_MEAN])
 
     def variance(self, m: Floats) -> Floats:
-        return np.asarray((m[self.rows, 1] - m[self.rows, 2]) * self.shrink)
+        return np.asarray((m[self.rows, SQUARE] - m[self.rows, SQUARED_MEAN]) * self.shrink)
 
     def bias(self, m: Floats) -> Floats:
-        return np.asarray(m[self.rows, 2] - 2 * m[self.rows, 3] + m[self.reference, 2])
+        return np.asarray(m[self.rows, SQUARED_MEAN] - 2 * m[self.rows, CROSS] + m[self.reference, SQUARED_MEAN])
 
     def error(self, m: Floats) -> Floats:
         return self.bias(m) + self.variance(m)
 
     def scale(self, m: Floats) -> Floats:
-        return relative(m[self.rows, 3], self.unit(m))
+        return relative(m[self.rows, CROSS], self.unit(m))
 
     def cosine(self, m: Floats) -> Floats:
-        return np.asarray(m[self.rows, 3] / (root(m[self.rows, 2]) * root(m[self.reference, 2])))
+        return np.asarray(
+            m[self.rows, CROSS] / (root(m[self.rows, SQUARED_MEAN]) * root(m[self.reference, SQUARED_MEAN]))
+        )
 
     def alignment(self, m: Floats) -> Floats:
-        return np.asarray(m[self.rows, 3] / (root(m[self.rows, 2] + self.variance(m)) * root(m[self.reference, 2])))
+        return np.asarray(
+            m[self.rows, CROSS]
+            / (root(m[self.rows, SQUARED_MEAN] + self.variance(m)) * root(m[self.reference, SQUARED_MEAN]))
+        )
 
 
 def compare(batches: MiniBatches, modes: Sequence[str], beta: float) -> list[Comparison]:
     """The table of methods. `beta`: measured exponent of the variance, NaN if there is none."""
-    of = Moments([batches.row(mode) for mode in modes], batches.row(REFERENCE))
-    of_least = Moments([batches.row(LEAST_VARIANCE)], of.reference)
+    statistics = Statistics([batches.row(mode) for mode in modes], batches.row(REFERENCE))
+    least = Statistics([batches.row(LEAST_VARIANCE)], statistics.reference)
 
     def noise(m: Floats) -> Floats:
-        per_weight, least = (root(some.variance(m)) / m[some.rows, 0] for some in (of, of_least))
-        return np.asarray(per_weight / least)
+        per_weight, of_least = (root(each.variance(m)) / m[each.rows, SUM_X] for each in (statistics, least))
+        return np.asarray(per_weight / of_least)
 
-    scale = batches.estimate(of.scale)
-    cosine = batches.estimate(of.cosine)
+    scale = batches.estimate(statistics.scale)
+    cosine = batches.estimate(statistics.cosine)
     noises = batches.estimate(noise, log=True)
-    cv = batches.estimate(lambda m: root(of.variance(m)) / root(m[of.rows, 2]), log=True)
-    biases = batches.estimate(lambda m: relative(of.bias(m), of.unit(m)))
-    variances = batches.estimate(lambda m: relative(of.variance(m), of.unit(m)), log=True)
-    mean_square = of.unit(batches.moments[0])  # ‖μ‖²
+    cv = batches.estimate(lambda m: root(statistics.variance(m)) / root(m[statistics.rows, SQUARED_MEAN]), log=True)
+    biases = batches.estimate(lambda m: relative(statistics.bias(m), statistics.unit(m)))
+    variances = batches.estimate(lambda m: relative(statistics.variance(m), statistics.unit(m)), log=True)
+    mean_square = statistics.unit(batches.moments[0])  # ‖μ‖²
     per_token = (np.diag(batches.pool.products).mean() - mean_square) / batches.pool.lengths.mean()  # V
     predicted = {mode: batches.predicted_noise(mode, 1.0) for mode in (*modes, LEAST_VARIANCE)}
     by_beta = {mode: batches.predicted_noise(mode, beta) for mode in (*modes, LEAST_VARIANCE)}
@@ -158,22 +163,22 @@ def tradeoff(batches: MiniBatches, responses_of_batch: int) -> Tradeoff:
         responses_of_batch: responses of the optimizer mini-batch that the answer is for.
     """
     rows = [batches.row(mode_of(alpha)) for alpha in ALPHAS]
-    of = Moments(rows, batches.row(REFERENCE), shrink=batches.responses / responses_of_batch)
-    best = int(np.argmin(of.error(batches.moments[0])))
+    statistics = Statistics(rows, batches.row(REFERENCE), shrink=batches.responses / responses_of_batch)
+    best = int(np.argmin(statistics.error(batches.moments[0])))
     # Differences in their own unit: the reference's norm, common to all, is the noisiest number here.
-    behind = batches.estimate(lambda m: of.error(m) - of.error(m)[best])
+    behind = batches.estimate(lambda m: statistics.error(m) - statistics.error(m)[best])
     alike = [alpha for alpha, gap in zip(ALPHAS, behind, strict=True) if alpha == ALPHAS[best] or not gap.low > 0]
-    known = batches.estimate(lambda m: m[[of.reference], 2])[0].low > 0
-    aligned = batches.estimate(of.alignment)
+    known = batches.estimate(lambda m: m[[statistics.reference], SQUARED_MEAN])[0].low > 0
+    aligned = batches.estimate(statistics.alignment)
     alignments = np.nan_to_num([estimate.value for estimate in aligned], nan=-np.inf)
     return Tradeoff(
         responses=responses_of_batch,
         alphas=ALPHAS,
-        bias=batches.estimate(lambda m: relative(of.bias(m), of.unit(m))),
-        scale=batches.estimate(of.scale),
-        cosine=batches.estimate(of.cosine),
-        variance=batches.estimate(lambda m: relative(of.variance(m), of.unit(m)), log=True),
-        error=batches.estimate(lambda m: relative(of.error(m), of.unit(m)), log=True),
+        bias=batches.estimate(lambda m: relative(statistics.bias(m), statistics.unit(m))),
+        scale=batches.estimate(statistics.scale),
+        cosine=batches.estimate(statistics.cosine),
+        variance=batches.estimate(lambda m: relative(statistics.variance(m), statistics.unit(m)), log=True),
+        error=batches.estimate(lambda m: relative(statistics.error(m), statistics.unit(m)), log=True),
         alignment=aligned,
         best=ALPHAS[best] if known else math.nan,
         among=(min(alike), max(alike)) if known else (math.nan, math.nan),

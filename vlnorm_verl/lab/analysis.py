@@ -29,7 +29,7 @@ from vlnorm_verl.lab.aggregations import (
 )
 from vlnorm_verl.lab.gram import Ints, inner_products
 from vlnorm_verl.lab.length_means import Growth, Thirds, growth, thirds
-from vlnorm_verl.lab.mini_batches import REFERENCE, MiniBatches
+from vlnorm_verl.lab.mini_batches import REFERENCE, SQUARED_MEAN, MiniBatches
 from vlnorm_verl.lab.slopes import Slope, slope
 from vlnorm_verl.lab.store import Stored
 
@@ -118,7 +118,7 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
         drawn=drawn,
         tradeoffs=[tradeoff(batches, responses) for responses in dict.fromkeys((drawn, mini_batch))],
         thirds=[t for t in (thirds(of_pool, False, seed), thirds(of_many, True, seed)) if t],
-        growth=growth(of_pool, COMPARED, scale, batches.moments[0, batches.row(REFERENCE), 2], seed),
+        growth=growth(of_pool, COMPARED, scale, batches.moments[0, batches.row(REFERENCE), SQUARED_MEAN], seed),
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlnorm_verl.lab.gram import Bools, Floats, Ints, Responses, relative, root
 from vlnorm_verl.lab.jackknife import blocks_of, jackknife, kept
-from vlnorm_verl.lab.mini_batches import REFERENCE, MiniBatches
+from vlnorm_verl.lab.mini_batches import CROSS, REFERENCE, SQUARED_MEAN, MiniBatches
 from vlnorm_verl.report.estimates import Estimate
 
 THIRDS = ("short", "middle", "long")
@@ -39,26 +39,28 @@ class Thirds:
     difference: dict[tuple[int, int], Estimate]
 
 
-def thirds(of: Responses, within: bool, seed: int) -> Thirds | None:
+def thirds(responses: Responses, within: bool, seed: int) -> Thirds | None:
     """E[g | third] from products of different prompts, or (`within`) of different responses of one prompt.
 
     None where there are fewer than three lengths. Prompts with fewer are left out.
     """
-    third: Ints = np.full(len(of.lengths), -1)
-    scopes = [of.prompts == p for p in np.unique(of.prompts)] if within else [np.ones(len(third), dtype=bool)]
+    third: Ints = np.full(len(responses.lengths), -1)
+    scopes = (
+        [responses.prompts == p for p in np.unique(responses.prompts)] if within else [np.ones(len(third), dtype=bool)]
+    )
     for scope in scopes:
-        distinct = np.unique(of.lengths[scope])
+        distinct = np.unique(responses.lengths[scope])
         if len(distinct) < 3:
             continue
         # Where many responses were cut at one length, those are the long third.
-        edges = np.minimum(np.quantile(of.lengths[scope], [1 / 3, 2 / 3]), distinct[[-3, -2]])
-        third[scope] = np.searchsorted(edges, of.lengths[scope], side="left")
+        edges = np.minimum(np.quantile(responses.lengths[scope], [1 / 3, 2 / 3]), distinct[[-3, -2]])
+        third[scope] = np.searchsorted(edges, responses.lengths[scope], side="left")
     onehot = (third[:, None] == np.arange(3)).astype(np.float64)  # [N, 3]
     if onehot.sum(axis=0).min() < 2:
         return None
-    same = of.prompts[:, None] == of.prompts
+    same = responses.prompts[:, None] == responses.prompts
     allowed = (same & ~np.eye(len(same), dtype=bool) if within else ~same).astype(np.float64)
-    products = of.products * allowed
+    products = responses.products * allowed
 
     def inner(keep: Bools) -> Floats:
         """Products of the means of two thirds [3, 3]."""
@@ -67,7 +69,7 @@ def thirds(of: Responses, within: bool, seed: int) -> Thirds | None:
             return (chosen.T @ products @ chosen) / (chosen.T @ allowed @ chosen)
 
     # Blocks of prompts; within prompts, of responses, so that what is said is said of these prompts.
-    position = np.concatenate([np.arange(n) for n in np.bincount(of.prompts)]) if within else of.prompts
+    position = np.concatenate([np.arange(n) for n in np.bincount(responses.prompts)]) if within else responses.prompts
     inners = [inner(keep) for keep in kept(blocks_of(int(position.max()) + 1)[position])]
 
     def estimate(statistic: Callable[[Floats], Floats], log: bool = False) -> list[Estimate]:
@@ -84,23 +86,25 @@ def thirds(of: Responses, within: bool, seed: int) -> Thirds | None:
     cosines = estimate(lambda m: m[a, b] / (root(np.diag(m)[a]) * root(np.diag(m)[b])))
     return Thirds(
         where="within prompts" if within else "across prompts",
-        length=[float(of.lengths[third == t].mean()) for t in range(3)],
+        length=[float(responses.lengths[third == t].mean()) for t in range(3)],
         norm=estimate(lambda m: root(np.diag(m)), log=True),
         cosine=dict(zip(PAIRS, cosines, strict=True)),
-        plain=_half_cosines(of, scopes, third, within, seed),
+        plain=_half_cosines(responses, scopes, third, within, seed),
         difference=dict(zip(PAIRS, estimate(difference), strict=True)),
     )
 
 
 def _half_cosines(
-    of: Responses, scopes: list[Bools], third: Ints, within: bool, seed: int
+    responses: Responses, scopes: list[Bools], third: Ints, within: bool, seed: int
 ) -> dict[tuple[int, int], float]:
     """Mean over random halves of cos(mean of third a in one half, mean of third b in the other); NaN without any."""
     rng = np.random.default_rng(seed)
     cosines: dict[tuple[int, int], list[float]] = {pair: [] for pair in (*PAIRS, *((t, t) for t in range(3)))}
     for _ in range(HALVES):
         in_first = (
-            rng.random(len(third)) < 0.5 if within else (rng.permutation(of.prompts.max() + 1) % 2 == 0)[of.prompts]
+            rng.random(len(third)) < 0.5
+            if within
+            else (rng.permutation(responses.prompts.max() + 1) % 2 == 0)[responses.prompts]
         )
         for scope in scopes:
             members = np.array(
@@ -110,8 +114,8 @@ def _half_cosines(
             if counts.min() == 0:
                 continue
             first, second = members / counts
-            norms = [np.sqrt(np.einsum("ti,ij,tj->t", m, of.products, m)) for m in (first, second)]
-            cross = first @ of.products @ second.T
+            norms = [np.sqrt(np.einsum("ti,ij,tj->t", m, responses.products, m)) for m in (first, second)]
+            cross = first @ responses.products @ second.T
             for (a, b), of_pair in cosines.items():
                 if norms[0][a] * norms[1][b] > 0:
                     of_pair.append(cross[a, b] / (norms[0][a] * norms[1][b]))
@@ -147,8 +151,8 @@ def growth(pool: Responses, modes: Sequence[str], scale: float, unit: float, see
         part = pool.of(np.isin(pool.prompts, chosen))
         batches = MiniBatches(part, modes, max(1, len(chosen) // 4), scale, seed)
         reference = batches.row(REFERENCE)
-        norms = batches.estimate(lambda m: root(relative(m[:, 2], unit)), log=True)
-        along = batches.estimate(lambda m, r=reference: relative(m[:, 3], m[r, 2]))  # type: ignore[misc]
+        norms = batches.estimate(lambda m: root(relative(m[:, SQUARED_MEAN], unit)), log=True)
+        along = batches.estimate(lambda m, r=reference: relative(m[:, CROSS], m[r, SQUARED_MEAN]))  # type: ignore[misc]
         result.length.append(float(part.lengths.mean()))
         for k, mode in enumerate(modes):
             result.norm.setdefault(mode, []).append(norms[k])

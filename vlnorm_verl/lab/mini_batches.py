@@ -17,6 +17,7 @@ from vlnorm_verl.lab.jackknife import blocks_of, jackknife
 from vlnorm_verl.report.estimates import Estimate
 
 REFERENCE = "dr_grpo_norm"  # Σx = 1 and equal weights: unbiased whatever E[g | L] is
+SUM_X, SQUARE, SQUARED_MEAN, CROSS = range(4)  # moments: E Σx, E‖G‖², ‖E G‖², E G·E G(reference)
 ROUNDS = 64  # of dealing the pool's prompts out into mini-batches
 ROUNDING = 1e-6  # of E‖G‖²: a product of means that is smaller is what float32's rounding may leave of 0
 
@@ -79,8 +80,7 @@ class MiniBatches:
         self._factor = factor(pool.products)
         self._block = blocks_of(prompts)[pool.prompts]
         gradients = {mode: self._gradients(x, terms) for mode, (x, terms) in both.items()}
-        # [1 + blocks, modes, 4]: E Σx, E‖G‖², ‖E G‖² and E G·E G(reference); of everything, then without the responses
-        # of one block of prompts at a time.
+        # [1 + blocks, modes, 4]: SUM_X … CROSS of everything, then without one block of prompts at a time.
         self.moments = np.stack(
             [
                 [
@@ -125,7 +125,7 @@ class MiniBatches:
 
 
 def _averages(sums: Floats, g: Floats, reference: Floats) -> Floats:
-    """E Σx, E‖G‖², ‖E G‖², E G·E G(reference); the last two over pairs of mini-batches of one round."""
+    """The moments; SQUARED_MEAN and CROSS over pairs of mini-batches of one round."""
     valid = np.isfinite(sums)
     g, reference = np.where(valid[:, None], g, 0.0), np.where(valid[:, None], reference, 0.0)
     square = (g * g).sum() / valid.sum()

@@ -34,8 +34,8 @@ def _table(
 
 
 def summary(analyses: Sequence[Analysis]) -> Table:
-    def at_best(of: str) -> Callable[[Analysis, Tradeoff], Cell]:
-        return lambda _, t: getattr(t, of)[t.alphas.index(t.best)] if math.isfinite(t.best) else None
+    def at_best(statistic: str) -> Callable[[Analysis, Tradeoff], Cell]:
+        return lambda _, t: getattr(t, statistic)[t.alphas.index(t.best)] if math.isfinite(t.best) else None
 
     def best(_: Analysis, t: Tradeoff) -> str:
         return f"{t.best:g} ({t.among[0]:g} to {t.among[1]:g})" if math.isfinite(t.best) else LOST
