@@ -380,6 +380,15 @@ def test_gradients_of_other_rollouts_or_weights_are_refused(sampled: Path, tmp_p
         compute(tmp_path / "other")
 
 
+def test_stored_rewards_that_are_not_finite_are_refused(sampled: Path, tmp_path: Path) -> None:
+    groups = list(store.read_rollouts(sampled))
+    groups[1].rewards[0] = math.nan
+    store.write_rollouts(tmp_path, store.read_settings(sampled), groups)
+    compute(tmp_path)
+    with pytest.raises(UserError, match="a reward of prompt 1 is not finite"):
+        load(tmp_path)
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sample rollouts"):
         load(tmp_path)

@@ -16,17 +16,8 @@ from typing import Any
 import numpy as np
 
 from vlnorm_verl.files import UserError
-from vlnorm_verl.lab.aggregations import (
-    ALPHAS,
-    COMPARED,
-    Comparison,
-    NoisyResponse,
-    Tradeoff,
-    compare,
-    mode_of,
-    noisy_responses,
-    tradeoff,
-)
+from vlnorm_verl.lab import aggregations
+from vlnorm_verl.lab.aggregations import ALPHAS, COMPARED, Comparison, NoisyResponse, Tradeoff, mode_of
 from vlnorm_verl.lab.gram import Ints, inner_products
 from vlnorm_verl.lab.length_means import Growth, Thirds, growth, thirds
 from vlnorm_verl.lab.mini_batches import REFERENCE, SQUARED_MEAN, MiniBatches
@@ -113,10 +104,10 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
         mixed=sum(group.mixed for group in pool.values()),
         slope_prompts=(len(many), len(many[0].lengths)),
         slopes=slopes,
-        methods=compare(batches, COMPARED, beta),
-        noisy=noisy_responses(batches, COMPARED, pool),
+        methods=aggregations.compare(batches, COMPARED, beta),
+        noisy=aggregations.noisy_responses(batches, COMPARED, pool),
         drawn=drawn,
-        tradeoffs=[tradeoff(batches, responses) for responses in dict.fromkeys((drawn, mini_batch))],
+        tradeoffs=[aggregations.tradeoff(batches, responses) for responses in dict.fromkeys((drawn, mini_batch))],
         thirds=[t for t in (thirds(of_pool, False, seed), thirds(of_many, True, seed)) if t],
         growth=growth(of_pool, COMPARED, scale, batches.moments[0, batches.row(REFERENCE), SQUARED_MEAN], seed),
     )

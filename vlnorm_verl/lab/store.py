@@ -217,7 +217,7 @@ def load(out: Path, folder: str = "gradients") -> Stored:
         folder: its folder of gradients, where there are several.
 
     Raises:
-        UserError: rollouts or gradients are missing, or do not belong together.
+        UserError: rollouts or gradients are missing or do not belong together, or a reward is not finite.
     """
     sampled = read_settings(out)
     path = out / folder / SETTINGS
@@ -239,6 +239,8 @@ def load(out: Path, folder: str = "gradients") -> Stored:
         if gradients.shape != (len(rollouts.responses), dimension):
             raise UserError(f"{file} has the shape {gradients.shape}, not {(len(rollouts.responses), dimension)}")
         rewards = np.array(rollouts.rewards, dtype=np.float64)
+        if not np.isfinite(rewards).all():
+            raise UserError(f"{out / ROLLOUTS}: a reward of prompt {index} is not finite; sample again")
         groups.append(
             Group(
                 kind=rollouts.kind,
