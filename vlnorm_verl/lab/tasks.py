@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import inspect
 import math
 import random
@@ -20,7 +21,12 @@ from typing import Any, NamedTuple
 
 from vlnorm_verl.files import UserError
 
-TASKS = ("tiny", "countdown", "math", "custom")
+REWARDS = {
+    "tiny": "vlnorm_verl.tasks.tiny.countdown",
+    "countdown": "vlnorm_verl.tasks.countdown",
+    "math": "vlnorm_verl.tasks.math",
+}
+TASKS = (*REWARDS, "custom")
 COLUMNS = ("data_source", "prompt", "reward_model")
 
 Messages = list[dict[str, str]]  # of a chat: role and content
@@ -106,28 +112,19 @@ def load_task(
         raise UserError(f"--task {name} is not known.{hint} Accepted: {', '.join(TASKS)}")
     if (name == "custom") != (reward is not None):
         raise UserError(f"--task {name}, --reward {reward}: --task custom and --reward belong together")
-    if name == "tiny":
-        if data is not None:
-            raise UserError(f"--data {data}: --task tiny makes its own prompts; leave --data out")
-        from vlnorm_verl.tasks.tiny import countdown as tiny
-
-        return Task(name, None, tiny.compute_score)
-    if data is None:
-        made_by = "of verl" if name == "custom" else f"that `vlnorm-verl data {name}` writes"
-        raise UserError(f"--task {name} needs --data FILE, a parquet file {made_by}")
-    _check_columns(data)
-    if reward is not None:
-        function = _own_reward(reward, reward_name)
-        source = Path(inspect.getfile(function)).read_bytes()
-        described = {"path": reward, "name": reward_name, "sha256": hashlib.sha256(source).hexdigest()}
-        return Task(name, data, function, described)
-    if name == "countdown":
-        from vlnorm_verl.tasks import countdown
-
-        return Task(name, data, countdown.compute_score)
-    from vlnorm_verl.tasks import math as math_task
-
-    return Task(name, data, math_task.compute_score)
+    if name == "tiny" and data is not None:
+        raise UserError(f"--data {data}: --task tiny makes its own prompts; leave --data out")
+    if name != "tiny":
+        if data is None:
+            made_by = "of verl" if name == "custom" else f"that `vlnorm-verl data {name}` writes"
+            raise UserError(f"--task {name} needs --data FILE, a parquet file {made_by}")
+        _check_columns(data)
+    if reward is None:
+        return Task(name, data, importlib.import_module(REWARDS[name]).compute_score)
+    function = _own_reward(reward, reward_name)
+    source = Path(inspect.getfile(function)).read_bytes()
+    described = {"path": reward, "name": reward_name, "sha256": hashlib.sha256(source).hexdigest()}
+    return Task(name, data, function, described)
 
 
 def _own_reward(path: str, name: str) -> Callable[..., Any]:
