@@ -97,8 +97,8 @@ def batches_of(pool: Responses, seed: int = 0, alphas: bool = False) -> MiniBatc
     return MiniBatches(pool, modes, int(pool.prompts.max() + 1) // 8, M, seed)  # the size that `truth` has
 
 
-def holds(one: Estimate, truth: float) -> bool:
-    return one.low <= truth <= one.high
+def holds(estimate: Estimate, truth: float) -> bool:
+    return estimate.low <= truth <= estimate.high
 
 
 def rate(hits: list[bool]) -> float:

@@ -72,10 +72,10 @@ def test_the_mean_shrinks_with_length_as_the_weights_do() -> None:
     rng = np.random.default_rng(51)
     groups = []
     for prompt in range(96):
-        one = group(rng, "pool", 8, v=0.002)
+        of_prompt = group(rng, "pool", 8, v=0.002)
         shift = math.exp((prompt % 3) - 1)  # prompts with short, middle and long responses
-        one.lengths = np.maximum(1, (one.lengths * shift)).astype(np.int64)
-        groups.append(one)
+        of_prompt.lengths = np.maximum(1, (of_prompt.lengths * shift)).astype(np.int64)
+        groups.append(of_prompt)
     found = growth(inner_products(groups), COMPARED, M, float(MU @ MU), 0)
     assert found is not None
     assert found.length[0] < found.length[1] < found.length[2]

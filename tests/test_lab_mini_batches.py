@@ -130,8 +130,8 @@ def test_without_a_signal_no_alpha_is_best_at_the_stated_rate() -> None:
         answered.append(math.isfinite(tradeoff(batches, 64).best))
         cosines.append(next(m for m in compare(batches, COMPARED, 1.0) if m.mode == REFERENCE).cosine)
     assert rate(answered) <= 0.15  # 2.5% by the interval's upper end alone
-    assert all(one.note == LOST or one.value == pytest.approx(1.0) for one in cosines)
-    assert any(one.note == LOST for one in cosines)
+    assert all(cosine.note == LOST or cosine.value == pytest.approx(1.0) for cosine in cosines)
+    assert any(cosine.note == LOST for cosine in cosines)
 
 
 def test_the_jackknife_has_the_spread_of_pools() -> None:
@@ -145,9 +145,9 @@ def test_the_jackknife_has_the_spread_of_pools() -> None:
             lambda m: np.array([m[row, 1] - m[row, 2]]),  # noqa: B023
             lambda m: np.array([m[row, 2]]),  # noqa: B023
         ):
-            one = batches.estimate(statistic)[0]
-            values.append(one.value)
-            halves.append((one.high - one.low) / 2)
+            estimate = batches.estimate(statistic)[0]
+            values.append(estimate.value)
+            halves.append((estimate.high - estimate.low) / 2)
     from scipy.stats import t
 
     for of in (slice(0, None, 2), slice(1, None, 2)):
@@ -200,7 +200,7 @@ def test_bias_grows_with_alpha_and_large_mini_batches_want_a_smaller_one() -> No
     assert large.alignment[0].value > small.alignment[0].value
     assert small.scale[0].value == pytest.approx(1.0)
     assert small.cosine[16].value < small.cosine[4].value < 1.02
-    assert max(one.value for one in large.alignment) <= 1.05
+    assert max(estimate.value for estimate in large.alignment) <= 1.05
 
 
 def test_alphas_that_the_data_do_not_tell_apart_at_the_stated_rate() -> None:
@@ -208,8 +208,8 @@ def test_alphas_that_the_data_do_not_tell_apart_at_the_stated_rate() -> None:
     rng = np.random.default_rng(31)
     kept = []
     for seed in range(30):
-        one = tradeoff(batches_of(pool_of(rng, prompts=32, v=0.3), seed, alphas=True), 32)
-        kept.append(one.among[0] <= 1.0 <= one.among[1])
+        answer = tradeoff(batches_of(pool_of(rng, prompts=32, v=0.3), seed, alphas=True), 32)
+        kept.append(answer.among[0] <= 1.0 <= answer.among[1])
     assert rate(kept) >= 0.85
 
 

@@ -1,6 +1,6 @@
 """Which parameters the lab takes of a model, whether weights are the same, and checkpoints of verl.
 
-A checkpoint of two ranks is written by verl's own checkpoint manager; one of a single rank and a broken one are `slow`.
+Checkpoints are written by verl's own checkpoint manager, and are `slow`.
 """
 
 from __future__ import annotations

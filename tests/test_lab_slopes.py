@@ -78,11 +78,11 @@ def test_the_slope_is_found_at_the_stated_rate(beta: float) -> None:
         assert abs(found.log_log.value - beta) < 0.25
         steep.append(found.log_log)
     # The leave-one-out mean flattens it a little, so its interval is for its own expectation.
-    expected = float(np.mean([one.value for one in steep]))
+    expected = float(np.mean([estimate.value for estimate in steep]))
     # 95% of 40 is 38; fewer than 33 has a probability below 1 in 100.
     assert rate(within) >= 33 / 40
     assert rate(over) >= 33 / 40
-    assert rate([holds(one, expected) for one in steep]) >= 33 / 40
+    assert rate([holds(estimate, expected) for estimate in steep]) >= 33 / 40
 
 
 def test_the_slope_is_found_with_advantages_of_groups_and_heavy_tails() -> None:
@@ -91,12 +91,12 @@ def test_the_slope_is_found_with_advantages_of_groups_and_heavy_tails() -> None:
     hits = []
     for seed in range(30):
         groups = [group(rng, "slope", 128, 1.2) for _ in range(4)]
-        for one in groups:
+        for of_prompt in groups:
             scale = np.exp(rng.normal(0, 0.4, size=128))[:, None]
-            noise = rng.normal(size=(128, D)) * np.sqrt(0.02 / D * one.lengths[:, None] ** 1.2) * scale
-            one.score_gradients = noise.astype(np.float32)  # a score's mean is 0
-            one.rewards = (rng.random(128) < 0.4).astype(float)
-            one.advantages = grpo_advantages(one.rewards)
+            noise = rng.normal(size=(128, D)) * np.sqrt(0.02 / D * of_prompt.lengths[:, None] ** 1.2) * scale
+            of_prompt.score_gradients = noise.astype(np.float32)  # a score's mean is 0
+            of_prompt.rewards = (rng.random(128) < 0.4).astype(float)
+            of_prompt.advantages = grpo_advantages(of_prompt.rewards)
         found = slope(groups, "all", slice(None), False, seed)
         assert found is not None
         hits.append(holds(found.interval, 1.2))
@@ -148,9 +148,9 @@ def test_a_prompt_of_equal_rewards_says_nothing_with_advantages(reward: float) -
 def test_the_slope_of_another_part_is_another() -> None:
     rng = np.random.default_rng(9)
     groups = [group(rng, "slope", 128) for _ in range(3)]
-    for one in groups:
-        noise = rng.normal(size=(128, D - D // 2)) * one.lengths[:, None] ** 0.1
-        one.score_gradients[:, D // 2 :] = noise
+    for of_prompt in groups:
+        noise = rng.normal(size=(128, D - D // 2)) * of_prompt.lengths[:, None] ** 0.1
+        of_prompt.score_gradients[:, D // 2 :] = noise
     parts = stored(groups).parts
     q, k = (slope(groups, part, parts[part], True, 0) for part in ("q_proj", "k_proj"))
     assert q is not None
