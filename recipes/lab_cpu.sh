@@ -6,13 +6,13 @@
 #   bash recipes/lab_cpu.sh runs/other out   and into another folder than runs/lab
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash recipes/install_cpu.sh
 run=${1:-runs/quickstart}
 out=${2:-runs/lab}
 if [ $# -gt 0 ] && [ ! -d "$run/checkpoints" ]; then
   echo "$run/checkpoints is not there; accepted: the folder of a run that has saved a checkpoint, or nothing" >&2
   exit 2
 fi
+bash recipes/install_cpu.sh
 # A model this small leaves a second core idle; OpenMP's threads would wait for each other instead.
 export OMP_NUM_THREADS=1
 lab() {

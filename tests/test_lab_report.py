@@ -1,6 +1,7 @@
-"""The lab from the command line to the page, on the real tiny model with few responses, and what its sentences say.
+"""The lab from the command line to the page, on the real tiny model with few responses; and what it says, writes and
+draws of pools that say little.
 
-Not covered: whether the numbers are right (test_lab_analysis.py, test_lab_gradients.py); how the figures look.
+Not covered: whether the numbers are right (the other test_lab files); how the figures look.
 """
 
 from __future__ import annotations
@@ -13,19 +14,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from tests.lab_laws import group, stored
 from vlnorm_verl.cli import app
-from vlnorm_verl.files import UserError
-from vlnorm_verl.lab import report
-from vlnorm_verl.lab.analysis import ALPHAS, LOST, Tradeoff
+from vlnorm_verl.files import UserError, locked
+from vlnorm_verl.lab import build, mini_batches, verdict
+from vlnorm_verl.lab.aggregations import ALPHAS, NoisyResponse, Tradeoff
+from vlnorm_verl.lab.analysis import Analysis, analyse, of_most_parameters
 from vlnorm_verl.lab.cli import folder_of
+from vlnorm_verl.lab.figures import figures, stem
+from vlnorm_verl.lab.jackknife import LOST
+from vlnorm_verl.lab.store import grpo_advantages
+from vlnorm_verl.lab.tables import tables
 from vlnorm_verl.report.estimates import Estimate
+from vlnorm_verl.report.writers import to_markdown
+from vlnorm_verl.tasks.tiny import WEIGHTS as MODEL
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "lab_cpu.sh"
-MODEL = Path(__file__).parent.parent / "vlnorm_verl" / "tiny" / "weights"
-SMALL = ["--deep-prompts=2", "--deep-responses=12", "--pool-prompts=16", "--pool-responses=4"]
+SMALL = ["--slope-prompts=2", "--slope-responses=12", "--pool-prompts=16", "--pool-responses=4"]
 FEW = [*SMALL, "--max-response-length=160", "--mini-batch=64", "--projection=4096"]
 
 
@@ -61,10 +72,12 @@ def test_one_command_makes_the_page_with_its_tables_and_figures(folder: Path) ->
     methods = read(folder / "report", "methods")
     assert {row["aggregation"] for row in methods} >= {"GRPO Norm", "DAPO Norm", "Dr. GRPO Norm", "VL Norm (α = 1)"}
     assert {row["mini-batch"] for row in read(folder / "report", "alpha")} == {"16", "64"}
+    assert float(read(folder / "report", "noisy_responses")[0]["share of the noise"]) > 0.1
     figures = {path.stem for path in (folder / "report" / "figures").glob("*.png")}
     assert {"overview", "methods", "alpha", "thirds", "growth", "deviations-tiny-last-qkv"} <= figures
 
 
+@pytest.mark.usefixtures("_no_figures")
 def test_the_same_command_again_computes_nothing_anew(folder: Path) -> None:
     files = [folder / "rollouts.jsonl", *folder.glob("gradients/*/*.npy")]
     before = {path: path.stat().st_mtime_ns for path in files}
@@ -75,6 +88,13 @@ def test_the_same_command_again_computes_nothing_anew(folder: Path) -> None:
     assert "seed" in done.output
 
 
+@pytest.fixture
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longest, and the first test has drawn everything."""
+    monkeypatch.setattr(build, "figures", lambda analyses: [])
+
+
+@pytest.mark.usefixtures("_no_figures")
 def test_several_models_side_by_side(folder: Path, tmp_path: Path) -> None:
     done = lab("report", f"start={folder}", f"<b>end</b>={folder}", "--out", tmp_path, "--mini-batch=640")
     assert done.exit_code == 0, done.output
@@ -85,6 +105,7 @@ def test_several_models_side_by_side(folder: Path, tmp_path: Path) -> None:
     assert "&lt;b&gt;end" in page
 
 
+@pytest.mark.usefixtures("_no_figures")
 def test_gradients_that_are_not_complete_are_left_out(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "lab"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("report"))
@@ -105,13 +126,21 @@ def test_wrong_requests_are_refused(folder: Path, tmp_path: Path) -> None:
         (["report", tmp_path, "--out", tmp_path], "is no folder of `vlnorm-verl lab run`"),
         (["report", tmp_path / "bare", "--out", tmp_path], "has no gradients"),
         (["report", folder, folder, "--out", tmp_path], "give one another name with NAME="),
-        (["report", folder, "--out", tmp_path, "--mini-batch=0"], "--mini-batch 0: must be 1 or more"),
+        (["report", folder, "--out", tmp_path, "--mini-batch=0"], "Invalid value for '--mini-batch'"),
         (["run", MODEL, "--out", tmp_path / "x", "--task=countdwn"], "Did you mean 'countdown'?"),
-        (["run", MODEL, "--out", tmp_path / "x", *FEW, "--pool-prompts=3", "--modules=last-qkv"], "--pool-prompts 3"),
+        (["run", MODEL, "--out", tmp_path / "x", "--pool-prompts=3"], "Invalid value for '--pool-prompts'"),
+        (["run", MODEL, "--out", tmp_path / "x", "--slope-responses=2"], "Invalid value for '--slope-responses'"),
     ):
         done = lab(*arguments)
         assert done.exit_code == 2, done.output
-        assert words in " ".join(done.output.split())
+        assert words in " ".join(done.output.replace("│", " ").split())
+
+
+def test_two_calls_into_one_folder_are_refused(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        done = lab("run", MODEL, "--out", tmp_path)
+    assert done.exit_code == 2
+    assert "another `vlnorm-verl lab run` writes into it" in " ".join(done.output.split())
 
 
 def test_a_choice_of_parameters_has_a_folder_of_its_own() -> None:
@@ -151,6 +180,87 @@ def test_the_recipe_measures_before_and_after_a_run(tmp_path: Path) -> None:
     assert {"q_proj", "k_proj", "v_proj", "layer 0", "layer 1", "layer 2"} <= {row["part"] for row in slopes}
 
 
+# ------------------------------------------------------------------------------------------------ pools that say little
+
+
+def of_pool(mixed: int, reward: float = 0.0, pool: int = 16) -> Analysis:
+    """A pool of which so many groups have rewards that differ; the others have this reward throughout."""
+    rng = np.random.default_rng(mixed)
+    groups = [group(rng, "slope", 16) for _ in range(2)] + [group(rng, "pool", 8) for _ in range(pool)]
+    for index, of_prompt in enumerate(groups):
+        of_prompt.rewards = (
+            np.arange(len(of_prompt.lengths)) % 2.0 if index < 2 + mixed else of_prompt.rewards * 0 + reward
+        )
+        of_prompt.advantages = grpo_advantages(of_prompt.rewards)
+    settings = {"task": "synthetic", "temperature": 1.0, "seed": 0}
+    return analyse(replace(stored(groups, **settings), parts={}), f"{mixed} mixed, {reward:g}", "all", mini_batch=320)
+
+
+@pytest.fixture(scope="module")
+def little() -> list[Analysis]:
+    """Pools of 0, 1, 2 and 8 mixed groups, one of equal rewards whose advantages are rounding, one with lost α."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mini_batches, "ROUNDS", 16)
+        pools = [of_pool(0), of_pool(1), of_pool(2), of_pool(8), of_pool(0, reward=0.1), of_pool(16)]
+    return [*pools, replace(pools[3], name="some α lost", tradeoffs=[some_lost()])]
+
+
+def some_lost() -> Tradeoff:
+    known, lost = Estimate(0.5, 0.2, math.inf), Estimate(math.nan, note=LOST)
+    return replace(trade(0.75, (0.5, 1.0)), error=[known] * 9 + [lost] * 8, bias=[lost] * 4 + [known] * 13)
+
+
+def test_pools_without_a_signal_are_lost_in_noise(little: list[Analysis]) -> None:
+    """Nor is an α recommended by advantages that are rounding alone, of eight equal rewards of 0.1."""
+    for analysis in (little[0], little[1], little[4]):
+        assert [trade.best for trade in analysis.tradeoffs] == [pytest.approx(math.nan, nan_ok=True)] * 2
+        for method in analysis.methods:
+            assert {estimate.note for estimate in (method.cv, method.variance, method.bias)} == {LOST}
+
+
+def test_mixed_groups_are_those_whose_rewards_differ(little: list[Analysis]) -> None:
+    assert [analysis.mixed for analysis in little[:6]] == [0, 1, 2, 8, 0, 16]
+
+
+def test_tables_of_pools_without_a_signal_say_so(little: list[Analysis]) -> None:
+    text = "".join(map(to_markdown, tables(little)))
+    assert LOST in text
+    assert "nan" not in text
+
+
+def test_pools_without_a_signal_can_be_drawn(little: list[Analysis], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the files: PNG and SVG of all of these would take a minute."""
+
+    def drawn(canvas: Any, name: str, *_: str) -> str:
+        canvas.draw_without_rendering()
+        plt.close(canvas)
+        return name
+
+    monkeypatch.setattr("vlnorm_verl.lab.figures.render", drawn)
+    of_one_model = [f"deviations-{stem(analysis.name)}-all" for analysis in little if analysis.slopes]
+    assert figures(little) == ["overview", *of_one_model, "methods", "alpha", "thirds", "growth"]
+
+
+def test_verdicts_of_pools_without_a_signal_recommend_nothing(little: list[Analysis]) -> None:
+    for analysis in (little[0], little[1], little[4]):
+        said = verdict.verdict(analysis)
+        assert "cannot be said: the mean gradient is lost in noise" in said
+        assert f"Of 16 prompts of the pool {analysis.mixed} have rewards that differ" in said
+        assert "nan" not in said
+
+
+def test_numbers_are_on_the_disk_before_anything_is_drawn(
+    little: list[Analysis], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot_draw(_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(build, "figures", cannot_draw)
+    with pytest.raises(ZeroDivisionError):
+        build.write(little, tmp_path, Console(quiet=True))
+    assert {row["model"] for row in read(tmp_path, "summary")} == {analysis.name for analysis in little}
+
+
 # ---------------------------------------------------------------------------------------------------------- sentences
 
 
@@ -172,28 +282,57 @@ def trade(best: float, among: tuple[float, float], responses: int = 320) -> Trad
     ],
 )
 def test_an_alpha_is_recommended_only_where_the_data_speak(best: float, among: tuple[float, float], words: str) -> None:
-    said = report.advice(trade(best, among))
+    said = verdict.advice(trade(best, among))
     assert words in said
     assert ("Recommended" in said) == (among[0] > 0)
 
 
-def test_the_verdict_says_what_is_unknown(folder: Path) -> None:
-    one = report.analyse(report.store.load(folder, "gradients/last-qkv"), "m", "last-qkv", 64)
-    lost = replace(one, tradeoffs=[trade(math.nan, (math.nan, math.nan))])
-    assert "cannot be said: the mean gradient is lost in noise" in report.verdict(lost)
-    sure = replace(one, tradeoffs=[trade(1.0, (1.0, 1.0))])
-    assert "Alignment, which no common factor changes, is largest at α = 1.125." in report.verdict(sure)
-    assert "For mini-batches of 320 responses" in report.verdict(sure)
-    assert report.interval(Estimate(math.nan, note=LOST)) == f"unknown ({LOST})"
-    assert report.interval(Estimate(1.25, 1.0, 1.5)) == "1.25 [1.00, 1.50]"
+def test_the_verdict_says_what_is_known(little: list[Analysis]) -> None:
+    said = verdict.verdict(replace(little[3], tradeoffs=[trade(1.0, (1.0, 1.0))], noisy=[]))
+    assert "For mini-batches of 320 responses" in said
+    assert "the cosine to the mean gradient, 0.10 [0.05, 0.20]" in said
+    assert "Alignment, which no common factor changes, is largest at α = 1.125. Recommended: α = 1" in said
 
 
-def test_the_most_parameters_speak_for_a_model(folder: Path) -> None:
-    found = [
-        report.analyse(report.store.load(folder, f"gradients/{choice}"), "m", choice, 64)
-        for choice in report.choices(folder)
-    ]
-    (main,) = report.of_most_parameters(found)
-    assert main.entries == max(one.entries for one in found)
-    with pytest.raises(UserError, match="has no gradients"):
-        report.choices(folder.parent)
+def test_the_verdict_warns_of_single_responses(little: list[Analysis]) -> None:
+    noisy = [NoisyResponse("vl_norm:1", 3, 0, 2, 0.0, share) for share in (0.11, 0.34)]
+    said = verdict.verdict(replace(little[3], noisy=noisy))
+    assert "Single responses have more than 10% of an aggregation's noise, up to 34%" in said
+
+
+@pytest.mark.parametrize(
+    ("estimate", "words"),
+    [
+        (Estimate(1.25, 1.0, 1.5), "1.25 [1.00, 1.50]"),
+        (Estimate(1.25, note="one prompt"), "1.25 (no interval: one prompt)"),
+        (Estimate(math.nan, note=LOST), f"unknown ({LOST})"),
+        (Estimate(math.nan), "unknown"),
+    ],
+)
+def test_an_estimate_in_words(estimate: Estimate, words: str) -> None:
+    assert verdict.interval(estimate) == words
+
+
+def test_the_most_parameters_speak_for_a_model(little: list[Analysis]) -> None:
+    few, many = replace(little[0], name="m", entries=5), replace(little[1], name="m", entries=7)
+    assert of_most_parameters([few, little[2], many]) == [many, little[2]]
+
+
+# ---------------------------------------------------------------------------------------------------------- altogether
+
+
+def test_everything_of_a_model(little: list[Analysis]) -> None:
+    analysis = little[5]
+    assert (analysis.drawn, analysis.prompts, analysis.mixed, analysis.slope_prompts) == (32, 16, 16, (2, 16))
+    assert [trade.responses for trade in analysis.tradeoffs] == [32, 320]
+    assert {slope.score_only for slope in analysis.slopes} == {True, False}
+    assert analysis.slope is not None
+    assert not analysis.slope.score_only
+    assert [thirds.where for thirds in analysis.thirds] == ["across prompts", "within prompts"]
+
+
+def test_too_few_prompts_are_refused() -> None:
+    with pytest.raises(UserError, match="--slope-prompts 2, --pool-prompts 3: at least 1 and 4"):
+        of_pool(3, pool=3)
+    with pytest.raises(UserError, match="--slope-prompts 0, --pool-prompts 8: at least 1 and 4"):
+        analyse(stored([group(np.random.default_rng(0), "pool", 4) for _ in range(8)]), "m", "all", mini_batch=320)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vlnorm_verl.files import UserError
+from vlnorm_verl.files import UserError, locked
 
 lab_app = typer.Typer(
     help="The gradient lab: does variance grow with length, is VL Norm unbiased, and which α for your model and task?",
@@ -21,31 +23,45 @@ lab_app = typer.Typer(
 def run(
     model: Annotated[str, typer.Argument(help="Hub name or folder of a causal LM, or a verl checkpoint's folder.")],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder of this model's rollouts and gradients.")],
-    task: Annotated[str, typer.Option(help="tiny, countdown or math.")] = "tiny",
-    data: Annotated[Path | None, typer.Option(help="Parquet file of `vlnorm-verl data`; not for tiny.")] = None,
+    task: Annotated[str, typer.Option(help="tiny, countdown, math, or custom with --reward.")] = "tiny",
+    data: Annotated[
+        Path | None, typer.Option(help="Parquet file of `vlnorm-verl data`, or for custom of verl.")
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="pkg://module or file of a reward, as verl's custom_reward_function.path.")
+    ] = None,
+    reward_name: Annotated[str, typer.Option(help="The function in it.")] = "compute_score",
+    chat_template: Annotated[
+        bool, typer.Option(help="The tokenizer's, as verl does; without it prompts are as in the recipes: base models.")
+    ] = True,
     modules: Annotated[
         list[str] | None,
         typer.Option(help="Parameters: last-qkv, all, or a regular expression on their names. Again for more."),
     ] = None,
-    deep_prompts: Annotated[int, typer.Option(help="Prompts with many responses each: how variance grows.")] = 4,
-    deep_responses: Annotated[int, typer.Option(help="Responses to each of them.")] = 128,
-    pool_prompts: Annotated[int, typer.Option(help="Prompts with few responses each: mini-batches.")] = 64,
-    pool_responses: Annotated[int, typer.Option(help="Responses to each of them, as rollout.n.")] = 8,
+    slope_prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts with many responses each: exponent β of the variance.")
+    ] = 16,
+    slope_responses: Annotated[int, typer.Option(min=3, help="Responses to each of them.")] = 32,
+    pool_prompts: Annotated[int, typer.Option(min=4, help="Prompts with few responses each: mini-batches.")] = 64,
+    pool_responses: Annotated[int, typer.Option(min=2, help="Responses to each of them, as rollout.n.")] = 8,
     max_response_length: Annotated[
-        int | None, typer.Option(help="Tokens after which a response is cut.", show_default="256 for tiny, else 3072")
+        int | None,
+        typer.Option(min=1, help="Tokens after which a response is cut.", show_default="256 for tiny, else 3072"),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of the sampling, as in training.")] = 1.0,
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Responses sampled at a time by transformers.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Responses sampled at a time by transformers.")] = 64,
     projection: Annotated[
         int | None,
         typer.Option(
-            help="Project each gradient to so many numbers; 0: never.", show_default="above 1,000,000 entries"
+            min=0, help="Project each gradient to so many numbers; 0: never.", show_default="above 1,000,000 entries"
         ),
     ] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
     seed: Annotated[int, typer.Option(help="Of the prompts and the sampling.")] = 0,
-    mini_batch: Annotated[int, typer.Option(help="Responses of your optimizer mini-batch: which α for it?")] = 320,
+    mini_batch: Annotated[
+        int, typer.Option(min=1, help="Responses of your optimizer mini-batch: which α for it?")
+    ] = 320,
     analyse: Annotated[bool, typer.Option("--report/--no-report", help="Also write OUT/report.")] = True,
 ) -> None:
     """Sample responses, compute each one's gradient, and say what they tell.
@@ -53,27 +69,48 @@ def run(
     The same command again goes on where it was stopped. For a run of verl, give …/global_step_N: its checkpoint is
     merged with verl's own tool. Several models at once: `vlnorm-verl lab report`.
 
-      vlnorm-verl lab run Qwen/Qwen2.5-3B --task countdown --data data/countdown/train.parquet --out lab/3b
+    β and its interval for other prompts are by default of 16 prompts with 32 responses each.
+
+      vlnorm-verl lab run Qwen/Qwen2.5-3B --task countdown --data data/countdown/train.parquet --no-chat-template
+        --out lab/3b
       vlnorm-verl lab run runs/quickstart/checkpoints/global_step_60 --out lab/step60 --modules last-qkv --modules all
+      vlnorm-verl lab run MODEL --task custom --data train.parquet --reward my_reward.py --out lab/mine
     """
     from vlnorm_verl.lab import gradients, rollouts, tasks
-    from vlnorm_verl.lab.report import GRADIENTS, build
-    from vlnorm_verl.report.style import missing_libraries
+    from vlnorm_verl.lab.build import GRADIENTS, build
+
+    with _messages():
+        design = rollouts.Design(slope_prompts, slope_responses, pool_prompts, pool_responses)
+        longest = max_response_length or (256 if task == "tiny" else 3072)
+        chosen = tasks.load_task(task, data, reward, reward_name)
+        with _held(out):
+            rollouts.sample(model, chosen, design, seed, temperature, longest, engine, out, batch_size, chat_template)
+            for choice in modules or [gradients.LAST_QKV]:
+                gradients.compute(out, choice, projection, checkpointing, f"{GRADIENTS}/{folder_of(choice)}")
+            if analyse:
+                build([str(out)], out / "report", mini_batch, seed)
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """A wrong request ends with its message and exit code 2; so does a missing library."""
+    from vlnorm_verl import extras
 
     try:
-        if problem := missing_libraries():
-            raise UserError(problem)
-        design = rollouts.Design(deep_prompts, deep_responses, pool_prompts, pool_responses)
-        longest = max_response_length or (256 if task == "tiny" else 3072)
-        chosen = tasks.load_task(task, data)
-        rollouts.sample(model, chosen, design, seed, temperature, longest, engine, out, batch_size)
-        for choice in modules or [gradients.LAST_QKV]:
-            gradients.compute(out, choice, projection, checkpointing, f"{GRADIENTS}/{folder_of(choice)}")
-        if analyse:
-            build([str(out)], out / "report", mini_batch, seed)
+        extras.require("lab")
+        yield
     except UserError as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(2) from None
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    try:
+        with locked(out):
+            yield
+    except BlockingIOError:
+        raise UserError(f"--out {out}: another `vlnorm-verl lab run` writes into it; take another") from None
 
 
 def folder_of(modules: str) -> str:
@@ -86,20 +123,16 @@ def folder_of(modules: str) -> str:
 def report(
     folders: Annotated[list[str], typer.Argument(help="Folders of `vlnorm-verl lab run`, or NAME=FOLDER.")],
     out: Annotated[Path, typer.Option(file_okay=False, help="Where to write the page, tables and figures.")],
-    mini_batch: Annotated[int, typer.Option(help="Responses of your optimizer mini-batch: which α for it?")] = 320,
+    mini_batch: Annotated[
+        int, typer.Option(min=1, help="Responses of your optimizer mini-batch: which α for it?")
+    ] = 320,
     seed: Annotated[int, typer.Option(help="Of the mini-batches that are drawn and of the bootstrap.")] = 0,
 ) -> None:
     """Compare models, such as checkpoints of one run, by their stored gradients.
 
     vlnorm-verl lab report start=lab/start end=lab/step60 --out lab/report
     """
-    from vlnorm_verl.lab.report import build
-    from vlnorm_verl.report.style import missing_libraries
+    from vlnorm_verl.lab.build import build
 
-    try:
-        if problem := missing_libraries():
-            raise UserError(problem)
+    with _messages():
         build(folders, out, mini_batch, seed)
-    except UserError as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(2) from None

@@ -1,6 +1,7 @@
 """The lab's figures: the paper's Figures 1 (right), 4 and 5 as measured, and which α.
 
-Covered: what is drawn. Not covered: the numbers (analysis.py), style and files (vlnorm_verl/report/style.py).
+Covered: what is drawn, with nothing where a number is lost in noise. Not covered: the numbers (analysis.py), style and
+files (vlnorm_verl/report/style.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlnorm_verl.lab.analysis import COMPARED, LEAST_VARIANCE, LOST, PAIRS, THIRDS, Analysis, Slope, Tradeoff
+from vlnorm_verl.lab.aggregations import COMPARED, LEAST_VARIANCE, Tradeoff
+from vlnorm_verl.lab.analysis import Analysis, of_most_parameters
+from vlnorm_verl.lab.jackknife import LOST
+from vlnorm_verl.lab.length_means import PAIRS, THIRDS
+from vlnorm_verl.lab.slopes import Slope
 from vlnorm_verl.methods import alpha_color, label_of, method_of
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.style import Figure, figure_text, render, use_style
@@ -25,20 +30,18 @@ PROMPT_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00
 BIAS_COLOR, VARIANCE_COLOR, ERROR_COLOR = "#D55E00", "#0072B2", "#000000"
 
 
-def figures(found: Sequence[Analysis]) -> list[Figure]:
+def figures(analyses: Sequence[Analysis]) -> list[Figure]:
     """All figures, the overview first; one without anything to show is left out."""
-    from vlnorm_verl.lab.report import of_most_parameters
-
-    main = of_most_parameters(found)
+    main = of_most_parameters(analyses)
     made: list[Figure] = []
     with use_style():
         made.append(overview(main))
-        made += [deviations(one) for one in found if one.slopes]
+        made += [deviations(analysis) for analysis in analyses if analysis.slopes]
         made.append(methods(main))
         made.append(alpha(main))
-        if any(one.thirds for one in main):
+        if any(analysis.thirds for analysis in main):
             made.append(thirds(main))
-        if any(one.growth for one in main):
+        if any(analysis.growth for analysis in main):
             made.append(growth(main))
     return made
 
@@ -53,8 +56,8 @@ def grid(rows: int, columns: int, width: float = 3.6, height: float = 2.9, **opt
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **options)
 
 
-def title(one: Analysis) -> str:
-    return figure_text(f"{one.name} ({one.gradients})")
+def title(analysis: Analysis) -> str:
+    return figure_text(f"{analysis.name} ({analysis.gradients})")
 
 
 def color_of(mode: str) -> str:
@@ -67,22 +70,22 @@ def bar(axes: Axes, x: float, estimate: Estimate, label: str | None = None, **st
     """A point with its interval, where there is one."""
     if not math.isfinite(estimate.value):
         return
-    low, high = estimate.low, estimate.high
-    error = [[estimate.value - low], [high - estimate.value]] if math.isfinite(low) else None
+    ends = (estimate.value - estimate.low, estimate.high - estimate.value)
+    error = [[end] for end in ends] if all(map(math.isfinite, ends)) else None
     axes.errorbar([x], [estimate.value], yerr=error, label=label, capsize=2.5, **style)
 
 
 def overview(main: Sequence[Analysis]) -> Figure:
     """One row a model: deviation against length, noise of the aggregations, error against α."""
     canvas, axes = grid(len(main), 3, 4.0, 3.1)
-    for row, one in zip(axes, main, strict=True):
-        if one.slope:
-            draw_deviations(row[0], one.slope)
-        row[0].set_title(title(one))
-        draw_noise(row[1], one)
-        row[1].set_title(f"noise of a mini-batch of {one.drawn} responses")
-        draw_tradeoff(row[2], one.tradeoffs[-1])
-        row[2].set_title(f"error against α, mini-batch of {one.tradeoffs[-1].responses}")
+    for row, analysis in zip(axes, main, strict=True):
+        if analysis.slope:
+            draw_deviations(row[0], analysis.slope)
+        row[0].set_title(title(analysis))
+        draw_noise(row[1], analysis)
+        row[1].set_title(f"noise of a mini-batch of {analysis.drawn} responses")
+        draw_tradeoff(row[2], analysis.tradeoffs[-1])
+        row[2].set_title(f"error against α, mini-batch of {analysis.tradeoffs[-1].responses}")
     return render(
         canvas,
         "overview",
@@ -119,31 +122,32 @@ def draw_deviations(axes: Axes, slope: Slope) -> None:
     axes.set(xscale="log", yscale="log", xlabel="response length, tokens", ylabel="‖g − E g‖²")
 
 
-def deviations(one: Analysis) -> Figure:
+def deviations(analysis: Analysis) -> Figure:
     """The paper's Figure 4: parts in columns; A = 1 above, real advantages below."""
-    parts = list(dict.fromkeys(slope.part for slope in one.slopes))
-    kinds = [kind for kind in (True, False) if any(slope.score_only is kind for slope in one.slopes)]
+    prompts, responses = analysis.slope_prompts
+    parts = list(dict.fromkeys(slope.part for slope in analysis.slopes))
+    kinds = [kind for kind in (True, False) if any(slope.score_only is kind for slope in analysis.slopes)]
     canvas, axes = grid(len(kinds), len(parts), sharex=True)
     for row, kind in zip(axes, kinds, strict=True):
         for panel, part in zip(row, parts, strict=True):
-            slope = next((s for s in one.slopes if s.part == part and s.score_only is kind), None)
+            slope = next((s for s in analysis.slopes if s.part == part and s.score_only is kind), None)
             panel.set_title(f"{part}, {'A = 1' if kind else 'advantages'}")
             if slope:
                 draw_deviations(panel, slope)
-    canvas.suptitle(title(one))
+    canvas.suptitle(title(analysis))
     return render(
         canvas,
-        f"deviations-{stem(one.name)}-{stem(one.gradients)}",
-        f"‖g_i − E g_i‖² against L_i: {one.name}, {one.gradients}",
-        f"The paper's Figure 4 on {one.deep[0]} prompts with {one.deep[1]} responses each, one colour a prompt; E g_i "
+        f"deviations-{stem(analysis.name)}-{stem(analysis.gradients)}",
+        f"‖g_i − E g_i‖² against L_i: {analysis.name}, {analysis.gradients}",
+        f"The paper's Figure 4 on {prompts} prompts with {responses} responses each, one colour a prompt; E g_i "
         "is the mean of the prompt's other responses. Prompts are put on their common level. Black: means of bins; "
         "line: fitted to the mean, β with the wider of its two 95% intervals. A prompt whose responses all have one "
         "reward has no advantages and is left out.",
     )
 
 
-def draw_noise(axes: Axes, one: Analysis) -> None:
-    for k, method in enumerate(one.methods):
+def draw_noise(axes: Axes, analysis: Analysis) -> None:
+    for k, method in enumerate(analysis.methods):
         color = color_of(method.mode)
         if method.mode == LEAST_VARIANCE:
             axes.plot([k], [1.0], marker=method_of(method.mode).marker, color=color, linestyle="none")
@@ -154,7 +158,7 @@ def draw_noise(axes: Axes, one: Analysis) -> None:
             axes.plot([k + 0.36], [method.noise_by_beta], "+", color="#555555", markersize=6)
     axes.axhline(1.0, color="#999999", linewidth=0.8)
     axes.set_xticks(
-        range(len(one.methods)), [short_label(method.mode) for method in one.methods], rotation=30, ha="right"
+        range(len(analysis.methods)), [short_label(method.mode) for method in analysis.methods], rotation=30, ha="right"
     )
     axes.set_ylabel("noise / noise of VL Norm (α = 1)")
 
@@ -166,18 +170,18 @@ def short_label(mode: str) -> str:
 def methods(main: Sequence[Analysis]) -> Figure:
     """Noise and coefficient of variation of each aggregation, predicted and measured."""
     canvas, axes = grid(len(main), 2, 4.4, 3.0)
-    for row, one in zip(axes, main, strict=True):
-        draw_noise(row[0], one)
-        row[0].set_title(title(one))
-        for k, method in enumerate(one.methods):
+    for row, analysis in zip(axes, main, strict=True):
+        draw_noise(row[0], analysis)
+        row[0].set_title(title(analysis))
+        for k, method in enumerate(analysis.methods):
             bar(row[1], k, method.cv, fmt=method_of(method.mode).marker, color=color_of(method.mode))
             if math.isfinite(method.cv_predicted):
                 row[1].plot([k + 0.22], [method.cv_predicted], "x", color="#555555")
-        if not any(math.isfinite(method.cv.value) for method in one.methods):
+        if not any(math.isfinite(method.cv.value) for method in analysis.methods):
             row[1].text(0.5, 0.5, "the mean gradient is lost in noise", transform=row[1].transAxes, ha="center")
-        labels = [short_label(method.mode) for method in one.methods]
-        row[1].set_xticks(range(len(one.methods)), labels, rotation=30, ha="right")
-        row[1].set(ylabel="√(E‖G − E G‖²) / ‖E G‖", title=f"CV of a mini-batch of {one.drawn} responses")
+        labels = [short_label(method.mode) for method in analysis.methods]
+        row[1].set_xticks(range(len(analysis.methods)), labels, rotation=30, ha="right")
+        row[1].set(ylabel="√(E‖G − E G‖²) / ‖E G‖", title=f"CV of a mini-batch of {analysis.drawn} responses")
     return render(
         canvas,
         "methods",
@@ -197,22 +201,23 @@ def draw_tradeoff(axes: Axes, trade: Tradeoff) -> None:
     axes.plot(x, variance, ":", color=VARIANCE_COLOR, label="variance")
     axes.plot(x, error, color=ERROR_COLOR, label="error")
     low, high = np.array([e.low for e in trade.error]), np.array([e.high for e in trade.error])
-    axes.fill_between(x, low, high, where=np.isfinite(low).tolist(), color=ERROR_COLOR, alpha=0.12, linewidth=0)
+    band = np.isfinite(low) & np.isfinite(high)
+    axes.fill_between(x, low, high, where=band.tolist(), color=ERROR_COLOR, alpha=0.12, linewidth=0)
     if math.isfinite(trade.best):
         axes.axvspan(*trade.among, color="#009E73", alpha=0.12, linewidth=0)
         axes.axvline(trade.best, color="#009E73", linewidth=1.0)
-    axes.set(xlabel="α", ylabel="in units of ‖E G‖²", ylim=(min(0.0, bias.min()), 1.6 * error.max()))
+    axes.set(xlabel="α", ylabel="in units of ‖E G‖²", ylim=(np.nanmin([0.0, *bias]), 1.6 * np.nanmax(error)))
     axes.legend()
 
 
 def alpha(main: Sequence[Analysis]) -> Figure:
     """Bias, variance and error against α, for each size of the mini-batch."""
-    canvas, axes = grid(len(main), max(len(one.tradeoffs) for one in main), 4.2, 3.0)
-    for row, one in zip(axes, main, strict=True):
-        for panel, trade in zip(row, one.tradeoffs, strict=False):
+    canvas, axes = grid(len(main), max(len(analysis.tradeoffs) for analysis in main), 4.2, 3.0)
+    for row, analysis in zip(axes, main, strict=True):
+        for panel, trade in zip(row, analysis.tradeoffs, strict=False):
             draw_tradeoff(panel, trade)
-            panel.set_title(f"{title(one)}, mini-batch of {trade.responses}")
-        for panel in row[len(one.tradeoffs) :]:
+            panel.set_title(f"{title(analysis)}, mini-batch of {trade.responses}")
+        for panel in row[len(analysis.tradeoffs) :]:
             panel.set_visible(False)
     return render(
         canvas,
@@ -226,16 +231,16 @@ def alpha(main: Sequence[Analysis]) -> Figure:
 
 def thirds(main: Sequence[Analysis]) -> Figure:
     """Norms of E[g | third] and cosines between them."""
-    shown = [(one, third) for one in main for third in one.thirds]
+    shown = [(analysis, third) for analysis in main for third in analysis.thirds]
     canvas, axes = grid(len(shown), 2, 4.0, 2.7)
-    for row, (one, third) in zip(axes, shown, strict=True):
+    for row, (analysis, third) in zip(axes, shown, strict=True):
         for k in range(3):
             bar(row[0], k, third.norm[k], fmt="o", color="#0072B2")
             if not math.isfinite(third.norm[k].value):
                 row[0].text(k, 0.05, LOST, transform=row[0].get_xaxis_transform(), ha="center", color="#777777")
         labels = [f"{name}\n{length:.0f}" for name, length in zip(THIRDS, third.length, strict=True)]
         row[0].set_xticks(range(3), labels)
-        row[0].set(ylabel="‖E[g | third]‖", title=f"{title(one)}, {third.where}", xlim=(-0.5, 2.5), ylim=(0, None))
+        row[0].set(ylabel="‖E[g | third]‖", title=f"{title(analysis)}, {third.where}", xlim=(-0.5, 2.5), ylim=(0, None))
         for k, pair in enumerate(PAIRS):
             bar(row[1], k, third.cosine[pair], fmt="o", color="#0072B2", label="without noise" if k == 0 else None)
             row[1].plot([k + 0.15], [third.plain[pair]], "x", color="#D55E00", label="plain" if k == 0 else None)
@@ -261,20 +266,22 @@ def thirds(main: Sequence[Analysis]) -> Figure:
 
 def growth(main: Sequence[Analysis]) -> Figure:
     """‖E G‖ against the mean length of the prompts' responses."""
-    shown = [one for one in main if one.growth]
+    shown = [analysis for analysis in main if analysis.growth]
     canvas, axes = grid(1, len(shown), 4.6, 3.4)
-    for panel, one in zip(axes[0], shown, strict=True):
-        assert one.growth is not None
+    for panel, analysis in zip(axes[0], shown, strict=True):
+        assert analysis.growth is not None
         for k, mode in enumerate(COMPARED):
-            x = np.array(one.growth.length) * 1.02 ** (k - len(COMPARED) / 2)
+            x = np.array(analysis.growth.length) * 1.02 ** (k - len(COMPARED) / 2)
             color, marker = color_of(mode), method_of(mode).marker
-            panel.plot(x, one.growth.predicted[mode], color=color, linewidth=0.9, alpha=0.8)
-            for at, measured in zip(x, one.growth.norm[mode], strict=True):
+            panel.plot(x, analysis.growth.predicted[mode], color=color, linewidth=0.9, alpha=0.8)
+            for at, measured in zip(x, analysis.growth.norm[mode], strict=True):
                 bar(panel, at, measured, fmt=marker, color=color)
             panel.plot([], [], marker=marker, color=color, label=label_of(mode))
-        panel.set(xscale="log", yscale="log", xlabel="mean response length of the prompts, tokens", title=title(one))
+        panel.set(
+            xscale="log", yscale="log", xlabel="mean response length of the prompts, tokens", title=title(analysis)
+        )
         panel.set_ylabel("‖E G‖ over Dr. GRPO's on all prompts")
-        lines = [value for mode in COMPARED for value in one.growth.predicted[mode]]
+        lines = [value for mode in COMPARED for value in analysis.growth.predicted[mode]]
         panel.set_ylim(min(lines) / 6, max(lines) * 6)  # an interval may reach down to 0
     canvas.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(shown))
     return render(

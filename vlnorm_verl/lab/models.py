@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlnorm_verl.files import UserError
+from vlnorm_verl.files import UserError, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 MERGED = "model"
 MERGED_FROM = "merged_from.json"
 _WEIGHTS = (".safetensors", ".bin")
-_HEAD = 1 << 20  # bytes of each weights file that go into the fingerprint
 
 
 def resolve(model: str, out: Path) -> str:
@@ -74,11 +73,11 @@ def _merged(actor: Path, target: Path) -> Path:
     }
     record = target / MERGED_FROM
     if record.is_file():
-        there = json.loads(record.read_text(encoding="utf-8"))
-        if there == source:
+        merged = json.loads(record.read_text(encoding="utf-8"))
+        if merged == source:
             return target
         raise UserError(
-            f"{target} was merged from {there['checkpoint']} as it was then, not from {actor}: take another --out"
+            f"{target} was merged from {merged['checkpoint']} as it was then, not from {actor}: take another --out"
         )
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
@@ -94,7 +93,7 @@ def _merged(actor: Path, target: Path) -> Path:
         )
         if done.returncode != 0:
             raise UserError(f"MODEL {actor}: verl cannot merge this checkpoint:\n{done.stdout[-2000:]}")
-        (temporary / MERGED_FROM).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+        write_json(temporary / MERGED_FROM, source)
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -102,9 +101,7 @@ def _merged(actor: Path, target: Path) -> Path:
 
 
 def fingerprint(resolved: str) -> str:
-    """Tells weights apart: of a folder, by each weights file's name, size and first MiB; of a hub name, by its commit.
-
-    The first MiB holds entries of the first tensors, which any training step changes.
+    """Tells weights apart: of a folder, by the bytes of its weights files; of a hub name, by its commit.
 
     Raises:
         UserError: a folder without weights, or a name that the hub does not have.
@@ -116,51 +113,42 @@ def fingerprint(resolved: str) -> str:
     if not files:
         raise UserError(f"MODEL {resolved} has no weights ({' or '.join(f'*{suffix}' for suffix in _WEIGHTS)})")
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name} {file.stat().st_size} ".encode())
-        with file.open("rb") as opened:
-            digest.update(opened.read(_HEAD))
+    for path in files:
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
 def load_config(resolved: str) -> Any:
-    """transformers' configuration of the model.
-
-    Raises:
-        UserError: transformers cannot read it.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(resolved)
-    except (OSError, ValueError) as error:
-        raise UserError(f"MODEL {resolved} is not a model of transformers: {error}") from error
+    """transformers' configuration of the model; raises as `_loaded`."""
+    return _loaded("AutoConfig", resolved, "is not a model of transformers")
 
 
 def load_tokenizer(resolved: str) -> PreTrainedTokenizerBase:
-    """
-    Raises:
-        UserError: transformers cannot read it.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(resolved)
-    except (OSError, ValueError) as error:
-        raise UserError(f"MODEL {resolved} has no tokenizer that transformers reads: {error}") from error
+    """Raises as `_loaded`."""
+    tokenizer: PreTrainedTokenizerBase = _loaded("AutoTokenizer", resolved, "has no tokenizer that transformers reads")
+    return tokenizer
 
 
 def load_model(resolved: str) -> PreTrainedModel:
-    """The model in float32, in evaluation mode, on the GPU if there is one.
-
-    Raises:
-        UserError: transformers cannot load it as a causal language model.
-    """
+    """The model in float32, in evaluation mode, on the GPU if there is one; raises as `_loaded`."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    wrong = "is not a causal language model of transformers"
+    model: PreTrainedModel = _loaded("AutoModelForCausalLM", resolved, wrong, dtype=torch.float32)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _loaded(kind: str, resolved: str, wrong: str, **options: Any) -> Any:
+    """
+    Raises:
+        UserError: transformers cannot load it.
+    """
+    import transformers
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolved, dtype=torch.float32)
+        return getattr(transformers, kind).from_pretrained(resolved, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"MODEL {resolved} is not a causal language model of transformers: {error}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        raise UserError(f"MODEL {resolved} {wrong}: {error}") from error

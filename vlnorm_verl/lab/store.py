@@ -1,33 +1,33 @@
 """The lab's folder: rollouts and per-response gradients on disk, and how the analysis reads them.
 
     rollouts.jsonl            the settings of the sampling in the first line, then one prompt a line with its responses
+    rollouts.partial.jsonl    the same while it is sampled, each prompt with its number as soon as it is finished
     gradients/settings.json   what the gradients are of
     gradients/000.npy         score gradients of the first prompt's responses, float32 [n, D]; 001.npy …
     model/                    a verl checkpoint merged to a Hugging Face folder, where one was given
     vllm.log                  what vLLM printed, where it was the engine
 
-Covered: each file appears whole or not at all; a folder made with other settings is refused with what differs; one
-prompt in memory at a time (gradients are memory-mapped). Not covered: two commands that write one folder at once.
+Covered: every other file appears whole or not at all; a folder made with other settings is refused with what differs;
+gradients are memory-mapped, one prompt at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from vlnorm_verl.files import UserError
+from vlnorm_verl.files import UserError, differences, whole, write
 
 ROLLOUTS = "rollouts.jsonl"
+PARTIAL = "rollouts.partial.jsonl"
 SETTINGS = "settings.json"
-FORMAT = 1  # of both files; raise it when either changes
+FORMAT = 2  # of both files; raise it when either changes
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Group:
     paper's un-normalised gradient is g_i = A_i s_i.
 
     Args:
-        kind: "deep" (many responses) or "pool" (few, as in training).
+        kind: "slope" (many responses, for how variance grows with length) or "pool" (few, as in training).
         prompt: its text.
         lengths: int64 [n], response tokens L_i, the end-of-sequence token counted.
         rewards: float64 [n].
@@ -55,31 +55,28 @@ class Group:
     score_gradients: np.ndarray
     truncated: np.ndarray
 
+    @property
+    def mixed(self) -> bool:
+        """Whether the rewards differ. Where they do not, A is 0, or what rounding leaves of it: 0.007 for 8 of 0.1."""
+        return bool(np.ptp(self.rewards) > 0)
+
 
 @dataclass
 class Stored:
     """Everything that the lab stored about one model.
 
     Args:
-        model: as it was given to the sampling.
-        task: name of the task.
-        modules: names of the parameters.
-        sizes: number of entries of each.
-        dimension: D, columns of the score gradients.
-        parts: {part of the model: its columns}, see `gradients.parts_of`.
-        projected: whether some columns are a CountSketch of the parameters' entries.
         settings: of sampling and gradients.
+        entries: of the parameters.
+        dimension: D ≤ entries, columns of the score gradients; fewer where some are a CountSketch.
+        parts: {part of the model: its columns}, see `parameters.parts_of`.
         groups: one for each prompt.
     """
 
-    model: str
-    task: str
-    modules: list[str]
-    sizes: list[int]
+    settings: dict[str, Any]
+    entries: int
     dimension: int
     parts: dict[str, slice]
-    projected: bool
-    settings: dict[str, Any]
     groups: list[Group]
 
 
@@ -145,7 +142,10 @@ def read_rollouts(out: Path) -> Iterator[Rollouts]:
     with _open_rollouts(out) as file:
         file.readline()
         for line in file:
-            yield Rollouts(**json.loads(line))
+            rollouts = Rollouts(**json.loads(line))
+            if rollouts.kind == "deep":  # its name in format 1
+                rollouts.kind = "slope"
+            yield rollouts
 
 
 def rollouts_sha256(out: Path) -> str:
@@ -165,10 +165,36 @@ def _open_rollouts(out: Path) -> TextIO:
 
 
 def write_rollouts(out: Path, settings: Mapping[str, Any], groups: Iterable[Rollouts]) -> None:
-    """Written whole or not at all; `groups` may be a generator that is still sampling."""
-    with replaced(out / ROLLOUTS) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for line in (settings, *map(asdict, groups)):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    """The finished file, whole or not at all."""
+    with whole(out / ROLLOUTS) as temporary:
+        temporary.write_text("".join(map(_line, (settings, *map(asdict, groups)))), encoding="utf-8")
+
+
+def finished_prompts(out: Path, settings: Mapping[str, Any]) -> dict[int, Rollouts]:
+    """{number of the prompt: its rollouts}: what a call of these settings that was stopped has left. Starts the file.
+
+    Raises:
+        UserError: the call that was stopped had other settings.
+    """
+    path = out / PARTIAL
+    if not path.exists():
+        write(path, _line(settings))
+        return {}
+    *lines, torn = path.read_bytes().split(b"\n")
+    refuse_other(path, json.loads(lines[0]), settings)
+    if torn:  # the line that was being written
+        write(path, b"\n".join([*lines, b""]))
+    return {fields.pop("number"): Rollouts(**fields) for fields in map(json.loads, lines[1:])}
+
+
+def keep_prompt(out: Path, number: int, rollouts: Rollouts) -> None:
+    """Add a finished prompt to what a later call would go on from."""
+    with (out / PARTIAL).open("a", encoding="utf-8") as file:
+        file.write(_line({"number": number, **asdict(rollouts)}))
+
+
+def _line(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
 # --------------------------------------------------------------------------------------------------------- gradients
@@ -191,7 +217,7 @@ def load(out: Path, folder: str = "gradients") -> Stored:
         folder: its folder of gradients, where there are several.
 
     Raises:
-        UserError: rollouts or gradients are missing, or do not belong together.
+        UserError: rollouts or gradients are missing or do not belong together, or a reward is not finite.
     """
     sampled = read_settings(out)
     path = out / folder / SETTINGS
@@ -213,6 +239,8 @@ def load(out: Path, folder: str = "gradients") -> Stored:
         if gradients.shape != (len(rollouts.responses), dimension):
             raise UserError(f"{file} has the shape {gradients.shape}, not {(len(rollouts.responses), dimension)}")
         rewards = np.array(rollouts.rewards, dtype=np.float64)
+        if not np.isfinite(rewards).all():
+            raise UserError(f"{out / ROLLOUTS}: a reward of prompt {index} is not finite; sample again")
         groups.append(
             Group(
                 kind=rollouts.kind,
@@ -227,31 +255,12 @@ def load(out: Path, folder: str = "gradients") -> Stored:
     if missing:
         raise UserError(f"{out / folder} lacks the gradients of {missing} prompts: compute again, which goes on there")
     return Stored(
-        model=sampled["model"],
-        task=sampled["task"],
-        modules=settings["names"],
-        sizes=settings["sizes"],
+        settings={**sampled, **settings},
+        entries=sum(settings["sizes"]),
         dimension=dimension,
         parts=dict(zip(settings["parts"], map(slice, ends, ends[1:]), strict=True)),
-        projected=dimension < sum(settings["sizes"]),
-        settings={**sampled, **settings},
         groups=groups,
     )
-
-
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place if the block ends well, and is removed if not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: what a killed call left is overwritten
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def refuse_other(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -259,19 +268,7 @@ def refuse_other(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any])
     Raises:
         UserError: `path` was made with other settings than those asked for.
     """
-    # JSON turns tuples into lists: compare what would be read again.
-    plain: dict[str, Any] = json.loads(json.dumps(asked))
-    differing = [
-        f"{key}: {_shown(there, key)} there, {_shown(plain, key)} asked for"
-        for key in sorted(there.keys() | plain.keys())
-        if there.get(key) != plain.get(key)
-    ]
-    if differing:
+    if differing := differences(there, asked):
         raise UserError(
             f"{path} was made with other settings ({'; '.join(differing)}): take another --out, or delete it"
         )
-
-
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    text = json.dumps(values.get(key), ensure_ascii=False)
-    return text if len(text) <= 120 else f"{text[:117]}..."

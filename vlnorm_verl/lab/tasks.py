@@ -1,31 +1,44 @@
 """Tasks of the lab: where its prompts come from and how a response is scored.
 
-Covered: the tiny CountDown (`vlnorm_verl.tasks.tiny`, no file needed), and CountDown and Math from the parquet files
-that `vlnorm-verl data` writes. A prompt is the text of its one user message and goes to the tokenizer as it is, without
-a chat template, as in the recipes. Not covered: prompts of several messages, images, tools.
+Covered: the tiny CountDown (`vlnorm_verl.tasks.tiny`, no file needed), CountDown and Math from the parquet files that
+`vlnorm-verl data` writes, and any parquet file of verl with a reward of one's own. Not covered: images, tools, rewards
+that are coroutines or models.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import importlib
+import inspect
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlnorm_verl.files import UserError
 
-TASKS = ("tiny", "countdown", "math")
+REWARDS = {
+    "tiny": "vlnorm_verl.tasks.tiny.countdown",
+    "countdown": "vlnorm_verl.tasks.countdown",
+    "math": "vlnorm_verl.tasks.math",
+}
+TASKS = (*REWARDS, "custom")
 COLUMNS = ("data_source", "prompt", "reward_model")
+
+Messages = list[dict[str, str]]  # of a chat: role and content
 
 
 class Question(NamedTuple):
     """A prompt and what its responses are scored by."""
 
-    prompt: str
-    ground_truth: str
+    messages: Messages
+    ground_truth: Any
     data_source: str
+    extra_info: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,65 +48,96 @@ class Task:
         name: one of TASKS.
         data: verl's parquet file; None for the tiny task.
         compute_score: the task's reward, in the signature of verl's custom reward.
+        reward: of a reward of one's own, its path, name and file's checksum.
     """
 
     name: str
     data: Path | None
-    compute_score: Callable[..., dict[str, Any]]
+    compute_score: Callable[..., Any]
+    reward: dict[str, str] | None = None
 
     def questions(self, count: int, seed: int) -> list[Question]:
         """Different problems of the training set, the same for the same seed.
 
         Raises:
-            UserError: there are fewer than `count`, or a row's prompt is not one message.
+            UserError: there are fewer than `count`, or a row's prompt is not a chat of texts.
         """
         if self.data is None:
             return _tiny_questions(count, seed)
         import pyarrow.parquet as pq
 
-        table = pq.read_table(self.data, columns=list(COLUMNS))
+        table = pq.read_table(self.data)
         if table.num_rows < count:
             raise UserError(f"--data {self.data} has {table.num_rows} rows, {count} prompts are asked for")
         chosen = random.Random(f"lab-{seed}").sample(range(table.num_rows), count)
         return [_question(row, self.data) for row in table.take(chosen).to_pylist()]
 
     def score(self, question: Question, response: str) -> float:
-        """Reward of a response's text."""
+        """Reward of a response's text.
+
+        Raises:
+            UserError: the reward is not a finite number.
+        """
         result = self.compute_score(
-            data_source=question.data_source, solution_str=response, ground_truth=question.ground_truth
+            data_source=question.data_source,
+            solution_str=response,
+            ground_truth=question.ground_truth,
+            extra_info=question.extra_info,
         )
-        return float(result["score"])
+        score = result.get("score") if isinstance(result, dict) else result
+        if not isinstance(score, Real) or not math.isfinite(score):
+            raise UserError(
+                f"the reward of a response is {result!r:.200}; accepted: a finite number, or a dictionary with one as "
+                f"'score'. The response: {response!r:.200}"
+            )
+        return float(score)
 
 
-def load_task(name: str, data: Path | None = None) -> Task:
+def load_task(
+    name: str, data: Path | None = None, reward: str | None = None, reward_name: str = "compute_score"
+) -> Task:
     """
     Args:
         name: one of TASKS.
         data: verl's parquet file of the task; the tiny task takes none.
+        reward: of the task "custom" alone: file or pkg://module of its reward, as verl's reward.custom_reward_function.
+        reward_name: of the function there.
 
     Raises:
-        UserError: unknown task, or a file that is missing, unreadable or lacks columns.
+        UserError: unknown task, a file that is missing, unreadable or lacks columns, or no such reward.
     """
     if name not in TASKS:
         close = difflib.get_close_matches(name.lower(), TASKS, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UserError(f"--task {name} is not known.{hint} Accepted: {', '.join(TASKS)}")
-    if name == "tiny":
-        if data is not None:
-            raise UserError(f"--data {data}: --task tiny makes its own prompts; leave --data out")
-        from vlnorm_verl.tasks.tiny.countdown import compute_score
+    if (name == "custom") != (reward is not None):
+        raise UserError(f"--task {name}, --reward {reward}: --task custom and --reward belong together")
+    if name == "tiny" and data is not None:
+        raise UserError(f"--data {data}: --task tiny makes its own prompts; leave --data out")
+    if name != "tiny":
+        if data is None:
+            made_by = "of verl" if name == "custom" else f"that `vlnorm-verl data {name}` writes"
+            raise UserError(f"--task {name} needs --data FILE, a parquet file {made_by}")
+        _check_columns(data)
+    if reward is None:
+        return Task(name, data, importlib.import_module(REWARDS[name]).compute_score)
+    function = _own_reward(reward, reward_name)
+    source = Path(inspect.getfile(function)).read_bytes()
+    described = {"path": reward, "name": reward_name, "sha256": hashlib.sha256(source).hexdigest()}
+    return Task(name, data, function, described)
 
-        return Task(name, None, compute_score)
-    if data is None:
-        raise UserError(f"--task {name} needs --data FILE, a parquet file that `vlnorm-verl data {name}` writes")
-    _check_columns(data)
-    if name == "countdown":
-        from vlnorm_verl.tasks import countdown
 
-        return Task(name, data, countdown.compute_score)
-    from vlnorm_verl.tasks import math
+def _own_reward(path: str, name: str) -> Callable[..., Any]:
+    from verl.utils.import_utils import load_extern_object
 
-    return Task(name, data, math.compute_score)
+    try:
+        function = load_extern_object(path, name)
+    except (OSError, ImportError, RuntimeError, AttributeError) as error:
+        reason = error.__cause__ or error
+        raise UserError(f"--reward {path}, --reward-name {name}: cannot be loaded: {reason}") from error
+    if not inspect.isfunction(function):
+        raise UserError(f"--reward {path}, --reward-name {name}: {function!r:.100} is not a function")
+    return function
 
 
 def _check_columns(data: Path) -> None:
@@ -119,11 +163,17 @@ def _tiny_questions(count: int, seed: int) -> list[Question]:
         problems = distinct_problems(count, seed, "train")
     except UserError as error:
         raise UserError(f"--task tiny: {error}") from error
-    return [Question(render_prompt(problem), ground_truth(problem), DATA_SOURCE) for problem in problems]
+    return [
+        Question([{"role": "user", "content": render_prompt(problem)}], ground_truth(problem), DATA_SOURCE)
+        for problem in problems
+    ]
 
 
 def _question(row: dict[str, Any], data: Path) -> Question:
     messages = row["prompt"]
-    if not isinstance(messages, list) or len(messages) != 1 or not isinstance(messages[0].get("content"), str):
-        raise UserError(f"--data {data}: `prompt` must be one message with a text, not {messages!r:.200}")
-    return Question(messages[0]["content"], row["reward_model"]["ground_truth"], row["data_source"])
+    texts = isinstance(messages, list) and [isinstance(message.get("content"), str) for message in messages]
+    if not texts or not all(texts):
+        raise UserError(
+            f"--data {data}: `prompt` must be a chat, a list of messages with a text, not {messages!r:.200}"
+        )
+    return Question(messages, row["reward_model"]["ground_truth"], row["data_source"], row.get("extra_info"))

@@ -1,0 +1,238 @@
+"""Noise, bias and the best α on gradients whose law is known: they are found, and their intervals hold.
+
+Covered: a mean that is the same for every length and one that turns with it, noise without a signal. Rates are checked
+over repetitions with a fixed seed, with a quarter of the rounds of mini-batches: hundreds of pools are drawn here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tests.lab_laws import MU, D, M, Mean, batches_of, constant, group, holds, pool_of, rate, truth, turning
+from vlnorm_verl.lab import mini_batches
+from vlnorm_verl.lab.aggregations import COMPARED, compare, noisy_responses, tradeoff
+from vlnorm_verl.lab.gram import Responses, inner_products
+from vlnorm_verl.lab.jackknife import BLOCKS, LOST, blocks_of
+from vlnorm_verl.lab.mini_batches import REFERENCE, MiniBatches, draw_mini_batches, weights
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mini_batches, "ROUNDS", 16)
+
+
+def test_weights_are_those_of_the_product() -> None:
+    import torch
+
+    from vlnorm_verl import parse_mode
+    from vlnorm_verl.aggregation import response_weights
+    from vlnorm_verl.metrics import mini_batch_sums
+
+    lengths = np.array([3, 50, 7, 400, 9])
+    members = np.array([[True, True, False, True, False], [False, False, True, False, True]])
+    for mode in COMPARED:
+        x, z = weights(mode, lengths, members, M)
+        np.testing.assert_allclose(z, members * parse_mode(mode).summand(torch.as_tensor(lengths).double()).numpy())
+        for row, chosen in zip(x, members, strict=True):
+            L = torch.as_tensor(lengths[chosen])
+            total = mini_batch_sums(parse_mode(mode), L)[0]
+            np.testing.assert_allclose(
+                row[chosen], M * response_weights(parse_mode(mode), L, total, M).numpy(), rtol=1e-12
+            )
+            assert not row[~chosen].any()
+
+
+def test_each_round_uses_a_prompt_at_most_once() -> None:
+    members = draw_mini_batches(10, 3, seed=0)
+    assert members.shape == (3 * mini_batches.ROUNDS, 10)
+    assert (members.sum(axis=1) == 3).all()
+    for first in range(0, len(members), 3):
+        assert members[first : first + 3].sum(axis=0).max() == 1
+
+
+@pytest.mark.parametrize(("beta", "mean"), [(1.0, constant), (1.5, constant), (1.0, turning)])
+def test_methods_are_measured_at_the_stated_rate(beta: float, mean: Mean) -> None:
+    rng = np.random.default_rng(int(10 * beta) + (mean is turning))
+    true = {mode: truth(mode, beta, 0.02, mean, draws=3000) for mode in COMPARED}
+    reference, least = true[REFERENCE], true["vl_norm:1"]
+    unit = reference["centre"] @ reference["centre"]  # type: ignore[operator]
+    hits: dict[str, list[bool]] = {"noise": [], "cv": [], "scale": [], "bias": []}
+    for seed in range(24):
+        methods = compare(batches_of(pool_of(rng, beta=beta, mean=mean), seed), COMPARED, beta)
+        for method in methods:
+            t = true[method.mode]
+            per_weight = math.sqrt(t["variance"]) / t["sum_x"]
+            if method.mode != "vl_norm:1":
+                hits["noise"].append(holds(method.noise, per_weight / (math.sqrt(least["variance"]) / least["sum_x"])))
+            hits["cv"].append(holds(method.cv, math.sqrt(t["variance"] / (t["centre"] @ t["centre"]))))  # type: ignore[operator]
+            if method.mode != REFERENCE:
+                hits["scale"].append(holds(method.scale, t["centre"] @ reference["centre"] / unit))  # type: ignore[operator]
+                gap = t["centre"] - reference["centre"]
+                hits["bias"].append(holds(method.bias, gap @ gap / unit))  # type: ignore[operator]
+    # 24 independent pools; the methods of one pool are not independent, so the rates move more than 1/√n.
+    assert {name: rate(hit) > 0.85 for name, hit in hits.items()} == dict.fromkeys(hits, True), {
+        name: rate(hit) for name, hit in hits.items()
+    }
+
+
+def test_the_closed_forms_predict_what_is_measured_in_their_own_model() -> None:
+    methods = compare(batches_of(pool_of(np.random.default_rng(11), prompts=256, v=1.0)), COMPARED, 1.0)
+    by_mode = {method.mode: method for method in methods}
+    for method in methods:
+        # Σx of GRPO Norm and DAPO Norm varies with the lengths, which adds variance; V is large, so it is little.
+        assert method.noise.value == pytest.approx(method.noise_predicted, rel=0.08), method.mode
+        assert method.cv.value == pytest.approx(method.cv_predicted, rel=0.25), method.mode
+        assert method.scale.value == pytest.approx(method.sum_x, rel=0.15), method.mode
+    assert by_mode["grpo_norm"].noise.value == pytest.approx(1.0, abs=0.1)  # the CV of VL Norm with α = 1
+    assert by_mode["dapo_norm"].noise.value == pytest.approx(by_mode[REFERENCE].noise.value, rel=0.1)
+    assert by_mode[REFERENCE].noise.value > 1.3
+
+
+def test_plug_in_norms_would_fail_where_these_do_not() -> None:
+    """Hardly any signal: ‖mean‖² over the pool is mostly noise; the products of disjoint mini-batches are not."""
+    unbiased, plug_in = [], []
+    rng = np.random.default_rng(12)
+    for seed in range(30):
+        pool = pool_of(rng, prompts=32, v=2.0)
+        batches = batches_of(pool, seed)
+        unbiased.append(batches.moments[0, batches.row(REFERENCE), 2])
+        plug_in.append(pool.products.mean())
+    true = MU @ MU
+    assert abs(np.mean(unbiased) - true) < 3 * np.std(unbiased) / math.sqrt(30)
+    assert np.mean(plug_in) > true + 3 * np.std(plug_in) / math.sqrt(30)
+
+
+def test_a_signal_lost_in_noise_is_said_to_be_lost() -> None:
+    pool = pool_of(np.random.default_rng(17), prompts=16, v=50.0, mean=lambda L: np.zeros((len(L), D)))
+    batches = batches_of(pool)
+    methods = compare(batches, COMPARED, 1.0)
+    assert any(method.cv.note == LOST for method in methods)
+    for method in methods:
+        assert math.isnan(method.cv.value) == (method.cv.note == LOST)
+        assert np.isfinite(method.noise.value)  # needs no signal
+
+
+def test_a_mean_of_rounding_size_is_lost_in_noise() -> None:
+    """Not a variance of 95,314,870 in units of ‖E G‖²."""
+    pool = pool_of(np.random.default_rng(17), prompts=16)
+    same = pool.prompts[:, None] == pool.prompts
+    pool = Responses(pool.prompts, pool.lengths, np.where(same, pool.products, 1e-10))
+    for method in compare(batches_of(pool), COMPARED, 1.0):
+        assert (method.cv.note, method.variance.note, method.bias.note) == (LOST, LOST, LOST)
+
+
+def test_without_a_signal_no_alpha_is_best_at_the_stated_rate() -> None:
+    rng = np.random.default_rng(18)
+    answered, cosines = [], []
+    for seed in range(40):
+        batches = batches_of(pool_of(rng, prompts=16, v=1.0, mean=lambda L: np.zeros((len(L), D))), seed, alphas=True)
+        answered.append(math.isfinite(tradeoff(batches, 64).best))
+        cosines.append(next(m for m in compare(batches, COMPARED, 1.0) if m.mode == REFERENCE).cosine)
+    assert rate(answered) <= 0.15  # 2.5% by the interval's upper end alone
+    assert all(cosine.note == LOST or cosine.value == pytest.approx(1.0) for cosine in cosines)
+    assert any(cosine.note == LOST for cosine in cosines)
+
+
+def test_the_jackknife_has_the_spread_of_pools() -> None:
+    """Neither too small nor, by the noise of the mini-batches that were drawn, too large."""
+    rng = np.random.default_rng(19)
+    values, halves = [], []
+    for seed in range(60):
+        batches = batches_of(pool_of(rng, prompts=64, v=0.3), seed)
+        row = batches.row(REFERENCE)
+        for statistic in (
+            lambda m: np.array([m[row, 1] - m[row, 2]]),  # noqa: B023
+            lambda m: np.array([m[row, 2]]),  # noqa: B023
+        ):
+            estimate = batches.estimate(statistic)[0]
+            values.append(estimate.value)
+            halves.append((estimate.high - estimate.low) / 2)
+    from scipy.stats import t
+
+    for of in (slice(0, None, 2), slice(1, None, 2)):
+        spread = np.std(values[of], ddof=1)
+        assert 0.8 < np.mean(halves[of]) / t.ppf(0.975, BLOCKS - 1) / spread < 1.25
+
+
+def test_a_replicate_is_the_mini_batch_without_the_block() -> None:
+    rng = np.random.default_rng(20)
+    pool = pool_of(rng, prompts=12)
+    batches = MiniBatches(pool, COMPARED, 3, M, 0)
+    block = blocks_of(12)[pool.prompts]
+    for k, mode in enumerate(COMPARED):
+        for left_out in (0, 7):
+            keep = block != left_out
+            x, _ = weights(mode, pool.lengths, batches.members[:, pool.prompts] & keep, M)
+            x0, _ = weights(REFERENCE, pool.lengths, batches.members[:, pool.prompts] & keep, M)
+            own, cross = x @ pool.products @ x.T, x0 @ pool.products @ x.T
+            rounds = np.arange(len(x)) // 4  # 12 prompts in mini-batches of 3
+            pairs = (rounds[:, None] == rounds) & ~np.eye(len(x), dtype=bool)
+            expected = [x.sum(axis=1).mean(), np.diag(own).mean(), own[pairs].mean(), cross[pairs].mean()]
+            np.testing.assert_allclose(batches.moments[1 + left_out, k], expected, rtol=1e-9)
+
+
+def test_too_large_mini_batches_are_refused() -> None:
+    pool = pool_of(np.random.default_rng(14), prompts=8)
+    with pytest.raises(ValueError, match="mini-batches of 5 prompts from 8: accepted are 1 to 4"):
+        MiniBatches(pool, COMPARED, 5, M, 0)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 1.5])
+def test_without_bias_the_best_alpha_is_beta(beta: float) -> None:
+    found = []
+    rng = np.random.default_rng(int(100 * beta))
+    for seed in range(12):
+        best = tradeoff(batches_of(pool_of(rng, beta=beta, v=0.1), seed, alphas=True), 48)
+        found.append(best.best)
+        assert best.among[0] <= best.best <= best.among[1]
+    assert abs(np.mean(found) - beta) < 0.25
+
+
+def test_bias_grows_with_alpha_and_large_mini_batches_want_a_smaller_one() -> None:
+    pool = pool_of(np.random.default_rng(21), prompts=192, mean=turning, v=0.3)
+    batches = batches_of(pool, alphas=True)
+    small, large = tradeoff(batches, 64), tradeoff(batches, 64 * 40)
+    assert small.bias[0].value == pytest.approx(0.0, abs=1e-12)  # α = 0 is the reference
+    assert small.bias[-1].value > small.bias[4].value > 0
+    assert large.best < small.best
+    assert large.variance[3].value == pytest.approx(small.variance[3].value / 40)
+    assert large.alignment[0].value > small.alignment[0].value
+    assert small.scale[0].value == pytest.approx(1.0)
+    assert small.cosine[16].value < small.cosine[4].value < 1.02
+    assert max(estimate.value for estimate in large.alignment) <= 1.05
+
+
+def test_alphas_that_the_data_do_not_tell_apart_at_the_stated_rate() -> None:
+    """β = 1 and no bias: α = 1 is the best there is, so it must be among the α that are kept."""
+    rng = np.random.default_rng(31)
+    kept = []
+    for seed in range(30):
+        answer = tradeoff(batches_of(pool_of(rng, prompts=32, v=0.3), seed, alphas=True), 32)
+        kept.append(answer.among[0] <= 1.0 <= answer.among[1])
+    assert rate(kept) >= 0.85
+
+
+# ------------------------------------------------------------------------------------------- single responses' noise
+
+
+def test_a_rare_short_failure_that_carries_the_noise_is_named() -> None:
+    groups = [group(np.random.default_rng(40 + prompt), "pool", 8) for prompt in range(16)]
+    failure = groups[5]
+    failure.lengths[2], failure.rewards[2] = 2, -1.0
+    failure.score_gradients[2] *= 10
+    batches = batches_of(inner_products(groups))
+    named = noisy_responses(batches, COMPARED, {3 + index: of_prompt for index, of_prompt in enumerate(groups)})
+    shares = {response.mode: response.share for response in named if (response.prompt, response.response) == (8, 2)}
+    g = np.concatenate([of_prompt.score_gradients for of_prompt in groups]).astype(np.float64)
+    noise = (batches.x["vl_norm:1"] ** 2).sum(axis=0) * ((g - g.mean(axis=0)) ** 2).sum(axis=1)
+    assert shares["vl_norm:1"] == pytest.approx(noise[5 * 8 + 2] / noise.sum())
+    assert shares["vl_norm:1"] > shares["vl_norm:0.5"] > shares.get("dapo_norm", 0.0)
+    assert {(response.length, response.reward) for response in named if response.prompt == 8} == {(2, -1.0)}
+
+
+def test_no_response_is_named_where_all_are_alike() -> None:
+    groups = [group(np.random.default_rng(prompt), "pool", 8) for prompt in range(32)]
+    assert noisy_responses(batches_of(inner_products(groups)), COMPARED, dict(enumerate(groups))) == []

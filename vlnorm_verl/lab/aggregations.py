@@ -1,0 +1,225 @@
+"""The aggregations on mini-batches of the pool: noise and bias, predicted and measured; which α has the least error.
+
+The paper's Figures 1 and 5 and Table 1. Intervals are a jackknife that leaves out a block of prompts at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlnorm_verl.lab.gram import Floats, relative, root, squared_distances
+from vlnorm_verl.lab.mini_batches import CROSS, REFERENCE, SQUARE, SQUARED_MEAN, SUM_X, MiniBatches
+from vlnorm_verl.lab.store import Group
+from vlnorm_verl.report.estimates import Estimate
+
+ALPHAS = tuple(round(0.125 * step, 3) for step in range(17))  # 0 to 2, the range that the plugin accepts
+LEAST_VARIANCE = "vl_norm:1"
+COMPARED = ("grpo_norm", "dapo_norm", REFERENCE, "vl_norm:0.5", "vl_norm:0.75", LEAST_VARIANCE)
+LARGE_SHARE = 0.1  # of an aggregation's noise: a response that has more is named
+
+
+def mode_of(alpha: float) -> str:
+    return f"vl_norm:{alpha:g}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One aggregation on mini-batches of the pool, predicted and measured.
+
+    sum_x: E Σ M x_i. By the model this is also the length of E G in units of Dr. GRPO's: compare `scale`.
+    scale: component of E G along Dr. GRPO's E G, in units of its length, measured.
+    cosine: between E G and Dr. GRPO's E G; 1 by the model.
+    noise, noise_predicted, noise_by_beta: standard deviation of G for a given sum of weights, over that of VL Norm with
+        α = 1: measured; by the closed forms (variance ∝ L); by variance ∝ L^β with the measured β.
+    cv, cv_predicted: coefficient of variation of G, √(E‖G − E G‖²)/‖E G‖.
+    variance: E‖G − E G‖² in units of ‖E G(Dr. GRPO)‖².
+    bias: ‖E G − E G(Dr. GRPO)‖² in the same units, without the noise's share, so it can be negative; by the model it is
+        (sum_x − 1)².
+    """
+
+    mode: str
+    sum_x: float
+    scale: Estimate
+    cosine: Estimate
+    noise: Estimate
+    noise_predicted: float
+    noise_by_beta: float
+    cv: Estimate
+    cv_predicted: float
+    variance: Estimate
+    bias: Estimate
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The statistics of some aggregations' mini-batches, each a function of `MiniBatches.moments` [modes, 4].
+
+    rows: of the aggregations. reference: row of Dr. GRPO Norm. shrink: of the variance, for another mini-batch size.
+    """
+
+    rows: list[int]
+    reference: int
+    shrink: float = 1.0
+
+    def unit(self, m: Floats) -> float:
+        """‖E G(Dr. GRPO)‖²."""
+        return float(m[self.reference, SQUARED_MEAN])
+
+    def variance(self, m: Floats) -> Floats:
+        return np.asarray((m[self.rows, SQUARE] - m[self.rows, SQUARED_MEAN]) * self.shrink)
+
+    def bias(self, m: Floats) -> Floats:
+        return np.asarray(m[self.rows, SQUARED_MEAN] - 2 * m[self.rows, CROSS] + m[self.reference, SQUARED_MEAN])
+
+    def error(self, m: Floats) -> Floats:
+        return self.bias(m) + self.variance(m)
+
+    def scale(self, m: Floats) -> Floats:
+        return relative(m[self.rows, CROSS], self.unit(m))
+
+    def cosine(self, m: Floats) -> Floats:
+        return np.asarray(
+            m[self.rows, CROSS] / (root(m[self.rows, SQUARED_MEAN]) * root(m[self.reference, SQUARED_MEAN]))
+        )
+
+    def alignment(self, m: Floats) -> Floats:
+        return np.asarray(
+            m[self.rows, CROSS]
+            / (root(m[self.rows, SQUARED_MEAN] + self.variance(m)) * root(m[self.reference, SQUARED_MEAN]))
+        )
+
+
+def compare(batches: MiniBatches, modes: Sequence[str], beta: float) -> list[Comparison]:
+    """The table of methods. `beta`: measured exponent of the variance, NaN if there is none."""
+    statistics = Statistics([batches.row(mode) for mode in modes], batches.row(REFERENCE))
+    least = Statistics([batches.row(LEAST_VARIANCE)], statistics.reference)
+
+    def noise(m: Floats) -> Floats:
+        per_weight, of_least = (root(each.variance(m)) / m[each.rows, SUM_X] for each in (statistics, least))
+        return np.asarray(per_weight / of_least)
+
+    scale = batches.estimate(statistics.scale)
+    cosine = batches.estimate(statistics.cosine)
+    noises = batches.estimate(noise, log=True)
+    cv = batches.estimate(lambda m: root(statistics.variance(m)) / root(m[statistics.rows, SQUARED_MEAN]), log=True)
+    biases = batches.estimate(lambda m: relative(statistics.bias(m), statistics.unit(m)))
+    variances = batches.estimate(lambda m: relative(statistics.variance(m), statistics.unit(m)), log=True)
+    mean_square = statistics.unit(batches.moments[0])  # ‖μ‖²
+    per_token = (np.diag(batches.pool.products).mean() - mean_square) / batches.pool.lengths.mean()  # V
+    predicted = {mode: batches.predicted_noise(mode, 1.0) for mode in (*modes, LEAST_VARIANCE)}
+    by_beta = {mode: batches.predicted_noise(mode, beta) for mode in (*modes, LEAST_VARIANCE)}
+    return [
+        Comparison(
+            mode=mode,
+            sum_x=float(batches.x[mode].sum(axis=1).mean()),
+            scale=scale[k],
+            cosine=cosine[k],
+            noise=noises[k],
+            noise_predicted=predicted[mode] / predicted[LEAST_VARIANCE],
+            noise_by_beta=by_beta[mode] / by_beta[LEAST_VARIANCE],
+            cv=cv[k],
+            cv_predicted=math.sqrt(per_token / mean_square) * predicted[mode] if mean_square > 0 else math.nan,
+            variance=variances[k],
+            bias=biases[k],
+        )
+        for k, mode in enumerate(modes)
+    ]
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """Bias, variance and mean squared error of VL Norm(α) about Dr. GRPO's E G, in units of ‖E G(Dr. GRPO)‖².
+
+    alphas [K]. bias, scale, cosine: as in `Comparison`, of the mini-batches drawn: VL Norm normalises within each, so
+    the part of the bias that is between prompts grows with the mini-batch, a little. variance, error: of a mini-batch
+    of `responses` responses, the variance scaled from those drawn as 1/size. best: the α of least error; NaN
+    where ‖E G(Dr. GRPO)‖² is not above 0 by its interval. among: the least and largest α whose error the data do not
+    tell from the best one's. alignment: E G·E G(Dr. GRPO) / √(E‖G‖² ‖E G(Dr. GRPO)‖²), which no factor common to all
+    updates changes; 1 is an update without noise. best_aligned: the α of the largest.
+    """
+
+    responses: int
+    alphas: Sequence[float]
+    bias: list[Estimate]
+    scale: list[Estimate]
+    cosine: list[Estimate]
+    variance: list[Estimate]
+    error: list[Estimate]
+    alignment: list[Estimate]
+    best: float
+    among: tuple[float, float]
+    best_aligned: float
+
+
+def tradeoff(batches: MiniBatches, responses_of_batch: int) -> Tradeoff:
+    """Mean squared error against α.
+
+    Args:
+        batches: with the modes `vl_norm:α` of all `ALPHAS`.
+        responses_of_batch: responses of the optimizer mini-batch that the answer is for.
+    """
+    rows = [batches.row(mode_of(alpha)) for alpha in ALPHAS]
+    statistics = Statistics(rows, batches.row(REFERENCE), shrink=batches.responses / responses_of_batch)
+    best = int(np.argmin(statistics.error(batches.moments[0])))
+    # Differences in their own unit: the reference's norm, common to all, is the noisiest number here.
+    behind = batches.estimate(lambda m: statistics.error(m) - statistics.error(m)[best])
+    alike = [alpha for alpha, gap in zip(ALPHAS, behind, strict=True) if alpha == ALPHAS[best] or not gap.low > 0]
+    known = batches.estimate(lambda m: m[[statistics.reference], SQUARED_MEAN])[0].low > 0
+    aligned = batches.estimate(statistics.alignment)
+    alignments = np.nan_to_num([estimate.value for estimate in aligned], nan=-np.inf)
+    return Tradeoff(
+        responses=responses_of_batch,
+        alphas=ALPHAS,
+        bias=batches.estimate(lambda m: relative(statistics.bias(m), statistics.unit(m))),
+        scale=batches.estimate(statistics.scale),
+        cosine=batches.estimate(statistics.cosine),
+        variance=batches.estimate(lambda m: relative(statistics.variance(m), statistics.unit(m)), log=True),
+        error=batches.estimate(lambda m: relative(statistics.error(m), statistics.unit(m)), log=True),
+        alignment=aligned,
+        best=ALPHAS[best] if known else math.nan,
+        among=(min(alike), max(alike)) if known else (math.nan, math.nan),
+        best_aligned=ALPHAS[int(np.argmax(alignments))] if known else math.nan,
+    )
+
+
+@dataclass(frozen=True)
+class NoisyResponse:
+    """A single response that has more than LARGE_SHARE of an aggregation's noise.
+
+    An interval knows the responses that were sampled: how often one like this occurs, it does not know.
+
+    prompt: number of its prompt, as its gradients' file. response: its row there. share: of Σ x_i² ‖g_i − mean g‖².
+    """
+
+    mode: str
+    prompt: int
+    response: int
+    length: int
+    reward: float
+    share: float
+
+
+def noisy_responses(batches: MiniBatches, modes: Sequence[str], pool: dict[int, Group]) -> list[NoisyResponse]:
+    """Those of the pool, largest share first within each aggregation.
+
+    Args:
+        batches: drawn from the pool's responses, in the pool's order.
+        pool: {number of the prompt: its group}.
+    """
+    at = [(prompt, response) for prompt, group in pool.items() for response in range(len(group.lengths))]
+    named = []
+    for mode in modes:
+        noise = (batches.x[mode] ** 2).mean(axis=0) * squared_distances(batches.pool.products)
+        if not noise.sum() > 0:
+            continue
+        shares = noise / noise.sum()
+        for index in np.argsort(-shares, kind="stable")[: int((shares > LARGE_SHARE).sum())]:
+            prompt, response = at[index]
+            group = pool[prompt]
+            length, reward = int(group.lengths[response]), float(group.rewards[response])
+            named.append(NoisyResponse(mode, prompt, response, length, reward, float(shares[index])))
+    return named

@@ -1,0 +1,116 @@
+"""From stored gradients to tables, figures, a page and sentences: `vlnorm-verl lab report`.
+
+    lab.html                  everything on one page, without a network
+    tables/, figures/         Markdown, CSV, JSON, LaTeX; PNG and SVG
+
+Covered: several models (checkpoints of one run) and several choices of parameters side by side. The tables are on the
+disk before anything is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from vlnorm_verl.files import UserError
+from vlnorm_verl.lab import store
+from vlnorm_verl.lab.analysis import Analysis, analyse, of_most_parameters
+from vlnorm_verl.lab.figures import figures
+from vlnorm_verl.lab.tables import tables
+from vlnorm_verl.lab.verdict import described, verdict
+from vlnorm_verl.report.page import write_page
+from vlnorm_verl.report.style import Figure, write_figures
+from vlnorm_verl.report.table import Table
+from vlnorm_verl.report.writers import print_table, write_tables
+
+GRADIENTS = "gradients"  # the folder in a lab's folder that has one folder for each choice of parameters
+
+# Names of tables and beginnings of names of figures by the page's headings.
+SECTIONS = {
+    "In short": ("overview", "summary"),
+    "How variance grows with length": ("slopes", "deviations"),
+    "Aggregations: noise and bias, predicted and measured": ("methods", "noisy_responses"),
+    "Which α": ("alpha",),
+    "What “unbiased” assumes": ("thirds",),
+    "The mean gradient as lengths grow": ("growth",),
+}
+
+
+def build(folders: Sequence[str], out: Path, mini_batch: int, seed: int) -> None:
+    """Analyse the folders of `vlnorm-verl lab run`, and write and print what was found.
+
+    Args:
+        folders: paths, or NAME=PATH to show a folder by another name than its own.
+        out: where to write.
+        mini_batch: responses of the optimizer mini-batch for which an α is wanted.
+        seed: of the mini-batches that are drawn and of the bootstrap.
+
+    Raises:
+        UserError: a folder without gradients, two of one name, or too few responses to say anything.
+    """
+    console = Console()
+    analyses = []
+    with console.status("inner products and resampling …") as status:
+        for name, folder in named(folders).items():
+            for choice in choices(folder):
+                gradients = f"{GRADIENTS}/{choice}"
+                if missing := store.missing_gradients(folder, gradients):
+                    console.print(f"{name}: {choice} left out, {missing} prompts have no gradients yet", markup=False)
+                    continue
+                status.update(f"{name}: gradients of {choice} …")
+                analyses.append(analyse(store.load(folder, gradients), name, choice, mini_batch, seed))
+    if not analyses:
+        raise UserError("no complete gradients; `vlnorm-verl lab run` goes on where it stopped")
+    write(analyses, out, console)
+
+
+def write(analyses: Sequence[Analysis], out: Path, console: Console) -> None:
+    """Tables first, then figures, then the page; prints the summary and the verdicts."""
+    made = tables(analyses)
+    verdicts = [verdict(analysis) for analysis in of_most_parameters(analyses)]
+    write_tables(made, out / "tables")
+    print_table(made[0], console)
+    for text in verdicts:
+        console.print(text, markup=False, highlight=False)
+    drawn = figures(analyses)
+    write_figures(drawn, out / "figures")
+    parts: list[Table | Figure | str] = []
+    for heading, names in SECTIONS.items():
+        inside: list[Table | Figure | str] = [
+            *(figure for figure in drawn if figure.name.startswith(names)),
+            *(table for table in made if table.name in names),
+        ]
+        parts += [heading, *inside] if inside else []
+    write_page(out / "lab.html", "The gradient lab", [*verdicts, *map(described, analyses)], parts)
+    console.print(f"{out / 'lab.html'}", markup=False, highlight=False)
+
+
+def named(folders: Sequence[str]) -> dict[str, Path]:
+    """{name: folder}.
+
+    Raises:
+        UserError: a folder that is not there, or a name that stands for two.
+    """
+    result: dict[str, Path] = {}
+    for text in folders:
+        name, equals, path = text.partition("=")
+        folder = Path(path if equals else text)
+        name = name if equals else folder.name
+        if not (folder / store.ROLLOUTS).exists():
+            raise UserError(f"{folder} is no folder of `vlnorm-verl lab run`: it has no {store.ROLLOUTS}")
+        if name in result:
+            raise UserError(
+                f"{name!r} names both {result[name]} and {folder}: give one another name with NAME={folder}"
+            )
+        result[name] = folder
+    return result
+
+
+def choices(folder: Path) -> list[str]:
+    """The choices of parameters whose gradients are in a lab's folder."""
+    folders = sorted(path.parent.name for path in (folder / GRADIENTS).glob(f"*/{store.SETTINGS}"))
+    if not folders:
+        raise UserError(f"{folder} has no gradients; `vlnorm-verl lab run` computes them, and goes on where it stopped")
+    return folders

@@ -1,0 +1,134 @@
+"""The engines that sample: which one, what it is asked for, transformers' `generate`; vLLM is in vllm_engine.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import zlib
+from collections.abc import Generator, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vlnorm_verl.files import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ENGINES = ("auto", "vllm", "transformers")
+SMALL = 10_000_000  # parameters; below it vLLM's start takes longer than all of transformers' sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an engine is asked for.
+
+    Args:
+        prompts: {number of the prompt: its tokens}.
+        counts: {number of the prompt: responses wanted}.
+        seed, temperature, max_response_length: see `sample`.
+        ends: tokens that end a response.
+    """
+
+    prompts: dict[int, list[int]]
+    counts: dict[int, int]
+    seed: int
+    temperature: float
+    max_response_length: int
+    ends: Set[int]
+
+
+# Number of a prompt, and the tokens of its responses, the end token included.
+Sampled = Generator[tuple[int, list[list[int]]], None, None]
+
+
+def end_tokens(resolved: str, eos_token_id: int | None) -> set[int]:
+    """Tokens that end a response: the tokenizer's and those of the model's generation settings, as in vLLM.
+
+    Raises:
+        UserError: there is none, so that no response would ever end.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        configured = GenerationConfig.from_pretrained(resolved).eos_token_id
+    except OSError:  # a model need not have the file
+        configured = None
+    candidates = [eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    ends = {token for token in candidates if token is not None}
+    if not ends:
+        raise UserError(f"MODEL {resolved} has no end-of-sequence token in its tokenizer or generation_config.json")
+    return ends
+
+
+def has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+def choose_engine(config: Any) -> str:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        size = AutoModelForCausalLM.from_config(config).num_parameters()
+    if not has_vllm():
+        engine, reason = "transformers", "vLLM is not installed"
+    elif size < SMALL:
+        engine, reason = "transformers", f"{size:,} parameters: vLLM's start would take longer"
+    else:
+        engine, reason = "vllm", f"{size:,} parameters"
+    print(f"engine: {engine} ({reason})")
+    return engine
+
+
+def with_transformers(
+    model: PreTrainedModel, request: Request, batch_size: int, finished: Set[int] = frozenset()
+) -> Sampled:
+    """Responses to one prompt after the other, sampled in batches that may span prompts.
+
+    Each batch has a seed of its own, so that one that is sampled in a later call has the same responses.
+
+    Args:
+        model: in evaluation mode.
+        batch_size: responses at a time.
+        finished: numbers of prompts that need no responses any more.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    pad = min(request.ends)
+    # The model's own settings (top_k, a repetition penalty …) would fill in whatever is not given to generate.
+    model.generation_config = GenerationConfig(eos_token_id=sorted(request.ends), pad_token_id=pad)
+    numbers = [number for number, count in request.counts.items() for _ in range(count)]
+    responses: dict[int, list[list[int]]] = {number: [] for number in request.counts if number not in finished}
+    for start in range(0, len(numbers), batch_size):
+        batch = numbers[start : start + batch_size]
+        if responses.keys().isdisjoint(batch):
+            continue
+        rows = [request.prompts[number] for number in batch]
+        width = max(map(len, rows))
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        torch.manual_seed(zlib.crc32(f"{request.seed} {start}".encode()))  # 32 bits are all that the CPU's takes
+        with torch.no_grad():
+            generated = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=True,
+                temperature=request.temperature,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=request.max_response_length,
+            )
+        for number, tokens in zip(batch, generated[:, width:].tolist(), strict=True):
+            if number in responses:
+                responses[number].append(_until_end(tokens, request.ends))
+        for number in dict.fromkeys(batch):
+            if len(responses.get(number, ())) == request.counts[number]:
+                yield number, responses.pop(number)
+
+
+def _until_end(tokens: list[int], ends: Set[int]) -> list[int]:
+    """The response with its end token, without the padding after it."""
+    for position, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: position + 1]
+    return tokens

@@ -1,0 +1,66 @@
+"""95% intervals of the lab: a jackknife over blocks, t over prompts, percentiles of a bootstrap.
+
+An unbiased estimate of a squared norm can be negative. Where one that is divided by is, in the estimate or in a
+replicate of the jackknife, the result is NaN with a note.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from vlnorm_verl.lab.gram import Bools, Floats, Ints
+from vlnorm_verl.report.estimates import Estimate, t_quantile
+
+BLOCKS = 16  # of prompts (or responses)
+LOST = "lost in noise"
+
+
+def blocks_of(count: int) -> Ints:
+    """A block for each of `count` prompts, at most BLOCKS of them and of nearly equal size."""
+    return np.arange(count) % min(BLOCKS, count)
+
+
+def kept(blocks: Ints) -> Bools:
+    """What is kept, bool [1 + blocks, units]: everything first, then all but one block."""
+    return np.concatenate([np.ones((1, len(blocks)), dtype=bool), np.unique(blocks)[:, None] != blocks])
+
+
+def jackknife(values: Floats, log: bool = False) -> list[Estimate]:
+    """Estimates with t intervals.
+
+    Args:
+        values: a vector of statistics for each row of `kept`, [1 + blocks, K]; NaN for what cannot be said.
+        log: whether the interval is made for the logarithm (of ratios and norms). A value ≤ 0 then has none.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scaled = np.log(values) if log else values
+        count = len(values) - 1
+        spread = scaled[1:] - scaled[1:].mean(axis=0)
+        half = t_quantile(count - 1) * np.sqrt((count - 1) / count * (spread**2).sum(axis=0))
+    results = []
+    for value, middle, width in zip(values[0], scaled[0], half, strict=True):
+        if not np.isfinite(middle) or not np.isfinite(width):
+            results.append(Estimate(math.nan, note=LOST))
+            continue
+        low, high = float(middle - width), float(middle + width)
+        results.append(Estimate(float(value), *((math.exp(low), math.exp(high)) if log else (low, high))))
+    return results
+
+
+def mean_over_prompts(values: Floats) -> Estimate:
+    """Mean of one number a prompt with its t interval; numbers that are not finite are left out."""
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return Estimate(float(values.mean()) if len(values) else math.nan, note="one prompt")
+    half = t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
+
+
+def percentiles(values: Floats) -> Estimate:
+    """The first value, with the percentile interval of the others, which are its bootstrap."""
+    others = values[1:][np.isfinite(values[1:])]
+    if not np.isfinite(values[0]) or len(others) < 0.9 * (len(values) - 1):
+        return Estimate(float(values[0]), note="too few responses")
+    return Estimate(float(values[0]), float(np.quantile(others, 0.025)), float(np.quantile(others, 0.975)))
