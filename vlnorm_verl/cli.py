@@ -1,12 +1,16 @@
-"""The command line `vlnorm-verl`. Each command is a thin layer over the module of its name."""
+"""The command line `vlnorm-verl`. Each command is a thin layer over the module of its name.
+
+What a command raises as UserError is printed here, without a traceback, and the exit code is 2.
+"""
 
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from vlnorm_verl import __version__
 from vlnorm_verl.files import UserError
@@ -14,7 +18,20 @@ from vlnorm_verl.lab.cli import lab_app
 from vlnorm_verl.report.cli import report
 from vlnorm_verl.tasks.cli import data_app
 
+
+class Commands(typer.core.TyperGroup):
+    """All commands, those of sub-groups too."""
+
+    def invoke(self, context: Any) -> Any:
+        try:
+            return super().invoke(context)
+        except UserError as error:
+            typer.secho(str(error), fg="red", err=True)
+            raise typer.Exit(2) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     help="VL Norm (arXiv 2509.07558, ΔL Normalization) for stock verl.",
     no_args_is_help=True,
     add_completion=False,
@@ -75,32 +92,6 @@ def doctor(
     raise typer.Exit(0 if examine(ask_ray=ray) else 1)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
-def quickstart(
-    context: typer.Context,
-    mode: Annotated[str, typer.Option(help="Loss aggregation: vl_norm, vl_norm:0.75, token-mean …")] = "vl_norm",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 16 prompts x 8 responses.")] = 60,
-    seed: Annotated[int, typer.Option(help="Seed of data order, sampling and optimizer.")] = 0,
-    ranks: Annotated[int, typer.Option(min=1, help="Data-parallel FSDP ranks, each with a vLLM of its own.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder of the run: log, metrics, checkpoint, table and figure.")] = Path(
-        "runs/quickstart"
-    ),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
-) -> None:
-    """Train the tiny CountDown model with verl on this machine's CPU, and show that it learns.
-
-    Runs verl's own trainer (verl.trainer.main_ppo) with Ray, an FSDP2 actor and vLLM rollouts. Anything after `--`
-    is passed to verl as Hydra overrides, for instance
-
-        vlnorm-verl quickstart --steps 20 -- actor_rollout_ref.actor.optim.lr=3e-4
-    """
-    from vlnorm_verl.runs.quickstart import Settings, run
-
-    raise typer.Exit(
-        run(Settings(mode=mode, steps=steps, seed=seed, ranks=ranks, out=out, resume=resume, overrides=context.args))
-    )
-
-
 On = Annotated[str, typer.Option(help="slurm: submit with sbatch. kubernetes: print a RayJob manifest.")]
 
 
@@ -116,15 +107,19 @@ def launch(
         str, typer.Option(help="Beside console and file: wandb,tensorboard,trackio,swanlab,mlflow.")
     ] = "",
     on: On = "",
+    report: Annotated[
+        bool, typer.Option("--report", help="Once it is finished: vlnorm-verl report, into its folder.")
+    ] = False,
     python: Annotated[bool, typer.Option("--python", help="Print the Python that this run takes; stop.")] = False,
 ) -> None:
     """Run one experiment of the paper on verl (what recipes/*.sh call).
 
     Choices:
 
-        family=aggregation|dapo   task=countdown|math   model=3b|7b   length=3072|8192   scale=gpu|cpu
+        family=aggregation|dapo|quickstart   task=countdown|math   length=3072|8192
+        model=3b|7b|tiny                              (tiny: on this machine's CPU, responses of 128|256 tokens)
         attention=flash|sdpa                                              (sdpa: without the package flash-attn; slower)
-        method=grpo_norm|dapo_norm|dr_grpo_norm|dr_grpo|vl_norm           (family=aggregation)
+        method=grpo_norm|dapo_norm|dr_grpo_norm|dr_grpo|vl_norm           (family=aggregation, quickstart)
         method=dapo|overlong_filtering|soft_punishment|vl_norm            (family=dapo, length=3072)
 
     Any other key=value is a Hydra override of verl's configuration, for instance
@@ -137,7 +132,8 @@ def launch(
     from vlnorm_verl.runs.launch import Request
     from vlnorm_verl.runs.launch import launch as run
 
-    request = Request(recipes, list(overrides or []), dry_run, smoke, [n for n in logger.split(",") if n], on, python)
+    loggers = [name for name in logger.split(",") if name]
+    request = Request(recipes, list(overrides or []), dry_run, smoke, loggers, on, python, report)
     _in_its_environment(lambda: run(request))
 
 
@@ -160,20 +156,17 @@ def reproduce(
     Sets: countdown (table2), math (table3), alpha (table4), dapo (table5), fig2, fig3, each, all.
 
     A run that is finished is skipped, one that was begun goes on, one that fails does not end the rest. key=value goes
-    to every run, over the manifest's own: trainer.n_gpus_per_node=4, scale=cpu, or model=3b for that model's runs only.
+    to every run, over the manifest's own: trainer.n_gpus_per_node=4, model=tiny, or model=3b for its runs only.
 
     Exit code 0 if no run failed (--dry-run: if all are valid), 1 if one did, 2 for a wrong request, 130 after Ctrl-C.
     """
+    from vlnorm_verl.runs import provenance
     from vlnorm_verl.runs import reproduce as module
 
     if values:
-        print(module.values_table(recipes / "config"))
+        print(provenance.values_table(recipes / "config"))
         raise typer.Exit()
     names = [word for word in what or [] if "=" not in word] + (["all"] if all_sets else [])
     overrides = [word for word in what or [] if "=" in word]
-    try:
-        numbers = module.parse_seeds(seeds)
-    except UserError as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(2) from None
+    numbers = module.parse_seeds(seeds)
     _in_its_environment(lambda: module.reproduce(recipes, names, overrides, numbers, list_sets, status, dry_run, on))

@@ -16,6 +16,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -32,6 +33,12 @@ FIRST_DRIVER = {12: "525.60", 13: "580.65"}
 SHARED_MEMORY_GB = 10  # verl's own containers have it; a container's default is 0.064
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weights, Adam's moments
 PARAMETERS = {"3b": 3.09e9, "7b": 7.62e9}  # Qwen2.5
+
+# What a logger needs where verl's driver runs: a key, or another mode than online, or a file of `wandb login` and such.
+LOGINS = {
+    "wandb": ("WANDB_API_KEY", "WANDB_MODE", ("offline", "disabled"), "~/.netrc"),
+    "swanlab": ("SWANLAB_API_KEY", "SWANLAB_MODE", ("local", "offline", "disabled"), "~/.swanlab/.netrc"),
+}
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ def require_environment(on_cpu: bool, project: Path) -> Environment:
             raise Elsewhere(there, f"{run}: taken is {there}, since {reasons[0]}")
         reasons.append(f"{there.prefix} {' and '.join(lacks)}")
     how = (
-        f"{INSTALL_CPU} makes one that can" if on_cpu else f"{INSTALL_GPU} makes one that can (for the CPU: scale=cpu)"
+        f"{INSTALL_CPU} makes one that can" if on_cpu else f"{INSTALL_GPU} makes one that can (for the CPU: model=tiny)"
     )
     raise Unfit(f"{run}, and no environment here can do it: {'; '.join(reasons)}. {how}")
 
@@ -222,6 +229,19 @@ def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Pro
                 "Put runs on a larger disk: recipe.root=…",
             )
         )
+    return problems
+
+
+def missing_logins(loggers: list[str]) -> list[str]:
+    """What a logger of the run lacks in this process, each as a message."""
+    problems = []
+    for logger, (key, mode, enough, file) in LOGINS.items():
+        login = Path(file).expanduser()
+        known = (
+            os.environ.get(key) or os.environ.get(mode) in enough or (login.exists() and logger in login.read_text())
+        )
+        if logger in loggers and not known:
+            problems.append(f"logger {logger} needs {key} (or {mode}={'|'.join(enough)}, or its login in {file})")
     return problems
 
 

@@ -20,12 +20,11 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from vlnorm_verl.files import UserError
+from vlnorm_verl.files import UserError, write_json
 from vlnorm_verl.report.identity import parse_method
 from vlnorm_verl.report.output import missing_libraries
 from vlnorm_verl.report.readers import read_runs
 from vlnorm_verl.report.runs import Run
-from vlnorm_verl.runs.process import write_json
 
 WRITTEN = ".written.json"
 

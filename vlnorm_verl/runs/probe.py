@@ -77,10 +77,9 @@ def probe(
                 versions[name] = "-"  # vllm has another name on a CPU
         if not problems:
             from vlnorm_verl import machine, plugin
-            from vlnorm_verl.runs import clusters
 
             problems += machine.environment_problems(on_cpu, flash_attention)
-            problems += clusters.missing_logins(loggers)
+            problems += machine.missing_logins(loggers)
             try:
                 plugin.require_installed(mode)
             except RuntimeError as error:
