@@ -286,8 +286,7 @@ def test_without_flash_attn_a_run_on_gpus_is_told_of_sdpa(tmp_path: Path, monkey
     monkeypatch.setattr(machine, "driver", lambda: ((13, 0), 8))
     assert "Give runs attention=sdpa" in launch.cannot_run(composed(tmp_path))
     said = launch.cannot_run(composed(tmp_path, "attention=sdpa"))
-    assert "sdpa" not in said
-    assert "built without CUDA" in said  # the environment of the tests
+    assert said == ""
 
 
 # ------------------------------------------------------------------------------------------------------- the commands

@@ -1,7 +1,7 @@
 """verl's trainers with vl_norm: two logged steps of each on the CPU stack (Ray, FSDP2, vLLM, the tiny CountDown).
 
 V1 sync_whole_groups on one rank is in test_e2e.py. Here: V1 colocate_async, separate_async, and sync_whole_groups on
-two; V0, one_step_off_policy, fully_async_policy; V1 sync with LoRA, and with the rollout's log-probabilities as old ones.
+two; V0, one_step_off_policy, fully_async_policy; V1 sync with LoRA, and with the rollout's own log-probabilities.
 What each step logs of its mini-batches is compared with the lengths of the responses that were trained on, as written
 down by verl or by the reward function.
 Also: a setting that cannot be trained ends each of them before Ray starts.

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs.config import data_files, is_cpu, wants_flash_attention
+from vlnorm_verl.runs.config import is_cpu
 from vlnorm_verl.runs.probe import probe
 
 PLUGIN = "vlnorm_verl.verl_entry"
@@ -96,15 +96,7 @@ def check_nodes(config: DictConfig, console: Console) -> None:
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # see job_environment
     with console.status("asking every node of the Ray cluster …"):
         try:
-            reports = probe(
-                config.actor_rollout_ref.actor.loss_agg_mode,
-                Path(config.recipe.folder),
-                [str(file) for file in data_files(config)],
-                list(config.trainer.logger),
-                forwarded() | worker_variables(config),
-                is_cpu(config),
-                wants_flash_attention(config),
-            )
+            reports = probe(config, forwarded() | worker_variables(config))
         except ConnectionError as error:
             raise UserError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
     for report in reports:

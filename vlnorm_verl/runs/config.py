@@ -201,8 +201,8 @@ def data_files(config: DictConfig) -> list[Path]:
 
 
 def missing_files(config: DictConfig) -> str:
-    """What to type to get the run's data, if a file of it is not there; "" if all are."""
-    missing = [str(file) for file in data_files(config) if not file.is_file()]
+    """What to type to get the run's data, if a file of it is not there; "" if all are, or the launcher makes them."""
+    missing = [str(file) for file in data_files(config) if not is_cpu(config) and not file.is_file()]
     if not missing:
         return ""
     folder = f"{config.recipe.data}/{config.recipe.task}"

@@ -92,10 +92,11 @@ def launch(request: Request, console: Console | None = None) -> int:
         print(sys.executable)
         return 0
     folder = folder_of(request, asked)
-    config = with_settings(asked, settings(request, asked, folder))
+    changed = settings(request, asked, folder)
+    config = with_settings(asked, changed)
     validate(config)
     if request.dry_run:
-        show(request, asked, config, console, unfit)
+        show(request, config, changed, console, unfit)
         return 0
     arguments = again(request, config)
     if request.on == "kubernetes":
@@ -106,7 +107,7 @@ def launch(request: Request, console: Console | None = None) -> int:
     if os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")):
         return clusters.submit(request.recipes, arguments, config, console)
     if unfit := unfit or cannot_run(config):
-        raise UserError("\n".join(filter(None, [unfit, "" if is_cpu(config) else missing_files(config)])))
+        raise UserError("\n".join(filter(None, [unfit, missing_files(config)])))
     console.print(f"environment: {machine.this_environment()}")
     if not is_cpu(config):
         for problem in machine.tight(Path(config.recipe.folder), (config.recipe.model,)):
@@ -188,15 +189,14 @@ def prepare_environment(recipes: Path, config: DictConfig) -> str:
 
 
 def cannot_run(config: DictConfig) -> str:
-    """What this machine lacks for a run on GPUs, "" if nothing."""
+    """What this machine lacks for a run on GPUs beside an environment, "" if nothing."""
     if is_cpu(config):
         return ""
-    problems = machine.environment_problems(False, wants_flash_attention(config))
-    cuda = machine.this_environment().cuda or machine.WHEELS_CUDA
-    driver = machine.driver_problem(cuda, config.trainer.n_gpus_per_node)
-    if driver and not os.environ.get("RAY_ADDRESS"):
-        problems.append(str(driver))
-    return "\n".join(problems)
+    problems = [machine.flash_attention_problem()] if wants_flash_attention(config) else []
+    if not os.environ.get("RAY_ADDRESS"):
+        cuda = machine.this_environment().cuda or machine.WHEELS_CUDA
+        problems.append(machine.driver_problem(cuda, config.trainer.n_gpus_per_node))
+    return "\n".join(str(problem) for problem in problems if problem)
 
 
 def again(request: Request, config: DictConfig) -> list[str]:
@@ -215,10 +215,10 @@ def trainer_command(config_folder: Path, name: str, overrides: list[str]) -> lis
     return [*command, f"--config-name={name}", *overrides]
 
 
-def show(request: Request, asked: DictConfig, config: DictConfig, console: Console, unfit: str) -> None:
+def show(request: Request, config: DictConfig, changed: dict[str, Any], console: Console, unfit: str) -> None:
     """Every value that differs from verl's default, its source, and the command. In a pipe one value a line."""
     folder = Path(config.recipe.folder)
-    values = provenance(request.config_folder, config, request.overrides, settings(request, asked, folder))
+    values = provenance(request.config_folder, config, request.overrides, changed)
     texts = [v.value if isinstance(v.value, str) else json.dumps(v.value, ensure_ascii=False) for v in values]
     if console.is_terminal:
         table = Table(title=config.recipe.name, title_justify="left")

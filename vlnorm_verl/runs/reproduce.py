@@ -27,7 +27,7 @@ from rich.table import Table
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import launch, resources
 from vlnorm_verl.runs.check import validate
-from vlnorm_verl.runs.config import choices, compose, is_cpu, missing_files, parsed, require
+from vlnorm_verl.runs.config import choices, compose, missing_files, parsed, require
 from vlnorm_verl.runs.folder import completed_steps, state
 from vlnorm_verl.runs.process import raise_on_stop
 from vlnorm_verl.runs.progress import terminal
@@ -241,8 +241,7 @@ def check(recipes: Path, runs: list[PlannedRun], console: Console, elsewhere: st
         except UserError as error:
             problems.setdefault(str(error), []).append(run.name)
             continue
-        data = None if is_cpu(config) else missing_files(config)  # the launcher makes the tiny data
-        missing |= dict.fromkeys(filter(None, (data, None if elsewhere else unfit)))
+        missing |= dict.fromkeys(filter(None, (missing_files(config), "" if elsewhere else unfit)))
     for message, names in problems.items():
         console.print(f"{', '.join(names)}:\n  {message}", style="red")
     on_cluster = os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")) or elsewhere == "kubernetes"
