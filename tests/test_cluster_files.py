@@ -81,8 +81,8 @@ class Job:
         path.chmod(0o755)
 
     def launcher(self, text: str) -> None:
-        """A python whose launcher is this text; it says too which Python the run takes, as the real one does."""
-        real = f'if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi; shift 3  # -m vlnorm_verl launch'
+        """A python3 whose launcher is this text; it says too which Python the run takes, as the real one does."""
+        real = f'if [ "$1" != -m ]; then exec {sys.executable} "$@"; fi; shift 3  # -m vlnorm_verl launch'
         answer = f'if [ "${{@: -1}}" = --python ]; then echo {self.bin}/python3; exit; fi'
         self.put(self.bin / "python3", f"{real}\n{answer}\n{text}")
         self.put(self.bin / "ray", f'exec {Path(sys.executable).with_name("ray")} "$@"')

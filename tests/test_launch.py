@@ -215,7 +215,7 @@ def test_a_dry_run_shows_value_source_and_command(tmp_path: Path) -> None:
     assert "recipe.alpha=0.5  # command line" in lines
     (mode,) = [line for line in lines if line.startswith("actor_rollout_ref.actor.loss_agg_mode=")]
     assert all(part in mode for part in ("=vl_norm:0.5  # method/vl_norm.yaml", "paper:"))
-    assert any(line.startswith('trainer.logger=["console", "file"]  # common.yaml') for line in lines)
+    assert any(line.startswith('trainer.logger=["console", "file"]  # config/common.yaml:') for line in lines)
     command, by_hand, verdict = lines[-3:]
     assert f"-m verl.trainer.main_ppo --config-path={tmp_path}/aggregation-countdown-3b-8192-vl_norm-seed0 " in command
     assert by_hand.endswith(

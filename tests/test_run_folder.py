@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import launch
-from vlnorm_verl.runs.config import compose, override, with_settings
+from vlnorm_verl.runs.config import compose, with_settings
 from vlnorm_verl.runs.folder import begin, completed_steps, finish, prune, remember, state, validation_due
 from vlnorm_verl.runs.launch import Request
 
@@ -20,7 +20,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def configured(folder: Path, *overrides: str) -> DictConfig:
-    return compose(RECIPES / "config", [override("recipe.folder", str(folder)), *overrides])
+    return with_settings(compose(RECIPES / "config", list(overrides)), {"recipe.folder": str(folder)})
 
 
 def saved(folder: Path, *steps: int, tracker: str | None = None) -> None:

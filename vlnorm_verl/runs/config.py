@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping
@@ -114,17 +115,13 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
         )
     chosen = choices(config_folder, overrides)
     given = parsed(hydra_overrides(overrides))
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(config_folder.resolve()), version_base=None):
-            config = hydra_compose(CONFIG_NAME, overrides=[override.input_line for override in given])
-            values = flatten(config)
-            # Does anything stand where the recipe has a number or a switch?
-            suspects = [o.key_or_group for o in given if "." in o.key_or_group and not _is_number(o.value())]
-            usual = {}
-            if suspects:
-                groups = [o.input_line for o in given if "." not in o.key_or_group]
-                usual = flatten(hydra_compose(CONFIG_NAME, overrides=groups))
+        config = _composed(config_folder.resolve(), tuple(o.input_line for o in given)).copy()
+        values = flatten(config)
+        # Does anything stand where the recipe has a number or a switch?
+        suspects = [o.key_or_group for o in given if "." in o.key_or_group and not _is_number(o.value())]
+        groups = tuple(o.input_line for o in given if "." not in o.key_or_group)
+        usual = flatten(_composed(config_folder.resolve(), groups)) if suspects else {}
         missing = OmegaConf.missing_keys(config.recipe)
     except (HydraException, OmegaConfBaseException) as error:
         # Hydra lists its whole search path below the accepted choices.
@@ -150,6 +147,13 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
             "micro-batch. Accepted: attention=flash"
         )
     return config
+
+
+@functools.lru_cache(maxsize=256)  # a set of runs is checked, and then each of it submitted
+def _composed(config_folder: Path, overrides: tuple[str, ...]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder), version_base=None):
+        return hydra_compose(CONFIG_NAME, overrides=list(overrides))
 
 
 def with_settings(config: DictConfig, settings: Mapping[str, Any]) -> DictConfig:

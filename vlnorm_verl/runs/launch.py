@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,7 +183,9 @@ def prepare_environment(recipes: Path, config: DictConfig) -> str:
         unfit = str(error)
     if on_cpu:
         os.environ.update(cpu.cpu_environment())
-        cpu.register()  # composing has imported verl already
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # verl's engines that are not installed
+            cpu.register()  # composing has imported verl already
     elif cpu.is_active():
         raise UserError("VERL_PLATFORM=cpu is set, and this run is on GPUs: unset it, or give model=tiny")
     return unfit

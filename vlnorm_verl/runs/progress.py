@@ -71,8 +71,8 @@ def summary_table(summary: dict[str, Any], title: str, seconds: float) -> Table:
     table = Table("", "before", "after", title=f"{title}, {summary['steps']} steps")
     for name, (first, last) in summary["accuracy"].items():
         table.add_row(f"Avg@8, {name}", text(first), text(last))
-    for what, digits in (("reward", 3), ("length", 1)):
+    for what, name, digits in (("reward", "training reward", 3), ("length", "response length", 1)):
         first, last = summary[what]
-        table.add_row(f"{what} in training (first, last 10 steps)", text(first, digits), text(last, digits))
+        table.add_row(f"{name} (first, last 10 steps)", text(first, digits), text(last, digits))
     table.add_row("seconds: total, a step", text(seconds, 0), text(summary["seconds_per_step"], 1))
     return table
