@@ -80,14 +80,19 @@ def choices(config_folder: Path, overrides: list[str]) -> dict[str, str]:
     Raises:
         UserError: a group has no such choice.
     """
-    defaults = yaml.safe_load((config_folder / f"{CONFIG_NAME}.yaml").read_text())["defaults"]
-    chosen = {group: choice for entry in defaults if isinstance(entry, dict) for group, choice in entry.items()}
+    chosen = dict(_default_choices(config_folder))
     for given in parsed(overrides):
         if given.key_or_group in chosen:
             chosen[given.key_or_group] = str(given.value())
     for group, choice in chosen.items():
         require(f"{group}={choice}", choice, sorted(file.stem for file in (config_folder / group).glob("*.yaml")))
     return chosen
+
+
+@functools.cache
+def _default_choices(config_folder: Path) -> dict[str, str]:
+    defaults = yaml.safe_load((config_folder / f"{CONFIG_NAME}.yaml").read_text())["defaults"]
+    return {group: choice for entry in defaults if isinstance(entry, dict) for group, choice in entry.items()}
 
 
 def require(what: str, chosen: str, accepted: Iterable[str]) -> None:

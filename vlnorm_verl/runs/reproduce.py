@@ -131,21 +131,22 @@ def outline(config_folder: Path, overrides: list[str]) -> DictConfig:
     Raises:
         UserError: a choice that there is not.
     """
-    parts = [_sections(file) for file in config_files(config_folder, choices(config_folder, overrides))]
-    outlined = OmegaConf.merge({"trainer": {"total_training_steps": "${recipe.steps}"}}, *parts)
+    outlined = _sections(config_folder, tuple(choices(config_folder, overrides).items())).copy()
     for given in parsed(overrides):
         section, _, key = given.key_or_group.partition(".")
         if section == "recipe" or (section == "trainer" and key in SIZE):
             OmegaConf.update(outlined, given.key_or_group, given.value())
-    assert isinstance(outlined, DictConfig)
     return outlined
 
 
-@functools.cache  # 74 runs are of 23 files
-def _sections(file: Path) -> DictConfig:
-    content = yaml.safe_load(file.read_text())
-    trainer = {key: value for key, value in content.get("trainer", {}).items() if key in SIZE}
-    return OmegaConf.create({"recipe": content.get("recipe", {}), "trainer": trainer})
+@functools.cache  # --list asks for the same choices again and again
+def _sections(config_folder: Path, chosen: tuple[tuple[str, str], ...]) -> DictConfig:
+    content = [yaml.safe_load(file.read_text()) for file in config_files(config_folder, dict(chosen))]
+    parts: list[dict[str, Any]] = [{"trainer": {"total_training_steps": "${recipe.steps}"}}]
+    for part in content:
+        size = {key: value for key, value in part.get("trainer", {}).items() if key in SIZE}
+        parts.append({"recipe": part.get("recipe", {}), "trainer": size})
+    return OmegaConf.create(OmegaConf.merge(*parts))
 
 
 # ------------------------------------------------------------------------------------------------------- what is done
