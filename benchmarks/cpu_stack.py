@@ -7,6 +7,8 @@ Qwen2 of 1.1 M random parameters in float32, one optimizer step per batch, vl_no
 machine; the first two steps are left out of the medians. What limits a step is in the split.
 """
 
+import contextlib
+import os
 import shutil
 import statistics
 import time
@@ -17,7 +19,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vlnorm_verl.runs import quickstart
+from vlnorm_verl.cpu import cpu_environment
+from vlnorm_verl.files import locked
+from vlnorm_verl.runs.config import compose, with_settings
+from vlnorm_verl.runs.launch import make_tiny_data, start
+from vlnorm_verl.tasks.tiny import WEIGHTS
+
+CONFIG = Path(__file__).parent.parent / "recipes" / "config"
+QUICKSTART = ["family=quickstart", "task=countdown", "length=8192", "model=tiny"]  # as recipes/quickstart.sh
 
 WARM_UP = 2  # steps: first generation and first update pay for lazy initialisation
 PARTS = {
@@ -35,14 +44,14 @@ def random_model(folder: Path) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(quickstart.MODEL_FOLDER)
+    config = AutoConfig.from_pretrained(WEIGHTS)
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 32}
     for name, value in {**sizes, "num_attention_heads": 4, "num_key_value_heads": 4}.items():
         setattr(config, name, value)
     config.layer_types = ["full_attention"] * config.num_hidden_layers
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(quickstart.MODEL_FOLDER).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(WEIGHTS).save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -57,26 +66,26 @@ def main(
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     parameters = random_model(out / "model")
-    quickstart.make_data(out / "data")
-    settings = quickstart.Settings(
-        steps=steps,
-        ranks=ranks,
-        out=out,
-        overrides=[
-            f"actor_rollout_ref.model.path={(out / 'model').resolve()}",
-            "data.max_response_length=128",
-            "actor_rollout_ref.rollout.ignore_eos=true",
-            "trainer.val_before_train=false",
-            "trainer.test_freq=-1",
-            "trainer.save_freq=-1",
-            *(overrides or []),
-        ],
-    )
-    start, ready, records = time.monotonic(), 0.0, []
-    with console.status("training …"):
-        for record in quickstart.train(quickstart.command(settings), out / "metrics-000.jsonl", out / "train.log"):
+    changed = {
+        "recipe.folder": str(out.resolve()),
+        "recipe.data": str((out / "data").resolve()),
+        "recipe.steps": steps,
+        "trainer.n_gpus_per_node": ranks,
+        "data.max_response_length": 128,
+        "actor_rollout_ref.rollout.ignore_eos": True,
+        "trainer.val_before_train": False,
+        "trainer.test_freq": -1,
+        "trainer.save_freq": -1,
+    }
+    config = with_settings(compose(CONFIG, [*QUICKSTART, *(overrides or [])]), changed)
+    make_tiny_data(config)
+    config.actor_rollout_ref.model.path = str((out / "model").resolve())
+    os.environ.update(cpu_environment())
+    begin, ready, records = time.monotonic(), 0.0, []
+    with console.status("training …"), locked(out) as lock, contextlib.closing(start(config, lock)) as steps_done:
+        for record in steps_done:
             if "timing_s/step" in record["data"]:
-                ready = ready or time.monotonic() - start - record["data"]["timing_s/step"]
+                ready = ready or time.monotonic() - begin - record["data"]["timing_s/step"]
                 records.append(record["data"])
     measured = records[WARM_UP:]
     table = Table("part", "median s", "min", "max", title=f"{parameters / 1e6:.2f} M parameters, {ranks} rank(s)")

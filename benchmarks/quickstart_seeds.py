@@ -10,6 +10,8 @@ on the same 128 held-out prompts and from the same warm-started weights.
 
 import json
 import statistics
+import subprocess
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +20,9 @@ from origin import origin
 from rich.console import Console
 from rich.table import Table
 
-from vlnorm_verl.runs import quickstart
+from vlnorm_verl.files import write_json
+from vlnorm_verl.runs.process import read_metrics
+from vlnorm_verl.runs.progress import summarize
 
 ROOT = Path(__file__).parent.parent
 ROWS = {
@@ -32,6 +36,24 @@ ROWS = {
 }
 
 
+def summary_of(folder: Path, seed: int, seconds: float) -> dict[str, Any]:
+    """The numbers of one run; seconds: of its whole command."""
+    found = summarize(read_metrics(folder))
+    ((before, after),) = found["accuracy"].values()
+    return {
+        "seed": seed,
+        "steps": found["steps"],
+        "avg_at_8_before": before,
+        "avg_at_8_after": after,
+        "train_reward_first_10": found["reward"][0],
+        "train_reward_last_10": found["reward"][1],
+        "length_mean_first_10": found["length"][0],
+        "length_mean_last_10": found["length"][1],
+        "seconds_total": seconds,
+        "seconds_per_step": found["seconds_per_step"],
+    }
+
+
 def figure(runs: list[Path], path: Path) -> None:
     import matplotlib
 
@@ -41,7 +63,7 @@ def figure(runs: list[Path], path: Path) -> None:
     canvas, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     window = 5
     for seed, folder in enumerate(runs):
-        records = [r for r in quickstart.read_metrics(folder) if "critic/score/mean" in r["data"]]
+        records = [r for r in read_metrics(folder) if "critic/score/mean" in r["data"]]
         x = [r["step"] for r in records]
         reward = [r["data"]["critic/score/mean"] for r in records]
         smooth = [statistics.fmean(reward[max(0, i - window + 1) : i + 1]) for i in range(len(reward))]
@@ -88,9 +110,11 @@ def main(
     runs = [out / f"seed{seed}" for seed in range(seeds)]
     for seed, folder in enumerate(runs):
         if not (folder / "summary.json").exists():
-            code = quickstart.run(quickstart.Settings(steps=steps, seed=seed, out=folder))
-            if code:
+            given = [f"recipe.seed={seed}", f"recipe.steps={steps}", f"recipe.folder={folder.resolve()}"]
+            begin = time.monotonic()
+            if code := subprocess.call(["bash", str(ROOT / "recipes" / "quickstart.sh"), *given]):
                 raise typer.Exit(code)
+            write_json(folder / "summary.json", summary_of(folder, seed, time.monotonic() - begin))
     summaries: list[dict[str, Any]] = [json.loads((folder / "summary.json").read_text()) for folder in runs]
     for summary in summaries:
         summary["gain"] = summary["avg_at_8_after"] - summary["avg_at_8_before"]
@@ -106,7 +130,7 @@ def main(
     result = {**origin(), "runs": summaries}
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
-    quickstart.write_json(results / "quickstart_seeds.json", result)
+    write_json(results / "quickstart_seeds.json", result)
     figure(runs, ROOT / "docs" / "quickstart.png")
 
 

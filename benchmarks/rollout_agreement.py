@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlnorm_verl.cpu import cpu_environment
-from vlnorm_verl.runs.quickstart import MODEL_FOLDER
+from vlnorm_verl.tasks.tiny import WEIGHTS
 from vlnorm_verl.tasks.tiny.countdown import distinct_problems, render_prompt
 
 
@@ -26,11 +26,11 @@ def main(prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] 
     from transformers import AutoModelForCausalLM
     from vllm import LLM, SamplingParams
 
-    engine = LLM(str(MODEL_FOLDER), dtype="float32", enforce_eager=True, max_model_len=300, max_num_seqs=128)
+    engine = LLM(str(WEIGHTS), dtype="float32", enforce_eager=True, max_model_len=300, max_num_seqs=128)
     texts = [render_prompt(problem) for problem in distinct_problems(prompts, 0, "test")]
     outputs = engine.generate(texts, SamplingParams(temperature=1.0, max_tokens=256, logprobs=0, seed=1))
     models = {
-        dtype: AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=dtype, attn_implementation="sdpa")
+        dtype: AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=dtype, attn_implementation="sdpa")
         for dtype in (torch.float32, torch.float64)
     }
 

@@ -40,7 +40,7 @@ from origin import origin
 from rich.console import Console
 from rich.table import Table
 
-from vlnorm_verl.runs.quickstart import MODEL_FOLDER
+from vlnorm_verl.tasks.tiny import WEIGHTS
 
 ROOT = Path(__file__).parent.parent
 WARM_UP = 2  # calls of each mode before the rounds: lazy initialisation, the optimizer's state
@@ -326,7 +326,7 @@ def main(
     length: Annotated[int, typer.Option(min=1, help="Longest response of the update, tokens.")] = 256,
     micro: Annotated[int, typer.Option(min=1, help="Responses a micro-batch of the update.")] = 16,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
-    model: Annotated[Path, typer.Option(exists=True, help="Hugging Face folder of the actor.")] = MODEL_FOLDER,
+    model: Annotated[Path, typer.Option(exists=True, help="Hugging Face folder of the actor.")] = WEIGHTS,
     shape: Annotated[str, typer.Option(help=f"Random weights instead of --model: {', '.join(SHAPES)}.")] = "",
     seconds: Annotated[float, typer.Option(help="Time for the rounds of each measurement.")] = math.inf,
     matrix: Annotated[tuple[int, int], typer.Option(help="Batch and length of the aggregation.")] = (1024, 8192),

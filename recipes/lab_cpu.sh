@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The gradient lab on the tiny model: does variance grow with length, is VL Norm unbiased, which α? Under five minutes.
 #
-#   bash recipes/lab_cpu.sh                  the model before training, and after the quickstart if runs/quickstart has one
+#   bash recipes/lab_cpu.sh                  the model before training, and after the quickstart, if that was run
 #   bash recipes/lab_cpu.sh runs/other       after another run of verl on the tiny task
 #   bash recipes/lab_cpu.sh runs/other out   and into another folder than runs/lab
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-run=${1:-runs/quickstart}
+run=${1:-runs/cpu/quickstart-countdown-tiny-256-vl_norm-seed0}
 out=${2:-runs/lab}
 if [ $# -gt 0 ] && [ ! -d "$run/checkpoints" ]; then
   echo "$run/checkpoints is not there; accepted: the folder of a run that has saved a checkpoint, or nothing" >&2

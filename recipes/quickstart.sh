@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Trains a tiny model with VL Norm on this machine's CPU: verl, Ray, FSDP2 and vLLM, end to end, and shows that it learns.
 #
-#   bash recipes/quickstart.sh                        installs into .venv, then trains (about ten minutes)
-#   bash recipes/quickstart.sh --mode token-mean      DAPO's aggregation instead
-#   bash recipes/quickstart.sh --ranks 2              two data-parallel FSDP ranks
-#   bash recipes/quickstart.sh --help                 everything else
+#   bash recipes/quickstart.sh                              installs into .venv, then trains (about ten minutes)
+#   bash recipes/quickstart.sh method=dapo_norm             DAPO's aggregation instead
+#   bash recipes/quickstart.sh recipe.seed=1 recipe.steps=20
+#   bash recipes/quickstart.sh trainer.n_gpus_per_node=2    two data-parallel FSDP ranks
+#   bash recipes/quickstart.sh --help                       every choice and flag
+#
+# The same command again goes on after a stop. recipes/config/family/quickstart.yaml has its values.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash recipes/install_cpu.sh
-exec .venv/bin/vlnorm-verl quickstart "$@"
+exec .venv/bin/python -m vlnorm_verl launch --report family=quickstart task=countdown length=8192 model=tiny "$@"

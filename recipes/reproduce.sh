@@ -8,6 +8,7 @@
 #   bash recipes/reproduce.sh fig2 --seeds 0,1,2   three seeds of each
 #   bash recipes/reproduce.sh fig2 trainer.n_gpus_per_node=4      choices and Hydra overrides, for each of its runs
 #   bash recipes/reproduce.sh fig2 --on slurm      a job for each run; or --on kubernetes | kubectl create -f -
-#   bash recipes/reproduce.sh fig2 scale=cpu       the same with a tiny model on this machine's CPU
+#   bash recipes/reproduce.sh fig2 model=tiny      the same with a tiny model on this machine's CPU
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/vlnorm.sh" reproduce --recipes recipes "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
+exec "$python" -m vlnorm_verl reproduce "$@"

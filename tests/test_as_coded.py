@@ -1,7 +1,7 @@
 """The authors' own variants of DAPO Norm and VL Norm, through verl's advantages and policy losses.
 
 Covered: each against its definition, summed over micro-batches and ranks as verl's engine does; what a run loads.
-Not covered: whole runs with them (`bash recipes/reproduce.sh each scale=cpu`).
+Not covered: whole runs with them (`bash recipes/reproduce.sh each model=tiny`).
 """
 
 from pathlib import Path

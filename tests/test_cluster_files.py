@@ -27,7 +27,7 @@ import yaml
 
 from vlnorm_verl.cli import app
 from vlnorm_verl.runs.clusters import rayjob, sbatch_command
-from vlnorm_verl.runs.recipe import compose
+from vlnorm_verl.runs.config import compose
 
 PROJECT = Path(__file__).parent.parent
 SCRIPT = PROJECT / "recipes" / "cluster" / "slurm.sbatch"
@@ -60,7 +60,7 @@ class Job:
             port = free.getsockname()[1]
         self.mark = uuid.uuid4().hex
         self.environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SLURM_"))},
+            **{key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SLURM_", "VIRTUAL_"))},
             "PATH": f"{self.bin}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RECORD": str(self.record),
             "NODES": "node-a",
@@ -81,9 +81,12 @@ class Job:
         path.chmod(0o755)
 
     def launcher(self, text: str) -> None:
-        """recipes/launch.sh in this text, which says too which Python the run takes, as the real one does."""
-        answer = f'if [ "${{@: -1}}" = --python ]; then echo {sys.executable}; exit; fi'
-        self.put(self.project / "recipes" / "launch.sh", f"{answer}\n{text}")
+        """A python3 whose launcher is this text; it says too which Python the run takes, as the real one does."""
+        real = f'if [ "$1" != -m ]; then exec {sys.executable} "$@"; fi; shift 3  # -m vlnorm_verl launch'
+        answer = f'if [ "${{@: -1}}" = --python ]; then echo {self.bin}/python3; exit; fi'
+        self.put(self.bin / "python3", f"{real}\n{answer}\n{text}")
+        self.put(self.bin / "ray", f'exec {Path(sys.executable).with_name("ray")} "$@"')
+        shutil.copy(PROJECT / "recipes" / "python.sh", self.project / "recipes")
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         copy = self.record / "slurm_script"  # as sbatch does
@@ -150,7 +153,8 @@ def test_outside_the_project(job: Job) -> None:
 
 
 def test_without_an_environment_for_the_run_the_job_ends_and_says_why(job: Job) -> None:
-    Job.put(job.project / "recipes" / "launch.sh", "echo no environment here can do it; exit 2")
+    job.launcher("")
+    Job.put(job.bin / "python3", '[ "$1" = -c ] || { echo no environment here can do it >&2; exit 2; }')
     assert job.run("task=countdown") == 2
     assert job.recorded("log") == "no environment here can do it\n"
 
@@ -188,11 +192,11 @@ def test_exit_code_of_the_launcher_and_nothing_left(job: Job) -> None:
 @pytest.mark.slow
 def test_two_nodes_and_the_real_launcher(job: Job) -> None:
     job.environment |= {"SLURM_SUBMIT_DIR": str(PROJECT), "NODES": "node-a node-b"}
-    assert job.run(*CHOICE, "scale=cpu", "trainer.nnodes=2", "--dry-run") == 0, job.recorded("log")
+    assert job.run(*CHOICE, "model=tiny", "trainer.nnodes=2", "--dry-run") == 0, job.recorded("log")
     log = job.recorded("log")
     assert f"environment: {sys.executable}" in log
     assert f"Ray: 2 node(s) at 127.0.0.1:{job.environment['VLNORM_RAY_PORT']}" in log
-    assert "+ray_kwargs.ray_init.runtime_env" in log  # the launcher has seen that it is on a cluster
+    assert "ray_kwargs.ray_init.runtime_env.env_vars" in log  # the launcher has seen that it is on a cluster
     assert {"--nodes=1", "--ntasks=1", "--relative=1"} <= set(job.recorded("srun").split())
     assert not job.processes()
 

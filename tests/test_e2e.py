@@ -1,10 +1,13 @@
-"""Whole training runs of the quickstart: verl.trainer.main_ppo, Ray, an FSDP2 actor, vLLM on the CPU.
+"""Recipes as users start them: `bash recipes/*.sh model=tiny`, with verl, Ray, FSDP2 and vLLM on this machine's CPU.
 
-Covered in CI: two steps with validation and a checkpoint, and bad settings. Marked slow: two ranks, resume, critic with
-KL and entropy, Ctrl-C, a rollout engine that dies inside a weight sync. What a run learns is in the README, by seeds.
+Covered in CI: two steps of VL Norm with validation, checkpoint, table and report; a finished run that is not repeated;
+a folder that is in use or holds another run; a bad setting. Marked slow: dynamic sampling, overlong filtering, soft
+punishment, Math; two ranks, resume, critic with KL and entropy; Ctrl-C, an engine that dies inside a weight sync; kill
+-9 of the trainer, of a Ray worker, of a raylet, and of trainer and launcher at once, then the same command again; a
+Ray job on two nodes; a node without the package. What a run learns is in the README, by seeds. Every family × task ×
+method: `bash recipes/reproduce.sh each model=tiny`.
 """
 
-import io
 import json
 import os
 import signal
@@ -18,111 +21,263 @@ from typing import Any
 
 import psutil
 import pytest
-from rich.console import Console
 
-from vlnorm_verl.runs.process import average_at_8, read_metrics
-from vlnorm_verl.runs.quickstart import Settings, check, command, run
-from vlnorm_verl.runs.recipe import parsed
+from vlnorm_verl.runs.process import read_metrics
 
-SMALL_VALIDATION = "data.val_max_samples=8"
-
-
-def trained(out: Path, **settings: Any) -> list[dict[str, Any]]:
-    """Metrics of a run that must end well, by step."""
-    overrides = [SMALL_VALIDATION, *settings.pop("overrides", [])]
-    code = run(Settings(out=out, overrides=overrides, **settings), Console(quiet=True))
-    assert code == 0, (out / "train.log").read_text()[-3000:]
-    assert not processes_of(out)
-    return [record["data"] for record in read_metrics(out)]
+RECIPES = Path(__file__).parent.parent / "recipes"
+ACCURACY = "val-core/vlnorm_tiny_countdown/acc/mean@8"
+# The quickstart's family: mini-batches in which verl puts any responses, responses of at most 256 tokens.
+QUICKSTART = ("family=quickstart", "length=8192")
 
 
-def processes_of(out: Path) -> list[psutil.Process]:
-    """Processes, Ray's included, whose environment names this run's metrics file."""
-    found = []
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+def command(script: str, root: Path, data: Path, *overrides: str) -> list[str]:
+    short = ["model=tiny", "length=3072", "data.val_max_samples=4"]
+    return ["bash", str(RECIPES / script), *short, f"recipe.root={root}", f"recipe.data={data}", *overrides]
+
+
+def started(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"COLUMNS": "200"} | variables
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=540)
+
+
+def trained(script: str, root: Path, data: Path, *overrides: str) -> tuple[Path, list[dict[str, Any]]]:
+    """(folder, metrics by step) of a run that must end well."""
+    done = started(command(script, root, data, *overrides))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (folder,) = [path for path in root.iterdir() if (path / "config.yaml").exists()]
+    assert not processes_of(folder)
+    return folder, [record["data"] for record in read_metrics(folder)]
+
+
+def dumped(folder: Path, kind: str, step: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / kind / f"{step}.jsonl").read_text().splitlines()]
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Processes, Ray's included, that were started with this run's metrics file in their environment."""
+    running = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("VERL_FILE_LOGGER_PATH", "").startswith(f"{out.resolve()}/"):
-                found.append(process)
+            if process.environ().get("VERL_FILE_LOGGER_PATH", "").startswith(f"{folder.resolve()}/"):
+                running.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return [p for p in found if p.pid != os.getpid() and p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in running if p.pid != os.getpid() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_out_may_have_hydras_characters(tmp_path: Path) -> None:
-    out = tmp_path / "runs (copy), a=1#2" / "it's"
-    given = parsed([word for word in command(Settings(out=out))[3:] if not word.startswith("--")])
-    values = {one.key_or_group: one.value() for one in given}
-    assert values["hydra.run.dir"] == str(out)
-    assert values["data.train_files"] == f"{out}/data/train.parquet"
-    assert values["trainer.default_local_dir"] == f"{out}/checkpoints"
+def wait_for(condition: Callable[[], Any], seconds: float, every: float = 0.2) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(every)
 
 
-def test_two_steps(tmp_path: Path) -> None:
-    before, first, last = trained(tmp_path, steps=2)
-    assert average_at_8(before) is not None
-    assert average_at_8(last) is not None
-    for data in (first, last):
-        # Each mini-batch is drawn at random, so its lengths spread as those of the batch do.
-        assert 1.2 < data["actor/vl_norm/variance_ratio"] < 3
-        assert data["actor/vl_norm/length_mean"] == pytest.approx(data["response_length/mean"], rel=1e-6)
-        assert data["actor/grad_norm"] > 0
-        assert data["training/rollout_probs_diff_max"] < 1e-5
-        assert data["training/rollout_probs_diff_mean"] < 1e-6
-    assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "checkpoints" / "global_step_2").is_dir()
-    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
+# ------------------------------------------------------------------------------------------------------ two steps, once
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"mode": "vl-norm"}, "Did you mean 'vl_norm'"),
-        ({"mode": "vl_norm:9"}, "0 ≤ α ≤ 2"),
-        ({"resume": True}, "there is no run"),
-    ],
-)
-def test_bad_settings_end_at_once(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
-    console = Console(record=True, width=200, file=io.StringIO())
-    assert run(Settings(out=tmp_path, **settings), console) == 2
-    assert message in console.export_text()
-    assert not list(tmp_path.iterdir())
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, str]:
+    """(folder, what the terminal showed) of two steps of VL Norm. The folder's name has Hydra's characters in it."""
+    folder = tmp_path_factory.mktemp("runs") / "it's (a copy), v=1#2"
+    quoted = str(folder).replace("'", r"\'")
+    done = started(command("countdown.sh", folder.parent, data, "--report", f"recipe.folder='{quoted}'"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert not processes_of(folder)
+    return folder, done.stdout
 
 
-def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "metrics-000.jsonl").write_text('{"step": 1, "data": {"a": 1}}\n{"step": 2, "da')
-    (tmp_path / "settings.json").write_text('{"mode": "token-mean", "seed": 0, "ranks": 1, "overrides": []}')
-    assert run(Settings(out=tmp_path), Console(quiet=True)) == 2
-    assert "begun with mode 'token-mean'" in str(check(Settings(out=tmp_path, resume=True)))
-    assert check(Settings(out=tmp_path, mode="token-mean", resume=True)) is None
-    assert read_metrics(tmp_path) == [{"step": 1, "data": {"a": 1}}]  # and a cut last line is no error
+def test_the_mode_is_at_work(run: tuple[Path, str]) -> None:
+    folder, _ = run
+    _, *steps = [record["data"] for record in read_metrics(folder)]
+    assert len(steps) == 2
+    for metrics in steps:
+        assert 1.1 < metrics["actor/vl_norm/variance_ratio"] < 3
+        assert metrics["actor/vl_norm/length_mean"] == pytest.approx(metrics["response_length/mean"], rel=1e-6)
+        assert metrics["actor/grad_norm"] > 0
+        outcomes = {k: v for k, v in metrics.items() if k.startswith("training/outcome/")}
+        assert sum(outcomes.values()) == pytest.approx(1)
+        assert outcomes["training/outcome/right"] == pytest.approx(metrics["critic/score/mean"])
+
+
+def test_rollout_and_actor_agree(run: tuple[Path, str]) -> None:
+    for record in read_metrics(run[0])[1:]:
+        assert record["data"]["training/rollout_probs_diff_max"] < 1e-5
+
+
+def test_it_is_validated_before_and_after(run: tuple[Path, str]) -> None:
+    before, _, last = [record["data"] for record in read_metrics(run[0])]
+    assert ACCURACY in before
+    assert ACCURACY in last
+    assert len(dumped(run[0], "validation", 2)) == 4 * 8
+
+
+def test_every_response_can_be_read(run: tuple[Path, str]) -> None:
+    """And the prompt came through verl and vLLM as it is in the data: no chat format around it."""
+    rows = dumped(run[0], "rollouts", 1)
+    assert len(rows) == 16 * 10
+    assert all(len(row["input"]) == 12 and row["input"].endswith(":") for row in rows)
+
+
+def test_a_finished_run_keeps_its_model_without_the_optimizer(run: tuple[Path, str]) -> None:
+    files = run[0].glob("checkpoints/global_step_2/actor/*.pt")
+    assert {path.name.split("_world")[0] for path in files} == {"model", "extra_state"}
+
+
+def test_the_terminal_shows_progress_a_table_and_where_the_report_is(run: tuple[Path, str]) -> None:
+    folder, output = run
+    lines = output.splitlines()
+    assert [line[:9] for line in lines if line.startswith("step ")] == [f"step   {step}/" for step in (0, 1, 2)]
+    (row,) = [line for line in lines if "Avg@8, vlnorm_tiny_countdown" in line]
+    before, after = (float(cell) for cell in row.split("│")[2:4])
+    metrics = [record["data"] for record in read_metrics(folder)]
+    assert (before, after) == pytest.approx((metrics[0][ACCURACY], metrics[-1][ACCURACY]), abs=6e-4)
+    (report,) = [Path(line.split(": ", 1)[1]) for line in lines if line.startswith("report: ")]
+    (curve,) = [Path(line.split(": ", 1)[1]) for line in lines if line.startswith("learning curve: ")]
+    assert "VL Norm" in report.read_text()
+    assert curve.read_bytes().startswith(b"\x89PNG")
+
+
+# ------------------------------------------------------------------------------- the same command, and others, after it
+
+ASK = """
+import contextlib, json, sys
+from pathlib import Path
+from typer.testing import CliRunner
+from vlnorm_verl.cli import app
+from vlnorm_verl.files import locked
+answers = []
+for arguments, folder in json.load(sys.stdin):
+    with locked(Path(folder)) if folder else contextlib.nullcontext():
+        result = CliRunner().invoke(app, arguments)
+    answers.append((result.exit_code, result.output))
+json.dump(answers, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(run: tuple[Path, str], data: Path) -> Iterator[tuple[int, str]]:
+    """Exit code and output of four launches beside the finished run, by one process: each alone imports verl anew."""
+    folder, _ = run
+    given = command("", folder.parent, data, "recipe.folder='" + str(folder).replace("'", r"\'") + "'")[2:]
+    requests = [
+        ([], ""),
+        (["recipe.steps=3", "actor_rollout_ref.actor.optim.lr=1e-5"], ""),
+        (["recipe.steps=3"], str(folder)),
+        (["recipe.folder=" + str(folder.parent / "new"), "actor_rollout_ref.actor.loss_agg_mode=vl-norm"], ""),
+    ]
+    asked = [(["launch", f"--recipes={RECIPES}", *given, *more], held) for more, held in requests]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], input=json.dumps(asked), env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_finished_run_is_not_repeated(run: tuple[Path, str], answers: list[tuple[int, str]]) -> None:
+    code, output = answers[0]
+    assert code == 0, output
+    assert "finished, step 2" in output
+    assert len(list(run[0].glob("metrics-*.jsonl"))) == 1
+
+
+def test_a_folder_of_another_run_is_refused(answers: list[tuple[int, str]]) -> None:
+    code, output = answers[1]
+    assert code == 2
+    assert "actor_rollout_ref.actor.optim.lr: 0.0002 there, 1e-05 asked for" in output
+
+
+def test_a_folder_in_use_is_refused(answers: list[tuple[int, str]]) -> None:
+    code, output = answers[2]
+    assert code == 2
+    assert "another run is writing there" in output
+
+
+def test_a_bad_setting_is_refused_before_anything_starts(run: tuple[Path, str], answers: list[tuple[int, str]]) -> None:
+    code, output = answers[3]
+    assert code == 2
+    assert "Did you mean 'vl_norm'" in output
+    assert not (run[0].parent / "new").exists()
+
+
+# --------------------------------------------------------------------------------------------- two steps of other kinds
 
 
 @pytest.mark.slow
-def test_two_ranks(tmp_path: Path) -> None:
-    dumps = tmp_path / "responses"
-    _, first, _ = trained(
-        tmp_path / "run",
-        steps=2,
-        ranks=2,
-        overrides=[
-            "actor_rollout_ref.actor.ppo_mini_batch_size=16",
-            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16",
-            f"trainer.rollout_data_dir={dumps}",
-        ],
+def test_dynamic_sampling_and_overlong_filtering(tmp_path: Path, data: Path) -> None:
+    folder, (first, last) = trained("dapo_countdown.sh", tmp_path, data, "method=overlong_filtering")
+    assert (
+        first.get("training/filter_groups/evicted_samples", 0) + last.get("training/filter_groups/evicted_samples", 0)
+        > 0
+    )
+    for step in (1, 2):
+        groups: dict[str, set[float]] = {}
+        for row in dumped(folder, "rollouts", step):
+            groups.setdefault(row["uid"].split("_")[0], set()).add(row["score"])
+        assert len(groups) == 16
+        assert all(scores == {0.0, 1.0} for scores in groups.values())  # no group of equal outcome is left
+    assert first["response_length/clip_ratio"] > 0  # there was something to filter
+
+
+# What attention=sdpa sets, over what model=tiny sets.
+WITHOUT_FLASH_ATTN = [
+    "attention=sdpa",
+    "actor_rollout_ref.model.use_remove_padding=true",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
+]
+
+
+@pytest.mark.slow
+def test_soft_punishment_on_math_without_flash_attn(tmp_path: Path, data: Path) -> None:
+    folder, records = trained("dapo_math.sh", tmp_path, data, "method=soft_punishment", *WITHOUT_FLASH_ATTN)
+    assert all(record["training/rollout_probs_diff_max"] < 1e-4 for record in records)  # vLLM's against the trainer's
+    assert records[0]["critic/score/min"] < 0  # punished in training
+    scores = {row["score"] for row in dumped(folder, "validation", 2)}
+    assert scores <= {0.0, 1.0}  # and not in validation
+    assert any(key.startswith("val-core/") and key.endswith("/acc/mean@8") for key in records[-1])
+
+
+@pytest.mark.slow
+def test_a_failing_reward_ends_the_run(tmp_path: Path, data: Path) -> None:
+    """Stock verl would train on without these prompts, and count them as wrong in validation."""
+    reward = tmp_path / "reward.py"
+    reward.write_text("def compute_score(**kwargs):\n    raise OSError('the grader is gone')\n")
+    overrides = ["method=vl_norm", f"reward.custom_reward_function.path={reward}"]
+    done = started(command("countdown.sh", tmp_path / "runs", data, *overrides))
+    assert done.returncode == 1, done.stdout[-3000:]
+    (folder,) = (tmp_path / "runs").iterdir()
+    log = (folder / "train.log").read_text()
+    assert "prompts failed in val" in log
+    assert "the grader is gone" in log
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path: Path, data: Path) -> None:
+    mini_batch = [
+        f"actor_rollout_ref.actor.{key}=16" for key in ("ppo_mini_batch_size", "ppo_micro_batch_size_per_gpu")
+    ]
+    folder, (_, first, _) = trained(
+        "countdown.sh", tmp_path, data, *QUICKSTART, "recipe.steps=2", "trainer.n_gpus_per_node=2", *mini_batch
     )
     # One token a character, and the end of sequence where the text is not cut. One mini-batch, so the harmonic mean of
     # all responses is that of the sums over both ranks; a mean of two ranks' own would lie beside it.
-    texts = [json.loads(line)["output"] for line in (dumps / "1.jsonl").read_text().splitlines()]
-    lengths = [min(len(text.removesuffix(".")) + 1, 256) for text in texts]
+    lengths = [min(len(row["output"].removesuffix(".")) + 1, 256) for row in dumped(folder, "rollouts", 1)]
     assert len(lengths) == 128
     assert first["actor/vl_norm/length_harmonic_mean"] == pytest.approx(statistics.harmonic_mean(lengths), rel=1e-6)
     assert first["training/rollout_probs_diff_max"] < 1e-5
 
 
 @pytest.mark.slow
-def test_two_steps_and_two_resumed_are_four(tmp_path: Path) -> None:
+def test_two_steps_and_two_resumed_are_four(tmp_path: Path, data: Path) -> None:
     """Sampling is deterministic here (top_k 1, one response a prompt): vLLM's generator is in no checkpoint."""
     deterministic = [
+        *QUICKSTART,
         "actor_rollout_ref.rollout.n=1",
         "actor_rollout_ref.rollout.top_k=1",
         "algorithm.adv_estimator=reinforce_plus_plus",
@@ -131,76 +286,70 @@ def test_two_steps_and_two_resumed_are_four(tmp_path: Path) -> None:
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
     ]
-    whole = trained(tmp_path / "whole", steps=4, overrides=deterministic)
-    trained(tmp_path / "parts", steps=2, overrides=deterministic)
-    parts = trained(tmp_path / "parts", steps=4, resume=True, overrides=deterministic)
-    assert [data["training/global_step"] for data in parts[-2:]] == [3, 4]
-    for one, other in zip(whole[-2:], parts[-2:], strict=True):
+    _, whole = trained("countdown.sh", tmp_path / "whole", data, *deterministic, "recipe.steps=4")
+    trained("countdown.sh", tmp_path / "parts", data, *deterministic, "recipe.steps=2")
+    _, parts = trained("countdown.sh", tmp_path / "parts", data, *deterministic, "recipe.steps=4")
+    assert [metrics["training/global_step"] for metrics in parts[-2:]] == [3, 4]
+    for expected, resumed in zip(whole[-2:], parts[-2:], strict=True):
         for key in ("critic/score/mean", "response_length/mean", "prompt_length/mean", "actor/lr"):
-            assert one[key] == pytest.approx(other[key], rel=1e-6), key
-        assert one["actor/grad_norm"] == pytest.approx(other["actor/grad_norm"], rel=1e-3)
+            assert expected[key] == pytest.approx(resumed[key], rel=1e-6), key
+        assert expected["actor/grad_norm"] == pytest.approx(resumed["actor/grad_norm"], rel=1e-3)
     assert whole[-1]["actor/grad_norm"] != pytest.approx(whole[-2]["actor/grad_norm"], rel=1e-2)
 
 
 @pytest.mark.slow
-def test_critic_kl_and_entropy(tmp_path: Path) -> None:
+def test_critic_kl_and_entropy(tmp_path: Path, data: Path) -> None:
     """The critic inherits vl_norm and its mini-batch sums; reference policy and entropy bonus go through it too."""
-    *_, last = trained(
-        tmp_path,
-        steps=2,
-        overrides=[
-            "algorithm.adv_estimator=gae",
-            "critic.model.path=${actor_rollout_ref.model.path}",
-            "critic.ppo_micro_batch_size_per_gpu=32",
-            "actor_rollout_ref.actor.use_kl_loss=true",
-            "actor_rollout_ref.actor.entropy_coeff=0.01",
-            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=64",
-        ],
-    )
+    overrides = [
+        *QUICKSTART,
+        "recipe.steps=2",
+        "algorithm.adv_estimator=gae",
+        "critic.model.path=${actor_rollout_ref.model.path}",
+        "critic.ppo_micro_batch_size_per_gpu=32",
+        "actor_rollout_ref.actor.use_kl_loss=true",
+        "actor_rollout_ref.actor.entropy_coeff=0.01",
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=64",
+    ]
+    _, (*_, last) = trained("countdown.sh", tmp_path, data, *overrides)
     assert last["critic/vl_norm/length_mean"] == pytest.approx(last["response_length/mean"], rel=1e-6)
     assert last["critic/vf_loss"] > 0
     assert "actor/kl_loss" in last
     assert "actor/entropy_loss" in last
 
 
+# ------------------------------------------------------------------------------------------------------------- crashes
+
+
 @pytest.fixture
-def background(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A quickstart as a user starts it, past its first step."""
-    command = [sys.executable, "-m", "vlnorm_verl", "quickstart", "--steps", "50", "--out", str(tmp_path)]
-    process = subprocess.Popen(
-        [*command, SMALL_VALIDATION], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    wait_for(lambda: len(read_metrics(tmp_path)) > 1 or process.poll() is not None, seconds=240)
+def background(tmp_path: Path, data: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A run as a user starts it, past its first step."""
+    folder = tmp_path / "run"
+    arguments = command("countdown.sh", tmp_path, data, *QUICKSTART, f"recipe.folder={folder}", "recipe.steps=50")
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: len(read_metrics(folder)) > 1 or process.poll() is not None, seconds=240)
     assert process.poll() is None, process.communicate()[0]
-    yield process, tmp_path
+    yield process, folder
     process.kill()
-    for member in processes_of(tmp_path):
+    for member in processes_of(folder):
         member.kill()
-
-
-def wait_for(condition: Callable[[], Any], seconds: float, every: float = 0.2) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(every)
 
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_nothing_behind(background: tuple[subprocess.Popen[str], Path]) -> None:
-    process, out = background
+    process, folder = background
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)  # as people do
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "--resume" in text
-    wait_for(lambda: not processes_of(out), seconds=15)
+    assert "the same command goes on from there" in text
+    wait_for(lambda: not processes_of(folder), seconds=15)
 
 
 @pytest.mark.slow
 def test_engine_that_dies_inside_a_weight_sync_ends_the_run(background: tuple[subprocess.Popen[str], Path]) -> None:
-    process, out = background
-    running = processes_of(out)
+    process, folder = background
+    running = processes_of(folder)
     # Ray writes the method that an actor runs into its process title.
     trainer = next(p for p in running if "WorkerDict" in "".join(p.cmdline()))
     engine = next(p for p in running if "EngineCore" in "".join(p.cmdline()))
@@ -209,5 +358,194 @@ def test_engine_that_dies_inside_a_weight_sync_ends_the_run(background: tuple[su
     engine.kill()
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 1, text
-    assert "weight sync: the rollout engine" in (out / "train.log").read_text(errors="replace")
-    wait_for(lambda: not processes_of(out), seconds=15)
+    assert "weight sync: the rollout engine" in (folder / "train.log").read_text(errors="replace")
+    wait_for(lambda: not processes_of(folder), seconds=15)
+
+
+def named(folder: Path, part: str) -> psutil.Process:
+    """The first process of the run with this in its command line or title."""
+    return next(p for p in processes_of(folder) if part in " ".join(p.cmdline()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victims", [["main_ppo"], ["WorkerDict"], ["raylet/raylet"], ["main_ppo", "launcher"]])
+def test_a_killed_run_goes_on_where_it_was(victims: list[str], tmp_path: Path, data: Path) -> None:
+    steps = 4
+    arguments = command(
+        "countdown.sh",
+        tmp_path,
+        data,
+        "method=vl_norm",
+        f"recipe.steps={steps}",
+        "trainer.save_freq=1",
+        "trainer.test_freq=-1",
+        "trainer.val_before_train=false",
+    )
+    folder = tmp_path / "aggregation-countdown-tiny-128-vl_norm-seed0"
+    tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    launcher = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: tracker.exists() and int(tracker.read_text()) >= 2, 300)
+    family = processes_of(folder)
+    for victim in victims:
+        (psutil.Process(launcher.pid) if victim == "launcher" else named(folder, victim)).kill()
+    output = launcher.communicate(timeout=120)[0]
+    if "launcher" not in victims:
+        assert launcher.returncode == 1, output
+        assert "the same command goes on from there" in output
+    wait_for(lambda: not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 60)
+    kept = int(tracker.read_text())
+    assert kept < steps
+
+    done = started(arguments)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert tracker.read_text() == str(steps)
+    before, after = (
+        [json.loads(line)["step"] for line in (folder / f"metrics-{start:03d}.jsonl").read_text().splitlines()]
+        for start in (0, 1)
+    )
+    assert after == list(range(kept + 1, steps + 1))  # only what was not in the last checkpoint was done again
+    assert set(before) | set(after) == set(range(1, steps + 1))
+    assert [path.name for path in (folder / "checkpoints").glob("global_step_*")] == [f"global_step_{steps}"]
+
+
+@pytest.mark.slow
+def test_a_validation_that_a_crash_took_is_made(tmp_path: Path, data: Path) -> None:
+    """verl names the last checkpoint before it validates and logs that step; no record, no validation."""
+    arguments = ["method=vl_norm", "trainer.val_before_train=false", "trainer.test_freq=2", "recipe.keep=all"]
+    folder, (_, last) = trained("countdown.sh", tmp_path, data, *arguments)
+    (folder / "finished").unlink()
+    (folder / "validation" / "2.jsonl").unlink()
+    first, _ = (folder / "metrics-000.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics-000.jsonl").write_text(first)
+    done = started(command("countdown.sh", tmp_path, data, *arguments))
+    assert done.returncode == 0, done.stdout[-3000:]
+    (record,) = map(json.loads, (folder / "metrics-001.jsonl").read_text().splitlines())
+    assert record["step"] == 2
+    key = "val-core/vlnorm_tiny_countdown/acc/mean@8"
+    assert key in last
+    assert key in record["data"]
+    assert "timing_s/step" not in record["data"]  # nothing was trained
+    assert len(dumped(folder, "validation", 2)) == 4 * 8
+    assert (folder / "finished").read_text() == "2\n"
+
+
+# ------------------------------------------------------------------------------------------------------------ clusters
+
+PORT, DASHBOARD = 6391, 8291
+
+
+def ray(*arguments: str, **variables: str) -> None:
+    environment = {**os.environ, **variables}
+    subprocess.run(
+        [Path(sys.executable).with_name("ray"), *arguments],
+        env=environment,
+        check=True,
+        timeout=120,
+        capture_output=True,
+    )
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Callable[..., dict[str, str]]]:
+    """Starts a head and a second raylet, each with one logical GPU; gives the variables that a client needs."""
+    from vlnorm_verl.cpu import cpu_environment
+
+    # Ray tells nodes of one machine apart by port, and unpacks a job's files into the temporary folder: one each.
+    folders = [Path(f"/tmp/vlnorm-{os.getpid()}-{node}") for node in (0, 1)]
+    client = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}
+    resources = ["--num-cpus=8", "--num-gpus=1", "--object-store-memory=300000000", "--disable-usage-stats"]
+
+    def start(second_python: str = sys.executable) -> dict[str, str]:
+        for node, python in enumerate((sys.executable, second_python)):
+            # As in an activated environment: a job's `python` is the raylet's.
+            path = f"{Path(python).parent}:{os.environ['PATH']}"
+            where = (
+                ["--head", "--node-ip-address=127.0.0.1", f"--port={PORT}", f"--dashboard-port={DASHBOARD}"]
+                if node == 0
+                else [f"--address=127.0.0.1:{PORT}"]
+            )
+            environment = {**os.environ, **cpu_environment(), **client, "PATH": path}
+            subprocess.run(
+                [python, "-m", "ray.scripts.scripts", "start", *where, f"--temp-dir={folders[node]}", *resources],
+                env=environment,
+                check=True,
+                timeout=120,
+                capture_output=True,
+            )
+        return client
+
+    yield start
+    ray("stop", "--force")
+
+
+MISSING = """
+import sys
+class Missing:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "vlnorm_verl":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Missing)
+"""
+
+
+@pytest.fixture
+def without_package(tmp_path: Path) -> str:
+    """A Python that has all libraries of this one, but not this package's editable install."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (packages,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    libraries = next(path for path in sys.path if path.endswith("site-packages"))
+    (packages / "libraries.pth").write_text(f"{libraries}\n")
+    return str(tmp_path / "venv/bin/python")
+
+
+@pytest.mark.slow
+def test_a_ray_job_trains_on_two_nodes(
+    cluster: Callable[..., dict[str, str]], without_package: str, tmp_path: Path, data: Path
+) -> None:
+    """The second node has no vlnorm_verl of its own: Ray sends it there with the job."""
+    client = cluster(second_python=without_package)
+    arguments = command("countdown.sh", tmp_path / "runs", data, "method=vl_norm", "trainer.nnodes=2")
+    done = started(arguments, RAY_ADDRESS=f"http://127.0.0.1:{DASHBOARD}", **client)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert done.stdout.count("\nnode ") == 2
+    folder = tmp_path / "runs" / "aggregation-countdown-tiny-128-vl_norm-seed0"
+    records = read_metrics(folder)
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert records[-1]["data"]["actor/vl_norm/variance_ratio"] > 1
+    assert sorted(path.name for path in (folder / "checkpoints/global_step_2/actor").glob("model_*.pt")) == [
+        "model_world_size_2_rank_0.pt",
+        "model_world_size_2_rank_1.pt",
+    ]
+
+
+@pytest.mark.slow
+def test_a_node_without_the_package_is_named(
+    cluster: Callable[..., dict[str, str]], without_package: str, tmp_path: Path, data: Path
+) -> None:
+    """On the cluster itself (no Ray job) nothing is sent along.
+
+    All nodes of this machine see one disk, and Ray's workers would find the package by the path of the process that
+    starts the run: hence its import is blocked on the second node.
+    """
+    (packages,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    (packages / "sitecustomize.py").write_text(MISSING)
+    client = cluster(second_python=without_package)
+    arguments = command("countdown.sh", tmp_path / "runs", data, "method=vl_norm", "trainer.nnodes=2")
+    done = started(arguments, RAY_ADDRESS=f"127.0.0.1:{PORT}", **client)
+    assert done.returncode == 2, done.stdout[-3000:]
+    assert "the run cannot work on every node" in done.stderr
+    assert done.stderr.count("cannot import vlnorm_verl") == 1  # and the other node is not accused
+
+
+@pytest.mark.slow
+def test_smoke_shows_memory_and_time(tmp_path: Path, data: Path) -> None:
+    done = started(command("countdown.sh", tmp_path, data, "method=grpo_norm", "--smoke"))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "host memory" in done.stdout
+    assert "2 steps like this one, validated and saved" in done.stdout
+    (folder,) = (tmp_path / "smoke").iterdir()
+    assert not (folder / "checkpoints").exists()
+    worst, usual = (record["data"] for record in read_metrics(folder))
+    assert worst["response_length/mean"] == worst["response_length/max"] == 128
+    assert usual["response_length/mean"] < 128

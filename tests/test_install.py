@@ -1,4 +1,4 @@
-"""recipes/install_gpu.sh: its lock, what it refuses; recipes/installer.sh; how recipes/vlnorm.sh finds an environment.
+"""recipes/install_gpu.sh: its lock, what it refuses; recipes/installer.sh; how the recipes find an environment.
 
 Covered: that the lock is what verl's own extras ask for, that it resolves to wheels (slow: asks the package index, and
 downloads no wheel but uv), each refusal. Not covered: the installation itself, 10 GB.
@@ -197,15 +197,17 @@ def test_pip_installs_where_no_uv_can_be_had_and_what_uv_cannot_install(tmp_path
     assert done.returncode == 1
 
 
-# ----------------------------------------------------------------------------------------------- recipes/vlnorm.sh
+# ----------------------------------------------------------------------------------------------- recipes/python.sh
 
 
 def started(project: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """recipes/vlnorm.sh of a project elsewhere, where python3 has no verl."""
+    """A recipe of a project elsewhere, where python3 has no verl."""
     script(project / "path" / "python3", "exit 1")
-    shutil.copy(PROJECT / "recipes" / "vlnorm.sh", script(project / "recipes" / "vlnorm.sh", ""))
+    (project / "recipes").mkdir(exist_ok=True)
+    for name in ("reproduce.sh", "python.sh"):
+        shutil.copy(PROJECT / "recipes" / name, project / "recipes")
     environment = {"PATH": f"{project}/path:/usr/bin:/bin", **variables}
-    command = ["bash", str(project / "recipes" / "vlnorm.sh"), "launch", "a b"]
+    command = ["bash", str(project / "recipes" / "reproduce.sh"), "a b"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -216,10 +218,10 @@ def environment(folder: Path, has_verl: bool = True) -> None:
 def test_the_active_environment_comes_first_then_that_for_gpus(tmp_path: Path) -> None:
     done = started(tmp_path)
     assert done.returncode == 2
-    assert "For GPUs: bash recipes/install_gpu.sh. For scale=cpu: bash recipes/install_cpu.sh" in done.stderr
+    assert "For GPUs: bash recipes/install_gpu.sh. For model=tiny: bash recipes/install_cpu.sh" in done.stderr
     for folder in (".venv", ".venv-gpu", "mine"):
         environment(tmp_path / folder)
         done = started(tmp_path, VIRTUAL_ENV=str(tmp_path / "mine"))
-        assert done.stdout == f"{folder}|-m|vlnorm_verl|launch|a b|"
+        assert done.stdout == f"{folder}|-m|vlnorm_verl|reproduce|a b|"
     environment(tmp_path / "mine", has_verl=False)
     assert started(tmp_path, VIRTUAL_ENV=str(tmp_path / "mine")).stdout.startswith(".venv-gpu|")

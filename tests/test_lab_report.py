@@ -168,7 +168,9 @@ def test_the_recipe_refuses_a_folder_without_a_checkpoint(tmp_path: Path) -> Non
 def test_the_recipe_measures_before_and_after_a_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     trained = subprocess.run(
-        ["bash", str(RECIPE.with_name("quickstart.sh")), "--steps=2", f"--out={run}"], capture_output=True, timeout=580
+        ["bash", str(RECIPE.with_name("quickstart.sh")), "recipe.steps=2", f"recipe.folder={run}"],
+        capture_output=True,
+        timeout=580,
     )
     assert trained.returncode == 0
     done = recipe(run, tmp_path / "lab")

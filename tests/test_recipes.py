@@ -1,17 +1,17 @@
-"""Every recipe, without running one: what its script asks for, what it composes to, and whether verl accepts it.
+"""The recipes, without running one: which runs there are, what they compose to, and whether verl accepts it.
 
-Covered: each run of recipes/manifest.yaml and each recipe script, with verl's own checks and dataclasses; each value of
-the paper's setting as a literal; the source of each value of recipes/config; `vlnorm-verl reproduce` with a launcher
-that only pretends. Not covered: that a run trains (test_launch.py, at scale=cpu), and anything that needs a GPU.
+Covered: each script of recipes/ and each pair of choices, with verl's own checks and dataclasses; how choices depend on
+each other; the source of each value of recipes/config; `vlnorm-verl reproduce` with a launcher that only pretends. Not
+covered: each value (recipes/config says it, and whose it is), that a run trains (test_e2e.py), and what needs a GPU.
 """
 
-import functools
 import io
+import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,13 +21,16 @@ from typing import Any
 import pytest
 import yaml
 from omegaconf import DictConfig
-from rich.console import Console
 from typer.testing import CliRunner
 
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs import recipe, reproduce, resources
-from vlnorm_verl.runs.reproduce import Run
+from vlnorm_verl.runs import config as configs
+from vlnorm_verl.runs import process, reproduce, resources
+from vlnorm_verl.runs.check import unread_keys, validate
+from vlnorm_verl.runs.progress import terminal
+from vlnorm_verl.runs.provenance import SOURCES, commented_values
+from vlnorm_verl.runs.reproduce import PlannedRun
 
 PROJECT = Path(__file__).parent.parent
 RECIPES = PROJECT / "recipes"
@@ -37,232 +40,148 @@ SCALE = PROJECT / "docs" / "scale.md"
 SCRIPTS = {"countdown.sh", "math.sh", "dapo_countdown.sh", "dapo_math.sh"}
 
 
-def planned(*names: str, seeds: tuple[int, ...] = (), overrides: tuple[str, ...] = ()) -> list[Run]:
+def planned(*names: str, seeds: tuple[int, ...] = (), overrides: tuple[str, ...] = ()) -> list[PlannedRun]:
     manifest = reproduce.read_manifest(RECIPES)
-    sets = [one for name in names for one in manifest.find(name)]
+    sets = [run_set for name in names for run_set in manifest.find(name)]
     return reproduce.plan(RECIPES, sets, list(seeds), list(overrides))
 
 
-@functools.cache
-def composed(overrides: tuple[str, ...]) -> DictConfig:
-    return recipe.compose(CONFIG, list(overrides))
+def composed(*overrides: str) -> DictConfig:
+    return configs.compose(CONFIG, list(overrides))
 
 
-RUNS = planned("all")
-each_run = pytest.mark.parametrize("run", RUNS, ids=[run.name for run in RUNS])
-
-# ------------------------------------------------------------------------------------- the paper's values, as literals
-
-ALL_RUNS = {
-    "algorithm.adv_estimator": "grpo",
-    "algorithm.norm_adv_by_std_in_grpo": True,
-    "algorithm.use_kl_in_reward": False,
-    "algorithm.filter_groups.enable": False,
-    "data.train_batch_size": 128,
-    "data.filter_overlong_prompts": True,
-    "data.truncation": "error",
-    "data.seed": 0,
-    "actor_rollout_ref.actor.ppo_mini_batch_size": 32,
-    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 4,
-    "actor_rollout_ref.actor.use_dynamic_bsz": False,
-    "actor_rollout_ref.actor.ppo_epochs": 1,
-    "actor_rollout_ref.actor.shuffle": False,
-    "actor_rollout_ref.actor.clip_ratio_low": 0.2,
-    "actor_rollout_ref.actor.clip_ratio_high": 0.3,
-    "actor_rollout_ref.actor.use_kl_loss": False,
-    "actor_rollout_ref.actor.entropy_coeff": 0,
-    "actor_rollout_ref.actor.loss_scale_factor": None,
-    "actor_rollout_ref.actor.policy_loss.loss_mode": "vanilla",
-    "actor_rollout_ref.actor.optim.lr": 1e-6,
-    "actor_rollout_ref.actor.optim.lr_scheduler_type": "constant",
-    "actor_rollout_ref.actor.optim.lr_warmup_steps": 0,
-    "actor_rollout_ref.actor.optim.weight_decay": 0.01,
-    "actor_rollout_ref.actor.optim.clip_grad": 1.0,
-    "actor_rollout_ref.actor.strategy": "fsdp2",
-    "actor_rollout_ref.actor.fsdp_config.param_offload": True,
-    "actor_rollout_ref.actor.fsdp_config.optimizer_offload": True,
-    "actor_rollout_ref.actor.data_loader_seed": 0,
-    "actor_rollout_ref.actor.fsdp_config.seed": 0,
-    "actor_rollout_ref.model.use_remove_padding": True,
-    "actor_rollout_ref.model.enable_gradient_checkpointing": True,
-    # Nothing around the prompt: these are base models.
-    "actor_rollout_ref.model.custom_chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
-    "actor_rollout_ref.rollout.seed": 0,
-    "actor_rollout_ref.rollout.name": "vllm",
-    "actor_rollout_ref.rollout.temperature": 1.0,
-    "actor_rollout_ref.rollout.top_p": 1.0,
-    "actor_rollout_ref.rollout.top_k": -1,
-    "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
-    "actor_rollout_ref.rollout.gpu_memory_utilization": 0.8,
-    "actor_rollout_ref.rollout.max_num_seqs": 512,
-    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 4,
-    "actor_rollout_ref.rollout.val_kwargs.n": 8,
-    "actor_rollout_ref.rollout.val_kwargs.do_sample": True,
-    "actor_rollout_ref.rollout.val_kwargs.temperature": 1.0,
-    "actor_rollout_ref.rollout.val_kwargs.top_p": 1.0,
-    "actor_rollout_ref.rollout.val_kwargs.top_k": -1,
-    "reward.custom_reward_function.name": "compute_score",
-    "reward.reward_manager.name": "naive",
-    "trainer.nnodes": 1,
-    "trainer.n_gpus_per_node": 8,
-    "trainer.total_training_steps": 1000,
-    "trainer.resume_mode": "auto",
-    "trainer.save_freq": 20,
-    "trainer.max_actor_ckpt_to_keep": 2,
-    "trainer.logger": ["console", "file"],
-    "trainer.log_val_generations": 0,
-    "trainer.v1.trainer_mode": "sync_whole_groups",
-    "trainer.v1.sampler.custom_sampler.path": "pkg://vlnorm_verl.paper.replay_buffer",
-    "trainer.v1.sampler.custom_sampler.name": "BoundedReplayBuffer",
-}
-FAMILY: dict[str, dict[str, Any]] = {
-    "aggregation": {
-        "actor_rollout_ref.actor.clip_ratio_c": 3.0,
-        "actor_rollout_ref.rollout.n": 10,
-        "trainer.test_freq": 50,
-        "trainer.val_before_train": True,
-    },
-    "dapo": {
-        "actor_rollout_ref.actor.clip_ratio_c": 10.0,
-        "actor_rollout_ref.rollout.n": 8,
-        "trainer.val_before_train": False,
-        "algorithm.filter_groups.enable": True,
-        "algorithm.filter_groups.metric": "acc",
-        "algorithm.filter_groups.max_num_gen_batches": 10,
-        "algorithm.filter_groups.max_inflight_gen_batches": 3,  # 384 prompts for 128
-        "trainer.v1.sampler.sampler_kwargs.filter_groups.enable": True,
-        "trainer.v1.sampler.sampler_kwargs.filter_groups.max_num_gen_batches": 10,
-        "trainer.v1.sampler.sampler_kwargs.train_batch_size": 128,
-    },
-}
-DAPO_VALIDATES_EVERY = {"countdown": 25, "math": 50}
-TASK: dict[str, dict[str, Any]] = {
-    "countdown": {
-        "data.max_prompt_length": 256,
-        "data.train_files": "data/countdown/train.parquet",
-        "data.val_files": "data/countdown/test.parquet",
-        "reward.custom_reward_function.path": "pkg://vlnorm_verl.tasks.countdown",
-    },
-    "math": {
-        "data.max_prompt_length": 1024,
-        "data.train_files": "data/math/train.parquet",
-        "data.val_files": [
-            "data/math/math500.parquet",
-            "data/math/aime2024.parquet",
-            "data/math/amc.parquet",
-            "data/math/minerva.parquet",
-        ],
-        "reward.custom_reward_function.path": "pkg://vlnorm_verl.tasks.math",
-    },
-}
-ALPHA = {"countdown": "1.0", "math": "0.75"}
-MODEL = {"3b": "Qwen/Qwen2.5-3B", "7b": "Qwen/Qwen2.5-7B"}
-MODE = {
-    "grpo_norm": "seq-mean-token-mean",
-    "dapo_norm": "token-mean",
-    "dr_grpo_norm": "seq-mean-token-sum-norm",
-    "dr_grpo": "seq-mean-token-sum-norm",
-    "dapo": "token-mean",
-    "overlong_filtering": "token-mean",
-    "soft_punishment": "token-mean",
-    "dapo_norm_as_coded": "token-mean",
-    "vl_norm_as_coded": "seq-mean-token-sum-norm",
-}
+# ---------------------------------------------------------------------------------------------------- what verl accepts
 
 
-def papers_values(name: str) -> dict[str, Any]:
-    """What the run of that name is to be, from the tables above."""
-    family, task, model, length, method, *alpha, _ = name.split("-")
-    expected = ALL_RUNS | FAMILY[family] | TASK[task]
-    if family == "dapo":
-        expected["trainer.test_freq"] = DAPO_VALIDATES_EVERY[task]
-    expected["actor_rollout_ref.model.path"] = MODEL[model]
-    expected["data.max_response_length"] = int(length)
-    expected["actor_rollout_ref.rollout.max_model_len"] = 1024 + int(length)  # the longest prompt of both tasks
-    if method == "vl_norm":
-        given = alpha[0].removeprefix("alpha") if alpha else ALPHA[task]
-        expected["actor_rollout_ref.actor.loss_agg_mode"] = f"vl_norm:{given}"
-    else:
-        expected["actor_rollout_ref.actor.loss_agg_mode"] = MODE[method]
-    if method in ("vl_norm", "vl_norm_as_coded", "dr_grpo", "dr_grpo_norm"):
-        expected["actor_rollout_ref.actor.loss_scale_factor"] = int(length)  # M
-    if method == "dr_grpo":
-        expected["algorithm.norm_adv_by_std_in_grpo"] = False
-    if method.endswith("as_coded"):
-        expected["actor_rollout_ref.model.external_lib"] = "vlnorm_verl.paper.as_coded"
-    if method == "dapo_norm_as_coded":
-        expected["actor_rollout_ref.actor.policy_loss.loss_mode"] = "dapo_norm_as_coded"
-    if method == "vl_norm_as_coded":
-        expected["algorithm.adv_estimator"] = "grpo_vl_norm_as_coded"
-        expected["algorithm.vl_norm_as_coded_alpha"] = float(ALPHA[task])
-    if method == "overlong_filtering":
-        expected["algorithm.adv_estimator"] = "grpo_overlong_filtering"
-        expected["algorithm.overlong_filtering_length"] = 3072
-    if method == "soft_punishment":
-        expected["reward.reward_manager.source"] = "importlib"
-        expected["reward.reward_manager.name"] = "SoftPunishment"
-        expected["reward.reward_manager.module.path"] = "pkg://vlnorm_verl.paper.soft_punishment"
-        expected["reward.reward_manager.module.name"] = "SoftPunishment"
-        expected["reward.reward_kwargs.max_resp_len"] = 3072
-        expected["reward.reward_kwargs.overlong_buffer_cfg.enable"] = True
-        expected["reward.reward_kwargs.overlong_buffer_cfg.len"] = 2048
-        expected["reward.reward_kwargs.overlong_buffer_cfg.penalty_factor"] = 1.0
-    return expected
+def recipes() -> Iterator[dict[str, str]]:
+    """Every combination of choices that is a recipe on GPUs."""
+    for family in ("aggregation", "dapo"):
+        content = yaml.safe_load((CONFIG / "family" / f"{family}.yaml").read_text())["recipe"]
+        groups = [
+            [family],
+            ["countdown", "math"],
+            content["lengths"],
+            content["methods"],
+            ["flash", "sdpa"],
+            ["3b", "7b"],
+        ]
+        for choices in itertools.product(*groups):
+            recipe = dict(zip(("family", "task", "length", "method", "attention", "model"), choices, strict=True))
+            if (recipe["method"], recipe["attention"]) != ("dapo_norm_as_coded", "sdpa"):
+                yield recipe
 
 
-@each_run
-def test_each_run_has_the_papers_values(run: Run) -> None:
-    values = recipe.flatten(composed(tuple(run.overrides)))
-    expected = papers_values(run.name)
-    wrong = {key: values.get(key, "not set") for key, value in expected.items() if values.get(key, "not set") != value}
-    assert not wrong, f"expected { ({key: expected[key] for key in wrong}) }"
-    if "soft_punishment" not in run.name:
-        assert not [key for key in values if "overlong_buffer_cfg" in key]
+def pairwise() -> list[list[str]]:
+    """A few of them in which every pair of choices that occurs together in any occurs, as overrides."""
+    left = [(set(itertools.combinations(sorted(recipe.items()), 2)), recipe) for recipe in recipes()]
+    wanted = set().union(*(pairs for pairs, _ in left))
+    taken = []
+    while wanted:
+        pairs, recipe = max(left, key=lambda entry: len(entry[0] & wanted))
+        wanted -= pairs
+        taken.append([f"{group}={choice}" for group, choice in recipe.items()])
+    return taken
 
 
-@each_run
-def test_verl_accepts_each_run(run: Run) -> None:
-    config = composed(tuple(run.overrides))
-    recipe.validate(config)
+@pytest.mark.parametrize("overrides", pairwise(), ids="-".join)
+def test_verl_accepts_every_pair_of_choices(overrides: list[str]) -> None:
+    config = composed(*overrides)
+    validate(config)
     # What `--list` and `--status` look at, without composing.
+    run = PlannedRun(overrides, reproduce.outline(CONFIG, overrides))
     assert run.folder == Path(config.recipe.folder)
-    assert run.progress.trainer.total_training_steps == config.trainer.total_training_steps
+    assert run.outline.trainer.total_training_steps == config.trainer.total_training_steps
     assert run.name == config.trainer.experiment_name == run.folder.name
-    # What the launcher, the report and a resume look for.
-    assert config.trainer.default_local_dir == f"{run.folder}/checkpoints"
-    assert config.trainer.rollout_data_dir == f"{run.folder}/rollouts"
-    assert config.trainer.validation_data_dir == f"{run.folder}/validation"
+
+
+def test_m_is_the_longest_response() -> None:
+    for method in ("vl_norm", "dr_grpo", "vl_norm_as_coded"):
+        config = composed(f"method={method}", "data.max_response_length=5000")
+        assert config.actor_rollout_ref.actor.loss_scale_factor == 5000
+
+
+@pytest.mark.parametrize(("task", "alpha"), [("countdown", 1.0), ("math", 0.75)])
+def test_alpha_is_the_tasks(task: str, alpha: float) -> None:
+    assert composed(f"task={task}").actor_rollout_ref.actor.loss_agg_mode == f"vl_norm:{alpha}"
+    assert composed(f"task={task}", "method=vl_norm_as_coded").algorithm.vl_norm_as_coded_alpha == alpha
+
+
+def test_only_dr_grpo_leaves_the_standard_deviation_out() -> None:
+    normed = {m: composed(f"method={m}").algorithm.norm_adv_by_std_in_grpo for m in composed().recipe.methods}
+    assert [method for method, value in normed.items() if not value] == ["dr_grpo"]
+
+
+def test_only_dapo_filters_groups_and_the_sampler_is_told() -> None:
+    for family in ("aggregation", "dapo"):
+        config = composed(f"family={family}", "length=3072")
+        assert config.algorithm.filter_groups.enable == (family == "dapo")
+        assert config.trainer.v1.sampler.sampler_kwargs.filter_groups.enable == (family == "dapo")
+
+
+def test_no_response_of_the_paper_is_cut() -> None:
+    for task, length in itertools.product(("countdown", "math"), (3072, 8192)):
+        config = composed(f"task={task}", f"length={length}")
+        assert config.recipe.length == str(length)
+        longest = config.data.max_prompt_length + config.data.max_response_length
+        assert config.actor_rollout_ref.rollout.max_model_len >= longest
+
+
+# ------------------------------------------------------------------------------------------------------ the tiny model
+
+
+@pytest.mark.parametrize(("length", "tokens"), [("3072", 128), ("8192", 256)])
+def test_a_tiny_run_is_called_by_what_it_is(length: str, tokens: int) -> None:
+    config = composed("model=tiny", f"length={length}")
+    assert (config.recipe.model, config.recipe.length, config.data.max_response_length) == ("tiny", str(tokens), tokens)
+    assert config.recipe.name == f"aggregation-countdown-tiny-{tokens}-vl_norm"
+    assert "scale" not in config.recipe
+
+
+def test_a_tiny_run_is_the_recipe_made_small() -> None:
+    """What is the method is the same; sizes, paths and what a CPU needs are not."""
+    large, tiny = (configs.flatten(composed("family=dapo", "length=3072", f"model={m}")) for m in ("3b", "tiny"))
+    method = ("algorithm.", "trainer.v1.trainer_mode", "actor_rollout_ref.rollout.val_kwargs")
+    method += tuple(
+        f"actor_rollout_ref.actor.{key}" for key in ("clip", "use_kl", "entropy_coeff", "ppo_epochs", "shuffle")
+    )
+    assert not [key for key in large if key.startswith(method) and large[key] != tiny[key]]
+    assert tiny["actor_rollout_ref.actor.loss_agg_mode"] == large["actor_rollout_ref.actor.loss_agg_mode"]
+
+
+def test_the_tiny_models_runs_of_a_set_are_made_once() -> None:
+    runs = planned("countdown", overrides=("model=tiny",))  # 3b and 7b are one
+    assert len(runs) == 10
+    assert {run.folder.parent for run in runs} == {Path("runs/cpu")}
+    assert [run.name for run in planned("fig2", overrides=("model=tiny",))] == [
+        f"dapo-countdown-tiny-128-{method}-seed0" for method in ("dapo", "vl_norm")
+    ]
+
+
+def test_who_asks_for_a_scale_is_told_of_the_tiny_model() -> None:
+    for ask in (lambda: composed("scale=cpu"), lambda: planned("fig2", overrides=("scale=cpu",))):
+        with pytest.raises(UserError, match=r"scale=cpu: there is no group scale\. model=tiny is the recipe on this"):
+            ask()
 
 
 # ------------------------------------------------------------------------------------------------- which runs there are
 
 
-@pytest.mark.parametrize(
-    ("name", "alias", "runs"),
-    [
-        ("countdown", "table2", 20),
-        ("math", "table3", 20),
-        ("alpha", "table4", 8),
-        ("dapo", "table5", 16),
-        ("as_coded", "as_coded", 12),
-        ("fig2", "fig2", 2),
-        ("fig3", "fig3", 40),
-        ("each", "each", 26),
-        ("all", "all", 74),
-    ],
-)
-def test_number_of_runs(name: str, alias: str, runs: int) -> None:
-    assert len(planned(name)) == runs
-    assert [run.name for run in planned(alias)] == [run.name for run in planned(name)]
+def test_number_of_runs() -> None:
+    sets = reproduce.read_manifest(RECIPES).sets
+    assert {name: len(planned(name)) for name in (*sets, "all")} == {
+        **{"countdown": 20, "math": 20, "alpha": 8, "dapo": 16, "as_coded": 12, "fig2": 2, "fig3": 40, "each": 26},
+        "all": 74,
+    }
+    for run_set in sets.values():
+        if run_set.alias:
+            assert [run.name for run in planned(run_set.alias)] == [run.name for run in planned(run_set.name)]
 
 
 def test_a_folder_belongs_to_one_run() -> None:
     """Rows of two sets with one folder must be the same run, else one of them would never be made."""
     seen: dict[Path, list[str]] = {}
-    rows = [row for one in reproduce.read_manifest(RECIPES).sets.values() for row in one.rows]
-    assert len(rows) == 144  # 20 + 20 + 8 + 16 + 12 + 2 + 40 + 26
-    for row in rows:
-        folder = Path(reproduce.outline(CONFIG, row).recipe.folder)
+    for row in (row for run_set in reproduce.read_manifest(RECIPES).sets.values() for row in run_set.rows):
+        folder = PlannedRun(row, reproduce.outline(CONFIG, row)).folder
         assert seen.setdefault(folder, sorted(row)) == sorted(row)
 
 
@@ -279,7 +198,7 @@ def test_sets_share_runs() -> None:
         "aggregation-math-3b-3072-vl_norm-seed0",
     }
     for task in ("countdown", "math"):
-        alphas = [run.progress.recipe.alpha for run in planned("alpha") if f"-{task}-" in run.name]
+        alphas = [run.outline.recipe.alpha for run in planned("alpha") if f"-{task}-" in run.name]
         assert sorted(alphas) == [0.25, 0.5, 0.75, 1.0]
 
 
@@ -288,8 +207,8 @@ def test_seeds_and_overrides_reach_every_run() -> None:
     assert [str(run.folder) for run in runs] == [
         f"elsewhere/dapo-countdown-3b-3072-{method}-seed{seed}" for method in ("dapo", "vl_norm") for seed in (0, 1, 2)
     ]
-    config = composed(tuple(runs[-1].overrides))
-    recipe.validate(config)  # with a whole number of micro-batches on 4 GPUs
+    config = composed(*runs[-1].overrides)
+    validate(config)  # with a whole number of micro-batches on 4 GPUs
     assert config.trainer.n_gpus_per_node == 4
     assert config.actor_rollout_ref.rollout.seed == config.data.seed == 2
     # A choice that the set makes, too: the user's wins, and what becomes the same run is one.
@@ -301,23 +220,43 @@ def test_seeds_and_overrides_reach_every_run() -> None:
 
 
 def test_every_recipe_script(tmp_path: Path) -> None:
-    """What each script hands to the launcher, with the user's choices behind it; and no script is missing here."""
-    (tmp_path / "launch.sh").write_text('printf "%s\\n" "$@"\n')
-    found: dict[str, list[str]] = {}
+    """What each script asks the launcher for, with the user's choices behind it; and no script is missing here."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || printf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin"}
+    asked: dict[str, DictConfig] = {}
+    shutil.copytree(RECIPES, tmp_path / "recipes")
     for script in RECIPES.glob("*.sh"):
-        if "/launch.sh" not in script.read_text():
-            continue
-        (tmp_path / script.name).write_text(script.read_text())
-        user = ["method=vl_norm", "trainer.n_gpus_per_node=4", "actor_rollout_ref.actor.optim.lr=2e-6"]
-        output = subprocess.run(["bash", tmp_path / script.name, *user], capture_output=True, text=True, check=True)
-        found[script.name] = output.stdout.split()
-        config = composed(tuple(found[script.name]))
-        recipe.validate(config)
-        assert config.trainer.n_gpus_per_node == 4
-        assert config.actor_rollout_ref.actor.optim.lr == 2e-6
-        family, task = ("dapo", script.stem[5:]) if script.stem.startswith("dapo_") else ("aggregation", script.stem)
+        if " launch " in script.read_text() and script.name != "quickstart.sh":
+            command = ["bash", str(tmp_path / "recipes" / script.name), "trainer.n_gpus_per_node=4"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            words = done.stdout.split()
+            assert words[:3] == ["-m", "vlnorm_verl", "launch"]
+            asked[script.name] = composed(*words[3:])
+    assert asked.keys() == SCRIPTS
+    for name, config in asked.items():
+        family, task = ("dapo", name[5:-3]) if name.startswith("dapo_") else ("aggregation", name[:-3])
         assert (config.recipe.family, config.recipe.task) == (family, task)
-    assert found.keys() == SCRIPTS
+        assert config.trainer.n_gpus_per_node == 4
+
+
+def test_the_quickstarts_values() -> None:
+    """Those with which the README's table was measured."""
+    words = (RECIPES / "quickstart.sh").read_text().splitlines()[-1].split()
+    config = composed(*(word for word in words if "=" in word))
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert (config.data.train_batch_size, rollout.n, actor.ppo_mini_batch_size) == (16, 8, 8)
+    assert (actor.optim.lr, actor.shuffle, config.trainer.v1.trainer_mode) == (2e-4, True, "sync")
+    assert (config.data.max_prompt_length, config.data.max_response_length) == (16, 256)
+    assert (actor.loss_agg_mode, actor.clip_ratio_low, actor.clip_ratio_high) == ("vl_norm:1.0", 0.2, 0.3)
+    assert (config.trainer.total_training_steps, config.trainer.test_freq, config.trainer.val_before_train) == (
+        60,
+        60,
+        True,
+    )
+    assert (config.data.val_max_samples, rollout.val_kwargs.n, rollout.val_kwargs.temperature) == (-1, 8, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -328,37 +267,29 @@ def test_every_recipe_script(tmp_path: Path) -> None:
             "Accepted: grpo_norm, dapo_norm, dr_grpo_norm, dr_grpo, vl_norm, dapo_norm_as_coded, vl_norm_as",
         ),
         (["family=dapo", "length=3072", "method=grpo_norm"], "dapo, overlong_filtering, soft_punishment, vl_norm"),
-        (["family=dapo", "length=8192"], "Accepted: 3072"),
-        (["method=vlnorm"], "vl_norm"),
-        (["length=4096"], "8192"),
-        (["model=14b"], "7b"),
+        (["family=dapo", "length=8192"], "family=dapo length=8192 is not accepted. Accepted: 3072"),
+        (["method=vlnorm"], "Did you mean 'vl_norm'?"),
+        (["length=4096"], "Accepted: 3072, 8192"),
+        (["model=14b"], "model=14b is not accepted. Accepted: 3b, 7b, tiny"),
         (["trainer.n_gpu=4"], "trainer.n_gpu"),
     ],
 )
 def test_what_is_no_recipe_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        recipe.compose(CONFIG, overrides)
-
-
-def test_length_is_a_choice_and_a_number() -> None:
-    for length in ("3072", "8192"):
-        config = composed((f"length={length}",))
-        assert config.recipe.length == length
-        assert config.data.max_response_length == int(length)
-        assert config.actor_rollout_ref.actor.loss_scale_factor == int(length)
+        configs.compose(CONFIG, overrides)
 
 
 # ---------------------------------------------------------------------------------------------------------- provenance
 
 
 def test_every_value_has_a_source() -> None:
-    """Each of verl's keys that a recipe sets says why. Not scale/cpu.yaml, which is the setting made small."""
+    """Each of verl's keys that a recipe sets says why. Not model/tiny.yaml, which is the setting made small."""
     bare = [
         f"{file.relative_to(CONFIG)}:{line} {key}"
         for file in sorted(CONFIG.rglob("*.yaml"))
-        if file.name != "cpu.yaml"
-        for key, line, comment in recipe.commented_values(file)
-        if not key.startswith("recipe.") and comment.partition(":")[0] not in reproduce.SOURCES
+        if file.name != "tiny.yaml"
+        for key, line, comment in commented_values(file)
+        if not key.startswith("recipe.") and comment.partition(":")[0] not in SOURCES
     ]
     assert not bare, "two spaces, `# `, and code, paper, verl or ours are missing behind\n" + "\n".join(bare)
 
@@ -366,9 +297,9 @@ def test_every_value_has_a_source() -> None:
 def test_every_key_is_read_by_somebody() -> None:
     """Of the recipes, and of the CPU stack."""
     files = [*CONFIG.rglob("*.yaml"), *(PROJECT / "vlnorm_verl/cpu/config").glob("*.yaml")]
-    keys = [key for file in files for key, _, _ in recipe.commented_values(file)]
+    keys = [key for file in files for key, _, _ in commented_values(file)]
     assert len(keys) > 170
-    assert recipe.unread_keys(composed(()), keys) == []
+    assert unread_keys(composed(), keys) == []
 
 
 @pytest.mark.parametrize(
@@ -385,8 +316,7 @@ def test_every_key_is_read_by_somebody() -> None:
     ],
 )
 def test_a_key_that_nobody_reads_is_found(key: str, read: bool) -> None:
-    config = composed(())
-    assert recipe.unread_keys(config, [key]) == ([] if read else [key])
+    assert unread_keys(composed(), [key]) == ([] if read else [key])
 
 
 def generated(command: str, content: str) -> None:
@@ -425,7 +355,7 @@ def test_adams_eps_is_what_the_docs_say(overrides: tuple[str, ...], eps: float) 
 
     if overrides:
         assert f"'{overrides[0]}'" in SCALE.read_text()
-    config = omega_conf_to_dataclass(composed(overrides).actor_rollout_ref.actor.optim)
+    config = omega_conf_to_dataclass(composed(*overrides).actor_rollout_ref.actor.optim)
     optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], config)
     assert [group["eps"] for group in optimizer.param_groups] == [eps]
 
@@ -460,8 +390,7 @@ def test_resources_know_the_models() -> None:
     assert {entry.script for entry in resources.RECIPES} == SCRIPTS
     for entry in resources.RECIPES:
         family, task = ("dapo", entry.script[5:-3]) if entry.dapo else ("aggregation", entry.script[:-3])
-        run = next(run for run in RUNS if run.name == f"{family}-{task}-3b-{entry.limit}-vl_norm-seed0")
-        config = composed(tuple(run.overrides))
+        config = composed(f"family={family}", f"task={task}", f"length={entry.limit}")
         assert entry.n == config.actor_rollout_ref.rollout.n
         assert (entry.prompt, entry.limit) == (config.data.max_prompt_length, config.data.max_response_length)
         assert config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu == resources.MICRO_BATCH
@@ -503,7 +432,7 @@ def test_the_cost_of_a_set(tmp_path: Path) -> None:
     low, high = resources.run_hours(resources.MODELS[0], row, h100, 4, 1500) or (0, 0)
     assert f"H100 80 GB: {resources.between(low, high)} hours of 4 GPUs" in resources.cost([run.left for run in runs])
     assert "; 10 of 20 runs do not fit" in resources.cost([run.left for run in planned("countdown")])  # 7B on 24 GB
-    assert resources.cost([run.left for run in planned("fig2", overrides=("scale=cpu",))]) == ""
+    assert resources.cost([run.left for run in planned("fig2", overrides=("model=tiny",))]) == ""
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -559,21 +488,16 @@ def test_dry_run_fails_if_a_run_does() -> None:
     assert output.splitlines()[-1] == "1 of 2 runs are valid"
 
 
-def test_dry_run_on_the_cpu() -> None:
-    """In a process of its own: verl looks for its platform when it is imported."""
-    command = [sys.executable, "-m", "vlnorm_verl", "reproduce", "fig2", "scale=cpu", "--dry-run"]
-    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.splitlines()[-1] == "2 of 2 runs are valid"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fig22"], "'fig22' is no set of runs. Did you mean 'fig2'? Accepted: countdown, math, alpha, dapo"),
+        (
+            ["fig22"],
+            "the set of runs 'fig22' is not accepted. Did you mean 'fig2'? Accepted: countdown, math, alpha, dapo",
+        ),
         ([], "name what to reproduce: countdown"),
         (["fig2", "--seeds", "0,x"], "--seeds 0,x: give whole numbers with commas, as in 0,1,2"),
-        (["fig2", "model=14b"], "model=14b: accepted are 3b, 7b"),
+        (["fig2", "model=14b"], "model=14b is not accepted. Accepted: 3b, 7b, tiny"),
         (["fig2", "--on", "lsf"], "--on lsf: accepted are slurm and kubernetes"),
     ],
 )
@@ -640,7 +564,7 @@ echo 1000 > {folder}/dapo-countdown-3b-3072-vl_norm-seed0/finished
 
 @pytest.fixture(autouse=True)
 def _own_signals() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in reproduce.STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in process.STOP_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -652,7 +576,7 @@ def run_pretended(monkeypatch: pytest.MonkeyPatch, folder: Path, dapo: str) -> t
     (folder / "python").chmod(0o755)
     (folder / "calls").write_text("")
     monkeypatch.setattr(reproduce.sys, "executable", str(folder / "python"))
-    console = Console(record=True, width=200, file=io.StringIO())
+    console = terminal(record=True, width=200, file=io.StringIO())
     code = reproduce.run_all(RECIPES, planned("fig2", overrides=(f"recipe.root={folder}",)), console)
     return code, console.export_text(), (folder / "calls").read_text().splitlines()
 
@@ -693,4 +617,4 @@ def test_a_stop_reaches_the_run_and_ends_the_set(monkeypatch: pytest.MonkeyPatch
 def test_recipes_need_the_v1_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", {"verl": "0.8.0"}.get)
     with pytest.raises(UserError, match=r"the installed verl is 0\.8\.0: .* 0\.9\.0 and later"):
-        recipe.compose(CONFIG, [])
+        configs.compose(CONFIG, [])

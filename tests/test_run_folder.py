@@ -1,7 +1,7 @@
 """The folder of a run: which later start fits, which checkpoints are kept, what counts as finished.
 
-Covered: all of run_folder.py on folders as verl leaves them, whole or cut by a crash. Not covered: verl itself, which
-writes, loads and validates (tests/test_recipes_e2e.py).
+Covered: all of folder.py on folders as verl leaves them, whole or cut by a crash. Not covered: verl itself, which
+writes, loads and validates (tests/test_e2e.py).
 """
 
 import json
@@ -11,7 +11,8 @@ import pytest
 from omegaconf import DictConfig
 
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs import launch, recipe
+from vlnorm_verl.runs import launch
+from vlnorm_verl.runs.config import compose, with_settings
 from vlnorm_verl.runs.folder import begin, completed_steps, finish, prune, remember, state, validation_due
 from vlnorm_verl.runs.launch import Request
 
@@ -19,7 +20,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def configured(folder: Path, *overrides: str) -> DictConfig:
-    return recipe.compose(RECIPES / "config", [recipe.override("recipe.folder", str(folder)), *overrides])
+    return with_settings(compose(RECIPES / "config", list(overrides)), {"recipe.folder": str(folder)})
 
 
 def saved(folder: Path, *steps: int, tracker: str | None = None) -> None:
@@ -63,28 +64,28 @@ def test_what_is_no_part_of_the_experiment_may_change(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("change", "message"),
     [
-        ("recipe.alpha=0.5", "loss_agg_mode: 'vl_norm:1.0' then, 'vl_norm:0.5' now"),
-        ("trainer.nnodes=2", "trainer.nnodes: 1 then, 2 now"),
-        ("recipe.seed=1", "recipe.seed: 0 then, 1 now"),
-        (f"{ACTOR}.ppo_mini_batch_size=16", "ppo_mini_batch_size: 32 then, 16 now"),
-        (f"{ACTOR}.loss_scale_factor=9", "loss_scale_factor: 8192 then, 9 now"),
-        ("data.max_response_length=9", "data.max_response_length: 8192 then, 9 now"),
-        (f"{ROLLOUT}.temperature=0.6", "temperature: 1.0 then, 0.6 now"),
-        ("data.val_max_samples=4", "data.val_max_samples: -1 then, 4 now"),
+        ("recipe.alpha=0.5", 'loss_agg_mode: "vl_norm:1.0" there, "vl_norm:0.5" asked for'),
+        ("trainer.nnodes=2", "trainer.nnodes: 1 there, 2 asked for"),
+        ("recipe.seed=1", "recipe.seed: 0 there, 1 asked for"),
+        (f"{ACTOR}.ppo_mini_batch_size=16", "ppo_mini_batch_size: 32 there, 16 asked for"),
+        (f"{ACTOR}.loss_scale_factor=9", "loss_scale_factor: 8192 there, 9 asked for"),
+        ("data.max_response_length=9", "data.max_response_length: 8192 there, 9 asked for"),
+        (f"{ROLLOUT}.temperature=0.6", "temperature: 1.0 there, 0.6 asked for"),
+        ("data.val_max_samples=4", "data.val_max_samples: -1 there, 4 asked for"),
     ],
 )
-def test_the_experiment_may_not(tmp_path: Path, override: str, message: str) -> None:
+def test_the_experiment_may_not(tmp_path: Path, change: str, message: str) -> None:
     remember(configured(tmp_path), tmp_path)
     with pytest.raises(UserError, match=message):
-        remember(configured(tmp_path, override), tmp_path)
+        remember(configured(tmp_path, change), tmp_path)
 
 
 def test_a_method_may_fix_more(tmp_path: Path) -> None:
     fixed = f"+recipe.fixed=[{ACTOR}.ppo_micro_batch_size_per_gpu]"
     remember(configured(tmp_path, fixed), tmp_path)
-    with pytest.raises(UserError, match="ppo_micro_batch_size_per_gpu: 4 then, 2 now"):
+    with pytest.raises(UserError, match="ppo_micro_batch_size_per_gpu: 4 there, 2 asked for"):
         remember(configured(tmp_path, fixed, f"{ACTOR}.ppo_micro_batch_size_per_gpu=2"), tmp_path)
 
 
@@ -131,8 +132,7 @@ def test_a_validation_that_a_crash_took_is_repeated(tmp_path: Path, checkpoint: 
     logged(tmp_path, *range(last + 1))
     asked = configured(tmp_path, *given)
     assert validation_due(asked, tmp_path) == due
-    overrides = launch.trainer_overrides(Request(RECIPES, given), asked, tmp_path)
-    config = recipe.compose(RECIPES / "config", overrides)
+    config = with_settings(asked, launch.settings(Request(RECIPES, given), asked, tmp_path))
     assert config.trainer.val_before_train == due
     assert config.trainer.val_only == (checkpoint == 180)
     assert not validation_due(configured(tmp_path, "trainer.test_freq=-1"), tmp_path)
@@ -178,16 +178,16 @@ def test_an_earlier_starts_checkpoints_go_once_newer_ones_are_whole(
 
 
 @pytest.mark.parametrize(
-    ("override", "steps", "optimizers"),
+    ("change", "steps", "optimizers"),
     [
         ("recipe.keep=model", [40], 0),
         ("recipe.keep=all", [20, 40], 2),
         ("trainer.max_actor_ckpt_to_keep=null", [20, 40], 0),
     ],
 )
-def test_what_a_finished_run_keeps(tmp_path: Path, override: str, steps: list[int], optimizers: int) -> None:
+def test_what_a_finished_run_keeps(tmp_path: Path, change: str, steps: list[int], optimizers: int) -> None:
     saved(tmp_path, 20, 40)
-    finish(configured(tmp_path, override, "recipe.steps=40"), tmp_path)
+    finish(configured(tmp_path, change, "recipe.steps=40"), tmp_path)
     assert there(tmp_path) == steps
     assert len(list(tmp_path.rglob("optim_*"))) == optimizers
     assert len(list(tmp_path.rglob("model_*"))) == len(steps)
@@ -200,5 +200,5 @@ def test_what_a_finished_run_keeps(tmp_path: Path, override: str, steps: list[in
 
 
 def test_what_may_be_kept_is_checked(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="accepted are model and all"):
+    with pytest.raises(UserError, match=r"recipe\.keep=optimizer is not accepted\. Accepted: model, all"):
         configured(tmp_path, "recipe.keep=optimizer")

@@ -1,9 +1,9 @@
 """verl's trainers with vl_norm: two logged steps of each on the CPU stack (Ray, FSDP2, vLLM, the tiny CountDown).
 
-V1 sync is in test_e2e.py. Here: V1 colocate_async, separate_async and our sync_whole_groups, V0, one_step_off_policy,
-fully_async_policy; and V1 sync with LoRA, and with the rollout's log-probabilities as old ones. What each step logs of
-its mini-batches is compared with the lengths of the responses that were trained on, as written down by verl or by the
-reward function.
+V1 sync_whole_groups on one rank is in test_e2e.py. Here: V1 colocate_async, separate_async, and sync_whole_groups on
+two; V0, one_step_off_policy, fully_async_policy; V1 sync with LoRA, and with the rollout's own log-probabilities.
+What each step logs of its mini-batches is compared with the lengths of the responses that were trained on, as written
+down by verl or by the reward function.
 Also: a setting that cannot be trained ends each of them before Ray starts.
 
 Not covered: a critic with one_step_off_policy or fully_async_policy. verl 0.9.1 has none there: both call
@@ -30,13 +30,16 @@ import pytest
 
 from tests.test_e2e import processes_of
 from vlnorm_verl.cpu import cpu_environment
-from vlnorm_verl.runs.process import TrainingFailed, last_lines, locked, train
-from vlnorm_verl.runs.quickstart import CONFIG_FOLDER, MODEL_FOLDER, make_data
+from vlnorm_verl.files import locked
+from vlnorm_verl.runs.process import TrainingFailed, last_lines, train
+from vlnorm_verl.tasks.tiny import WEIGHTS
+from vlnorm_verl.tasks.tiny.data import rows, write_parquet
 from vlnorm_verl.tasks.tiny.model import VOCABULARY
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 
+CONFIG_FOLDER = Path(__file__).parent.parent / "vlnorm_verl" / "cpu" / "config"
 PROMPTS, RESPONSES = 16, 8  # of a step, and of a prompt
 LONGEST = 256  # tokens of a response
 SYNCED = 1e-5  # largest difference of token probabilities where rollout and actor have the same weights
@@ -124,27 +127,31 @@ APART = (
     "ray_kwargs.ray_init.num_gpus=2",
     "ray_kwargs.ray_init.num_cpus=32",
 )
-# What quickstart.yaml is for verl's main_ppo, over the configurations of the experimental trainers.
-EXPERIMENTAL = (
-    "+config@_global_=stack",
+# The quickstart's values, over the configuration of any trainer.
+COMMON = (
+    f"data.train_batch_size={PROMPTS}",
     "data.max_prompt_length=16",
     f"data.max_response_length={LONGEST}",
     "algorithm.adv_estimator=grpo",
-    "algorithm.rollout_correction.bypass_mode=false",  # true, their default, computes no entropy
-    "actor_rollout_ref.hybrid_engine=false",
+    "actor_rollout_ref.actor.shuffle=true",
     "actor_rollout_ref.actor.loss_agg_mode=vl_norm",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=32",
     "actor_rollout_ref.actor.optim.lr=2.0e-4",
     f"actor_rollout_ref.rollout.n={RESPONSES}",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64",
     "reward.custom_reward_function.name=compute_score",
-    "rollout.nnodes=1",
-    "rollout.n_gpus_per_node=1",
     "trainer.logger=[file]",
     "trainer.total_epochs=1000",
+)
+EXPERIMENTAL = (
+    "+config@_global_=stack",
+    "algorithm.rollout_correction.bypass_mode=false",  # true, their default, computes no entropy
+    "actor_rollout_ref.hybrid_engine=false",
+    "rollout.nnodes=1",
+    "rollout.n_gpus_per_node=1",
     *APART,
 )
-MAIN = ("verl.trainer.main_ppo", "quickstart")
+MAIN = ("verl.trainer.main_ppo", "cpu")
 TRAINERS = {
     "v1-colocate_async": Trainer(*MAIN, (mini_batch(PROMPTS), "trainer.v1.trainer_mode=colocate_async"), synced=(1,)),
     "v1-separate_async": Trainer(
@@ -177,7 +184,6 @@ TRAINERS = {
         (
             *EXPERIMENTAL,
             mini_batch(PROMPTS),
-            f"data.train_batch_size={PROMPTS}",
             # verl 0.9.1 cannot dump here: no `_dump_executor` (one_step_off_policy/ray_trainer.py:46)
             "trainer.rollout_data_dir=null",
         ),
@@ -222,7 +228,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 
 
 def command(trainer: Trainer, out: Path, *overrides: str) -> list[str]:
-    own = [f"--config-path={CONFIG_FOLDER}"] if trainer.config == "quickstart" else []
+    own = [f"--config-path={CONFIG_FOLDER}"] if trainer.config == "cpu" else []
     return [
         sys.executable,
         "-m",
@@ -231,7 +237,8 @@ def command(trainer: Trainer, out: Path, *overrides: str) -> list[str]:
         f"--config-name={trainer.config}",
         "hydra.searchpath=[pkg://verl.trainer.config,pkg://vlnorm_verl.cpu]",
         f"hydra.run.dir={out}",
-        f"actor_rollout_ref.model.path={MODEL_FOLDER}",
+        *COMMON,
+        f"actor_rollout_ref.model.path={WEIGHTS}",
         f"data.train_files={out}/data/train.parquet",
         f"data.val_files={out}/data/test.parquet",
         f"reward.custom_reward_function.path={out}/reward.py",
@@ -249,7 +256,9 @@ def command(trainer: Trainer, out: Path, *overrides: str) -> list[str]:
 
 def run(trainer: Trainer, out: Path) -> list[Data]:
     """The metrics of a run that must end well, of the steps that trained."""
-    make_data(out / "data")
+    (out / "data").mkdir()
+    write_parquet(rows(4096, 0, "train"), out / "data" / "train.parquet")
+    write_parquet(rows(128, 0, "test"), out / "data" / "test.parquet")
     (out / "reward.py").write_text(REWARD.format(notes=str(out / "lengths.txt"), longest=LONGEST))
     metrics, log = out / "metrics.jsonl", out / "train.log"
     try:

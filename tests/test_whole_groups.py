@@ -2,7 +2,7 @@
 
 Covered: the order that the trainer makes, cut by verl's dispatch (single_controller/base/decorator.py:71) and each
 rank's iterator (utils/tensordict_utils.py:593) for 1 to 8 ranks at the recipes' sizes. Not covered: a run with it
-(test_trainers.py, test_recipes_e2e.py).
+(test_trainers.py, test_e2e.py).
 """
 
 import random
@@ -16,7 +16,8 @@ import torch
 from omegaconf import OmegaConf
 
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs import recipe
+from vlnorm_verl.runs.check import validate
+from vlnorm_verl.runs.config import compose
 
 CONFIG = Path(__file__).parent.parent / "recipes" / "config"
 PROMPTS, RESPONSES, MINI_BATCH = 128, 10, 32  # as in common.yaml and family/aggregation.yaml
@@ -127,7 +128,7 @@ def test_verls_own_buffer_is_the_synchronous_one() -> None:
 
     made = trainer(ranks=1, step=1)
     made.trainer_mode = "sync_whole_groups"
-    made.config = recipe.compose(CONFIG, ["trainer.v1.sampler.custom_sampler.path=null"])
+    made.config = compose(CONFIG, ["trainer.v1.sampler.custom_sampler.path=null"])
     assert type(made._build_replay_buffer()) is ReplayBuffer
     assert made.trainer_mode == "sync"
 
@@ -147,4 +148,4 @@ def test_verls_own_buffer_is_the_synchronous_one() -> None:
 )
 def test_what_is_no_whole_group_run_is_refused_before_ray(overrides: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        recipe.validate(recipe.compose(CONFIG, [overrides]))
+        validate(compose(CONFIG, [overrides]))

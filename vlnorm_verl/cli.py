@@ -107,32 +107,6 @@ def doctor(
     raise typer.Exit(0 if examine(ask_ray=ray) else 1)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
-def quickstart(
-    context: typer.Context,
-    mode: Annotated[str, typer.Option(help="Loss aggregation: vl_norm, vl_norm:0.75, token-mean …")] = "vl_norm",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 16 prompts x 8 responses.")] = 60,
-    seed: Annotated[int, typer.Option(help="Seed of data order, sampling and optimizer.")] = 0,
-    ranks: Annotated[int, typer.Option(min=1, help="Data-parallel FSDP ranks, each with a vLLM of its own.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder of the run: log, metrics, checkpoint, table and figure.")] = Path(
-        "runs/quickstart"
-    ),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
-) -> None:
-    """Train the tiny CountDown model with verl on this machine's CPU, and show that it learns.
-
-    Runs verl's own trainer (verl.trainer.main_ppo) with Ray, an FSDP2 actor and vLLM rollouts. Anything after `--`
-    is passed to verl as Hydra overrides, for instance
-
-        vlnorm-verl quickstart --steps 20 -- actor_rollout_ref.actor.optim.lr=3e-4
-    """
-    from vlnorm_verl.runs.quickstart import Settings, run
-
-    raise typer.Exit(
-        run(Settings(mode=mode, steps=steps, seed=seed, ranks=ranks, out=out, resume=resume, overrides=context.args))
-    )
-
-
 On = Annotated[str, typer.Option(help="slurm: submit with sbatch. kubernetes: print a RayJob manifest.")]
 
 
@@ -148,15 +122,19 @@ def launch(
         str, typer.Option(help="Beside console and file: wandb,tensorboard,trackio,swanlab,mlflow.")
     ] = "",
     on: On = "",
+    report: Annotated[
+        bool, typer.Option("--report", help="Once it is finished: vlnorm-verl report, into its folder.")
+    ] = False,
     python: Annotated[bool, typer.Option("--python", help="Print the Python that this run takes; stop.")] = False,
 ) -> None:
     """Run one experiment of the paper on verl (what recipes/*.sh call).
 
     Choices:
 
-        family=aggregation|dapo   task=countdown|math   model=3b|7b   length=3072|8192   scale=gpu|cpu
+        family=aggregation|dapo|quickstart   task=countdown|math   length=3072|8192
+        model=3b|7b|tiny                              (tiny: on this machine's CPU, responses of 128|256 tokens)
         attention=flash|sdpa                                              (sdpa: without the package flash-attn; slower)
-        method=grpo_norm|dapo_norm|dr_grpo_norm|dr_grpo|vl_norm           (family=aggregation)
+        method=grpo_norm|dapo_norm|dr_grpo_norm|dr_grpo|vl_norm           (family=aggregation, quickstart)
         method=dapo|overlong_filtering|soft_punishment|vl_norm            (family=dapo, length=3072)
 
     Any other key=value is a Hydra override of verl's configuration, for instance
@@ -169,7 +147,8 @@ def launch(
     from vlnorm_verl.runs.launch import Request
     from vlnorm_verl.runs.launch import launch as run
 
-    request = Request(recipes, list(overrides or []), dry_run, smoke, [n for n in logger.split(",") if n], on, python)
+    loggers = [name for name in logger.split(",") if name]
+    request = Request(recipes, list(overrides or []), dry_run, smoke, loggers, on, python, report)
     _in_its_environment(lambda: run(request))
 
 
@@ -192,20 +171,17 @@ def reproduce(
     Sets: countdown (table2), math (table3), alpha (table4), dapo (table5), fig2, fig3, each, all.
 
     A run that is finished is skipped, one that was begun goes on, one that fails does not end the rest. key=value goes
-    to every run, over the manifest's own: trainer.n_gpus_per_node=4, scale=cpu, or model=3b for that model's runs only.
+    to every run, over the manifest's own: trainer.n_gpus_per_node=4, model=tiny, or model=3b for its runs only.
 
     Exit code 0 if no run failed (--dry-run: if all are valid), 1 if one did, 2 for a wrong request, 130 after Ctrl-C.
     """
+    from vlnorm_verl.runs import provenance
     from vlnorm_verl.runs import reproduce as module
 
     if values:
-        print(module.values_table(recipes / "config"))
+        print(provenance.values_table(recipes / "config"))
         raise typer.Exit()
     names = [word for word in what or [] if "=" not in word] + (["all"] if all_sets else [])
     overrides = [word for word in what or [] if "=" in word]
-    try:
-        numbers = module.parse_seeds(seeds)
-    except UserError as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(2) from None
+    numbers = module.parse_seeds(seeds)
     _in_its_environment(lambda: module.reproduce(recipes, names, overrides, numbers, list_sets, status, dry_run, on))

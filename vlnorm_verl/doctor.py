@@ -155,12 +155,10 @@ def quiet() -> Iterator[IO[str]]:
                 os.close(copy)
 
 
-def gpu_problems() -> list[machine.Problem]:
+def gpu_problems() -> list[machine.Defect]:
     """What a run on GPUs would fail for in this environment, on this machine."""
     environment = machine.this_environment()
-    problems = [
-        machine.Problem(f"{environment.prefix} {reason}", machine.INSTALL_GPU) for reason in environment.lacks()
-    ]
+    problems = [machine.Defect(f"{environment.prefix} {reason}", machine.INSTALL_GPU) for reason in environment.lacks()]
     problems += filter(
         None, (machine.flash_attention_problem(), machine.driver_problem(environment.cuda or machine.WHEELS_CUDA))
     )

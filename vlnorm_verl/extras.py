@@ -14,15 +14,14 @@ MODULES = {
     "recipes": (
         "cachetools",
         "fastapi",
-        "filelock",
         "huggingface_hub",
         "msgspec",
         "psutil",
         "transfer_queue",
         "uvicorn",
     ),
-    "report": ("jinja2", "matplotlib", "msgspec", "scipy"),
-    "lab": ("jinja2", "matplotlib", "msgspec", "scipy"),
+    "report": ("jinja2", "matplotlib", "msgspec", "pylatexenc", "scipy"),
+    "lab": ("jinja2", "matplotlib", "msgspec", "pylatexenc", "scipy"),
     "math": ("sympy",),
 }
 

@@ -16,6 +16,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -33,9 +34,15 @@ SHARED_MEMORY_GB = 10  # verl's own containers have it; a container's default is
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weights, Adam's moments
 PARAMETERS = {"3b": 3.09e9, "7b": 7.62e9}  # Qwen2.5
 
+# What a logger needs where verl's driver runs: a key, or another mode than online, or a file of `wandb login` and such.
+LOGINS = {
+    "wandb": ("WANDB_API_KEY", "WANDB_MODE", ("offline", "disabled"), "~/.netrc"),
+    "swanlab": ("SWANLAB_API_KEY", "SWANLAB_MODE", ("local", "offline", "disabled"), "~/.swanlab/.netrc"),
+}
+
 
 @dataclass(frozen=True)
-class Problem:
+class Defect:
     what: str
     mend: str
 
@@ -138,7 +145,7 @@ def require_environment(on_cpu: bool, project: Path) -> Environment:
             raise Elsewhere(there, f"{run}: taken is {there}, since {reasons[0]}")
         reasons.append(f"{there.prefix} {' and '.join(lacks)}")
     how = (
-        f"{INSTALL_CPU} makes one that can" if on_cpu else f"{INSTALL_GPU} makes one that can (for the CPU: scale=cpu)"
+        f"{INSTALL_CPU} makes one that can" if on_cpu else f"{INSTALL_GPU} makes one that can (for the CPU: model=tiny)"
     )
     raise Unfit(f"{run}, and no environment here can do it: {'; '.join(reasons)}. {how}")
 
@@ -160,34 +167,34 @@ def driver() -> tuple[tuple[int, int], int] | None:
     return (number.value // 1000, number.value % 1000 // 10), gpus.value
 
 
-def driver_problem(cuda: str, gpus: int = 1) -> Problem | None:
+def driver_problem(cuda: str, gpus: int = 1) -> Defect | None:
     """What keeps wheels for a version of CUDA from running on as many GPUs of this machine."""
     found = driver()
     if found is None:
-        return Problem(
+        return Defect(
             "no NVIDIA driver is here (libcuda.so.1 cannot be loaded)", "In a container: start it with --gpus all"
         )
     (newest, minor), shown = found
     if newest < (major := int(cuda.split(".")[0])):
-        return Problem(
+        return Defect(
             f"the NVIDIA driver runs CUDA up to {newest}.{minor}, the wheels are for CUDA {cuda}",
             f"Install driver {FIRST_DRIVER.get(major, 'for that CUDA')} or newer, or on data-centre cards "
             f"NVIDIA's package cuda-compat-{cuda.replace('.', '-')}",
         )
     if shown < gpus:
-        return Problem(
+        return Defect(
             f"the driver shows {shown} GPUs here, and {gpus} are asked for",
             f"Give trainer.n_gpus_per_node={max(shown, 1)}, or look at CUDA_VISIBLE_DEVICES",
         )
     return None
 
 
-def flash_attention_problem() -> Problem | None:
+def flash_attention_problem() -> Defect | None:
     """Why verl's default attention, flash_attention_2 (workers/config/model.py:185), cannot be loaded."""
     try:
         importlib.import_module("flash_attn")
     except Exception as error:  # not there, or built for another torch: an undefined symbol
-        return Problem(
+        return Defect(
             f"flash-attn cannot be loaded ({type(error).__name__}: {error})",
             f"Give runs attention=sdpa, which is slower, or compile it: FLASH_ATTN=build {INSTALL_GPU}",
         )
@@ -201,13 +208,13 @@ def environment_problems(on_cpu: bool, flash_attention: bool) -> list[str]:
     return problems + ([str(problem)] if flash_attention and (problem := flash_attention_problem()) else [])
 
 
-def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Problem]:
+def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Defect]:
     """What ends a run late: a small /dev/shm, a disk without room for the checkpoints that are kept below `folder`."""
     problems = []
     shared = shutil.disk_usage("/dev/shm").total / 1e9
     if shared < SHARED_MEMORY_GB:
         problems.append(
-            Problem(
+            Defect(
                 f"/dev/shm has {shared:.2g} GB; Ray's object store and NCCL want {SHARED_MEMORY_GB} and more",
                 "In a container: --shm-size=64g, or --ipc=host",
             )
@@ -217,11 +224,24 @@ def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Pro
     needs = {name: 2 * CHECKPOINT_BYTES * PARAMETERS[name] / 1e9 for name in models if name in PARAMETERS}
     if too_large := [f"{need:.0f} GB with model={name}" for name, need in needs.items() if need > free]:
         problems.append(
-            Problem(
+            Defect(
                 f"{there} has {free:.0f} GB free; the two checkpoints that a run keeps take {', '.join(too_large)}",
                 "Put runs on a larger disk: recipe.root=…",
             )
         )
+    return problems
+
+
+def missing_logins(loggers: list[str]) -> list[str]:
+    """What a logger of the run lacks in this process, each as a message."""
+    problems = []
+    for logger, (key, mode, enough, file) in LOGINS.items():
+        login = Path(file).expanduser()
+        known = (
+            os.environ.get(key) or os.environ.get(mode) in enough or (login.exists() and logger in login.read_text())
+        )
+        if logger in loggers and not known:
+            problems.append(f"logger {logger} needs {key} (or {mode}={'|'.join(enough)}, or its login in {file})")
     return problems
 
 

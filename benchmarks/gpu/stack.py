@@ -7,17 +7,23 @@ verl's metrics of each step, whole after each.
 """
 
 import contextlib
+import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from vlnorm_verl.cpu import cpu_environment
-from vlnorm_verl.runs.process import TrainingFailed, last_lines, locked, progress_line, train, write_json
-from vlnorm_verl.runs.quickstart import Settings, command, make_data
+from vlnorm_verl.files import locked, write_json
+from vlnorm_verl.runs.config import compose, with_settings
+from vlnorm_verl.runs.launch import make_tiny_data, start
+from vlnorm_verl.runs.process import TrainingFailed, last_lines
+from vlnorm_verl.runs.progress import progress_line
 
+CONFIG = Path(__file__).parents[2] / "recipes" / "config"
+QUICKSTART = ["family=quickstart", "task=countdown", "length=8192", "model=tiny"]  # as recipes/quickstart.sh
 GPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it compiles at the first use
@@ -31,21 +37,21 @@ GPU_ENVIRONMENT = {
 }
 
 
-def gpu_overrides(attention: str, sleep: bool) -> list[str]:
-    types = "{param_dtype: bf16, reduce_dtype: fp32, buffer_dtype: fp32}"
-    return [
-        "trainer.device=cuda",
-        f"actor_rollout_ref.actor.fsdp_config.mixed_precision={types}",
-        "actor_rollout_ref.model.enable_gradient_checkpointing=true",
-        "actor_rollout_ref.rollout.dtype=bfloat16",
-        f"actor_rollout_ref.rollout.enable_sleep_mode={str(sleep).lower()}",
-        f"actor_rollout_ref.rollout.free_cache_engine={str(sleep).lower()}",
-        "actor_rollout_ref.rollout.gpu_memory_utilization=0.3",
-        "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend=mp",
-        f"+actor_rollout_ref.rollout.engine_kwargs.vllm.attention_backend={attention}",
-        "ray_kwargs.ray_init.runtime_env.py_executable=null",
-        "ray_kwargs.ray_init.object_store_memory=2000000000",
-    ]
+def gpu_settings(attention: str, sleep: bool) -> dict[str, Any]:
+    actor, rollout, ray = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "ray_kwargs.ray_init"
+    return {
+        "trainer.device": "cuda",
+        f"{actor}.fsdp_config.mixed_precision": {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+        "actor_rollout_ref.model.enable_gradient_checkpointing": True,
+        f"{rollout}.dtype": "bfloat16",
+        f"{rollout}.enable_sleep_mode": sleep,
+        f"{rollout}.free_cache_engine": sleep,
+        f"{rollout}.gpu_memory_utilization": 0.3,
+        f"{rollout}.engine_kwargs.vllm.distributed_executor_backend": "mp",
+        f"{rollout}.engine_kwargs.vllm.attention_backend": attention,
+        f"{ray}.runtime_env.py_executable": None,
+        f"{ray}.object_store_memory": 2_000_000_000,
+    }
 
 
 def main(
@@ -57,15 +63,15 @@ def main(
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="vlnorm-stack-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        make_data(folder / "data")
-        overrides = ["trainer.save_freq=-1", "trainer.test_freq=-1", "trainer.val_before_train=false"]
+        changed = {"recipe.folder": str(folder), "recipe.data": str(folder / "data"), "recipe.steps": steps}
+        changed |= {"trainer.save_freq": -1, "trainer.test_freq": -1, "trainer.val_before_train": False}
         if device == "cuda":
-            overrides += gpu_overrides(attention, sleep)
-        settings = Settings(steps=steps, out=folder, overrides=overrides)
-        variables = cpu_environment() if device == "cpu" else GPU_ENVIRONMENT
+            changed |= gpu_settings(attention, sleep)
+        config = with_settings(compose(CONFIG, QUICKSTART), changed)
+        make_tiny_data(config)
+        os.environ.update(cpu_environment() if device == "cpu" else GPU_ENVIRONMENT)
         lock = stack.enter_context(locked(folder))
-        files = (folder / "metrics-000.jsonl", folder / "train.log")
-        records = stack.enter_context(contextlib.closing(train(command(settings), variables, *files, lock)))
+        records = stack.enter_context(contextlib.closing(start(config, lock)))
         done = []
         try:
             for record in records:
@@ -73,7 +79,7 @@ def main(
                 write_json(out, {"steps": steps, "attention": attention, "sleep": sleep, "records": done})
                 print(progress_line(record, steps), flush=True)
         except TrainingFailed as error:
-            print("".join(last_lines(files[1], 80)), error, sep="\n")
+            print("".join(last_lines(folder / "train.log", 80)), error, sep="\n")
             sys.exit(1)
 
 

@@ -1,6 +1,6 @@
 """A recipe on more than this machine: what changes on a Ray cluster that exists already, and how a run gets to one.
 
-Covered: the overrides and variables that its workers need, the question to every node whether the run can work there,
+Covered: the settings and variables that its workers need, the question to every node whether the run can work there,
 `ray job submit`, `sbatch` and a KubeRay RayJob of a launch. The files that the last two need are in recipes/cluster.
 """
 
@@ -11,19 +11,22 @@ import json
 import os
 import re
 import shlex
+import string
 import subprocess
 import sys
 import tempfile
 import time
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs import recipe
+from vlnorm_verl.runs.config import is_cpu
+from vlnorm_verl.runs.probe import probe
 
 PLUGIN = "vlnorm_verl.verl_entry"
 # Variables of whoever starts a run on an existing cluster that its workers get, too.
@@ -31,12 +34,8 @@ FORWARDED = (
     *("WANDB_*", "SWANLAB_*", "MLFLOW_*", "TRACKIO_*", "HF_*", "TOKENIZERS_*", "NCCL_*", "GLOO_*"),
     *("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
 )
-# What a logger needs where verl's driver runs: a key, or another mode than online, or a file of `wandb login` and such.
-LOGINS = {
-    "wandb": ("WANDB_API_KEY", "WANDB_MODE", ("offline", "disabled"), "~/.netrc"),
-    "swanlab": ("SWANLAB_API_KEY", "SWANLAB_MODE", ("local", "offline", "disabled"), "~/.swanlab/.netrc"),
-}
-ENV_VARS = "ray_kwargs.ray_init.runtime_env.env_vars"
+RAY_INIT = "ray_kwargs.ray_init"
+ENV_VARS = f"{RAY_INIT}.runtime_env.env_vars"
 RAYJOB_NAME = 47  # characters that KubeRay takes for the name of a RayJob
 # Not sent to a cluster with `ray job submit`, beside what .gitignore has (Ray reads it).
 NOT_SHIPPED = ["/runs", "/data", "/docs", "/tests"]
@@ -45,25 +44,22 @@ NOT_SHIPPED = ["/runs", "/data", "/docs", "/tests"]
 # ----------------------------------------------------------------------------------------- on a cluster that is there
 
 
-def with_cluster(overrides: list[str], config: DictConfig, metrics: Path) -> list[str]:
-    """The trainer's overrides for an existing Ray cluster: it has its own resources, its workers need our variables."""
+def settings(config: DictConfig, metrics: Path) -> dict[str, Any]:
+    """What a run has set on an existing Ray cluster: that has its own resources, its workers need our variables."""
     variables = worker_variables(config) | {"VERL_FILE_LOGGER_PATH": str(metrics.resolve())}
-    settings = ["ray_kwargs.ray_init.address=auto"]
-    if recipe.is_cpu(config):
+    changed: dict[str, Any] = {f"{RAY_INIT}.address": "auto"}
+    if is_cpu(config):
         # Only a Ray that verl starts itself may be given resources, and only its workers are forked by the zygote.
-        settings += [f"ray_kwargs.ray_init.{key}=null" for key in ("num_cpus", "num_gpus", "object_store_memory")]
-        settings += ["ray_kwargs.ray_init.runtime_env.py_executable=null", "~ray_kwargs.ray_init.include_dashboard"]
-    # The user may have given one of the variables, too; then it is already in ours, and Hydra wants each key once.
-    kept = recipe.without(overrides, *(f"{ENV_VARS}.{name}" for name in variables))
-    settings += [f"++{recipe.override(f'{ENV_VARS}.{name}', value)}" for name, value in variables.items()]
-    return [*kept, *settings]
+        own = ("num_cpus", "num_gpus", "object_store_memory", "include_dashboard", "runtime_env.py_executable")
+        changed |= {f"{RAY_INIT}.{key}": None for key in own}
+    return changed | {f"{ENV_VARS}.{name}": value for name, value in variables.items()}
 
 
 def worker_variables(config: DictConfig) -> dict[str, str]:
     """Environment variables that the workers of an existing cluster must be given; the user's own win."""
     given = {name: str(value) for name, value in (OmegaConf.select(config, ENV_VARS) or {}).items()}
     variables = {}
-    if recipe.is_cpu(config):
+    if is_cpu(config):
         variables = {k: v for k, v in cpu_environment().items() if not k.startswith("VLNORM_")}
     # Loads the plugin where the package is importable but not installed (sent by `ray job submit`). First of all, so
     # that a loss function of the user's own finds it in verl.
@@ -95,37 +91,12 @@ def job_environment() -> dict[str, str]:
     return {RAY_JOB_CONFIG_JSON_ENV_VAR: json.dumps(job), "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}
 
 
-def missing_logins(loggers: list[str]) -> list[str]:
-    """What a logger of the run lacks in this process, each as a message."""
-    problems = []
-    for logger, (key, mode, enough, file) in LOGINS.items():
-        login = Path(file).expanduser()
-        known = (
-            os.environ.get(key) or os.environ.get(mode) in enough or (login.exists() and logger in login.read_text())
-        )
-        if logger in loggers and not known:
-            problems.append(f"logger {logger} needs {key} (or {mode}={'|'.join(enough)}, or its login in {file})")
-    return problems
-
-
 def check_nodes(config: DictConfig, console: Console) -> None:
     """Raises UserError that names each node of the cluster where the run could not work."""
-    from vlnorm_verl.runs.probe import probe
-
-    files = [config.data.train_files, config.data.val_files]
-    flat = [file for entry in files for file in ([entry] if isinstance(entry, str) else entry)]
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # see job_environment
     with console.status("asking every node of the Ray cluster …"):
         try:
-            reports = probe(
-                config.actor_rollout_ref.actor.loss_agg_mode,
-                Path(config.recipe.folder),
-                flat,
-                list(config.trainer.logger),
-                forwarded() | worker_variables(config),
-                recipe.is_cpu(config),
-                recipe.wants_flash_attention(config),
-            )
+            reports = probe(config, forwarded() | worker_variables(config))
         except ConnectionError as error:
             raise UserError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
     for report in reports:
@@ -184,14 +155,12 @@ def rayjob(recipes: Path, arguments: list[str], config: DictConfig) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", f"{config.recipe.name}-seed{config.recipe.seed}".lower())
     if len(name) > RAYJOB_NAME:
         name = f"{name[: RAYJOB_NAME - 7].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-    for placeholder, value in {
-        "${NAME}": name,
-        "${ENTRYPOINT}": json.dumps(shlex.join(_elsewhere(recipes, arguments))),
-        "${WORKERS}": str(config.trainer.nnodes - 1),
-        "${GPUS}": str(config.trainer.n_gpus_per_node),
-    }.items():
-        text = text.replace(placeholder, value)
-    return text
+    return string.Template(text).substitute(
+        NAME=name,
+        ENTRYPOINT=json.dumps(shlex.join(_elsewhere(recipes, arguments))),
+        WORKERS=config.trainer.nnodes - 1,
+        GPUS=config.trainer.n_gpus_per_node,
+    )
 
 
 def _elsewhere(recipes: Path, arguments: list[str]) -> list[str]:

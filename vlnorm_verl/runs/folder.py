@@ -1,6 +1,7 @@
 """The folder of a run, on a disk that every node sees: how far the run is, which later start fits, what is kept.
 
     config.yaml         the whole configuration of the first start; a later start must agree with it
+    trainer.yaml        that of the last start, which verl's trainer was given
     checkpoints/        verl's; the same command again goes on from the last
     rollouts/, validation/    every response, as verl dumps them
     finished            the last step, once it is trained and validated
@@ -15,11 +16,13 @@ from __future__ import annotations
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from vlnorm_verl import files
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs import recipe
+from vlnorm_verl.runs.config import flatten
 from vlnorm_verl.runs.process import read_metrics
 
 # What may change between two starts of one run: all else is refused, since it might be the experiment. Not the number
@@ -92,18 +95,18 @@ def remember(config: DictConfig, folder: Path) -> None:
     """
     file = folder / "config.yaml"
     if not file.exists():
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(OmegaConf.to_yaml(config, resolve=True))
-        temporary.replace(file)
+        files.write(file, OmegaConf.to_yaml(config, resolve=True))
         return
-    before, now = recipe.flatten(OmegaConf.load(file)), recipe.flatten(config)
     fixed = config.recipe.get("fixed") or []
-    changed = [
-        f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and (key in fixed or not any(fnmatch(key, may) for may in MAY_CHANGE))
-    ]
-    if changed:
+
+    def experiment(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: value
+            for key, value in values.items()
+            if key in fixed or not any(fnmatch(key, may) for may in MAY_CHANGE)
+        }
+
+    if changed := files.differences(experiment(flatten(OmegaConf.load(file))), experiment(flatten(config))):
         raise UserError(
             f"{folder} holds a run with other values; give the same, or another folder with recipe.folder=…\n  "
             + "\n  ".join(changed)
@@ -142,9 +145,9 @@ def prune(folder: Path, keep: int | None, began: int) -> None:
     began: the step from which the present start goes on. It writes, and removes, later ones only.
     """
     done = completed_steps(folder)
-    there = _checkpoints(folder)
-    newest = sorted(step for step, path in there.items() if step <= done and _whole(path))[-keep:] if keep else there
-    for step, path in there.items():
+    saved = _checkpoints(folder)
+    newest = sorted(step for step, path in saved.items() if step <= done and _whole(path))[-keep:] if keep else saved
+    for step, path in saved.items():
         if step <= began and step not in newest:
             shutil.rmtree(path)
 
@@ -171,8 +174,8 @@ def _tracker(folder: Path) -> Path:
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
     """{step: folder} of all that are there, whole or not."""
-    found = (folder / "checkpoints").glob("global_step_*")
-    return {int(path.name.removeprefix("global_step_")): path for path in found}
+    paths = (folder / "checkpoints").glob("global_step_*")
+    return {int(path.name.removeprefix("global_step_")): path for path in paths}
 
 
 def _whole(path: Path) -> bool:

@@ -8,7 +8,8 @@ Where a run happens:
     --on slurm                        `sbatch recipes/cluster/slurm.sbatch` of this same command
     --on kubernetes                   nowhere: prints a KubeRay RayJob of this same command
 
-What is in the folder of a run: folder.py. Ray clusters, SLURM, Kubernetes: clusters.py.
+The configuration is composed once. verl's trainer is given the result, as trainer.yaml in the folder of the run.
+What else is in that folder: folder.py. Ray clusters, SLURM, Kubernetes: clusters.py.
 """
 
 from __future__ import annotations
@@ -19,33 +20,37 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from vlnorm_verl import cpu, machine
-from vlnorm_verl.files import UserError
-from vlnorm_verl.runs import clusters, recipe, resources, smoke
+from vlnorm_verl import cpu, files, machine
+from vlnorm_verl.files import UserError, locked
+from vlnorm_verl.runs import clusters, resources, smoke
+from vlnorm_verl.runs import config as configs
+from vlnorm_verl.runs.check import unread_keys, validate
+from vlnorm_verl.runs.config import LOGGERS, is_cpu, missing_files, override, wants_flash_attention, with_settings
 from vlnorm_verl.runs.folder import begin, completed_steps, finish, prune, remember, state, validation_due
 from vlnorm_verl.runs.process import (
-    STOP_SIGNALS,
+    Record,
     TrainingFailed,
     last_lines,
-    locked,
     next_metrics,
-    progress_line,
+    raise_on_stop,
+    read_metrics,
     train,
 )
-from vlnorm_verl.runs.recipe import CONFIG_NAME, hydra_overrides
+from vlnorm_verl.runs.progress import progress_line, summarize, summary_table, terminal
+from vlnorm_verl.runs.provenance import provenance
 from vlnorm_verl.tasks.tiny.data import make as make_tiny_files
 
 
@@ -60,6 +65,7 @@ class Request:
     loggers: list[str] = field(default_factory=list)
     on: str = ""  # "", "slurm" or "kubernetes"
     python: bool = False  # only print the Python that the run takes
+    report: bool = False  # draw the report of the finished run
 
     @property
     def config_folder(self) -> Path:
@@ -72,23 +78,15 @@ class Request:
 
 
 def launch(request: Request, console: Console | None = None) -> int:
-    """Run, submit or only check one recipe. Returns the exit code: 2 for what is wrong with the request."""
-    console = console or Console()
-    try:
-        return _launch(request, console)
-    except UserError as error:
-        _say(console, str(error), style="red")
-        return 2
+    """Run, submit or only check one recipe. Returns the exit code.
 
-
-def check_place(on: str) -> None:
-    if on not in ("", "slurm", "kubernetes"):
-        raise UserError(f"--on {on}: accepted are slurm and kubernetes; without it RAY_ADDRESS decides")
-
-
-def _launch(request: Request, console: Console) -> int:
+    Raises:
+        UserError: the request is wrong, or the run cannot work here.
+        machine.Elsewhere: another environment of the project can do it.
+    """
+    console = console or terminal()
     check_place(request.on)
-    asked = recipe.compose(request.config_folder, request.overrides)
+    asked = configs.compose(request.config_folder, request.overrides)
     unfit = prepare_environment(request.recipes, asked)
     if request.python:
         if unfit:
@@ -96,11 +94,11 @@ def _launch(request: Request, console: Console) -> int:
         print(sys.executable)
         return 0
     folder = folder_of(request, asked)
-    overrides = trainer_overrides(request, asked, folder)
-    config = recipe.compose(request.config_folder, overrides)
-    recipe.validate(config)
+    changed = settings(request, asked, folder)
+    config = with_settings(asked, changed)
+    validate(config)
     if request.dry_run:
-        show(request, config, overrides, console, unfit)
+        show(request, config, changed, console, unfit)
         return 0
     arguments = again(request, config)
     if request.on == "kubernetes":
@@ -111,16 +109,23 @@ def _launch(request: Request, console: Console) -> int:
     if os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")):
         return clusters.submit(request.recipes, arguments, config, console)
     if unfit := unfit or cannot_run(config):
-        missing = None if recipe.is_cpu(config) else recipe.missing_files(config)
-        raise UserError("\n".join(filter(None, [unfit, missing])))
-    _say(console, f"environment: {machine.this_environment()}")
-    if not recipe.is_cpu(config):
+        raise UserError("\n".join(filter(None, [unfit, missing_files(config)])))
+    console.print(f"environment: {machine.this_environment()}")
+    if not is_cpu(config):
         for problem in machine.tight(Path(config.recipe.folder), (config.recipe.model,)):
-            _say(console, f"note: {problem}", style="yellow")
-    return run_here(request, asked, config, console)
+            console.print(f"note: {problem}", style="yellow")
+    code = run_here(request, asked, config, console)
+    if request.report and state(config) == "finished":
+        draw_report(folder, console)
+    return code
 
 
-# ------------------------------------------------------------------------------------------------------ the command
+def check_place(on: str) -> None:
+    if on not in ("", "slurm", "kubernetes"):
+        raise UserError(f"--on {on}: accepted are slurm and kubernetes; without it RAY_ADDRESS decides")
+
+
+# ------------------------------------------------------------------------------------- what is set beside the request
 
 
 def folder_of(request: Request, asked: DictConfig) -> Path:
@@ -139,30 +144,28 @@ def absolute(path: str) -> Path:
     return Path(path).expanduser().resolve()
 
 
-def trainer_overrides(request: Request, asked: DictConfig, folder: Path) -> list[str]:
-    """All overrides of the trainer's command line: the launcher's, the user's over them, what this start needs last.
+def settings(request: Request, asked: DictConfig, folder: Path) -> dict[str, Any]:
+    """What the launcher sets for this start, {dotted key: value}: paths, loggers, what to validate, the cluster.
 
     asked: what the user's overrides alone compose to.
     folder: the run's; what is in it decides, too.
     """
-    paths = {f"recipe.{name}": absolute(asked.recipe[name]) for name in ("root", "data")} | {"recipe.folder": folder}
-    own = ["hydra.run.dir=${recipe.folder}", *(recipe.override(key, str(path)) for key, path in paths.items())]
+    changed: dict[str, Any] = {f"recipe.{name}": str(absolute(asked.recipe[name])) for name in ("root", "data")}
+    changed["recipe.folder"] = str(folder)
     if request.loggers:
-        unknown = [name for name in request.loggers if name not in recipe.LOGGERS]
-        if unknown:
-            raise UserError(f"--logger {','.join(request.loggers)}: accepted are {', '.join(recipe.LOGGERS)}")
-        own.append(f"trainer.logger=[{','.join(dict.fromkeys(['console', 'file', *request.loggers]))}]")
-    overrides = own + recipe.without(request.overrides, *paths)
+        for name in request.loggers:
+            configs.require(f"--logger {name}", name, LOGGERS)
+        changed["trainer.logger"] = list(dict.fromkeys(["console", "file", *request.loggers]))
     done = completed_steps(folder)
     if request.smoke:
-        overrides += smoke.overrides(done)
+        changed |= smoke.settings(done)
     elif done:
         # It was validated when it began. What a crash has kept from being validated is, now.
-        overrides.append(f"trainer.val_before_train={str(validation_due(asked, folder)).lower()}")
-        overrides.append(f"trainer.val_only={str(done >= asked.trainer.total_training_steps).lower()}")
+        changed["trainer.val_before_train"] = validation_due(asked, folder)
+        changed["trainer.val_only"] = done >= asked.trainer.total_training_steps
     if request.on_cluster:
-        overrides = clusters.with_cluster(overrides, asked, next_metrics(folder))
-    return overrides
+        changed |= clusters.settings(asked, next_metrics(folder))
+    return changed
 
 
 def prepare_environment(recipes: Path, config: DictConfig) -> str:
@@ -174,41 +177,30 @@ def prepare_environment(recipes: Path, config: DictConfig) -> str:
         machine.Elsewhere: another one can.
         UserError: VERL_PLATFORM says something else.
     """
-    on_cpu, unfit = recipe.is_cpu(config), ""
+    on_cpu, unfit = is_cpu(config), ""
     try:
         machine.require_environment(on_cpu, recipes.resolve().parent)
     except machine.Unfit as error:
         unfit = str(error)
     if on_cpu:
         os.environ.update(cpu.cpu_environment())
-        cpu.register()  # composing has imported verl already
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # verl's engines that are not installed
+            cpu.register()  # composing has imported verl already
     elif cpu.is_active():
-        raise UserError("VERL_PLATFORM=cpu is set, and this run is on GPUs: unset it, or give scale=cpu")
+        raise UserError("VERL_PLATFORM=cpu is set, and this run is on GPUs: unset it, or give model=tiny")
     return unfit
 
 
 def cannot_run(config: DictConfig) -> str:
-    """What this machine lacks for a run on GPUs, "" if nothing."""
-    if recipe.is_cpu(config):
+    """What this machine lacks for a run on GPUs beside an environment, "" if nothing."""
+    if is_cpu(config):
         return ""
-    problems = machine.environment_problems(False, recipe.wants_flash_attention(config))
-    cuda = machine.this_environment().cuda or machine.WHEELS_CUDA
-    driver = machine.driver_problem(cuda, config.trainer.n_gpus_per_node)
-    if driver and not os.environ.get("RAY_ADDRESS"):
-        problems.append(str(driver))
-    return "\n".join(problems)
-
-
-def trainer_command(request: Request, overrides: list[str]) -> list[str]:
-    """The command line of verl's trainer with the overrides of `trainer_overrides`."""
-    return [
-        sys.executable,
-        "-m",
-        "verl.trainer.main_ppo",
-        f"--config-path={request.config_folder.resolve()}",
-        f"--config-name={CONFIG_NAME}",
-        *hydra_overrides(overrides),
-    ]
+    problems = [machine.flash_attention_problem()] if wants_flash_attention(config) else []
+    if not os.environ.get("RAY_ADDRESS"):
+        cuda = machine.this_environment().cuda or machine.WHEELS_CUDA
+        problems.append(machine.driver_problem(cuda, config.trainer.n_gpus_per_node))
+    return "\n".join(str(problem) for problem in problems if problem)
 
 
 def again(request: Request, config: DictConfig) -> list[str]:
@@ -217,62 +209,65 @@ def again(request: Request, config: DictConfig) -> list[str]:
     flags += [f"--logger={','.join(request.loggers)}"] if request.loggers else []
     # A job has a working directory of its own. --on starts in the project's folder, which may lie elsewhere there.
     keys = [] if request.on else ["recipe.root", "recipe.data", *([] if request.smoke else ["recipe.folder"])]
-    paths = [recipe.override(key, OmegaConf.select(config, key)) for key in keys]
-    return [*flags, *recipe.without(request.overrides, *keys), *paths]
+    paths = [override(key, OmegaConf.select(config, key)) for key in keys]
+    return [*flags, *configs.without(request.overrides, *keys), *paths]
 
 
-def show(request: Request, config: DictConfig, overrides: list[str], console: Console, unfit: str) -> None:
+def trainer_command(config_folder: Path, name: str, overrides: list[str]) -> list[str]:
+    """The command line of verl's trainer."""
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", f"--config-path={config_folder.resolve()}"]
+    return [*command, f"--config-name={name}", *overrides]
+
+
+def show(request: Request, config: DictConfig, changed: dict[str, Any], console: Console, unfit: str) -> None:
     """Every value that differs from verl's default, its source, and the command. In a pipe one value a line."""
-    values = recipe.provenance(request.config_folder, config, overrides, request.overrides)
+    folder = Path(config.recipe.folder)
+    values = provenance(request.config_folder, config, request.overrides, changed)
     texts = [v.value if isinstance(v.value, str) else json.dumps(v.value, ensure_ascii=False) for v in values]
     if console.is_terminal:
         table = Table(title=config.recipe.name, title_justify="left")
         for column in ("value", "", "from", "why"):
             table.add_column(column, overflow="fold")
         for value, text in zip(values, texts, strict=True):
-            table.add_row(*map(escape, (value.key, text, value.place, value.source)))
-        console.print(table)
+            table.add_row(value.key, text, value.place, value.why)
+        console.print(table, soft_wrap=False)
     else:
         for value, text in zip(values, texts, strict=True):
-            _say(console, f"{value.key}={text}  # {value.place}{': ' if value.source else ''}{value.source}")
-    for key in recipe.unread_keys(config, [value.key for value in values]):
-        _say(console, f"note: {key} does nothing: no code of this run reads it", style="yellow")
-    for problem in filter(None, (recipe.missing_files(config), unfit)):
-        _say(console, f"note: {problem}", style="yellow")
+            console.print(f"{value.key}={text}  # {value.place}{': ' if value.why else ''}{value.why}")
+    for key in unread_keys(config, [value.key for value in values]):
+        console.print(f"note: {key} does nothing: no code of this run reads it", style="yellow")
+    for problem in filter(None, (missing_files(config), unfit)):
+        console.print(f"note: {problem}", style="yellow")
     if cost := resources.cost([config]):
-        _say(console, cost)
-    disk = next(path for path in (Path(config.recipe.folder), *Path(config.recipe.folder).parents) if path.exists())
-    _say(console, f"free disk at {disk}: {shutil.disk_usage(disk).free / resources.GB:.0f} GB")
+        console.print(cost)
+    disk = next(path for path in (folder, *folder.parents) if path.exists())
+    console.print(f"free disk at {disk}: {shutil.disk_usage(disk).free / resources.GB:.0f} GB")
     if request.on_cluster:
-        _say(console, f"forwarded to the workers: {', '.join(sorted(clusters.forwarded())) or 'no variable'}")
-    _say(console, f"command: {shlex.join(trainer_command(request, overrides))}")
-    _say(console, "(the same with --cfg job --resolve prints verl's defaults too)")
-    _say(console, f"{config.recipe.name}: valid", style="green")
-
-
-def _say(console: Console, text: str, style: str | None = None) -> None:
-    """A line as it is: not wrapped, no markup."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        console.print(f"forwarded to the workers: {', '.join(sorted(clusters.forwarded())) or 'no variable'}")
+    console.print(f"command: {shlex.join(trainer_command(folder, TRAINER, []))}")
+    given = configs.hydra_overrides(request.overrides)
+    by_hand = trainer_command(request.config_folder, configs.CONFIG_NAME, given)
+    console.print(f"without the launcher (--cfg job --resolve prints verl's defaults, too): {shlex.join(by_hand)}")
+    console.print(f"{config.recipe.name}: valid", style="green")
 
 
 # --------------------------------------------------------------------------------------------------------- run here
+
+TRAINER = "trainer"  # .yaml in the folder of a run: what verl's trainer is given
 
 
 def run_here(request: Request, asked: DictConfig, config: DictConfig, console: Console) -> int:
     folder = Path(config.recipe.folder)
     if state(config) == "finished":
-        _say(console, f"{config.recipe.name}: finished, step {completed_steps(folder)}; {folder}")
+        console.print(f"{config.recipe.name}: finished, step {completed_steps(folder)}; {folder}")
         return 0
-    if recipe.is_cpu(config):
+    if is_cpu(config):
         make_tiny_files(Path(config.recipe.data), config.recipe.task)
-    if problem := recipe.missing_files(config):
+    if problem := missing_files(config):
         raise UserError(problem)
-    if not request.on_cluster and (problems := clusters.missing_logins(config.trainer.logger)):
+    if not request.on_cluster and (problems := machine.missing_logins(config.trainer.logger)):
         raise UserError("; ".join(problems))
-    # As Ctrl-C, also where a shell or a scheduler made this process ignore that: nothing of the run may stay behind.
-    for end in STOP_SIGNALS:
-        signal.signal(end, signal.default_int_handler)
-    folder.mkdir(parents=True, exist_ok=True)
+    raise_on_stop()  # nothing of the run may stay behind
     with contextlib.ExitStack() as stack:
         try:
             lock = stack.enter_context(locked(folder))
@@ -282,53 +277,75 @@ def run_here(request: Request, asked: DictConfig, config: DictConfig, console: C
         begin(config, folder)
         if os.environ.get("RAY_ADDRESS"):
             clusters.check_nodes(config, console)
+        began = time.monotonic()
 
-        def start() -> int:
-            # The overrides once more, now that nobody else writes there.
-            return _run(config, trainer_command(request, trainer_overrides(request, asked, folder)), console, lock)
+        def start_once() -> int:
+            # The settings once more, now that nobody else writes there.
+            return train_once(with_settings(asked, settings(request, asked, folder)), console, lock)
 
         if request.smoke:
             for _ in range(smoke.STARTS):
                 began = time.monotonic()
-                if code := start():
+                if code := start_once():
                     return code
-            console.print(smoke.table(folder, asked, time.monotonic() - began))
+            console.print(smoke.table(folder, asked, time.monotonic() - began), soft_wrap=False)
             shutil.rmtree(folder / "checkpoints")
             return 0
         trained = completed_steps(folder) >= config.trainer.total_training_steps
-        if (not trained or validation_due(config, folder)) and (code := start()):
+        if (not trained or validation_due(config, folder)) and (code := start_once()):
             return code
         finish(config, folder)
-        _say(console, f"{config.recipe.name}: {state(config)}; {folder}")
-        return 0
+    title = f"{config.recipe.name}, seed {config.recipe.seed}"
+    console.print(summary_table(summarize(read_metrics(folder)), title, time.monotonic() - began), soft_wrap=False)
+    console.print(f"{config.recipe.name}: {state(config)}; {folder}")
+    return 0
 
 
-def _run(config: DictConfig, command: list[str], console: Console, lock: IO[str]) -> int:
-    """One start of the trainer. Returns the exit code."""
-    folder, steps = Path(config.recipe.folder), config.trainer.total_training_steps
-    began = completed_steps(folder)
-    metrics, log = next_metrics(folder), folder / "train.log"
+def start(config: DictConfig, lock: IO[str]) -> Generator[Record, None, None]:
+    """One start of verl's trainer with a whole configuration in the run's folder; its metrics, see `process.train`."""
+    folder = Path(config.recipe.folder)
+    hydra = {"hydra": {"run": {"dir": str(folder)}}}
+    files.write(folder / f"{TRAINER}.yaml", OmegaConf.to_yaml(config) + OmegaConf.to_yaml(hydra))
     variables = clusters.job_environment() if os.environ.get("RAY_ADDRESS") else {}
-    _say(console, f"{config.recipe.name}: {state(config)}; verl's log goes to {log}")
-    start, status = time.monotonic(), console.status("starting Ray, the actor and the vLLM engines …")
+    return train(trainer_command(folder, TRAINER, []), variables, next_metrics(folder), folder / "train.log", lock)
+
+
+def train_once(config: DictConfig, console: Console, lock: IO[str]) -> int:
+    """One start of the trainer, with its progress on the console. Returns the exit code."""
+    folder, steps = Path(config.recipe.folder), config.trainer.total_training_steps
+    began, log = completed_steps(folder), folder / "train.log"
+    console.print(f"{config.recipe.name}: {state(config)}; verl's log goes to {log}")
+    clock, status = time.monotonic(), console.status("starting Ray, the actor and the vLLM engines …")
     status.start()
     try:
-        with contextlib.closing(train(command, variables, metrics, log, lock)) as records:
+        with contextlib.closing(start(config, lock)) as records:
             for record in records:
-                status.update(f"{time.monotonic() - start:.0f} s")
+                status.update(f"{time.monotonic() - clock:.0f} s")
                 prune(folder, config.trainer.max_actor_ckpt_to_keep, began)
                 if line := progress_line(record, max(steps, record["step"])):
-                    _say(console, line)
+                    console.print(line)
     except KeyboardInterrupt:
-        _say(console, f"stopped at {state(config)}; the same command goes on from there")
+        console.print(f"stopped at {state(config)}; the same command goes on from there")
         return 130
     except TrainingFailed as error:
         end = "".join(last_lines(log))
-        _say(console, f"{error} {state(config)}; the same command goes on from there. The end of {log}:", style="red")
-        _say(console, end)
+        console.print(f"{error} {state(config)}; the same command goes on from there. The end of {log}:", style="red")
+        console.print(end)
         if "out of memory" in end or "OutOfMemoryError" in end:
-            _say(console, 'Out of memory: recipes/README.md, "Memory and time", has what the same run may change.')
+            console.print('Out of memory: recipes/README.md, "Memory and time", has what the same run may change.')
         return 1
     finally:
         status.stop()
     return 0
+
+
+def draw_report(folder: Path, console: Console) -> None:
+    """The report of one finished run, in its folder."""
+    out = folder / "report"
+    command = [sys.executable, "-m", "vlnorm_verl", "report", str(folder), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{shlex.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    console.print(f"report: {out / 'report.html'}")
+    for picture in sorted((out / "figures").glob("training-*.png")):
+        console.print(f"learning curve: {picture}")

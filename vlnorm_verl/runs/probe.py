@@ -16,6 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
+from vlnorm_verl.runs.config import data_files, is_cpu, wants_flash_attention
+
 TIMEOUT_SECONDS = 300.0  # importing torch and verl from a cold shared disk takes minutes
 
 
@@ -23,41 +27,27 @@ TIMEOUT_SECONDS = 300.0  # importing torch and verl from a cold shared disk take
 class NodeReport:
     """What one node answered. `problems` is empty if a run can work there."""
 
-    node: str  # host name or address
+    node: str  # host name and address
     versions: dict[str, str]
     problems: list[str]
 
 
-def probe(
-    mode: str,
-    folder: Path,
-    files: list[str],
-    loggers: list[str],
-    environment: dict[str, str],
-    on_cpu: bool,
-    flash_attention: bool,
-) -> list[NodeReport]:
+def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
     """Ask each living node of the cluster that RAY_ADDRESS names.
 
-    Args:
-        mode: the run's loss_agg_mode.
-        folder: the run's folder, which every node must see.
-        files: the run's data.
-        loggers: the run's `trainer.logger`; verl's driver may be on any node.
-        environment: variables that the run's workers get.
-        on_cpu: whether the run is on the CPU stack.
-        flash_attention: whether the run's model needs flash-attn.
+    environment: variables that the run's workers get.
 
     Raises:
         ConnectionError: there is no cluster at RAY_ADDRESS.
     """
     import ray
+    import verl
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    import vlnorm_verl
+
     # Nested, hence sent by value: a node without this package could not even load a function of it.
-    def examine(
-        mode: str, token: str, files: list[str], loggers: list[str], on_cpu: bool, flash_attention: bool
-    ) -> dict[str, Any]:
+    def examine(run: dict[str, Any]) -> dict[str, Any]:
         import importlib.metadata
         import os
         import sys
@@ -77,17 +67,20 @@ def probe(
                 versions[name] = "-"  # vllm has another name on a CPU
         if not problems:
             from vlnorm_verl import machine, plugin
-            from vlnorm_verl.runs import clusters
 
-            problems += machine.environment_problems(on_cpu, flash_attention)
-            problems += clusters.missing_logins(loggers)
+            problems += machine.environment_problems(run["on_cpu"], run["flash_attention"])
+            problems += machine.missing_logins(run["loggers"])  # verl's driver may be on any node
             try:
-                plugin.require_installed(mode)
+                plugin.require_installed(run["mode"])
             except RuntimeError as error:
                 problems.append(str(error))
+        token = run["token"]
         if not os.path.exists(token):
             problems.append(f"does not see the run's folder {os.path.dirname(token)}: it must be on a shared disk")
-        problems += [f"does not see {file}" for file in files if not os.path.exists(file)]
+        problems += [f"does not see {file}" for file in run["files"] if not os.path.exists(file)]
+        for name, version in run["versions"].items():
+            if versions.get(name, version) != version:
+                problems.append(f"{name} {versions[name]}, but {version} where the run is started")
         return {"versions": versions, "problems": problems}
 
     try:
@@ -97,29 +90,38 @@ def probe(
             f"no living Ray cluster that lets us in ({type(error).__name__}: {_last_line(error)}). A cluster that was "
             "started with a token wants RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from error
-    token = folder / f".probe-{uuid.uuid4().hex}"
+    token = Path(config.recipe.folder) / f".probe-{uuid.uuid4().hex}"
     token.touch()
+    run = {
+        "mode": config.actor_rollout_ref.actor.loss_agg_mode,
+        "token": str(token),
+        "files": [str(file) for file in data_files(config)],
+        "loggers": list(config.trainer.logger),
+        "on_cpu": is_cpu(config),
+        "flash_attention": wants_flash_attention(config),
+        "versions": {
+            "python": ".".join(map(str, sys.version_info[:2])),
+            "verl": verl.__version__,
+            "vlnorm_verl": vlnorm_verl.__version__,
+        },
+    }
     try:
         nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         task = ray.remote(num_cpus=0, max_retries=0)(examine)
-        pending = {
-            node_id: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
-                mode, str(token), files, loggers, on_cpu, flash_attention
-            )
-            for node_id in nodes
-        }
+        there = {node_id: NodeAffinitySchedulingStrategy(node_id, soft=False) for node_id in nodes}
+        pending = {node_id: task.options(scheduling_strategy=there[node_id]).remote(run) for node_id in nodes}
         ray.wait(list(pending.values()), num_returns=len(pending), timeout=TIMEOUT_SECONDS)
         reports = []
         for node_id, answer in pending.items():
             node = f"{nodes[node_id]['NodeManagerHostname']} ({nodes[node_id]['NodeName']})"
             try:
-                found = ray.get(answer, timeout=0)
+                report = NodeReport(node, **ray.get(answer, timeout=0))
             except ray.exceptions.GetTimeoutError:
-                found = {"versions": {}, "problems": [f"no answer within {TIMEOUT_SECONDS:.0f} s"]}
+                report = NodeReport(node, {}, [f"no answer within {TIMEOUT_SECONDS:.0f} s"])
             except ray.exceptions.RayError as error:
-                found = {"versions": {}, "problems": [f"{type(error).__name__}: {_last_line(error)}"]}
-            reports.append(NodeReport(node, **found))
-        return _compared(reports)
+                report = NodeReport(node, {}, [f"{type(error).__name__}: {_last_line(error)}"])
+            reports.append(report)
+        return reports
     finally:
         token.unlink()
         ray.shutdown()
@@ -127,25 +129,3 @@ def probe(
 
 def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
-
-
-def _compared(reports: list[NodeReport]) -> list[NodeReport]:
-    """The reports, with a problem for each version that differs from this process's own."""
-    import verl
-
-    import vlnorm_verl
-
-    own = {
-        "python": ".".join(map(str, sys.version_info[:2])),
-        "verl": verl.__version__,
-        "vlnorm_verl": vlnorm_verl.__version__,
-    }
-    compared = []
-    for report in reports:
-        other = [
-            f"{name} {report.versions[name]}, but {version} where the run is started"
-            for name, version in own.items()
-            if report.versions.get(name, version) != version
-        ]
-        compared.append(NodeReport(report.node, report.versions, report.problems + other))
-    return compared

@@ -1,32 +1,39 @@
-"""One run of verl.trainer.main_ppo as a process: start it, follow its metrics, end all of it, read what it wrote.
+"""One run of verl's trainer as a process: start it, follow its metrics, end all of it, read what it wrote.
 
-Used by the quickstart and by the recipes' launcher. Files in the folder of a run that live here:
+Files in the folder of a run that live here:
 
     train.log           everything that verl, Ray and vLLM print
     metrics-NNN.jsonl   verl's metrics (its file logger's JSON lines), one file per start
-    .lock               held by the launcher and the trainer, so that no second run writes here
+    .lock               held by the launcher and the trainer (files.locked), so that no second run writes here
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
+from vlnorm_verl.runs.records import read_records
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_SECONDS = 20.0  # for verl and Ray to end by themselves before they are killed
 
 Record = dict[str, Any]  # {"step": int, "data": {metric: number}} as verl writes it
+
+
+def raise_on_stop() -> None:
+    """STOP_SIGNALS raise KeyboardInterrupt, also where a shell or a scheduler made this process ignore Ctrl-C."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
 
 
 class TrainingFailed(RuntimeError):
@@ -45,7 +52,7 @@ def train(
         variables: environment variables, over those of this process.
         metrics: where verl's file logger is to write.
         log: what the trainer prints is appended here.
-        lock: from `locked`; the trainer holds it too, and keeps it if this process is killed.
+        lock: from `files.locked`; the trainer holds it too, and keeps it if this process is killed.
 
     Raises:
         TrainingFailed: the trainer's exit code is not 0.
@@ -115,59 +122,12 @@ def last_lines(path: Path, count: int = 40) -> list[str]:
         return list(deque(file, count))
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[IO[str]]:
-    """Hold the folder for one run; BlockingIOError if another holds it. The lock ends with its last process."""
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield file
-
-
 def next_metrics(folder: Path) -> Path:
     """The file for the metrics of the next start: verl's file logger empties the file that it is given."""
     return folder / f"metrics-{len(list(folder.glob('metrics-*.jsonl'))):03d}.jsonl"
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """All steps of a run in order, as `report.records.read_records` joins its starts. A cut last line is left out."""
-    from vlnorm_verl.runs.records import read_records
-
+    """All steps of a run in order, its starts joined as in `records`. A cut last line is left out."""
     records = read_records(sorted(folder.glob("metrics-*.jsonl")), [])
     return [{"step": step, "data": records[step]} for step in sorted(records)]
-
-
-def validation_accuracies(data: dict[str, float]) -> dict[str, float]:
-    """Avg@8 (verl's mean@8) of each validation set that this record has, by the set's name."""
-    return {
-        key.split("/")[1]: value
-        for key, value in data.items()
-        if key.startswith("val-core/") and key.endswith("/mean@8")
-    }
-
-
-def average_at_8(data: dict[str, float]) -> float | None:
-    """Avg@8 of a run with one validation set, if this record has it."""
-    return next(iter(validation_accuracies(data).values()), None)
-
-
-def progress_line(record: Record, steps: int) -> str | None:
-    """What a person wants to see of one step."""
-    data, parts = record["data"], []
-    if "critic/score/mean" in data:
-        parts += [f"reward {data['critic/score/mean']:.3f}", f"length {data['response_length/mean']:5.1f}"]
-        if "actor/vl_norm/variance_ratio" in data:
-            parts[-1] += f" (H {data['actor/vl_norm/length_harmonic_mean']:.1f})"
-            parts.append(f"√(A/H) {data['actor/vl_norm/variance_ratio']:.2f}")
-        parts += [f"grad {data['actor/grad_norm']:.3f}", f"{data['timing_s/step']:.1f} s"]
-    if accuracies := validation_accuracies(data):
-        # One set needs no name.
-        named = [f"{f'{name} ' if len(accuracies) > 1 else ''}{value:.3f}" for name, value in accuracies.items()]
-        parts.append(f"validation Avg@8 {', '.join(named)}")
-    return f"step {record['step']:3d}/{steps}  " + "  ".join(parts) if parts else None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)

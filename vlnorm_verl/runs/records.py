@@ -27,14 +27,14 @@ _NOT_FINITE = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|-?\b(?:NaN|Infinity)\b',
 Records = dict[int, dict[str, Any]]
 
 
-class Record(msgspec.Struct):
+class LoggedStep(msgspec.Struct):
     """A line of verl's file logger."""
 
     step: Annotated[int, msgspec.Meta(ge=0)]
     data: dict[str, Any]
 
 
-RECORD = msgspec.json.Decoder(Record, strict=False)
+RECORD = msgspec.json.Decoder(LoggedStep, strict=False)
 
 
 def decode(line: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:

@@ -7,7 +7,6 @@ Covered here: which runs there are, that all are valid before the first one star
 
 from __future__ import annotations
 
-import difflib
 import functools
 import itertools
 import os
@@ -26,12 +25,16 @@ from rich.progress import track
 from rich.table import Table
 
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs import launch, recipe, resources
+from vlnorm_verl.runs import launch, resources
+from vlnorm_verl.runs.check import validate
+from vlnorm_verl.runs.config import choices, compose, missing_files, parsed, require
 from vlnorm_verl.runs.folder import completed_steps, state
-from vlnorm_verl.runs.process import STOP_SIGNALS
+from vlnorm_verl.runs.process import raise_on_stop
+from vlnorm_verl.runs.progress import terminal
+from vlnorm_verl.runs.provenance import config_files
 
-NODES = ("trainer.nnodes", "trainer.n_gpus_per_node")
-SOURCES = ("ours", "verl", "paper", "code")  # of a value; see recipes/config/recipe.yaml
+# What `state` and `resources.cost` want to know of a run beside the section `recipe`.
+SIZE = ("nnodes", "n_gpus_per_node", "total_training_steps")
 
 
 @dataclass(frozen=True)
@@ -57,32 +60,32 @@ class Manifest:
         Raises:
             UserError: there is none.
         """
-        if name == "all":
-            return list(self.sets.values())
-        for one in self.sets.values():
-            if name in (one.name, one.alias):
-                return [one]
-        accepted = [*self.sets, *(one.alias for one in self.sets.values() if one.alias), "all"]
-        close = difflib.get_close_matches(name, accepted, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"{name!r} is no set of runs.{hint} Accepted: {', '.join(accepted)}")
+        aliases = {run_set.alias: run_set.name for run_set in self.sets.values() if run_set.alias}
+        require(f"the set of runs {name!r}", name, [*self.sets, *aliases, "all"])
+        return list(self.sets.values()) if name == "all" else [self.sets[aliases.get(name, name)]]
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     overrides: list[str]
-    name: str
-    folder: Path
-    progress: DictConfig  # what run_folder.state looks at
+    outline: DictConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.outline.recipe.name}-seed{self.outline.recipe.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.outline.recipe.folder)
 
     @property
     def state(self) -> str:
-        return state(self.progress)
+        return state(self.outline)
 
     @property
     def left(self) -> DictConfig:
-        """`progress` with the number of steps that are still to be trained."""
-        left = self.progress.copy()
+        """`outline` with the number of steps that are still to be trained."""
+        left = self.outline.copy()
         left.trainer.total_training_steps -= min(completed_steps(self.folder), left.trainer.total_training_steps)
         return left
 
@@ -106,55 +109,44 @@ def expand(row: dict[str, Any]) -> list[list[str]]:
     return [list(combination) for combination in itertools.product(*choices)]
 
 
-def plan(recipes: Path, sets: Iterable[RunSet], seeds: list[int], overrides: list[str]) -> list[Run]:
+def plan(recipes: Path, sets: Iterable[RunSet], seeds: list[int], overrides: list[str]) -> list[PlannedRun]:
     """The runs of the sets, each once: two rows with one folder are one run.
 
     seeds: empty leaves the recipes' own.
     overrides: come after those of the manifest, so they win.
     """
     seeded = [[f"recipe.seed={seed}"] for seed in seeds] or [[]]
-    runs: dict[Path, Run] = {}
-    for one in sets:
-        for row in one.rows:
-            for seed in seeded:
-                full = [*row, *seed, *overrides]
-                progress = outline(recipes / "config", full)
-                folder = Path(progress.recipe.folder)
-                runs.setdefault(
-                    folder, Run(full, f"{progress.recipe.name}-seed{progress.recipe.seed}", folder, progress)
-                )
+    runs: dict[Path, PlannedRun] = {}
+    for row in (row for run_set in sets for row in run_set.rows):
+        for seed in seeded:
+            given = [*row, *seed, *overrides]
+            run = PlannedRun(given, outline(recipes / "config", given))
+            runs.setdefault(run.folder, run)
     return list(runs.values())
 
 
 def outline(config_folder: Path, overrides: list[str]) -> DictConfig:
-    """`recipe`, the steps and the GPUs of a run, without the rest: to compose a thousand values takes half a second.
+    """A run's section `recipe` and its SIZE: to compose all of its thousand values takes half a second.
 
     Raises:
         UserError: a choice that there is not.
     """
-    given = {one.key_or_group: one.value() for one in recipe.parsed(recipe.hydra_overrides(overrides))}
-    defaults = {"attention": "flash", "scale": "gpu"}
-    choices = {group: given.get(group, defaults.get(group, "")) for group in recipe.GROUPS}
-    for group, choice in choices.items():
-        accepted = sorted(file.stem for file in (config_folder / group).glob("*.yaml"))
-        if choice not in accepted:
-            raise UserError(f"{group}={choice}: accepted are {', '.join(accepted)}")
-    outlined = _outline_of_choices(config_folder, tuple(choices.items())).copy()
-    for key, value in given.items():
-        if key.startswith("recipe.") or key in ("trainer.total_training_steps", *NODES):
-            OmegaConf.update(outlined, key, value)
+    outlined = _sections(config_folder, tuple(choices(config_folder, overrides).items())).copy()
+    for given in parsed(overrides):
+        section, _, key = given.key_or_group.partition(".")
+        if section == "recipe" or (section == "trainer" and key in SIZE):
+            OmegaConf.update(outlined, given.key_or_group, given.value())
     return outlined
 
 
 @functools.cache  # --list asks for the same choices again and again
-def _outline_of_choices(config_folder: Path, choices: tuple[tuple[str, str], ...]) -> DictConfig:
-    files = recipe.config_files(config_folder, OmegaConf.create({"recipe": dict(choices)}))
-    content = [yaml.safe_load(file.read_text()) for file in files]
-    parts = [{"recipe": part.get("recipe") or {}} for part in content]
-    parts += [
-        {"trainer": {k: v for k, v in part.get("trainer", {}).items() if f"trainer.{k}" in NODES}} for part in content
-    ]
-    return OmegaConf.create(OmegaConf.merge({"trainer": {"total_training_steps": "${recipe.steps}"}}, *parts))
+def _sections(config_folder: Path, chosen: tuple[tuple[str, str], ...]) -> DictConfig:
+    content = [yaml.safe_load(file.read_text()) for file in config_files(config_folder, dict(chosen))]
+    parts: list[dict[str, Any]] = [{"trainer": {"total_training_steps": "${recipe.steps}"}}]
+    for part in content:
+        size = {key: value for key, value in part.get("trainer", {}).items() if key in SIZE}
+        parts.append({"recipe": part.get("recipe", {}), "trainer": size})
+    return OmegaConf.create(OmegaConf.merge(*parts))
 
 
 # ------------------------------------------------------------------------------------------------------- what is done
@@ -171,31 +163,31 @@ def reproduce(
     on: str = "",
     console: Console | None = None,
 ) -> int:
-    """Run, check or only list sets of runs. Exit code: 1 if a run is not valid or failed, 2 for a wrong request."""
-    console = console or Console(stderr=on == "kubernetes")  # whose manifests are the output
-    try:
-        launch.check_place(on)
-        manifest = read_manifest(recipes)
-        sets = list({one.name: one for name in names for one in manifest.find(name)}.values())
-        if list_sets:
-            show_sets(recipes, manifest, sets or list(manifest.sets.values()), seeds, overrides, console)
-            return 0
-        if not sets:
-            raise UserError(f"name what to reproduce: {', '.join([*manifest.sets, 'all'])}; --list says what they are")
-        runs = plan(recipes, sets, seeds, overrides)
-        if status:
-            show_states(runs, {}, console)
-            return 0
-        if not check(recipes, runs, console, elsewhere=on, dry_run=dry_run):
-            return 1
-        if cost := resources.cost([run.left for run in runs if run.state != "finished"]):
-            console.print(cost, highlight=False, soft_wrap=True)
-        if dry_run:
-            return 0
-        return submit_all(recipes, runs, on, console) if on else run_all(recipes, runs, console)
-    except UserError as error:
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
-        return 2
+    """Run, check or only list sets of runs. Returns the exit code: 1 if a run is not valid or failed.
+
+    Raises:
+        UserError: the request is wrong.
+    """
+    console = console or terminal(stderr=on == "kubernetes")  # whose manifests are the output
+    launch.check_place(on)
+    manifest = read_manifest(recipes)
+    sets = list({run_set.name: run_set for name in names for run_set in manifest.find(name)}.values())
+    if list_sets:
+        show_sets(recipes, manifest, sets or list(manifest.sets.values()), seeds, overrides, console)
+        return 0
+    if not sets:
+        raise UserError(f"name what to reproduce: {', '.join([*manifest.sets, 'all'])}; --list says what they are")
+    runs = plan(recipes, sets, seeds, overrides)
+    if status:
+        show_states(runs, {}, console)
+        return 0
+    if not check(recipes, runs, console, elsewhere=on, dry_run=dry_run):
+        return 1
+    if cost := resources.cost([run.left for run in runs if run.state != "finished"]):
+        console.print(cost)
+    if dry_run:
+        return 0
+    return submit_all(recipes, runs, on, console) if on else run_all(recipes, runs, console)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -211,31 +203,31 @@ def show_sets(
 ) -> None:
     table = Table("set", "runs", "finished", "begun", "what", "where the runs are known from")
     folders = set()
-    for one in sets:
-        runs = plan(recipes, [one], seeds, overrides)
+    for run_set in sets:
+        runs = plan(recipes, [run_set], seeds, overrides)
         states = [run.state for run in runs]
         folders |= {run.folder for run in runs}
         finished, waiting = states.count("finished"), states.count("not begun")
-        name = f"{one.name}\n({one.alias})" if one.alias else one.name
-        begun = len(states) - finished - waiting
-        table.add_row(name, str(len(states)), str(finished), str(begun), f"{one.title}: {one.paper}", one.known)
-    console.print(table)
-    console.print(f"{manifest.numbering}\n{len(folders)} different runs", highlight=False)
+        name = f"{run_set.name}\n({run_set.alias})" if run_set.alias else run_set.name
+        begun, what = len(states) - finished - waiting, f"{run_set.title}: {run_set.paper}"
+        table.add_row(name, str(len(states)), str(finished), str(begun), what, run_set.known)
+    console.print(table, soft_wrap=False)
+    console.print(f"{manifest.numbering}\n{len(folders)} different runs")
 
 
-def show_states(runs: list[Run], codes: dict[Path, int], console: Console) -> None:
+def show_states(runs: list[PlannedRun], codes: dict[Path, int], console: Console) -> None:
     """codes: exit codes of the runs that were started just now."""
     table = Table("run", "state")
     for run in runs:
         code = codes.get(run.folder, 0)
         failed = f"; failed with exit code {code}, see {run.folder}/train.log" if code else ""
         table.add_row(run.name, run.state + failed)
-    console.print(table)
+    console.print(table, soft_wrap=False)
     states = [run.state for run in runs]
-    console.print(f"{states.count('finished')} of {len(runs)} runs are finished", highlight=False)
+    console.print(f"{states.count('finished')} of {len(runs)} runs are finished")
 
 
-def check(recipes: Path, runs: list[Run], console: Console, elsewhere: str, dry_run: bool) -> bool:
+def check(recipes: Path, runs: list[PlannedRun], console: Console, elsewhere: str, dry_run: bool) -> bool:
     """Whether verl accepts every run, and data and an environment are here if it starts here.
 
     Prints each thing that is wrong once. elsewhere: "slurm", where the data is needed too, or "kubernetes".
@@ -244,33 +236,31 @@ def check(recipes: Path, runs: list[Run], console: Console, elsewhere: str, dry_
     missing: dict[str, None] = {}  # as an ordered set
     for run in track(runs, "checking every run against verl", console=console, transient=True):
         try:
-            config = recipe.compose(recipes / "config", run.overrides)
+            config = compose(recipes / "config", run.overrides)
             unfit = launch.prepare_environment(recipes, config)
-            recipe.validate(config)
+            validate(config)
         except UserError as error:
             problems.setdefault(str(error), []).append(run.name)
             continue
-        data = None if recipe.is_cpu(config) else recipe.missing_files(config)  # the launcher makes the tiny data
-        missing |= dict.fromkeys(filter(None, (data, None if elsewhere else unfit)))
+        missing |= dict.fromkeys(filter(None, (missing_files(config), "" if elsewhere else unfit)))
     for message, names in problems.items():
-        console.print(f"{', '.join(names)}:\n  {message}", style="red", markup=False, soft_wrap=True)
+        console.print(f"{', '.join(names)}:\n  {message}", style="red")
     on_cluster = os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")) or elsewhere == "kubernetes"
     needed = not dry_run and not on_cluster
     for message in missing:
-        console.print(message, style="red" if needed else "yellow", markup=False, soft_wrap=True)
+        console.print(message, style="red" if needed else "yellow")
     valid = len(runs) - sum(map(len, problems.values()))
-    console.print(f"{valid} of {len(runs)} runs are valid", highlight=False)
+    console.print(f"{valid} of {len(runs)} runs are valid")
     return valid == len(runs) and not (needed and missing)
 
 
-def run_all(recipes: Path, runs: list[Run], console: Console) -> int:
+def run_all(recipes: Path, runs: list[PlannedRun], console: Console) -> int:
     """Run those that are not finished, in order. 1 if any failed, 130 after Ctrl-C."""
-    for end in STOP_SIGNALS:  # `kill` ends the run in order, too
-        signal.signal(end, signal.default_int_handler)
+    raise_on_stop()  # `kill` ends the run in order, too
     codes: dict[Path, int] = {}
     stopped = False
     for number, run in enumerate(runs, 1):
-        console.print(f"[{number}/{len(runs)}] {run.name}: {run.state}", markup=False, highlight=False)
+        console.print(f"[{number}/{len(runs)}] {run.name}: {run.state}")
         if run.state == "finished":
             continue
         command = [sys.executable, "-m", "vlnorm_verl", "launch", "--recipes", str(recipes), *run.overrides]
@@ -285,12 +275,12 @@ def run_all(recipes: Path, runs: list[Run], console: Console) -> int:
             break
     show_states(runs, codes, console)
     if stopped:
-        console.print("stopped; the same command goes on from there", highlight=False)
+        console.print("stopped; the same command goes on from there")
         return 130
     return 1 if any(codes.values()) else 0
 
 
-def submit_all(recipes: Path, runs: list[Run], on: str, console: Console) -> int:
+def submit_all(recipes: Path, runs: list[PlannedRun], on: str, console: Console) -> int:
     """Submit each run that is not finished as a job of its own; kubernetes: print their manifests. 1 if any failed."""
     codes = []
     for run in runs:
@@ -298,25 +288,5 @@ def submit_all(recipes: Path, runs: list[Run], on: str, console: Console) -> int
             if on == "kubernetes":
                 print("---")
             codes.append(launch.launch(launch.Request(recipes, run.overrides, on=on), console))
-    console.print(f"{codes.count(0)} of {len(codes)} jobs are made", highlight=False)
+    console.print(f"{codes.count(0)} of {len(codes)} jobs are made")
     return 1 if any(codes) else 0
-
-
-# ------------------------------------------------------------------------------------------- every value, as Markdown
-
-
-def values_table(config_folder: Path) -> str:
-    """Every value of the recipes at scale=gpu with its source, ours first, as Markdown."""
-    rows = []
-    for group in ("", *recipe.GROUPS[:-1], "scale"):
-        for file in sorted((config_folder / group).glob("*.yaml")):
-            if file.name == "cpu.yaml":
-                continue
-            values = recipe.flatten(yaml.safe_load(file.read_text()))
-            for key, _, comment in recipe.commented_values(file):
-                source, _, why = comment.partition(":")
-                if source in SOURCES:
-                    cells = (source, f"`{key}`", f"`{values[key]}`", str(file.relative_to(config_folder)), why.strip())
-                    rows.append((SOURCES.index(source), " | ".join(cell.replace("|", r"\|") for cell in cells)))
-    lines = ["| source | key | value | file | why |", "|---|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {cells} |" for _, cells in sorted(rows, key=lambda row: row[0]))])

@@ -222,7 +222,7 @@ def cost(runs: list[DictConfig]) -> str:
         script = f"{'dapo_' if run.recipe.family == 'dapo' else ''}{run.recipe.task}.sh"
         model = next((model for model in MODELS if model.name == run.recipe.model), None)
         row = next((row for row in RECIPES if (row.script, str(row.limit)) == (script, run.recipe.length)), None)
-        if model and row and run.recipe.scale == "gpu":
+        if model and row:
             gpus = run.trainer.nnodes * run.trainer.n_gpus_per_node
             known.append((model, row, gpus, run.trainer.total_training_steps))
     if not known:

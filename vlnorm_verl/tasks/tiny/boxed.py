@@ -1,4 +1,4 @@
-"""The tiny CountDown in the Math task's clothes, for recipes with task=math and the tiny model.
+"""The tiny CountDown in the Math task's clothes, for recipes with task=math and model=tiny.
 
 A model of 0.3 M parameters cannot write LaTeX. So the prompts are the tiny CountDown's, the answer `A:7+3-12` that the
 model ends with is rewritten as `\\boxed{(7+3)-12}`, and the real Math reward (vlnorm_verl.tasks.math, with its worker

@@ -1,0 +1,16 @@
+# Sourced by the recipes: goes to the project's folder, and sets `python` to that of the active environment, else of
+# .venv-gpu, else of .venv. A run that cannot be done in that one (no CUDA in its torch, or no vLLM for CPUs) goes over
+# to the other, or is refused.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+installed='import importlib.metadata as m; m.version("verl"); m.version("vlnorm-verl")'
+python=""
+for candidate in "${VIRTUAL_ENV:-}/bin/python" "${CONDA_PREFIX:-}/bin/python" "$PWD"/{.venv-gpu,.venv}/bin/python python3; do
+  if "$candidate" -c "$installed" 2> /dev/null; then
+    python=$candidate
+    break
+  fi
+done
+if [ -z "$python" ]; then
+  echo "Nothing is installed yet. For GPUs: bash recipes/install_gpu.sh. For model=tiny: bash recipes/install_cpu.sh" >&2
+  exit 2
+fi

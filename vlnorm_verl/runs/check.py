@@ -1,0 +1,163 @@
+"""Whether verl would take a run's configuration, and train it as it says: without Ray, a GPU or a network."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import io
+import math
+import re
+import warnings
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from vlnorm_verl.files import UserError
+from vlnorm_verl.runs.config import LOGGERS
+
+
+def validate(config: DictConfig) -> None:
+    """Check a composed run with verl's own classes, as far as that needs neither a GPU nor a network.
+
+    The checks are those of verl.trainer.main_ppo before it starts Ray (with the plugin's in them), the dataclasses that
+    its workers build later, and a load of every class and function that the configuration names.
+
+    Raises:
+        UserError: verl would refuse this configuration, or could not train it as it says.
+    """
+    from verl.experimental.reward_loop.reward_loop import migrate_legacy_reward_impl
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
+    from verl.trainer.ppo.reward import get_custom_reward_fn, resolve_reward_manager_cls
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.trainer.ppo.v1 import get_trainer_cls
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+    from verl.utils.import_utils import import_external_libs, load_extern_object
+    from verl.utils.tracking import Tracking
+
+    from vlnorm_verl.paper import whole_groups
+    from vlnorm_verl.plugin import STOCK_MODES
+    from vlnorm_verl.registry import vl_norm
+
+    actor = config.actor_rollout_ref.actor
+    sums_by_m = actor.loss_agg_mode not in STOCK_MODES or actor.loss_agg_mode == "seq-mean-token-sum-norm"
+    length = actor.loss_scale_factor
+    if sums_by_m and (isinstance(length, bool) or not isinstance(length, int | float) or not 0 < length < math.inf):
+        raise UserError(
+            f"actor_rollout_ref.actor.loss_scale_factor={length!r} with loss_agg_mode={actor.loss_agg_mode!r}: give M, "
+            "a number of tokens above 0. verl's null takes each micro-batch's own width"
+        )
+    config = config.copy()  # verl and the plugin fill in values
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # engines that are not installed, a critic that is not wanted
+            validate_config(config, need_reference_policy(config), need_critic(config))
+            for part in ("actor_rollout_ref.rollout", "algorithm.filter_groups"):
+                omega_conf_to_dataclass(OmegaConf.select(config, part))
+            if Path(config.actor_rollout_ref.model.path).is_dir():  # else a name on the hub, which needs a network
+                omega_conf_to_dataclass(config.actor_rollout_ref.model)
+            get_trainer_cls(config.trainer.v1.trainer_mode)
+            whole_groups.check(config)
+            import_external_libs(config.actor_rollout_ref.model.external_lib)  # may register what is asked for next
+            get_adv_estimator_fn(config.algorithm.adv_estimator)
+            get_policy_loss_fn(config.actor_rollout_ref.actor.policy_loss.loss_mode)
+            vl_norm(config.algorithm.get("vl_norm_as_coded_alpha", 1.0))  # as_coded's, which is not imported for others
+            config = migrate_legacy_reward_impl(config)
+            get_custom_reward_fn(config)
+            resolve_reward_manager_cls(config)
+            sampler = config.trainer.v1.sampler.custom_sampler
+            if sampler.path:
+                load_extern_object(sampler.path, sampler.name)
+    except Exception as error:  # verl raises asserts, ValueErrors, KeyErrors, ImportErrors …: each refuses the run
+        raise UserError(f"verl refuses the configuration: {type(error).__name__}: {error}") from error
+
+    check_micro_batches(config)
+    rollout, needed = config.actor_rollout_ref.rollout, config.data.max_prompt_length + config.data.max_response_length
+    if rollout.max_model_len is not None and rollout.max_model_len < needed:
+        raise UserError(
+            f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len}: vLLM would cut responses. Accepted: at "
+            f"least data.max_prompt_length + data.max_response_length = {needed}, or null"
+        )
+    unknown = [name for name in config.trainer.logger if name not in Tracking.supported_backend]
+    if unknown:
+        raise UserError(
+            f"trainer.logger={list(config.trainer.logger)}: verl has no {', '.join(unknown)}. "
+            f"Accepted: {', '.join(LOGGERS)}"
+        )
+    if "file" not in config.trainer.logger:
+        raise UserError("trainer.logger must have `file`: progress, resume and the report read its metrics")
+
+
+def check_micro_batches(config: DictConfig) -> None:
+    """Raises UserError for batches that are no whole number of micro-batches: verl finds out in the first step only.
+
+    The assertion is in verl's workers/engine/utils.py.
+    """
+    actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
+    ranks = trainer.nnodes * trainer.n_gpus_per_node
+    batches = {
+        "actor.ppo_micro_batch_size_per_gpu": (
+            actor.use_dynamic_bsz,
+            "a mini-batch of ppo_mini_batch_size",
+            actor.ppo_mini_batch_size,
+            actor.ppo_micro_batch_size_per_gpu,
+        ),
+        "rollout.log_prob_micro_batch_size_per_gpu": (
+            rollout.log_prob_use_dynamic_bsz,
+            "a batch of data.train_batch_size",
+            config.data.train_batch_size,
+            rollout.log_prob_micro_batch_size_per_gpu,
+        ),
+    }
+    for key, (dynamic, what, prompts, micro) in batches.items():
+        if not dynamic and micro and prompts * rollout.n % (ranks * micro):
+            raise UserError(
+                f"actor_rollout_ref.{key}={micro}: {what}={prompts} prompts · rollout.n={rollout.n} responses over "
+                f"{ranks} GPUs (trainer.nnodes · n_gpus_per_node) is no whole number of micro-batches. Accepted: "
+                f"a divisor of {prompts * rollout.n / ranks:g}"
+            )
+
+
+# What is handed on whole, to Ray, vLLM, transformers and TransferQueue: its keys are theirs. recipe.* is interpolated.
+HANDED_ON = re.compile(r"^(recipe|ray_kwargs|transfer_queue)\.|\.(engine_kwargs|override_config)\.")
+
+
+def unread_keys(config: DictConfig, keys: list[str]) -> list[str]:
+    """Those of `keys` (dotted, leaves) that no code of verl's or of this package reads in such a run: they do nothing.
+
+    By name: a key is read if its last part stands somewhere behind a dot or in quotes, in the source of this package or
+    of verl without the engines that the run does not use, or as `self.<name>` in the dataclass that its `_target_`
+    names. So a key that is read nowhere, but has the name of another one that is, is not found.
+    """
+    names = _names_read(config.actor_rollout_ref.actor.strategy.removesuffix("2"))
+    unread = [key for key in keys if not HANDED_ON.search(key) and key.rpartition(".")[2] not in names]
+    return [key for key in unread if not _read_by_its_class(config, *key.rpartition(".")[::2])]
+
+
+@functools.cache
+def _names_read(engine: str) -> frozenset[str]:
+    import verl
+
+    package, names = Path(verl.__file__).parent, set[str]()
+    engines = package / "workers" / "engine"
+    others = {folder for folder in engines.iterdir() if folder.is_dir() and folder.name != engine}
+    for file in [*package.rglob("*.py"), *Path(__file__).parents[1].rglob("*.py")]:
+        if not others & set(file.parents):
+            text = file.read_text(encoding="utf-8")
+            if package / "workers" / "config" in file.parents:
+                text = text.replace("self.", "")  # what a dataclass only checks is not read by that
+            names.update(re.findall(r"[.\"'](\w+)", text))
+    return frozenset(names)
+
+
+def _read_by_its_class(config: DictConfig, parent: str, name: str) -> bool:
+    target = OmegaConf.select(config, f"{parent}._target_")
+    if target is None:
+        return False
+    module, _, cls = target.rpartition(".")
+    members = [
+        member for base in getattr(importlib.import_module(module), cls).__mro__ for member in vars(base).values()
+    ]
+    codes = [inspect.unwrap(member).__code__ for member in members if inspect.isfunction(member)]
+    return any(name in code.co_names for code in codes if code.co_filename != "<string>")  # a dataclass's own __init__

@@ -1,0 +1,224 @@
+"""A run's configuration: Hydra composes it over verl's ppo_trainer from one file of each group in recipes/config.
+
+Nothing here starts Ray or needs a GPU. What verl makes of it: check.py. Where a value comes from: provenance.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import importlib.metadata
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlnorm_verl.files import UserError
+
+CONFIG_NAME = "recipe"
+LOGGERS = ("console", "file", "wandb", "tensorboard", "trackio", "swanlab", "mlflow")
+
+
+# ------------------------------------------------------------------------------------------------------ overrides
+
+
+def parsed(overrides: list[str]) -> list[Override]:
+    """Overrides as Hydra reads them, one for one.
+
+    Raises:
+        UserError: Hydra cannot read one, or it stands for several values.
+    """
+    read = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+            if override.is_sweep_override():
+                raise HydraException("several values")
+        except HydraException as error:
+            raise UserError(
+                f"{text}: Hydra cannot read this as key=value ({str(error).splitlines()[0]}). A value with special "
+                """characters needs quotes of its own, inside of the shell's: "recipe.root='~/a, (b)=#1'\""""
+            ) from error
+        if override.key_or_group == "scale":
+            raise UserError(f"{text}: there is no group scale. model=tiny is the recipe on this machine's CPU")
+        read.append(override)
+    return read
+
+
+def override(key: str, text: str) -> str:
+    """`key=text`, or `key='text'` where Hydra would not read it back as this text."""
+    with contextlib.suppress(UserError):
+        if parsed([f"{key}={text}"])[0].value() == text:
+            return f"{key}={text}"
+    return f"{key}={QuotedString(text, Quote.single).with_quotes()}"
+
+
+def without(overrides: list[str], *keys: str) -> list[str]:
+    """The overrides but those of these keys, with or without + before them."""
+    return [text for text, given in zip(overrides, parsed(overrides), strict=True) if given.key_or_group not in keys]
+
+
+def hydra_overrides(overrides: list[str]) -> list[str]:
+    """Overrides as Hydra takes them: a group's choice must be a string, and `length=3072` would be a number."""
+    return [re.sub(r"^length=([0-9]+)$", r"length='\1'", text) for text in overrides]
+
+
+def choices(config_folder: Path, overrides: list[str]) -> dict[str, str]:
+    """{group: choice} of a run: those of recipe.yaml's defaults, in its order, and over them those that are given.
+
+    Raises:
+        UserError: a group has no such choice.
+    """
+    chosen = dict(_default_choices(config_folder))
+    for given in parsed(overrides):
+        if given.key_or_group in chosen:
+            chosen[given.key_or_group] = str(given.value())
+    for group, choice in chosen.items():
+        require(f"{group}={choice}", choice, sorted(file.stem for file in (config_folder / group).glob("*.yaml")))
+    return chosen
+
+
+@functools.cache
+def _default_choices(config_folder: Path) -> dict[str, str]:
+    defaults = yaml.safe_load((config_folder / f"{CONFIG_NAME}.yaml").read_text())["defaults"]
+    return {group: choice for entry in defaults if isinstance(entry, dict) for group, choice in entry.items()}
+
+
+def require(what: str, chosen: str, accepted: Iterable[str]) -> None:
+    """Raises UserError, with the nearest accepted name, if something else is chosen."""
+    if chosen not in (accepted := list(accepted)):
+        close = difflib.get_close_matches(chosen, accepted, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"{what} is not accepted.{hint} Accepted: {', '.join(accepted)}")
+
+
+# -------------------------------------------------------------------------------------------------------- compose
+
+
+def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
+    """The configuration of one run. Interpolations stay, so that `with_settings` changes what depends on a value, too.
+
+    Raises:
+        UserError: an unknown choice or key, a value that cannot be resolved, or a combination that is no recipe.
+    """
+    release = importlib.metadata.version("verl")
+    if release.startswith(("0.7.", "0.8.")):
+        raise UserError(
+            f"the installed verl is {release}: recipes are written for the V1 trainer of verl 0.9.0 and later. "
+            "loss_agg_mode=vl_norm itself works in runs of your own (docs/support.md)"
+        )
+    chosen = choices(config_folder, overrides)
+    given = parsed(hydra_overrides(overrides))
+    try:
+        config = _composed(config_folder.resolve(), tuple(o.input_line for o in given)).copy()
+        values = flatten(config)
+        # Does anything stand where the recipe has a number or a switch?
+        suspects = [o.key_or_group for o in given if "." in o.key_or_group and not _is_number(o.value())]
+        groups = tuple(o.input_line for o in given if "." not in o.key_or_group)
+        usual = flatten(_composed(config_folder.resolve(), groups)) if suspects else {}
+        missing = OmegaConf.missing_keys(config.recipe)
+    except (HydraException, OmegaConfBaseException) as error:
+        # Hydra lists its whole search path below the accepted choices.
+        raise UserError(str(error).split("\nConfig search path")[0]) from error
+    if missing:
+        raise UserError(f"not set: {', '.join(f'recipe.{key}' for key in sorted(missing))}")
+    for key in suspects:
+        value, number = OmegaConf.select(config, key), usual.get(key)
+        if not _is_number(value) and number is not None and _is_number(number):
+            what = "true or false" if isinstance(number, bool) else f"a number, as in {key}={number}"
+            raise UserError(f"{key}={value!r}: accepted is {what}")
+    require(f"recipe.keep={values['recipe.keep']}", values["recipe.keep"], ("model", "all"))
+    for group in ("method", "length"):
+        require(f"family={chosen['family']} {group}={chosen[group]}", chosen[group], config.recipe[f"{group}s"])
+    if is_cpu(config) != (chosen["model"] == "tiny"):
+        raise UserError(
+            f"trainer.device={config.trainer.device} with model={chosen['model']}: model=tiny is on the CPU and the "
+            "others on GPUs. trainer.device cannot be given by itself"
+        )
+    if config.recipe.get("fixed") and not is_cpu(config) and not wants_flash_attention(config):
+        raise UserError(
+            f"method={chosen['method']} is a loss of micro-batches, and attention=sdpa trains one response a "
+            "micro-batch. Accepted: attention=flash"
+        )
+    return config
+
+
+@functools.lru_cache(maxsize=256)  # a set of runs is checked, and then each of it submitted
+def _composed(config_folder: Path, overrides: tuple[str, ...]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder), version_base=None):
+        return hydra_compose(CONFIG_NAME, overrides=list(overrides))
+
+
+def with_settings(config: DictConfig, settings: Mapping[str, Any]) -> DictConfig:
+    """A copy with these values, {dotted key: value}, and every interpolation resolved."""
+    changed = config.copy()
+    OmegaConf.set_struct(changed, False)
+    for key, value in settings.items():
+        OmegaConf.update(changed, key, value)
+    OmegaConf.resolve(changed)
+    return changed
+
+
+def is_cpu(config: DictConfig) -> bool:
+    """Whether a run is on the CPU: verl's own key says so."""
+    return bool(config.trainer.device == "cpu")
+
+
+def wants_flash_attention(config: DictConfig) -> bool:
+    """Whether the actor is loaded with the package flash-attn, verl's default (workers/config/model.py:185)."""
+    attention = config.actor_rollout_ref.model.override_config.get("attn_implementation", "flash_attention_2")
+    return bool(attention == "flash_attention_2")
+
+
+def _is_number(value: Any) -> bool:
+    """Or a switch, or null, which stands for either."""
+    return value is None or isinstance(value, bool | int | float)
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """{dotted key: value} of all leaves; an empty mapping or a list is a leaf."""
+    plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    leaves: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                walk(value, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            leaves[prefix] = node
+
+    walk(plain, "")
+    return leaves
+
+
+def data_files(config: DictConfig) -> list[Path]:
+    """The run's parquet files, those of training first."""
+    files = [config.data.train_files, config.data.val_files]
+    return [Path(file).expanduser() for entry in files for file in ([entry] if isinstance(entry, str) else entry)]
+
+
+def missing_files(config: DictConfig) -> str:
+    """What to type to get the run's data, if a file of it is not there; "" if all are, or the launcher makes them."""
+    missing = [str(file) for file in data_files(config) if not is_cpu(config) and not file.is_file()]
+    if not missing:
+        return ""
+    folder = f"{config.recipe.data}/{config.recipe.task}"
+    return (
+        f"no data: {', '.join(missing)}. Make it with\n"
+        f"  vlnorm-verl data {config.recipe.task} --out {folder}\n"
+        f"or, without a network,\n"
+        f"  vlnorm-verl data {config.recipe.task} --offline --out {folder}\n"
+        "or name a folder that has it with recipe.data=…"
+    )
