@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlnorm_verl.methods import method_of
+from vlnorm_verl.methods import MEAN_OVER_TOKENS, SUM_OVER_M, method_of
 from vlnorm_verl.report import estimates
 from vlnorm_verl.report.estimates import Estimate, Scores, average, over_seeds, pass_at_k, rank_correlation
 from vlnorm_verl.report.run import Logged, Run, Validation, logged_accuracies, value_at
@@ -116,10 +116,10 @@ def entropy_per_token(run: Run) -> np.ndarray | None:
     if weighted is not None and denominator is not None:
         return np.asarray(entropy * denominator / np.where(weighted > 0, weighted, nan))
     kind = method_of(run.method).entropy
-    if kind == "mean over tokens":
+    if kind == MEAN_OVER_TOKENS:
         return entropy
     lengths = run.metrics.get("response_length/mean")
-    if kind == "sum over M" and run.scale_factor and lengths is not None:
+    if kind == SUM_OVER_M and run.scale_factor and lengths is not None:
         return np.asarray(entropy * run.scale_factor / np.where(lengths > 0, lengths, nan))
     return None
 
