@@ -15,7 +15,8 @@ from verl.trainer.ppo import core_algos
 
 from vlnorm_verl.files import UserError
 from vlnorm_verl.paper import as_coded
-from vlnorm_verl.runs import recipe
+from vlnorm_verl.runs.check import validate
+from vlnorm_verl.runs.config import compose
 
 CONFIG = Path(__file__).parent.parent / "recipes" / "config"
 LENGTHS = [3, 40, 7, 1, 25, 12, 2, 60]  # two prompts of four responses
@@ -55,7 +56,7 @@ def gradient(log_prob: torch.Tensor, rows: list[int], ranks: int, micro_batch: i
     """Of a mini-batch of `rows`, cut among ranks and micro-batches; d loss / d log_prob [8 x WIDTH]."""
     from verl.utils.config import omega_conf_to_dataclass
 
-    actor = omega_conf_to_dataclass(recipe.compose(CONFIG, ["method=dapo_norm_as_coded"]).actor_rollout_ref.actor)
+    actor = omega_conf_to_dataclass(compose(CONFIG, ["method=dapo_norm_as_coded"]).actor_rollout_ref.actor)
     loss_fn = core_algos.get_policy_loss_fn(actor.policy_loss.loss_mode)
     tokens = int(MASK[rows].sum())
     actor.global_batch_info.update(
@@ -104,6 +105,6 @@ def test_a_wrong_name_or_alpha_is_refused_before_ray() -> None:
         "algorithm.adv_estimator=vl_norm_as_coded",
     ):
         with pytest.raises(UserError, match=wrong.partition("=")[2]):
-            recipe.validate(recipe.compose(CONFIG, [wrong]))
+            validate(compose(CONFIG, [wrong]))
     with pytest.raises(UserError, match="α = 9 is out of range; accepted: 0 ≤ α ≤ 2"):
-        recipe.validate(recipe.compose(CONFIG, ["method=vl_norm_as_coded", "recipe.alpha=9"]))
+        validate(compose(CONFIG, ["method=vl_norm_as_coded", "recipe.alpha=9"]))

@@ -221,7 +221,7 @@ class Queue:
             uid = f"u{len(self.prompts)}x{id(self)}"
             self.prompts[uid] = {"is_prompt": True, "status": "finished", "global_steps": 1}
             for session, acc in enumerate(self.acc):
-                self.rows[f"{uid}_{session}_0"] = {"acc": acc, "outcome": "right" if acc else "wrong"}
+                self.rows[f"{uid}_{session}_0"] = {"acc": acc, "outcome": "correct" if acc else "wrong"}
         return prompts
 
     def kv_list(self, partition_id: str | None = None) -> dict[str, Any]:
@@ -269,7 +269,7 @@ def test_a_mixed_batch_is_sampled_with_its_outcomes(monkeypatch: pytest.MonkeyPa
     queue.add(4)
     chosen, metrics = buffer(queue.add).sample(global_steps=1, partition_id="train", batch_size=4)
     assert len(chosen.keys) == 16
-    assert metrics["training/outcome/right"] == 0.25
+    assert metrics["training/outcome/correct"] == 0.25
     assert metrics["training/outcome/wrong"] == 0.75
 
 

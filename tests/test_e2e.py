@@ -101,7 +101,7 @@ def test_the_mode_is_at_work(run: tuple[Path, str]) -> None:
         assert metrics["actor/grad_norm"] > 0
         outcomes = {k: v for k, v in metrics.items() if k.startswith("training/outcome/")}
         assert sum(outcomes.values()) == pytest.approx(1)
-        assert outcomes["training/outcome/right"] == pytest.approx(metrics["critic/score/mean"])
+        assert outcomes["training/outcome/correct"] == pytest.approx(metrics["critic/score/mean"])
 
 
 def test_rollout_and_actor_agree(run: tuple[Path, str]) -> None:

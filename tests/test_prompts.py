@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from transformers import Qwen2Config, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from vlnorm_verl.runs import recipe
+from vlnorm_verl.runs.config import compose
 from vlnorm_verl.tasks import countdown, math
 
 CONFIG = Path(__file__).parent.parent / "recipes" / "config"
@@ -48,7 +48,7 @@ def tokenizer_of_verl(model: Path, task: str, *overrides: str) -> Any:
     """The tokenizer as verl's workers build it from a recipe."""
     from verl.utils.config import omega_conf_to_dataclass
 
-    config = recipe.compose(CONFIG, [f"task={task}", f"actor_rollout_ref.model.path={model}", *overrides])
+    config = compose(CONFIG, [f"task={task}", f"actor_rollout_ref.model.path={model}", *overrides])
     return omega_conf_to_dataclass(config.actor_rollout_ref.model).tokenizer
 
 
@@ -85,7 +85,7 @@ def test_the_length_filter_counts_the_prompt_alone(model_folder: Path, tmp_path:
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train.parquet")
     kept = []
     for limit in (length, length - 1):
-        config = recipe.compose(CONFIG, [f"data.max_prompt_length={limit}"]).data
+        config = compose(CONFIG, [f"data.max_prompt_length={limit}"]).data
         OmegaConf.update(config, "cache_dir", str(tmp_path / "cache"), force_add=True)
         kept.append(len(RLHFDataset(str(tmp_path / "train.parquet"), tokenizer, config)))
     assert kept == [1, 0]

@@ -6,7 +6,6 @@ Expected numbers are counted here by other means. Not covered here: how tables a
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 from collections import defaultdict
@@ -15,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
-from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.report_runs import (
@@ -35,9 +32,10 @@ from tests.report_runs import (
     text,
     write_run,
 )
+from vlnorm_verl.cli import app
+from vlnorm_verl.files import UserError
 from vlnorm_verl.report import measures, paper, tables
 from vlnorm_verl.report.build import build
-from vlnorm_verl.report.cli import report
 from vlnorm_verl.report.identity import Setting
 
 NAME = "aggregation-countdown-tiny-256"
@@ -294,10 +292,7 @@ def test_the_foot_says_where_the_papers_values_were_read_and_what_concerns_its_r
 
 
 def invoke(*arguments: Any) -> Any:
-
-    app = typer.Typer()
-    app.command()(report)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "250"})
+    return CliRunner().invoke(app, ["report", *map(str, arguments)], env={"COLUMNS": "250"})
 
 
 def test_other_keys_and_no_vl_norm(tmp_path: Path) -> None:
@@ -342,25 +337,24 @@ def test_what_is_no_run_is_refused_in_one_message(
     argument: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    console = Console(record=True, file=io.StringIO(), width=400)
-    assert build([argument], tmp_path / "out", console=console) == 2
-    assert says in (text := console.export_text())
-    assert "metrics-NNN.jsonl" in text or "Accepted:" in text
+    with pytest.raises(UserError, match=says) as refused:
+        build([argument], tmp_path / "out", console=quiet())
+    assert "metrics-NNN.jsonl" in str(refused.value) or "Accepted:" in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_wrong_options_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert build([str(SAMPLES)], tmp_path / "out", smooth=0, console=quiet()) == 2
-    assert build([str(SAMPLES)], tmp_path / "file", console=quiet()) == 2
+    for out, smooth, says in (("out", 0, "--smooth 0: accepted are"), ("file", 1, "/file: is a file; accepted is")):
+        with pytest.raises(UserError, match=says):
+            build([str(SAMPLES)], tmp_path / out, smooth=smooth, console=quiet())
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nothing can be made")
 def test_a_folder_that_cannot_be_made_is_refused_before_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlnorm_verl.report.build.read_runs", lambda *_: pytest.fail("read"))
-    console = Console(record=True, file=io.StringIO(), width=400)
-    assert build([str(SAMPLES)], Path("/proc/nope"), console=console) == 2
-    assert "--out /proc/nope: cannot be made" in console.export_text()
+    with pytest.raises(UserError, match="--out /proc/nope: cannot be made"):
+        build([str(SAMPLES)], Path("/proc/nope"), console=quiet())
 
 
 @pytest.mark.parametrize("content", ["[1]", "\xff"])
@@ -368,7 +362,7 @@ def test_a_broken_record_of_what_was_written_is_none(content: str, tmp_path: Pat
     folder = write_run(tmp_path / "a", curve={1: 0.5, 2: 0.6})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".written.json").write_text(content, encoding="latin-1")
-    assert build([str(folder)], tmp_path / "out", console=quiet()) == 0
+    build([str(folder)], tmp_path / "out", console=quiet())
     assert "tables/countdown.csv" in json.loads((tmp_path / "out" / ".written.json").read_text())["files"]
 
 
@@ -377,8 +371,8 @@ def test_a_second_report_removes_what_it_has_no_runs_for(tmp_path: Path) -> None
     write_run(tmp_path / "b", curve={1: 0.5, 2: 0.6}, recipe={"task": "other"})
     (tmp_path / "out" / "tables").mkdir(parents=True)
     (tmp_path / "out" / "tables" / "mine.csv").write_text("kept")
-    assert build([str(tmp_path / "a")], tmp_path / "out", console=quiet()) == 0
+    build([str(tmp_path / "a")], tmp_path / "out", console=quiet())
     assert (tmp_path / "out" / "tables" / "countdown.csv").exists()
-    assert build([str(tmp_path / "b")], tmp_path / "out", console=quiet()) == 0
+    build([str(tmp_path / "b")], tmp_path / "out", console=quiet())
     names = {file.name for file in (tmp_path / "out" / "tables").glob("*.csv")}
     assert names == {"runs.csv", "inputs.csv", "mine.csv"}

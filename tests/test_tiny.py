@@ -112,7 +112,7 @@ def test_traces_are_right() -> None:
                 assert true == problem.target, "a claimed hit is false"
                 assert i == len(attempts) - 1, "the search goes on after the hit"
                 assert answer == str(e)
-                assert judge(trace, problem) == "right"
+                assert judge(trace, problem) == "correct"
         if not attempts or attempts[-1][3] == ";":
             tried = {str(e) for e, *_ in attempts}
             assert answer not in tried or len(tried) == len(expressions(problem.numbers))
@@ -190,10 +190,10 @@ PROBLEM = Problem((2, 3, 4), 20)
 @pytest.mark.parametrize(
     ("text", "outcome"),
     [
-        ("A:2+3*4.", "right"),  # (2 + 3) * 4: left to right
-        ("A:2+3*4", "right"),  # verl decodes without the end mark
-        ("4*2=8+3=11;3+2=5*4=20!A:3+2*4.", "right"),
-        ("A:1+1+1.A:2+3*4.", "right"),  # the last answer counts
+        ("A:2+3*4.", "correct"),  # (2 + 3) * 4: left to right
+        ("A:2+3*4", "correct"),  # verl decodes without the end mark
+        ("4*2=8+3=11;3+2=5*4=20!A:3+2*4.", "correct"),
+        ("A:1+1+1.A:2+3*4.", "correct"),  # the last answer counts
         ("A:3*4+2.", "wrong_value"),  # 14
         ("A:4*2+3.", "wrong_value"),
         ("A:5*4+0.", "wrong_numbers"),  # worth the target, but not with these numbers
@@ -219,8 +219,8 @@ PROBLEM = Problem((2, 3, 4), 20)
 def test_verdicts(text: str, outcome: str) -> None:
     result = compute_score("any", text, ground_truth(PROBLEM), {"index": 0}, reward_router_address=None)
     assert result == {
-        "score": float(outcome == "right"),
-        "acc": float(outcome == "right"),
+        "score": float(outcome == "correct"),
+        "acc": float(outcome == "correct"),
         "outcome": outcome,
     }
 
@@ -238,8 +238,8 @@ def test_reward_equals_an_independent_reading(three: tuple[int, int, int], e: Ex
 @given(st.one_of(st.text(), st.text("0123456789+-*=;!A:.", max_size=300)))
 def test_hostile_text_never_raises(text: str) -> None:
     result = compute_score("any", text, ground_truth(PROBLEM))
-    assert result["outcome"] in ("right", "wrong_value", "wrong_numbers", "no_answer")
-    assert result["score"] == float(result["outcome"] == "right")
+    assert result["outcome"] in ("correct", "wrong_value", "wrong_numbers", "no_answer")
+    assert result["score"] == float(result["outcome"] == "correct")
 
 
 @pytest.mark.parametrize("piece", ["A:", "9", "A:9*9*", "((((", "A:2+3*4.", "\x00", "𝟙+"])

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from vlnorm_verl import extras
 from vlnorm_verl.files import UserError, locked
 
 lab_app = typer.Typer(
@@ -76,32 +77,19 @@ def run(
       vlnorm-verl lab run runs/quickstart/checkpoints/global_step_60 --out lab/step60 --modules last-qkv --modules all
       vlnorm-verl lab run MODEL --task custom --data train.parquet --reward my_reward.py --out lab/mine
     """
+    extras.require("lab")
     from vlnorm_verl.lab import gradients, rollouts, tasks
     from vlnorm_verl.lab.build import GRADIENTS, build
 
-    with _messages():
-        design = rollouts.Design(slope_prompts, slope_responses, pool_prompts, pool_responses)
-        longest = max_response_length or (256 if task == "tiny" else 3072)
-        chosen = tasks.load_task(task, data, reward, reward_name)
-        with _held(out):
-            rollouts.sample(model, chosen, design, seed, temperature, longest, engine, out, batch_size, chat_template)
-            for choice in modules or [gradients.LAST_QKV]:
-                gradients.compute(out, choice, projection, checkpointing, f"{GRADIENTS}/{folder_of(choice)}")
-            if analyse:
-                build([str(out)], out / "report", mini_batch, seed)
-
-
-@contextmanager
-def _messages() -> Iterator[None]:
-    """A wrong request ends with its message and exit code 2; so does a missing library."""
-    from vlnorm_verl import extras
-
-    try:
-        extras.require("lab")
-        yield
-    except UserError as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(2) from None
+    design = rollouts.Design(slope_prompts, slope_responses, pool_prompts, pool_responses)
+    longest = max_response_length or (256 if task == "tiny" else 3072)
+    chosen = tasks.load_task(task, data, reward, reward_name)
+    with _held(out):
+        rollouts.sample(model, chosen, design, seed, temperature, longest, engine, out, batch_size, chat_template)
+        for choice in modules or [gradients.LAST_QKV]:
+            gradients.compute(out, choice, projection, checkpointing, f"{GRADIENTS}/{folder_of(choice)}")
+        if analyse:
+            build([str(out)], out / "report", mini_batch, seed)
 
 
 @contextmanager
@@ -132,7 +120,7 @@ def report(
 
     vlnorm-verl lab report start=lab/start end=lab/step60 --out lab/report
     """
+    extras.require("lab")
     from vlnorm_verl.lab.build import build
 
-    with _messages():
-        build(folders, out, mini_batch, seed)
+    build(folders, out, mini_batch, seed)

@@ -27,7 +27,7 @@ from vlnorm_verl.report.identity import parse_method
 from vlnorm_verl.report.page import write_page
 from vlnorm_verl.report.read import read_runs
 from vlnorm_verl.report.run import Run
-from vlnorm_verl.report.style import Figure, missing_libraries, write_figures
+from vlnorm_verl.report.style import Figure, write_figures
 from vlnorm_verl.report.table import Table
 from vlnorm_verl.report.tables import missing, tables
 from vlnorm_verl.report.writers import print_table, write_tables
@@ -42,22 +42,19 @@ def build(
     console: Console | None = None,
     metric: str = "",
     baseline: str = "",
-) -> int:
-    """Write the report of the runs at and below the arguments, each RUN or label=RUN. Exit code: 2 for a wrong request.
+) -> None:
+    """Write the report of the runs at and below the arguments, each RUN or label=RUN.
 
     smooth: steps of the trailing mean of curves and of the speed-up, 1 for none; None for three validations.
     metric: what the accuracy is, instead of verl's mean@n. baseline: what others are compared with, instead of VL Norm.
+
+    Raises:
+        UserError: a wrong request, which no run found is.
     """
     console = console or Console()
-    try:
-        if smooth is not None and smooth < 1:
-            raise UserError(f"--smooth {smooth}: accepted are whole numbers from 1 (no smoothing)")
-        if problem := missing_libraries():
-            raise UserError(problem)
-        runs, baseline = _read(arguments, out, metric, baseline)
-    except UserError as error:
-        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
+    if smooth is not None and smooth < 1:
+        raise UserError(f"--smooth {smooth}: accepted are whole numbers from 1 (no smoothing)")
+    runs, baseline = _read(arguments, out, metric, baseline)
     made = tables(runs, smooth, baseline)
     with console.status("drawing …"):
         drawn = figures([run for run in runs if len(run.steps)], smooth, baseline)
@@ -70,7 +67,6 @@ def build(
         f"tables and figures: {out}/tables, {out}/figures",
     ):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
-    return 0
 
 
 def _origin() -> str:

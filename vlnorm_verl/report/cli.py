@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from vlnorm_verl import extras
+
 
 def report(
     runs: Annotated[
@@ -50,6 +52,7 @@ def report(
 
     Exit code 0, or 2 for a wrong request, which no run found is.
     """
+    extras.require("report")
     from vlnorm_verl.report.build import build
 
-    raise typer.Exit(build(runs, out, smooth, metric=metric, baseline=baseline))
+    build(runs, out, smooth, metric=metric, baseline=baseline)

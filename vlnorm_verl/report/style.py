@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,13 +14,6 @@ from vlnorm_verl.report.table import check_name, one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
-
-
-def missing_libraries() -> str | None:
-    """What to type where the libraries of the report and the lab are not installed."""
-    libraries = ("matplotlib", "scipy", "jinja2", "pylatexenc")
-    names = [name for name in libraries if importlib.util.find_spec(name) is None]
-    return f"{', '.join(names)} not installed: pip install 'vlnorm-verl[report]'" if names else None
 
 
 STYLE = {

@@ -172,7 +172,7 @@ def search_trace(problem: Problem, rng: random.Random) -> str:
 
 
 def judge(response: str, problem: Problem) -> str:
-    """The outcome of a response: ``right``, or what is wrong with it.
+    """The outcome of a response: ``correct``, or what is wrong with it.
 
     ``no_answer``: the text does not END with a well-formed ``A:a*b-c`` (cut at the length limit, for one);
     ``wrong_numbers``: not each given number exactly once; ``wrong_value``: not worth the target, left to right.
@@ -187,7 +187,7 @@ def judge(response: str, problem: Problem) -> str:
     expression = Expression(int(a), op1, int(b), op2, int(c))
     if sorted((expression.a, expression.b, expression.c)) != sorted(problem.numbers):
         return "wrong_numbers"
-    return "right" if expression.value == problem.target else "wrong_value"
+    return "correct" if expression.value == problem.target else "wrong_value"
 
 
 def compute_score(
@@ -209,5 +209,5 @@ def compute_score(
     if len(problem.numbers) != 3:
         raise ValueError(f"reward_model.ground_truth must have three numbers for the tiny CountDown, not {problem}")
     outcome = judge(solution_str, problem)
-    score = float(outcome == "right")
+    score = float(outcome == "correct")
     return {"score": score, "acc": score, "outcome": outcome}

@@ -157,8 +157,8 @@ def summarize(responses: list[str], asked: list[Problem]) -> dict[str, Any]:
     lengths = sorted(map(len, responses))
     return {
         "responses": len(responses),
-        "accuracy": round(outcomes.count("right") / len(outcomes), 4),
-        "outcomes": {o: outcomes.count(o) for o in ("right", "wrong_value", "wrong_numbers", "no_answer")},
+        "accuracy": round(outcomes.count("correct") / len(outcomes), 4),
+        "outcomes": {o: outcomes.count(o) for o in ("correct", "wrong_value", "wrong_numbers", "no_answer")},
         "length_limit": RESPONSE_LIMIT,
         "length_mean": round(statistics.fmean(lengths), 1),
         "length_harmonic_mean": round(statistics.harmonic_mean(lengths), 1),
