@@ -28,7 +28,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.origin import commit, machine
 
@@ -200,11 +200,10 @@ class Release:
         for ranks, dtype in EXACT:
             options = ("--ranks", str(ranks), "--dtype", dtype)
             rows = self.results(f"exact {ranks} {dtype}", "scenarios", *options)
-            honest = [row for row in rows if not row["scenario"].startswith(("sabotage", "no valid token"))]
-            answer.problems += [f"{ranks} × {dtype}: {row}" for row in rows if not scenario_is_good(row, dtype)]
-            worst = max((row["error"] for row in honest), key=lambda e: e if e == e else float("inf"))
+            result = judge_exactness(rows, TOLERANCE[dtype])
+            answer.problems += [f"{ranks} × {dtype}: {row}" for row in result.bad]
             name = f"exactness, {ranks} rank{'s' * (ranks > 1)}, {dtype}: worst relative error (gradients)"
-            answer.cells[name] = f"{worst:.1e} ({len(honest)})"
+            answer.cells[name] = f"{result.worst:.1e} ({result.gradients})"
         return answer
 
     def features(self) -> Answer:
@@ -278,13 +277,23 @@ def version_of(release: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", release)[:3])
 
 
-def scenario_is_good(row: dict[str, Any], dtype: str) -> bool:
-    """row: what tests.engine.scenarios writes. An error is relative to the gradient's norm, so that must not be 0."""
-    if row["scenario"].startswith("sabotage"):
-        return row["error"] > 0.1
-    if row["scenario"].startswith("no valid token"):
-        return row["norm"] == row["error"] == 0
-    return row["error"] <= TOLERANCE[dtype] and row["norm"] > 1e-3
+class Exactness(NamedTuple):
+    bad: list[dict[str, Any]]  # rows that are not as they should be
+    gradients: int
+    worst: float  # relative error of a gradient, the largest
+    least_wrong: float  # the same of a wrong sum, the smallest: it must be seen
+
+
+def judge_exactness(rows: list[dict[str, Any]], bound: float) -> Exactness:
+    """rows: what tests.engine.scenarios writes. An error is relative to the gradient's norm, so that must not be 0."""
+    wrong = [row for row in rows if row["scenario"].startswith("sabotage")]
+    empty = [row for row in rows if row["scenario"].startswith("no valid token")]
+    honest = [row for row in rows if row not in wrong and row not in empty]
+    bad = [row for row in wrong if not row["error"] > 0.1]
+    bad += [row for row in empty if not row["norm"] == row["error"] == 0]
+    bad += [row for row in honest if not (row["error"] <= bound and row["norm"] > 1e-3)]
+    worst = max((row["error"] for row in honest), key=lambda error: error if error == error else float("inf"))
+    return Exactness(bad, len(honest), worst, min(row["error"] for row in wrong))
 
 
 def feature_is_good(row: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import vlnorm_verl.cpu as cpu
-from vlnorm_verl.cpu import PatchError, patches, vllm_plugin, zygote
+from vlnorm_verl.cpu import PatchError, install, patches, vllm_plugin, zygote
 
 pytest.importorskip("verl")
 
@@ -34,10 +34,10 @@ def run_python(code: str, **environment: str) -> str:
 def test_inactive_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VERL_PLATFORM", raising=False)
     before = importlib.metadata.version
-    cpu.register()
+    install.register()
     vllm_plugin.register()
     assert importlib.metadata.version is before
-    assert not cpu._registered
+    assert not install._registered
 
 
 def test_platform_in_verl() -> None:
@@ -47,9 +47,9 @@ def test_platform_in_verl() -> None:
 import os, importlib.metadata, verl, torch
 from verl.plugin.platform import PlatformRegistry, get_platform, platform_manager
 from verl.utils.device import get_device_name, get_torch_device, get_device_id
-import vlnorm_verl.cpu as cpu
+import vlnorm_verl.cpu.install as install
 first, version = PlatformRegistry.get("cpu"), importlib.metadata.version
-cpu.register()
+install.register()
 assert PlatformRegistry.get("cpu") is first and importlib.metadata.version is version
 platform = get_platform()
 assert platform.device_name == "cpu" and platform.is_available()

@@ -20,8 +20,8 @@ MODULES = {
         "transfer_queue",
         "uvicorn",
     ),
-    "report": ("jinja2", "matplotlib", "msgspec", "pylatexenc", "scipy"),
-    "lab": ("jinja2", "matplotlib", "msgspec", "pylatexenc", "scipy"),
+    "report": ("jinja2", "matplotlib", "msgspec", "scipy"),
+    "lab": ("jinja2", "matplotlib", "msgspec", "scipy"),
     "math": ("sympy",),
 }
 

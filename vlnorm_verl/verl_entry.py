@@ -38,9 +38,9 @@ def _add_trainer(_: ModuleType) -> None:
 wrapt.register_post_import_hook(_add_trainer, "verl.trainer.ppo.v1.trainer_sync")  # since verl 0.9.0
 
 try:
-    from vlnorm_verl import cpu
+    from vlnorm_verl.cpu import install
 
-    cpu.register()
+    install.register()
 except Exception:
     logger.warning("vlnorm-verl could not set up VERL_PLATFORM=cpu in this process. The reason:", exc_info=True)
     raise

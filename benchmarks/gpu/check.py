@@ -54,9 +54,9 @@ class Part:
 def exact(dtype: str) -> Callable[[list[dict[str, Any]]], tuple[bool, str]]:
     def judge(rows: list[dict[str, Any]]) -> tuple[bool, str]:
         result = judge_exactness(rows, TOLERANCE[dtype])
-        return result["good"], (
-            f"{result['gradients']} gradients, largest relative error {result['worst']:.1e}, bound "
-            f"{TOLERANCE[dtype]:.0e}; a wrong sum is off by {result['sabotage_least']:.2f} or more"
+        return not result.bad, (
+            f"{result.gradients} gradients, largest relative error {result.worst:.1e}, bound {TOLERANCE[dtype]:.0e}; a "
+            f"wrong sum is off by {result.least_wrong:.2f} or more"
         )
 
     return judge
@@ -69,12 +69,12 @@ def rounded(rows: list[dict[str, Any]]) -> tuple[bool, str]:
         stock = [row[error] for row in rows if row["scenario"].startswith("stock")]
         ours = [row | {"error": row[error]} for row in rows if not row["scenario"].startswith("stock")]
         result = judge_exactness(ours, 2 * max(stock))
-        good &= result["good"]
-        wrong = result["sabotage_least"]
-        words.append(f"{result['worst']:.3f} from {whose} (token-mean {max(stock):.3f}, a wrong sum {wrong:.2f})")
+        good &= not result.bad
+        wrong = result.least_wrong
+        words.append(f"{result.worst:.3f} from {whose} (token-mean {max(stock):.3f}, a wrong sum {wrong:.2f})")
     return (
         good,
-        f"{result['gradients']} gradients, largest relative error {', '.join(words)}; bound: twice token-mean's",
+        f"{result.gradients} gradients, largest relative error {', '.join(words)}; bound: twice token-mean's",
     )
 
 

@@ -52,7 +52,7 @@ from tests.engine.batch import LENGTHS, ROWS
 from tests.engine.engine_parts import Engine, Gradient, hf_model_config, qwen2, still, whole_dtensors
 from tests.engine.megatron import build_megatron, cuda_on_cpu, megatron_gradient, token_model
 from tests.engine.reference import Scenario
-from vlnorm_verl import cpu
+from vlnorm_verl.cpu.install import register as register_cpu
 
 
 @dataclass
@@ -405,7 +405,7 @@ def main() -> None:
     processes.set_environment("cpu")
     importlib.import_module("verl")
     if not older_verl.needed():
-        cpu.register()
+        register_cpu()
     older_verl.unpad_without_flash_attn()
     # Imported once, before forking. verl.workers.engine is not: it imports every engine that it finds.
     for module in ("verl.workers.config", "verl.utils.tensordict_utils", "transformers.models.qwen2.modeling_qwen2"):

@@ -15,6 +15,7 @@ import torch
 
 from tests.engine import older_verl
 from vlnorm_verl import cpu
+from vlnorm_verl.cpu.install import register as register_cpu
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -54,7 +55,7 @@ def import_verl(device: str) -> None:
         older_verl.prepare()
     else:
         # With VERL_USE_EXTERNAL_PLUGINS=none the plugin is off, but the CPU still has to be a platform.
-        cpu.register()
+        register_cpu()
     older_verl.unpad_without_flash_attn()
     importlib.import_module("verl.workers.engine_workers")
 

@@ -23,27 +23,6 @@ def is_active() -> bool:
     return os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
 
 
-_registered = False
-
-
-def register() -> None:
-    """Register the platform and the patches; does nothing unless VERL_PLATFORM=cpu. May be called again.
-
-    Called by vlnorm_verl.verl_entry inside `import verl`. Raises PatchError if verl is not as expected.
-    """
-    global _registered
-    if _registered or not is_active():
-        return
-    from vlnorm_verl.cpu import patches, verl_platform
-
-    # VERL_PLATFORM=cpu alone is enough for a run that starts its own Ray: its processes inherit what is missing here.
-    for name, value in cpu_environment().items():
-        os.environ.setdefault(name, value)
-    verl_platform.register()
-    patches.apply()
-    _registered = True
-
-
 def cpu_environment(threads: int | None = None) -> dict[str, str]:
     """The environment variables of a CPU run, for the process that starts verl; its children inherit them.
 

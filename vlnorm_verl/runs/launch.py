@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlnorm_verl import cpu, files, machine
+from vlnorm_verl.cpu import install
 from vlnorm_verl.files import UserError, locked
 from vlnorm_verl.runs import clusters, resources, smoke
 from vlnorm_verl.runs import config as configs
@@ -186,7 +187,7 @@ def prepare_environment(recipes: Path, config: DictConfig) -> str:
         os.environ.update(cpu.cpu_environment())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # verl's engines that are not installed
-            cpu.register()  # composing has imported verl already
+            install.register()  # composing has imported verl already
     elif cpu.is_active():
         raise UserError("VERL_PLATFORM=cpu is set, and this run is on GPUs: unset it, or give model=tiny")
     return unfit
