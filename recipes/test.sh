@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Runs the checks and tests on a CPU.
 #
-#   bash recipes/test.sh           ruff, mypy, the tests and training runs of two steps: what CI runs (under half an hour)
-#   bash recipes/test.sh slow      longer runs (an hour): two ranks, two nodes, resume, kill -9 of each part, hostile answers
+#   bash recipes/test.sh           ruff, mypy, the tests and a training run of two steps: what CI runs (ten minutes)
+#   bash recipes/test.sh slow      all that takes longer (an hour and a half): two ranks, two nodes, kill -9 of each part,
+#                                  every trainer, other engines, older releases, the wheel. Asked for where plugin/, cpu/
+#                                  or patches/ change
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash recipes/install_cpu.sh
@@ -10,7 +12,7 @@ bash recipes/install_cpu.sh
 .venv/bin/ruff check .
 .venv/bin/mypy
 case "${1:-}" in
-  "") exec .venv/bin/python -m pytest ;;
-  slow) exec .venv/bin/python -m pytest -m slow ;;
+  "") exec .venv/bin/python -m pytest --durations=25 ;;
+  slow) exec .venv/bin/python -m pytest -m slow --durations=25 ;;
   *) echo "unknown argument '$1'; accepted: nothing, or slow" >&2; exit 2 ;;
 esac

@@ -2,7 +2,7 @@
 
 Covered: the estimator against verl's GRPO; what verl's reward manager gives in training and in validation; the replay
 buffer's limit, its settings and its metrics with a stand-in for the queue's contents. Not covered: whole runs with
-them (test_recipes_e2e.py).
+them (test_e2e.py).
 """
 
 import asyncio

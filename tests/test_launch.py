@@ -239,10 +239,9 @@ def test_a_dry_run_names_what_does_nothing(tmp_path: Path) -> None:
     assert "actor_rollout_ref.actor.grad_clip" in note
 
 
-def test_outside_of_the_checkout_the_option_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_folder_without_the_recipes_is_refused(tmp_path: Path) -> None:
     for arguments in (["launch", "--dry-run"], ["reproduce", "--list"], ["reproduce", "--values"]):
-        result = CliRunner().invoke(app, arguments)
+        result = CliRunner().invoke(app, [*arguments, "--recipes", str(tmp_path / "recipes")])
         assert result.exit_code == 2
         # A terminal that is called dumb is 80 columns wide whatever COLUMNS says: the words, without the box's breaks.
         text = re.sub(r"[\s│]", "", result.output)

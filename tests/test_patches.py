@@ -236,7 +236,8 @@ def test_tests_inside_of_the_patch_pass(name: str, answers: Callable[[str], dict
 BESIDE = """
 import sys
 from tests.engine import scenarios
-scenarios.import_verl("cpu")
+from tests.engine.ranks import import_verl
+import_verl("cpu")
 import torch
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.workers.config import FSDPActorConfig

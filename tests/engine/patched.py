@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from tests.engine import scenarios
+from tests.engine.ranks import import_verl
 
 STOCK_INFO = ({}, {"batch_num_tokens": 99, "global_batch_size": 13})
 
@@ -111,7 +112,7 @@ def tests(file: str) -> tuple[int, str]:
 
 def main() -> None:
     out, *parts = sys.argv[1:]
-    scenarios.import_verl("cpu")
+    import_verl("cpu")
     functions = {f.__name__: f for f in (exact, stock, configuration, tests, without_sum)}
     answers = {}
     for part in parts:
