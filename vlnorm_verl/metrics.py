@@ -58,7 +58,8 @@ def mini_batch_statistics(aggregation: Aggregation, sums: MiniBatchSums, scale: 
         length_harmonic_mean: harmonic mean H of L, tokens.
         variance_ratio: √(A/H) ≥ 1, the coefficient of variation of Dr. GRPO's (or DAPO's) gradient over that of
             VL Norm with α = 1, as predicted from the lengths if variance is proportional to length.
-        effective_responses: (Σx)²/Σx² ≤ N; for VL Norm this is 1/Σ(M x_i)².
+        effective_responses: (Σx)²/Σx² ≤ N, Kish's effective sample size: how concentrated the weights are, whatever the
+            noise of the gradients; for VL Norm this is 1/Σ(M x_i)².
         denominator: c·Σ_j summand(L_j), by which all weights are divided.
         weighted_tokens: Σ_i numerator(L_i) L_i. An aggregated quantity of tokens, such as the entropy, is a mean over
             tokens (by weight) after division by Σ_i x_i L_i = weighted_tokens / denominator; as both are sums over
