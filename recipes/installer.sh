@@ -29,8 +29,9 @@ hand_on_pips_settings() {
 }
 
 uv=$(command -v uv || true)
-if [ -z "$uv" ] && { [ -x "$target/bin/uv" ] || pip_install --quiet uv; }; then
-  uv=$target/bin/uv
+if [ -z "$uv" ]; then
+  [ -x "$target/bin/uv" ] || pip_install --quiet uv || true
+  [ ! -x "$target/bin/uv" ] || uv=$target/bin/uv
 fi
 if [ -n "$uv" ]; then
   hand_on_pips_settings

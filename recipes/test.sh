@@ -12,7 +12,7 @@ bash recipes/install_cpu.sh
 .venv/bin/ruff check .
 .venv/bin/mypy
 case "${1:-}" in
-  "") exec .venv/bin/python -m pytest --durations=25 ;;
+  "") exec .venv/bin/python -m pytest -n 2 --dist loadfile --durations=25 ;;
   slow) exec .venv/bin/python -m pytest -m slow --durations=25 ;;
   *) echo "unknown argument '$1'; accepted: nothing, or slow" >&2; exit 2 ;;
 esac

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlnorm_verl import Aggregation, available, parse_mode, register_aggregation
+from vlnorm_verl import Aggregation, available, parse_mode, register_aggregation, registry
 from vlnorm_verl.aggregation import aggregate, mini_batch_sum, response_lengths, response_weights
 from vlnorm_verl.metrics import MiniBatchSums, mini_batch_statistics, mini_batch_sums, relative_weight_range
 
@@ -278,7 +278,9 @@ def test_bad_modes_are_refused_with_one_helpful_message(mode: str, message: str)
     assert f"actor.loss_agg_mode={mode!r}" in str(caught.value)
 
 
-def test_own_aggregation_is_registered_once_and_never_hides_one_of_verls() -> None:
+def test_own_aggregation_is_registered_once_and_never_hides_one_of_verls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
     @register_aggregation("test_sqrt")
     def test_sqrt() -> Aggregation:
         return Aggregation(numerator=lambda n: n**-0.5, summand=lambda n: n**-0.5, divide_by_m=True)
