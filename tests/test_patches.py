@@ -1,10 +1,10 @@
 """The patches that give verl the mode without the plugin: they apply, change nothing else, and are exact.
 
-Covered, for every release that has a patch (`slow` but for the newest's two of the mode): `patch` and `git apply` without fuzz, and back;
-verl's real FSDP2 engine on gloo ranks without the plugin; the tests inside of the patch, which train BaseEngine with a
-linear model, critic's loss included; refused configurations on verl's own yaml. For the newest also verl's own modes
-bit for bit, the size of the minimal patch, and the plugin beside a patched verl. Older releases are imported with the
-dependencies of the newest. Not covered: engines that need CUDA, Ray.
+Covered: `patch` and `git apply` without fuzz, and back; verl's real FSDP2 engine on gloo ranks without the plugin; the
+tests inside of a patch, which train BaseEngine with a linear model, critic's loss included; refused configurations on
+verl's own yaml; for the newest release also verl's own modes bit for bit, the size of the minimal patch, and the plugin
+beside a patched verl. `slow`: older releases, imported with the dependencies of the newest, and the proposal. Not
+covered: engines that need CUDA, Ray.
 """
 
 import json
