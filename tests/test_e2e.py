@@ -87,6 +87,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, str
     quoted = str(folder).replace("'", r"\'")
     done = started(command("countdown.sh", folder.parent, data, "--report", f"recipe.folder='{quoted}'"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Warning" not in done.stderr  # verl's, of engines that are not installed
     assert not processes_of(folder)
     return folder, done.stdout
 

@@ -27,14 +27,16 @@ def validate(config: DictConfig) -> None:
     Raises:
         UserError: verl would refuse this configuration, or could not train it as it says.
     """
-    from verl.experimental.reward_loop.reward_loop import migrate_legacy_reward_impl
-    from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
-    from verl.trainer.ppo.reward import get_custom_reward_fn, resolve_reward_manager_cls
-    from verl.trainer.ppo.utils import need_critic, need_reference_policy
-    from verl.trainer.ppo.v1 import get_trainer_cls
-    from verl.utils.config import omega_conf_to_dataclass, validate_config
-    from verl.utils.import_utils import import_external_libs, load_extern_object
-    from verl.utils.tracking import Tracking
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # engines that are not installed
+        from verl.experimental.reward_loop.reward_loop import migrate_legacy_reward_impl
+        from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
+        from verl.trainer.ppo.reward import get_custom_reward_fn, resolve_reward_manager_cls
+        from verl.trainer.ppo.utils import need_critic, need_reference_policy
+        from verl.trainer.ppo.v1 import get_trainer_cls
+        from verl.utils.config import omega_conf_to_dataclass, validate_config
+        from verl.utils.import_utils import import_external_libs, load_extern_object
+        from verl.utils.tracking import Tracking
 
     from vlnorm_verl.paper import whole_groups
     from vlnorm_verl.plugin import STOCK_MODES
