@@ -28,7 +28,7 @@ Spelling = Callable[[str], str]
 console = Console(width=200)
 
 
-def _replaced(pattern: str, replacement: str, count: int = 0) -> Spelling:
+def _replaced(pattern: str, replacement: str | Callable[[re.Match[str]], str], count: int = 0) -> Spelling:
     return lambda gold: re.sub(pattern, replacement, gold, count=count)
 
 
@@ -62,11 +62,11 @@ SAME: dict[str, Spelling] = {
 }
 OTHER: dict[str, Spelling] = {
     "other sign": _where(r"(?!0$)[\d\\].*", _where(FORMULA, lambda gold: f"-{gold}")),
-    "first digit": lambda gold: re.sub(r"\d", _next_digit, gold, count=1),
-    "last digit": lambda gold: re.sub(r"\d(?=\D*$)", _next_digit, gold, count=1),
+    "first digit": _replaced(r"\d", _next_digit, count=1),
+    "last digit": _replaced(r"\d(?=\D*$)", _next_digit),
     "other base": _replaced(r"_\{?(\d)\}?$", r"_{1\1}"),
     "last term dropped": _where(FORMULA, _replaced(r"\s*[+][^+(){}]*$", "")),
-    "brackets": _where(r"\(.*\]|\[.*\)", _replaced(r"[)\]]$", lambda m: {")": "]", "]": ")"}[m[0]])),  # type: ignore[arg-type]
+    "brackets": _where(r"\(.*\]|\[.*\)", _replaced(r"[)\]]$", lambda m: {")": "]", "]": ")"}[m[0]])),
     "> …": _where(NUMBER, lambda gold: f"> {gold}"),
     r"\neq …": _where(NUMBER, lambda gold: rf"\neq {gold}"),
     r"41 \implies …": lambda gold: rf"41 \implies {gold}",
@@ -113,20 +113,23 @@ def main(
     }
     texts = [answer for _, answer in sources.parse_rows(sources.read_local(golds), math.read_row, str(golds))]
     texts = texts[::every]
-    for title, spellings in (("correct, of", {"the gold": str} | SAME), ("correct though it is not, of", OTHER)):
+    for title, spellings, correct in (
+        ("correct, of", {"the gold": str} | SAME, True),
+        ("correct though it is not, of", OTHER, False),
+    ):
         console.print(f"\n| {title} | | {' | '.join(rules)} |\n|---|---|{'---|' * len(rules)}", markup=False)
         for name, spelling in spellings.items():
             answers = [(gold, spelling(gold)) for gold in texts]
             answers = [pair for pair in answers if name == "the gold" or pair[0] != pair[1]]
-            correct = Counter[str]()
+            right, shown = Counter[str](), Counter[str]()
             for gold, answer in answers:
                 for rule, judge in rules.items():
-                    right = judge(rf"So it is $\boxed{{{answer}}}$.", gold)
-                    correct[rule] += right
-                    if right == (title != "correct, of") and correct[rule, "shown"] < examples:  # type: ignore[index]
-                        correct[rule, "shown"] += 1  # type: ignore[index]
+                    verdict = judge(rf"So it is $\boxed{{{answer}}}$.", gold)
+                    right[rule] += verdict
+                    if verdict != correct and shown[rule] < examples:
+                        shown[rule] += 1
                         console.print(f"{rule}: {gold!r} {answer!r}", markup=False)
-            counts = " | ".join(str(correct[rule]) for rule in rules)
+            counts = " | ".join(str(right[rule]) for rule in rules)
             console.print(f"| `{name}` | {len(answers)} | {counts} |", markup=False)
     pool.close()
 

@@ -59,9 +59,9 @@ def test_a_question_with_braces_and_blanks_stays_as_it_is() -> None:
 def test_a_second_call_only_verifies(tmp_path: Path) -> None:
     out = tmp_path / "a"
     assert must_run(*SMALL_COUNTDOWN, "--out", out).endswith("written ")
-    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"}
+    before = {name: (out / name).stat().st_mtime_ns for name in visible(out)}
     assert must_run(*SMALL_COUNTDOWN, "--out", out).endswith("up to date ")
-    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"} == before
+    assert {name: (out / name).stat().st_mtime_ns for name in visible(out)} == before
     assert sorted(before) == ["manifest.json", "test.parquet", "train.parquet"]
     manifest = manifest_of(out)
     assert manifest["files"]["train.parquet"]["rows"] == 40

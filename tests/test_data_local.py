@@ -30,12 +30,8 @@ from vlnorm_verl.tasks import math as math_task
 from vlnorm_verl.tasks import sources
 
 
-def math_arguments(out: Path) -> list[Any]:
-    return ["math", "--from", SAMPLES, "--allow-any-rows", "--out", out]
-
-
 def test_every_math_source_is_read_in_its_own_format(tmp_path: Path) -> None:
-    must_run(*math_arguments(tmp_path))
+    must_run("math", "--from", SAMPLES, "--allow-any-rows", "--out", tmp_path)
     assert visible(tmp_path) == sorted([*MATH_FILES, "manifest.json"])
     answers = {name: [row["reward_model"]["ground_truth"] for row in rows_of(tmp_path / name)] for name in MATH_FILES}
     assert answers == {
@@ -145,7 +141,6 @@ def test_countdown_takes_the_first_rows_to_train_and_the_next_to_test(tmp_path: 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json", "folder"])
 def test_countdown_from_other_kinds_of_files(tmp_path: Path, ending: str) -> None:
-
     raw = pq.read_table(SAMPLES / "countdown.parquet").to_pylist()
     path = tmp_path / f"copy{ending}"
     if ending == ".jsonl":

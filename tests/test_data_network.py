@@ -8,6 +8,7 @@ both without a network. Not covered: huggingface.co and GitHub themselves, which
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -114,6 +115,15 @@ def put(path: Path, rows: list[Any]) -> None:
         path.write_text(json.dumps(rows))
 
 
+@contextlib.contextmanager
+def served(handler: Any) -> Iterator[str]:
+    """The address of a server with this handler."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[dict[str, str], type[Hub], Path]]:
     """A hub with the six repositories of the table, in their layouts and with the paper's row counts.
@@ -142,11 +152,8 @@ def hub(tmp_path: Path) -> Iterator[tuple[dict[str, str], type[Hub], Path]]:
     )
     put(root / "math-ai/minervamath/test.jsonl", [{"question": f"Q{i}", "answer": f"{i}\n"} for i in range(272)])
     handler = type("OneHub", (Hub,), {"root": root, "requests": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield clean_environment(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}"), handler, root
-    server.shutdown()
-    server.server_close()
+    with served(handler) as url:
+        yield clean_environment(tmp_path, HF_ENDPOINT=url), handler, root
 
 
 def clean_environment(tmp_path: Path, **more: str) -> dict[str, str]:
@@ -290,13 +297,10 @@ def github(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         blob = subprocess.run(["git", "hash-object", path], capture_output=True, text=True, check=True).stdout.strip()
         monkeypatch.setitem(sources.PAPER, name, dataclasses.replace(file, blob=blob))
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(root))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(sources, "GITHUB", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield root
-    server.shutdown()
-    server.server_close()
+    with served(handler) as url:
+        monkeypatch.setattr(sources, "GITHUB", url)
+        yield root
 
 
 def test_math_is_the_papers_own_files(github: Path, tmp_path: Path) -> None:

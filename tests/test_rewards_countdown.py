@@ -15,8 +15,8 @@ import json
 import re
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
 
@@ -396,21 +396,8 @@ def run_manager(name: str, overrides: list[str], samples: list[tuple[str, Any]])
             tasks.append(asyncio.create_task(manager.run_single(data)))
         return await asyncio.gather(*tasks)
 
-    results: list[dict[str, Any]] = []
-    errors: list[BaseException] = []
-
-    def off_the_main_thread() -> None:
-        try:
-            results.extend(asyncio.run(score()))
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=off_the_main_thread)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results
+    with ThreadPoolExecutor(1) as off_the_main_thread:
+        return off_the_main_thread.submit(lambda: asyncio.run(score())).result()
 
 
 @pytest.mark.parametrize(

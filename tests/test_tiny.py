@@ -16,13 +16,12 @@ import random
 import re
 import time
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data_command import rows_of
 from vlnorm_verl.tasks.countdown import Problem, ground_truth, parse_ground_truth
 from vlnorm_verl.tasks.tiny import WEIGHTS, boxed, data
 from vlnorm_verl.tasks.tiny.countdown import (
@@ -312,10 +311,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data.make(folder, "countdown")
     data.make(folder, "math")
     return folder
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return pq.read_table(path).to_pylist()
 
 
 @pytest.mark.parametrize(("split", "size"), [("train", 4096), ("test", 128)])

@@ -38,10 +38,7 @@ MAX_ANSWER_LENGTH = 256  # characters; an answer with four numbers needs about 2
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _TOKEN = re.compile(r"[ \t]*(?:([0-9]+)\.?|([-+*/()]))")
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-# Signs are "negate" and "keep" once parsed: they bind tighter than any binary operator.
-_SIGNS = {"-": "negate", "+": "keep"}
-_PRECEDENCE = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "negate": 3, "keep": 3}
-
+_PRECEDENCE = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "negate": 3}
 
 # Data of the authors' repository (github.com/zerolllin/Delta-L-Normalization, examples/data_preprocess/countdown.py,
 # template `base`): the whole text that a base model continues. Nothing follows <think>, no newline and no blank.
@@ -117,26 +114,17 @@ def parse_ground_truth(value: str | Mapping[str, Any]) -> Problem:
 
 def extract_answer(response: str) -> str | None:
     """What the last ``<answer>…</answer>`` of the last line holds, without outer white space; None without one."""
-    line = response.strip()
-    line = line[line.rfind("\n") + 1 :]
+    line = response.strip().rpartition("\n")[2]
     # Pair by pair from the left, as the paper's regular expression does, whose time is quadratic in unclosed tags.
-    answer = None
-    start = line.find(_OPEN)
-    while start >= 0:
-        start += len(_OPEN)
-        end = line.find(_CLOSE, start)
-        if end < 0:
-            break
-        answer = line[start:end].strip()
-        start = line.find(_OPEN, end + len(_CLOSE))
-    return answer
+    answers = [part.partition(_OPEN)[2] for part in line.split(_CLOSE)[:-1] if _OPEN in part]
+    return answers[-1].strip() if answers else None
 
 
 def parse_expression(text: str) -> list[int | str] | None:
     """The expression in postfix order, or None if it is malformed.
 
-    Numbers are ints; operators are ``+ - * /``, and ``negate`` and ``keep`` for signs. Dijkstra's shunting-yard: every
-    token is pushed and popped once, and there is no recursion that brackets could exhaust.
+    Numbers are ints; operators are ``+ - * /``, and ``negate`` for the sign; a plus sign is left out. Dijkstra's
+    shunting-yard: every token is pushed and popped once, and there is no recursion that brackets could exhaust.
     """
     output: list[int | str] = []
     pending: list[str] = []  # operators and brackets whose right side is not complete
@@ -168,9 +156,10 @@ def parse_expression(text: str) -> list[int | str] | None:
                 return None
             pending.pop()
         elif operand_next:
-            if symbol not in _SIGNS:
+            if symbol == "-":
+                pending.append("negate")
+            elif symbol != "+":
                 return None
-            pending.append(_SIGNS[symbol])
         else:
             while pending and _PRECEDENCE[pending[-1]] >= _PRECEDENCE[symbol]:
                 output.append(pending.pop())
@@ -189,7 +178,7 @@ def evaluate(postfix: list[int | str]) -> Fraction | None:
             stack.append(Fraction(item))
         elif item == "negate":
             stack.append(-stack.pop())
-        elif item != "keep":
+        else:
             right, left = stack.pop(), stack.pop()
             if item == "/" and right == 0:
                 return None

@@ -56,6 +56,7 @@ _ANSWER_COLUMNS = ("answer", "final_answer", "Answer")
 MAX_ANSWER_LENGTH = 1000  # characters between the braces of \boxed{}
 
 _BOXED = re.compile(r"\\boxed\s*\{")
+_BRACES = re.compile(r"[{}]|\\.", re.DOTALL)  # or an escaped character, which is none
 
 
 def prompt(question: str) -> str:
@@ -118,20 +119,12 @@ def extract_boxed(text: str) -> str | None:
         start = match.end()
     if start is None:
         return None
+    inside = text[start : start + MAX_ANSWER_LENGTH + 1]  # one more for the closing brace
     depth = 1
-    escaped = False
-    # One more for the closing brace.
-    for position, character in enumerate(text[start : start + MAX_ANSWER_LENGTH + 1], start):
-        if escaped:
-            escaped = False
-        elif character == "\\":
-            escaped = True
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return _strip(text[start:position])
+    for match in _BRACES.finditer(inside):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return _strip(inside[: match.start()])
     return None
 
 

@@ -158,10 +158,10 @@ class _Comparison:
         if not (gold.is_finite and answer.is_finite):
             return False
         difference = gold - answer
-        if difference.is_Rational and not (self.decimal and not (_terminates(gold) and _terminates(answer))):
+        rounded = self.decimal and not (_terminates(gold) and _terminates(answer))
+        if difference.is_Rational and not rounded:
             return difference == 0
-        relative = _relative_difference(gold, answer, 50)
-        return relative < (TOLERANCE if self.decimal and not (_terminates(gold) and _terminates(answer)) else 1e-50)
+        return _relative_difference(gold, answer, 50) < (TOLERANCE if rounded else 1e-50)
 
 
 def _terminates(value: Expr) -> bool:

@@ -94,18 +94,17 @@ class _Worker:
             raise _WorkerFailure(f"cannot start a worker: {error}") from error
         try:
             hello = self._read(_START_LIMIT_S)
+            if "broken" in hello:
+                raise InfrastructureError(
+                    f"the Math reward does not work in {sys.executable}: {hello['broken']}; "
+                    "it needs sympy: pip install sympy"
+                )
         except TimeoutError as error:
             self.close()
             raise _WorkerFailure(f"a worker did not start within {_START_LIMIT_S:g} s") from error
-        except _WorkerFailure:
+        except BaseException:
             self.close()
             raise
-        if "broken" in hello:
-            self.close()
-            raise InfrastructureError(
-                f"the Math reward does not work in {sys.executable}: {hello['broken']}; "
-                "it needs sympy: pip install sympy"
-            )
 
     def compare(self, gold: str, answer: str) -> dict[str, Any]:
         """The worker's verdict.

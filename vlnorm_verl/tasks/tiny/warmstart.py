@@ -133,20 +133,20 @@ def train(seed: int, steps: int, peak_rate: float) -> tuple[Qwen2ForCausalLM, in
 
 @torch.no_grad()
 def sample_responses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    seed: int,
-    limit: int = RESPONSE_LIMIT,
-    temperature: float = 1.0,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int
 ) -> list[str]:
-    """One response per prompt, end mark included where there is one; temperature 0 is greedy."""
+    """One response per prompt at temperature 1, end mark included where there is one."""
     torch.manual_seed(seed)
     ids = torch.tensor([tokenizer.encode(p) for p in prompts])
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, **sampling)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=RESPONSE_LIMIT,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+    )
     texts = tokenizer.batch_decode(out[:, ids.shape[1] :])
     return [text.replace(str(tokenizer.pad_token), "") for text in texts]
 
@@ -170,16 +170,14 @@ def summarize(responses: list[str], asked: list[Problem]) -> dict[str, Any]:
     }
 
 
-def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    count: int,
-    seed: int,
-    temperature: float = 1.0,
-) -> dict[str, Any]:
-    """One response to each of ``count`` different held-out problems (fewer where the split holds fewer)."""
+def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> dict[str, Any]:
+    """One response to each of ``count`` different held-out problems.
+
+    Raises:
+        UserError: there are not so many.
+    """
     asked = distinct_problems(count, seed, "test")
-    responses = sample_responses(model, tokenizer, [render_prompt(p) for p in asked], seed, temperature=temperature)
+    responses = sample_responses(model, tokenizer, [render_prompt(p) for p in asked], seed)
     return summarize(responses, asked)
 
 
