@@ -57,7 +57,6 @@ def group(
         noise = rng.normal(size=(n, D)) * np.sqrt(v / D * lengths[:, None] ** beta)
     return Group(
         kind=kind,
-        prompt="",
         lengths=lengths,
         rewards=np.arange(n) % 2.0,
         advantages=np.ones(n),
