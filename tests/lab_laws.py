@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vlnorm_verl.lab.aggregations import ALPHAS, COMPARED, mode_of
+from vlnorm_verl.lab.aggregations import COMPARED, OF_ALPHAS
 from vlnorm_verl.lab.gram import Responses, inner_products
 from vlnorm_verl.lab.mini_batches import MiniBatches
 from vlnorm_verl.lab.store import Group, Stored
@@ -57,7 +57,6 @@ def group(
         noise = rng.normal(size=(n, D)) * np.sqrt(v / D * lengths[:, None] ** beta)
     return Group(
         kind=kind,
-        prompt="",
         lengths=lengths,
         rewards=np.arange(n) % 2.0,
         advantages=np.ones(n),
@@ -93,7 +92,7 @@ def pool_of(rng: np.random.Generator, prompts: int = 48, n: int = 8, **law: Any)
 
 
 def batches_of(pool: Responses, seed: int = 0, alphas: bool = False) -> MiniBatches:
-    modes = list(dict.fromkeys([*COMPARED, *(map(mode_of, ALPHAS) if alphas else ())]))
+    modes = [*dict.fromkeys(COMPARED + (OF_ALPHAS if alphas else ()))]
     return MiniBatches(pool, modes, int(pool.prompts.max() + 1) // 8, M, seed)  # the size that `truth` has
 
 

@@ -193,7 +193,7 @@ def test_stored_groups_are_what_was_sampled(sampled: Path) -> None:
     stored = load(sampled)
     assert (stored.settings["model"], stored.settings["task"]) == (str(WEIGHTS), "tiny")
     assert [(group.kind, len(group.lengths)) for group in stored.groups] == [("slope", 6), ("pool", 3), ("pool", 3)]
-    assert len({group.prompt for group in stored.groups}) == 3
+    assert len({raw.prompt for raw in store.read_rollouts(sampled)}) == 3
     assert stored.dimension == stored.entries == 3 * (96 * 96 + 96)
     assert all(name.startswith("model.layers.2.self_attn.") for name in stored.settings["names"])
     model = models.load_model(str(WEIGHTS))

@@ -76,14 +76,12 @@ def test_the_mean_shrinks_with_length_as_the_weights_do() -> None:
         shift = math.exp((prompt % 3) - 1)  # prompts with short, middle and long responses
         of_prompt.lengths = np.maximum(1, (of_prompt.lengths * shift)).astype(np.int64)
         groups.append(of_prompt)
-    found = growth(inner_products(groups), COMPARED, M, float(MU @ MU), 0)
-    assert found is not None
-    assert found.length[0] < found.length[1] < found.length[2]
-    for mode in COMPARED:
-        for norm, along, predicted in zip(found.norm[mode], found.along[mode], found.predicted[mode], strict=True):
-            assert norm.value == pytest.approx(predicted, rel=0.25), mode
-            assert along.value == pytest.approx(predicted, rel=0.25), mode
-    assert found.predicted["vl_norm:1"] == pytest.approx([1, 1, 1])
-    assert found.predicted["dapo_norm"][0] > 3 * found.predicted["dapo_norm"][2]
-    few = inner_products(groups[:11])
-    assert growth(few, COMPARED, M, 1.0, 0) is None
+    found = growth(inner_products(groups), M, float(MU @ MU), 0)
+    assert found[0].length < found[1].length < found[2].length
+    for third in found:
+        for mode in COMPARED:
+            assert third.norm[mode].value == pytest.approx(third.predicted[mode], rel=0.25), mode
+            assert third.along[mode].value == pytest.approx(third.predicted[mode], rel=0.25), mode
+        assert third.predicted["vl_norm:1"] == pytest.approx(1)
+    assert found[0].predicted["dapo_norm"] > 3 * found[2].predicted["dapo_norm"]
+    assert growth(inner_products(groups[:11]), M, 1.0, 0) == []

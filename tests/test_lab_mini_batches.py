@@ -61,7 +61,7 @@ def test_methods_are_measured_at_the_stated_rate(beta: float, mean: Mean) -> Non
     unit = reference["centre"] @ reference["centre"]  # type: ignore[operator]
     hits: dict[str, list[bool]] = {"noise": [], "cv": [], "scale": [], "bias": []}
     for seed in range(24):
-        methods = compare(batches_of(pool_of(rng, beta=beta, mean=mean), seed), COMPARED, beta)
+        methods = compare(batches_of(pool_of(rng, beta=beta, mean=mean), seed), beta)
         for method in methods:
             t = true[method.mode]
             per_weight = math.sqrt(t["variance"]) / t["sum_x"]
@@ -79,7 +79,7 @@ def test_methods_are_measured_at_the_stated_rate(beta: float, mean: Mean) -> Non
 
 
 def test_the_closed_forms_predict_what_is_measured_in_their_own_model() -> None:
-    methods = compare(batches_of(pool_of(np.random.default_rng(11), prompts=256, v=1.0)), COMPARED, 1.0)
+    methods = compare(batches_of(pool_of(np.random.default_rng(11), prompts=256, v=1.0)), 1.0)
     by_mode = {method.mode: method for method in methods}
     for method in methods:
         # Σx of GRPO Norm and DAPO Norm varies with the lengths, which adds variance; V is large, so it is little.
@@ -108,7 +108,7 @@ def test_plug_in_norms_would_fail_where_these_do_not() -> None:
 def test_a_signal_lost_in_noise_is_said_to_be_lost() -> None:
     pool = pool_of(np.random.default_rng(17), prompts=16, v=50.0, mean=lambda L: np.zeros((len(L), D)))
     batches = batches_of(pool)
-    methods = compare(batches, COMPARED, 1.0)
+    methods = compare(batches, 1.0)
     assert any(method.cv.note == LOST for method in methods)
     for method in methods:
         assert math.isnan(method.cv.value) == (method.cv.note == LOST)
@@ -120,7 +120,7 @@ def test_a_mean_of_rounding_size_is_lost_in_noise() -> None:
     pool = pool_of(np.random.default_rng(17), prompts=16)
     same = pool.prompts[:, None] == pool.prompts
     pool = Responses(pool.prompts, pool.lengths, np.where(same, pool.products, 1e-10))
-    for method in compare(batches_of(pool), COMPARED, 1.0):
+    for method in compare(batches_of(pool), 1.0):
         assert (method.cv.note, method.variance.note, method.bias.note) == (LOST, LOST, LOST)
 
 
@@ -130,7 +130,7 @@ def test_without_a_signal_no_alpha_is_best_at_the_stated_rate() -> None:
     for seed in range(40):
         batches = batches_of(pool_of(rng, prompts=16, v=1.0, mean=lambda L: np.zeros((len(L), D))), seed, alphas=True)
         answered.append(math.isfinite(tradeoff(batches, 64).best))
-        cosines.append(next(m for m in compare(batches, COMPARED, 1.0) if m.mode == REFERENCE).cosine)
+        cosines.append(next(m for m in compare(batches, 1.0) if m.mode == REFERENCE).cosine)
     assert rate(answered) <= 0.15  # 2.5% by the interval's upper end alone
     assert all(cosine.note == LOST or cosine.value == pytest.approx(1.0) for cosine in cosines)
     assert any(cosine.note == LOST for cosine in cosines)
@@ -224,7 +224,7 @@ def test_a_rare_short_failure_that_carries_the_noise_is_named() -> None:
     failure.lengths[2], failure.rewards[2] = 2, -1.0
     failure.score_gradients[2] *= 10
     batches = batches_of(inner_products(groups))
-    named = noisy_responses(batches, COMPARED, {3 + index: of_prompt for index, of_prompt in enumerate(groups)})
+    named = noisy_responses(batches, {3 + index: of_prompt for index, of_prompt in enumerate(groups)})
     shares = {response.mode: response.share for response in named if (response.prompt, response.response) == (8, 2)}
     g = np.concatenate([of_prompt.score_gradients for of_prompt in groups]).astype(np.float64)
     noise = (batches.x["vl_norm:1"] ** 2).sum(axis=0) * ((g - g.mean(axis=0)) ** 2).sum(axis=1)
@@ -235,4 +235,4 @@ def test_a_rare_short_failure_that_carries_the_noise_is_named() -> None:
 
 def test_no_response_is_named_where_all_are_alike() -> None:
     groups = [group(np.random.default_rng(prompt), "pool", 8) for prompt in range(32)]
-    assert noisy_responses(batches_of(inner_products(groups)), COMPARED, dict(enumerate(groups))) == []
+    assert noisy_responses(batches_of(inner_products(groups)), dict(enumerate(groups))) == []

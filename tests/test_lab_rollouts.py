@@ -46,7 +46,7 @@ def hostile_copy(folder: Path) -> Path:
 
 
 def request(texts: list[str], counts: list[int], temperature: float, longest: int, seed: int = 0) -> Request:
-    return Request(dict(enumerate(map(ids, texts))), dict(enumerate(counts)), seed, temperature, longest, {1})
+    return Request([*map(ids, texts)], counts, seed, temperature, longest, {1})
 
 
 def check_first_tokens(responses: list[list[int]], temperature: float) -> None:
@@ -133,12 +133,6 @@ def test_rollouts_of_other_settings_are_refused(sampled: Path) -> None:
     with pytest.raises(UserError, match=r"seed: 3 there, 4 asked for; temperature: 1.0 there, 0.5 asked for"):
         sample(str(WEIGHTS), task, SMALL_DESIGN, 4, 0.5, 64, "transformers", sampled)
     assert (sampled / store.ROLLOUTS).read_bytes() == before
-
-
-def test_rollouts_of_format_1_are_read(tmp_path: Path) -> None:
-    """They call the prompts with many responses deep."""
-    store.write_rollouts(tmp_path, {}, [Rollouts(kind, "p", [1], [[2]], [0.0], [True]) for kind in ("deep", "pool")])
-    assert [group.kind for group in store.read_rollouts(tmp_path)] == ["slope", "pool"]
 
 
 def test_rollouts_are_written_whole_or_not_at_all(tmp_path: Path) -> None:

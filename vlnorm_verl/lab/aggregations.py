@@ -6,7 +6,6 @@ The paper's Figures 1 and 5 and Table 1. Intervals are a jackknife that leaves o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,16 +13,14 @@ import numpy as np
 from vlnorm_verl.lab.gram import Floats, relative, root, squared_distances
 from vlnorm_verl.lab.mini_batches import CROSS, REFERENCE, SQUARE, SQUARED_MEAN, SUM_X, MiniBatches
 from vlnorm_verl.lab.store import Group
+from vlnorm_verl.methods import join
 from vlnorm_verl.report.estimates import Estimate
 
-ALPHAS = tuple(round(0.125 * step, 3) for step in range(17))  # 0 to 2, the range that the plugin accepts
+ALPHAS = tuple(0.125 * step for step in range(17))  # 0 to 2, the range that the plugin accepts
+OF_ALPHAS = tuple(join("vl_norm", alpha) for alpha in ALPHAS)
 LEAST_VARIANCE = "vl_norm:1"
 COMPARED = ("grpo_norm", "dapo_norm", REFERENCE, "vl_norm:0.5", "vl_norm:0.75", LEAST_VARIANCE)
 LARGE_SHARE = 0.1  # of an aggregation's noise: a response that has more is named
-
-
-def mode_of(alpha: float) -> str:
-    return f"vl_norm:{alpha:g}"
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Statistics:
-    """The statistics of some aggregations' mini-batches, each a function of `MiniBatches.moments` [modes, 4].
+    """Some aggregations' statistics, each a function of `MiniBatches.moments` [modes, 4]; NaN where lost in noise.
 
     rows: of the aggregations. reference: row of Dr. GRPO Norm. shrink: of the variance, for another mini-batch size.
     """
@@ -65,53 +62,49 @@ class Statistics:
     reference: int
     shrink: float = 1.0
 
-    def unit(self, m: Floats) -> float:
-        """‖E G(Dr. GRPO)‖²."""
-        return float(m[self.reference, SQUARED_MEAN])
-
     def variance(self, m: Floats) -> Floats:
-        return np.asarray((m[self.rows, SQUARE] - m[self.rows, SQUARED_MEAN]) * self.shrink)
+        return (m[self.rows, SQUARE] - m[self.rows, SQUARED_MEAN]) * self.shrink
 
     def bias(self, m: Floats) -> Floats:
-        return np.asarray(m[self.rows, SQUARED_MEAN] - 2 * m[self.rows, CROSS] + m[self.reference, SQUARED_MEAN])
+        return m[self.rows, SQUARED_MEAN] - 2 * m[self.rows, CROSS] + m[self.reference, SQUARED_MEAN]
 
     def error(self, m: Floats) -> Floats:
         return self.bias(m) + self.variance(m)
 
     def scale(self, m: Floats) -> Floats:
-        return relative(m[self.rows, CROSS], self.unit(m))
+        return self.in_units(m[self.rows, CROSS], m)
 
     def cosine(self, m: Floats) -> Floats:
-        return np.asarray(
-            m[self.rows, CROSS] / (root(m[self.rows, SQUARED_MEAN]) * root(m[self.reference, SQUARED_MEAN]))
-        )
+        return m[self.rows, CROSS] / (root(m[self.rows, SQUARED_MEAN]) * root(m[self.reference, SQUARED_MEAN]))
 
     def alignment(self, m: Floats) -> Floats:
-        return np.asarray(
-            m[self.rows, CROSS]
-            / (root(m[self.rows, SQUARED_MEAN] + self.variance(m)) * root(m[self.reference, SQUARED_MEAN]))
-        )
+        square = m[self.rows, SQUARED_MEAN] + self.variance(m)
+        return m[self.rows, CROSS] / (root(square) * root(m[self.reference, SQUARED_MEAN]))
+
+    def in_units(self, values: Floats, m: Floats) -> Floats:
+        """In units of ‖E G(Dr. GRPO)‖²."""
+        return relative(values, m[self.reference, SQUARED_MEAN])
 
 
-def compare(batches: MiniBatches, modes: Sequence[str], beta: float) -> list[Comparison]:
-    """The table of methods. `beta`: measured exponent of the variance, NaN if there is none."""
-    statistics = Statistics([batches.row(mode) for mode in modes], batches.row(REFERENCE))
-    least = Statistics([batches.row(LEAST_VARIANCE)], statistics.reference)
+def compare(batches: MiniBatches, beta: float) -> list[Comparison]:
+    """The table of methods, `COMPARED`. `beta`: measured exponent of the variance, NaN if there is none."""
+    statistics = Statistics([batches.row(mode) for mode in COMPARED], batches.row(REFERENCE))
+    least = COMPARED.index(LEAST_VARIANCE)
 
     def noise(m: Floats) -> Floats:
-        per_weight, of_least = (root(each.variance(m)) / m[each.rows, SUM_X] for each in (statistics, least))
-        return np.asarray(per_weight / of_least)
+        per_weight = root(statistics.variance(m)) / m[statistics.rows, SUM_X]
+        return per_weight / per_weight[least]
 
     scale = batches.estimate(statistics.scale)
     cosine = batches.estimate(statistics.cosine)
     noises = batches.estimate(noise, log=True)
     cv = batches.estimate(lambda m: root(statistics.variance(m)) / root(m[statistics.rows, SQUARED_MEAN]), log=True)
-    biases = batches.estimate(lambda m: relative(statistics.bias(m), statistics.unit(m)))
-    variances = batches.estimate(lambda m: relative(statistics.variance(m), statistics.unit(m)), log=True)
-    mean_square = statistics.unit(batches.moments[0])  # ‖μ‖²
+    biases = batches.estimate(lambda m: statistics.in_units(statistics.bias(m), m))
+    variances = batches.estimate(lambda m: statistics.in_units(statistics.variance(m), m), log=True)
+    mean_square = batches.moments[0, statistics.reference, SQUARED_MEAN]  # ‖μ‖²
     per_token = (np.diag(batches.pool.products).mean() - mean_square) / batches.pool.lengths.mean()  # V
-    predicted = {mode: batches.predicted_noise(mode, 1.0) for mode in (*modes, LEAST_VARIANCE)}
-    by_beta = {mode: batches.predicted_noise(mode, beta) for mode in (*modes, LEAST_VARIANCE)}
+    predicted = [batches.predicted_noise(mode, 1.0) for mode in COMPARED]
+    by_beta = [batches.predicted_noise(mode, beta) for mode in COMPARED]
     return [
         Comparison(
             mode=mode,
@@ -119,14 +112,14 @@ def compare(batches: MiniBatches, modes: Sequence[str], beta: float) -> list[Com
             scale=scale[k],
             cosine=cosine[k],
             noise=noises[k],
-            noise_predicted=predicted[mode] / predicted[LEAST_VARIANCE],
-            noise_by_beta=by_beta[mode] / by_beta[LEAST_VARIANCE],
+            noise_predicted=predicted[k] / predicted[least],
+            noise_by_beta=by_beta[k] / by_beta[least],
             cv=cv[k],
-            cv_predicted=math.sqrt(per_token / mean_square) * predicted[mode] if mean_square > 0 else math.nan,
+            cv_predicted=math.sqrt(per_token / mean_square) * predicted[k] if mean_square > 0 else math.nan,
             variance=variances[k],
             bias=biases[k],
         )
-        for k, mode in enumerate(modes)
+        for k, mode in enumerate(COMPARED)
     ]
 
 
@@ -134,16 +127,15 @@ def compare(batches: MiniBatches, modes: Sequence[str], beta: float) -> list[Com
 class Tradeoff:
     """Bias, variance and mean squared error of VL Norm(α) about Dr. GRPO's E G, in units of ‖E G(Dr. GRPO)‖².
 
-    alphas [K]. bias, scale, cosine: as in `Comparison`, of the mini-batches drawn: VL Norm normalises within each, so
-    the part of the bias that is between prompts grows with the mini-batch, a little. variance, error: of a mini-batch
-    of `responses` responses, the variance scaled from those drawn as 1/size. best: the α of least error; NaN
-    where ‖E G(Dr. GRPO)‖² is not above 0 by its interval. among: the least and largest α whose error the data do not
-    tell from the best one's. alignment: E G·E G(Dr. GRPO) / √(E‖G‖² ‖E G(Dr. GRPO)‖²), which no factor common to all
-    updates changes; 1 is an update without noise. best_aligned: the α of the largest.
+    One of each list for each of `ALPHAS`. bias, scale, cosine: as in `Comparison`, of the mini-batches drawn: VL Norm
+    normalises within each, so the part of the bias that is between prompts grows with the mini-batch, a little.
+    variance, error: of a mini-batch of `responses` responses, the variance scaled from those drawn as 1/size. best: the
+    α of least error; NaN where ‖E G(Dr. GRPO)‖² is not above 0 by its interval. among: the least and largest α whose
+    error the data do not tell from the best one's. alignment: E G·E G(Dr. GRPO) / √(E‖G‖² ‖E G(Dr. GRPO)‖²), which no
+    factor common to all updates changes; 1 is an update without noise. best_aligned: the α of the largest.
     """
 
     responses: int
-    alphas: Sequence[float]
     bias: list[Estimate]
     scale: list[Estimate]
     cosine: list[Estimate]
@@ -159,10 +151,10 @@ def tradeoff(batches: MiniBatches, responses_of_batch: int) -> Tradeoff:
     """Mean squared error against α.
 
     Args:
-        batches: with the modes `vl_norm:α` of all `ALPHAS`.
+        batches: with the modes `OF_ALPHAS`.
         responses_of_batch: responses of the optimizer mini-batch that the answer is for.
     """
-    rows = [batches.row(mode_of(alpha)) for alpha in ALPHAS]
+    rows = [batches.row(mode) for mode in OF_ALPHAS]
     statistics = Statistics(rows, batches.row(REFERENCE), shrink=batches.responses / responses_of_batch)
     best = int(np.argmin(statistics.error(batches.moments[0])))
     # Differences in their own unit: the reference's norm, common to all, is the noisiest number here.
@@ -173,12 +165,11 @@ def tradeoff(batches: MiniBatches, responses_of_batch: int) -> Tradeoff:
     alignments = np.nan_to_num([estimate.value for estimate in aligned], nan=-np.inf)
     return Tradeoff(
         responses=responses_of_batch,
-        alphas=ALPHAS,
-        bias=batches.estimate(lambda m: relative(statistics.bias(m), statistics.unit(m))),
+        bias=batches.estimate(lambda m: statistics.in_units(statistics.bias(m), m)),
         scale=batches.estimate(statistics.scale),
         cosine=batches.estimate(statistics.cosine),
-        variance=batches.estimate(lambda m: relative(statistics.variance(m), statistics.unit(m)), log=True),
-        error=batches.estimate(lambda m: relative(statistics.error(m), statistics.unit(m)), log=True),
+        variance=batches.estimate(lambda m: statistics.in_units(statistics.variance(m), m), log=True),
+        error=batches.estimate(lambda m: statistics.in_units(statistics.error(m), m), log=True),
         alignment=aligned,
         best=ALPHAS[best] if known else math.nan,
         among=(min(alike), max(alike)) if known else (math.nan, math.nan),
@@ -203,8 +194,8 @@ class NoisyResponse:
     share: float
 
 
-def noisy_responses(batches: MiniBatches, modes: Sequence[str], pool: dict[int, Group]) -> list[NoisyResponse]:
-    """Those of the pool, largest share first within each aggregation.
+def noisy_responses(batches: MiniBatches, pool: dict[int, Group]) -> list[NoisyResponse]:
+    """Those of the pool, largest share first within each of `COMPARED`.
 
     Args:
         batches: drawn from the pool's responses, in the pool's order.
@@ -212,7 +203,7 @@ def noisy_responses(batches: MiniBatches, modes: Sequence[str], pool: dict[int, 
     """
     at = [(prompt, response) for prompt, group in pool.items() for response in range(len(group.lengths))]
     named = []
-    for mode in modes:
+    for mode in COMPARED:
         noise = (batches.x[mode] ** 2).mean(axis=0) * squared_distances(batches.pool.products)
         if not noise.sum() > 0:
             continue

@@ -17,7 +17,7 @@ import numpy as np
 
 from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import aggregations
-from vlnorm_verl.lab.aggregations import ALPHAS, COMPARED, Comparison, NoisyResponse, Tradeoff, mode_of
+from vlnorm_verl.lab.aggregations import COMPARED, OF_ALPHAS, Comparison, NoisyResponse, Tradeoff
 from vlnorm_verl.lab.gram import Ints, inner_products
 from vlnorm_verl.lab.length_means import Growth, Thirds, growth, thirds
 from vlnorm_verl.lab.mini_batches import REFERENCE, SQUARED_MEAN, MiniBatches
@@ -32,7 +32,8 @@ class Analysis:
     name: of the model. gradients: which parameters. entries: how many numbers; columns: projected to so many. lengths:
     of the pool's responses. reward: mean of the pool's. truncated: share of its responses that were cut. prompts: of
     the pool; mixed: those of them whose rewards differ, so that they have advantages. slope_prompts: prompts with many
-    responses, and how many. drawn: responses of a mini-batch drawn from the pool.
+    responses, and how many. slope: the one of `slopes` of all these parameters with the real advantages. drawn:
+    responses of a mini-batch drawn from the pool.
     """
 
     name: str
@@ -47,21 +48,13 @@ class Analysis:
     mixed: int
     slope_prompts: tuple[int, int]
     slopes: list[Slope]
+    slope: Slope | None
     methods: list[Comparison]
     noisy: list[NoisyResponse]
     drawn: int
     tradeoffs: list[Tradeoff]
     thirds: list[Thirds]
-    growth: Growth | None
-
-    @property
-    def slope(self) -> Slope | None:
-        """β of all selected parameters with the real advantages."""
-        return next((s for s in self.slopes if s.part == "all" and not s.score_only), None)
-
-    @property
-    def harmonic_length(self) -> float:
-        return float(len(self.lengths) / (1 / self.lengths).sum())
+    growth: list[Growth]
 
 
 def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: int = 0) -> Analysis:
@@ -85,11 +78,11 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
     parts = {"all": slice(0, stored.dimension)} | (stored.parts if len(stored.parts) > 1 else {})
     every = [slope(many, part, at, score_only, seed) for score_only in (True, False) for part, at in parts.items()]
     slopes = [of_part for of_part in every if of_part]
-    beta = next((s.mean.value for s in slopes if s.part == "all" and not s.score_only), math.nan)
+    of_all = next((s for s in slopes if s.part == "all" and not s.score_only), None)
+    beta = of_all.mean.value if of_all else math.nan
     of_pool, of_many = inner_products(list(pool.values())), inner_products(many)
     scale = float(stored.settings["max_response_length"])
-    modes = list(dict.fromkeys([*COMPARED, *map(mode_of, ALPHAS)]))
-    batches = MiniBatches(of_pool, modes, max(1, len(pool) // 4), scale, seed)
+    batches = MiniBatches(of_pool, [*dict.fromkeys(COMPARED + OF_ALPHAS)], len(pool) // 4, scale, seed)
     drawn = round(batches.responses)
     return Analysis(
         name=name,
@@ -104,12 +97,13 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
         mixed=sum(group.mixed for group in pool.values()),
         slope_prompts=(len(many), len(many[0].lengths)),
         slopes=slopes,
-        methods=aggregations.compare(batches, COMPARED, beta),
-        noisy=aggregations.noisy_responses(batches, COMPARED, pool),
+        slope=of_all,
+        methods=aggregations.compare(batches, beta),
+        noisy=aggregations.noisy_responses(batches, pool),
         drawn=drawn,
         tradeoffs=[aggregations.tradeoff(batches, responses) for responses in dict.fromkeys((drawn, mini_batch))],
         thirds=[t for t in (thirds(of_pool, False, seed), thirds(of_many, True, seed)) if t],
-        growth=growth(of_pool, COMPARED, scale, batches.moments[0, batches.row(REFERENCE), SQUARED_MEAN], seed),
+        growth=growth(of_pool, scale, batches.moments[0, batches.row(REFERENCE), SQUARED_MEAN], seed),
     )
 
 

@@ -25,8 +25,6 @@ from vlnorm_verl.report.style import Figure, write_figures
 from vlnorm_verl.report.table import Table
 from vlnorm_verl.report.writers import print_table, write_tables
 
-GRADIENTS = "gradients"  # the folder in a lab's folder that has one folder for each choice of parameters
-
 # Names of tables and beginnings of names of figures by the page's headings.
 SECTIONS = {
     "In short": ("overview", "summary"),
@@ -55,7 +53,7 @@ def build(folders: Sequence[str], out: Path, mini_batch: int, seed: int) -> None
     with console.status("inner products and resampling …") as status:
         for name, folder in named(folders).items():
             for choice in choices(folder):
-                gradients = f"{GRADIENTS}/{choice}"
+                gradients = f"{store.GRADIENTS}/{choice}"
                 if missing := store.missing_gradients(folder, gradients):
                     console.print(f"{name}: {choice} left out, {missing} prompts have no gradients yet", markup=False)
                     continue
@@ -110,7 +108,7 @@ def named(folders: Sequence[str]) -> dict[str, Path]:
 
 def choices(folder: Path) -> list[str]:
     """The choices of parameters whose gradients are in a lab's folder."""
-    folders = sorted(path.parent.name for path in (folder / GRADIENTS).glob(f"*/{store.SETTINGS}"))
+    folders = sorted(path.parent.name for path in (folder / store.GRADIENTS).glob(f"*/{store.SETTINGS}"))
     if not folders:
         raise UserError(f"{folder} has no gradients; `vlnorm-verl lab run` computes them, and goes on where it stopped")
     return folders

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -78,25 +76,19 @@ def run(
       vlnorm-verl lab run MODEL --task custom --data train.parquet --reward my_reward.py --out lab/mine
     """
     extras.require("lab")
-    from vlnorm_verl.lab import gradients, rollouts, tasks
-    from vlnorm_verl.lab.build import GRADIENTS, build
+    from vlnorm_verl.lab import gradients, rollouts, store, tasks
+    from vlnorm_verl.lab.build import build
 
     design = rollouts.Design(slope_prompts, slope_responses, pool_prompts, pool_responses)
     longest = max_response_length or (256 if task == "tiny" else 3072)
     chosen = tasks.load_task(task, data, reward, reward_name)
-    with _held(out):
-        rollouts.sample(model, chosen, design, seed, temperature, longest, engine, out, batch_size, chat_template)
-        for choice in modules or [gradients.LAST_QKV]:
-            gradients.compute(out, choice, projection, checkpointing, f"{GRADIENTS}/{folder_of(choice)}")
-        if analyse:
-            build([str(out)], out / "report", mini_batch, seed)
-
-
-@contextmanager
-def _held(out: Path) -> Iterator[None]:
     try:
         with locked(out):
-            yield
+            rollouts.sample(model, chosen, design, seed, temperature, longest, engine, out, batch_size, chat_template)
+            for choice in modules or [gradients.LAST_QKV]:
+                gradients.compute(out, choice, projection, checkpointing, f"{store.GRADIENTS}/{folder_of(choice)}")
+            if analyse:
+                build([str(out)], out / "report", mini_batch, seed)
     except BlockingIOError:
         raise UserError(f"--out {out}: another `vlnorm-verl lab run` writes into it; take another") from None
 

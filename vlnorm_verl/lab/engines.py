@@ -22,14 +22,14 @@ class Request:
     """What an engine is asked for.
 
     Args:
-        prompts: {number of the prompt: its tokens}.
-        counts: {number of the prompt: responses wanted}.
+        prompts: tokens of each prompt.
+        counts: responses wanted to each.
         seed, temperature, max_response_length: see `sample`.
         ends: tokens that end a response.
     """
 
-    prompts: dict[int, list[int]]
-    counts: dict[int, int]
+    prompts: list[list[int]]
+    counts: list[int]
     seed: int
     temperature: float
     max_response_length: int
@@ -97,8 +97,8 @@ def with_transformers(
     pad = min(request.ends)
     # The model's own settings (top_k, a repetition penalty …) would fill in whatever is not given to generate.
     model.generation_config = GenerationConfig(eos_token_id=sorted(request.ends), pad_token_id=pad)
-    numbers = [number for number, count in request.counts.items() for _ in range(count)]
-    responses: dict[int, list[list[int]]] = {number: [] for number in request.counts if number not in finished}
+    numbers = [number for number, count in enumerate(request.counts) for _ in range(count)]
+    responses: dict[int, list[list[int]]] = {number: [] for number in set(numbers) - finished}
     for start in range(0, len(numbers), batch_size):
         batch = numbers[start : start + batch_size]
         if responses.keys().isdisjoint(batch):

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlnorm_verl.lab.aggregations import COMPARED, LEAST_VARIANCE, Tradeoff
+from vlnorm_verl.lab.aggregations import ALPHAS, COMPARED, LEAST_VARIANCE, Tradeoff
 from vlnorm_verl.lab.analysis import Analysis, of_most_parameters
 from vlnorm_verl.lab.jackknife import LOST
 from vlnorm_verl.lab.length_means import PAIRS, THIRDS
 from vlnorm_verl.lab.slopes import Slope
-from vlnorm_verl.methods import alpha_color, label_of, method_of
+from vlnorm_verl.methods import alpha_color, alpha_of, label_of, method_of
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.style import Figure, figure_text, render, use_style
 
@@ -62,17 +62,17 @@ def title(analysis: Analysis) -> str:
 
 def color_of(mode: str) -> str:
     """As everywhere; VL Norm's α by shades."""
-    name, _, value = mode.partition(":")
-    return alpha_color(float(value)) if name == "vl_norm" else method_of(mode).color
+    alpha = alpha_of(mode)
+    return method_of(mode).color if alpha is None else alpha_color(alpha)
 
 
-def bar(axes: Axes, x: float, estimate: Estimate, label: str | None = None, **style: Any) -> None:
+def bar(axes: Axes, x: float, estimate: Estimate, **style: Any) -> None:
     """A point with its interval, where there is one."""
     if not math.isfinite(estimate.value):
         return
     ends = (estimate.value - estimate.low, estimate.high - estimate.value)
     error = [[end] for end in ends] if all(map(math.isfinite, ends)) else None
-    axes.errorbar([x], [estimate.value], yerr=error, label=label, capsize=2.5, **style)
+    axes.errorbar([x], [estimate.value], yerr=error, capsize=2.5, **style)
 
 
 def overview(main: Sequence[Analysis]) -> Figure:
@@ -192,17 +192,16 @@ def methods(main: Sequence[Analysis]) -> Figure:
 
 
 def draw_tradeoff(axes: Axes, trade: Tradeoff) -> None:
-    x = np.array(trade.alphas)
     bias, variance, error = (np.array([e.value for e in part]) for part in (trade.bias, trade.variance, trade.error))
     if not np.isfinite(error).any():
         axes.text(0.5, 0.5, "the mean gradient is lost in noise", transform=axes.transAxes, ha="center")
         return
-    axes.plot(x, bias, "--", color=BIAS_COLOR, label="bias²")
-    axes.plot(x, variance, ":", color=VARIANCE_COLOR, label="variance")
-    axes.plot(x, error, color=ERROR_COLOR, label="error")
+    axes.plot(ALPHAS, bias, "--", color=BIAS_COLOR, label="bias²")
+    axes.plot(ALPHAS, variance, ":", color=VARIANCE_COLOR, label="variance")
+    axes.plot(ALPHAS, error, color=ERROR_COLOR, label="error")
     low, high = np.array([e.low for e in trade.error]), np.array([e.high for e in trade.error])
     band = np.isfinite(low) & np.isfinite(high)
-    axes.fill_between(x, low, high, where=band.tolist(), color=ERROR_COLOR, alpha=0.12, linewidth=0)
+    axes.fill_between(ALPHAS, low, high, where=band.tolist(), color=ERROR_COLOR, alpha=0.12, linewidth=0)
     if math.isfinite(trade.best):
         axes.axvspan(*trade.among, color="#009E73", alpha=0.12, linewidth=0)
         axes.axvline(trade.best, color="#009E73", linewidth=1.0)
@@ -269,19 +268,18 @@ def growth(main: Sequence[Analysis]) -> Figure:
     shown = [analysis for analysis in main if analysis.growth]
     canvas, axes = grid(1, len(shown), 4.6, 3.4)
     for panel, analysis in zip(axes[0], shown, strict=True):
-        assert analysis.growth is not None
         for k, mode in enumerate(COMPARED):
-            x = np.array(analysis.growth.length) * 1.02 ** (k - len(COMPARED) / 2)
+            x = [third.length * 1.02 ** (k - len(COMPARED) / 2) for third in analysis.growth]
             color, marker = color_of(mode), method_of(mode).marker
-            panel.plot(x, analysis.growth.predicted[mode], color=color, linewidth=0.9, alpha=0.8)
-            for at, measured in zip(x, analysis.growth.norm[mode], strict=True):
-                bar(panel, at, measured, fmt=marker, color=color)
+            panel.plot(x, [third.predicted[mode] for third in analysis.growth], color=color, linewidth=0.9, alpha=0.8)
+            for at, third in zip(x, analysis.growth, strict=True):
+                bar(panel, at, third.norm[mode], fmt=marker, color=color)
             panel.plot([], [], marker=marker, color=color, label=label_of(mode))
         panel.set(
             xscale="log", yscale="log", xlabel="mean response length of the prompts, tokens", title=title(analysis)
         )
         panel.set_ylabel("‖E G‖ over Dr. GRPO's on all prompts")
-        lines = [value for mode in COMPARED for value in analysis.growth.predicted[mode]]
+        lines = [value for third in analysis.growth for value in third.predicted.values()]
         panel.set_ylim(min(lines) / 6, max(lines) * 6)  # an interval may reach down to 0
     canvas.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(shown))
     return render(

@@ -32,6 +32,7 @@ from vlnorm_verl.files import UserError, whole, write_json
 from vlnorm_verl.lab import models, store
 from vlnorm_verl.lab.parameters import LAST_QKV, parts_of, select_parameters
 from vlnorm_verl.lab.sketch import Projection
+from vlnorm_verl.tasks.base import content_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ def compute(
     modules: str = LAST_QKV,
     projection: int | None = None,
     checkpointing: bool = False,
-    folder: str = "gradients",
+    folder: str = store.GRADIENTS,
 ) -> None:
     """Write the score gradients of all rollouts in `out`, one file a prompt; goes on where an earlier call stopped.
 
@@ -82,7 +83,7 @@ def compute(
     width = sum(projected.widths.values())
     settings = {
         "format": store.FORMAT,
-        "rollouts_sha256": store.rollouts_sha256(out),
+        "rollouts_sha256": content_sha256(out / store.ROLLOUTS),
         "names": list(chosen),
         "sizes": list(sizes.values()),
         "parts": projected.widths,
@@ -97,24 +98,21 @@ def compute(
         parameter.requires_grad_(True)
     if checkpointing:
         _checkpoint(model)
-    counts = [len(rollouts.responses) for rollouts in store.read_rollouts(out)]
-    missing = [i for i in range(len(counts)) if not store.gradient_path(out / folder, i).exists()]
+    files = {store.gradient_path(out / folder, i): rollouts for i, rollouts in enumerate(store.read_rollouts(out))}
+    missing = {file: rollouts for file, rollouts in files.items() if not file.exists()}
+    total, left = (sum(len(rollouts.responses) for rollouts in each.values()) for each in (files, missing))
     fewer = f" projected to {width:,}" if width < size else ""
     print(f"score gradients of {len(chosen)} parameters, {size:,} entries{fewer}")
     with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-        done = sum(counts) - sum(counts[index] for index in missing)
-        bar = progress.add_task("score gradients", total=sum(counts), completed=done)
-        for index, rollouts in enumerate(store.read_rollouts(out)):
-            if index not in missing:
-                continue
-            rows: np.ndarray = np.empty((counts[index], width), dtype=np.float32)
+        bar = progress.add_task("score gradients", total=total, completed=total - left)
+        for file, rollouts in missing.items():
+            rows: np.ndarray = np.empty((len(rollouts.responses), width), dtype=np.float32)
             for row, response in enumerate(rollouts.responses):
                 gradient = score_gradient(model, chosen, rollouts.prompt_ids, response, sampled["temperature"])
                 rows[row] = projected(gradient).cpu().numpy()
                 progress.update(bar, advance=1)
             if not np.isfinite(rows).all():
-                raise UserError(f"prompt {index}: a score gradient is not finite; the model overflows in float32")
-            file = store.gradient_path(out / folder, index)
+                raise UserError(f"{file}: a score gradient is not finite; the model overflows in float32")
             with whole(file) as temporary, temporary.open("wb") as opened:
                 np.save(opened, rows)
 

@@ -58,7 +58,7 @@ def inner_products(groups: Sequence[Group], columns: slice = slice(None), score_
         products += part @ part.T
     return Responses(
         prompts=np.repeat(np.arange(len(groups)), sizes),
-        lengths=np.concatenate([np.asarray(group.lengths, dtype=np.int64) for group in groups]),
+        lengths=np.concatenate([group.lengths for group in groups]),
         products=products * np.outer(advantages, advantages),
     )
 
@@ -82,5 +82,5 @@ def root(squared_norms: Floats) -> Floats:
 
 
 def relative(values: Floats, unit: Floats | float) -> Floats:
-    """values / unit; NaN if the unit, an unbiased estimate of a squared norm, is not positive."""
-    return values / unit if unit > 0 else np.full_like(values, np.nan)
+    """values / unit; NaN where the unit, an unbiased estimate of a squared norm, is not positive."""
+    return values / np.where(unit > 0, unit, np.nan)

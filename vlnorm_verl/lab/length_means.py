@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
+from vlnorm_verl.lab.aggregations import COMPARED
 from vlnorm_verl.lab.gram import Bools, Floats, Ints, Responses, relative, root
 from vlnorm_verl.lab.jackknife import blocks_of, jackknife, kept
 from vlnorm_verl.lab.mini_batches import CROSS, REFERENCE, SQUARED_MEAN, MiniBatches
@@ -16,7 +17,7 @@ from vlnorm_verl.report.estimates import Estimate
 THIRDS = ("short", "middle", "long")
 PAIRS = ((0, 1), (1, 2), (0, 2))
 HALVES = 100  # random ones, of the plain cosines
-LEAST_PROMPTS = 12  # of the pool for `growth`: four in each class are the least to draw from
+LEAST_PROMPTS = 12  # of the pool for `growth`: four in each third are the least to draw from
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,8 @@ def thirds(responses: Responses, within: bool, seed: int) -> Thirds | None:
     a, b = np.array(PAIRS).T
 
     def difference(m: Floats) -> Floats:
-        d = np.diag(m)
-        scale = (d[a] + d[b]) / 2
-        return (d[a] + d[b] - 2 * m[a, b]) / np.where(scale > 0, scale, np.nan)
+        both = np.diag(m)[a] + np.diag(m)[b]
+        return relative(both - 2 * m[a, b], both / 2)
 
     cosines = estimate(lambda m: m[a, b] / (root(np.diag(m)[a]) * root(np.diag(m)[b])))
     return Thirds(
@@ -124,38 +124,40 @@ def _half_cosines(
 
 @dataclass(frozen=True)
 class Growth:
-    """‖E G‖ of each method on prompts with short, middle and long responses, in units of Dr. GRPO's over all prompts.
+    """‖E G‖ of each of `COMPARED` on a third of the prompts: those with short, middle or long responses.
 
-    length: mean length of each class of prompts. norm: {mode: measured, one for each class}. predicted: {mode: E Σ M
-    x_i}, which is the norm if E g is the same for all prompts and lengths. along: {mode: component along Dr. GRPO's E G
-    of the same class, in units of its length}: what the weights alone change.
+    length: mean length. norm: in units of Dr. GRPO's over all prompts. predicted: E Σ M x_i, which is the norm if E g
+    is the same for all prompts and lengths. along: component along Dr. GRPO's E G of the same prompts, in units of its
+    length: what the weights alone change.
     """
 
-    length: list[float] = field(default_factory=list)
-    norm: dict[str, list[Estimate]] = field(default_factory=dict)
-    predicted: dict[str, list[float]] = field(default_factory=dict)
-    along: dict[str, list[Estimate]] = field(default_factory=dict)
+    length: float
+    norm: dict[str, Estimate]
+    predicted: dict[str, float]
+    along: dict[str, Estimate]
 
 
-def growth(pool: Responses, modes: Sequence[str], scale: float, unit: float, seed: int) -> Growth | None:
-    """None if the pool has fewer than LEAST_PROMPTS prompts.
+def growth(pool: Responses, scale: float, unit: float, seed: int) -> list[Growth]:
+    """Short to long; empty if the pool has fewer than LEAST_PROMPTS prompts.
 
     unit: ‖E G‖² of Dr. GRPO over the whole pool; taken as known.
     """
-    prompts = int(pool.prompts.max()) + 1
-    if prompts < LEAST_PROMPTS:
-        return None
     means = np.bincount(pool.prompts, weights=pool.lengths) / np.bincount(pool.prompts)
-    result = Growth()
+    if len(means) < LEAST_PROMPTS:
+        return []
+    reference = COMPARED.index(REFERENCE)
+    found = []
     for chosen in np.array_split(np.argsort(means, kind="stable"), 3):
         part = pool.of(np.isin(pool.prompts, chosen))
-        batches = MiniBatches(part, modes, max(1, len(chosen) // 4), scale, seed)
-        reference = batches.row(REFERENCE)
+        batches = MiniBatches(part, COMPARED, len(chosen) // 4, scale, seed)
         norms = batches.estimate(lambda m: root(relative(m[:, SQUARED_MEAN], unit)), log=True)
-        along = batches.estimate(lambda m, r=reference: relative(m[:, CROSS], m[r, SQUARED_MEAN]))  # type: ignore[misc]
-        result.length.append(float(part.lengths.mean()))
-        for k, mode in enumerate(modes):
-            result.norm.setdefault(mode, []).append(norms[k])
-            result.along.setdefault(mode, []).append(along[k])
-            result.predicted.setdefault(mode, []).append(float(batches.x[mode].sum(axis=1).mean()))
-    return result
+        along = batches.estimate(lambda m: relative(m[:, CROSS], m[reference, SQUARED_MEAN]))
+        found.append(
+            Growth(
+                length=float(part.lengths.mean()),
+                norm=dict(zip(COMPARED, norms, strict=True)),
+                predicted={mode: float(batches.x[mode].sum(axis=1).mean()) for mode in COMPARED},
+                along=dict(zip(COMPARED, along, strict=True)),
+            )
+        )
+    return found

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlnorm_verl.files import UserError, write_json
+from vlnorm_verl.tasks.base import content_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -112,13 +113,7 @@ def fingerprint(resolved: str) -> str:
     files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS)
     if not files:
         raise UserError(f"MODEL {resolved} has no weights ({' or '.join(f'*{suffix}' for suffix in _WEIGHTS)})")
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {path.stat().st_size} ".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256("".join(f"{file.name} {content_sha256(file)}\n" for file in files).encode()).hexdigest()
 
 
 def load_config(resolved: str) -> Any:

@@ -34,7 +34,8 @@ def select_parameters(model: torch.nn.Module, modules: str) -> dict[str, torch.n
         UserError: nothing matches; the message lists what is near.
     """
     # With the second names of tied parameters, so that lm_head finds what is tied to it.
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    every = dict(model.named_parameters(remove_duplicate=False))
+    names = list(every)
     if modules == ALL:
         wanted = set(names)
     elif modules == LAST_QKV:
@@ -52,8 +53,7 @@ def select_parameters(model: torch.nn.Module, modules: str) -> dict[str, torch.n
                 f"--modules {modules!r} matches no parameter. Near: {', '.join(_near(modules, names))}. "
                 f"Accepted: {LAST_QKV}, {ALL}, or a regular expression"
             )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    identities = {id(parameters[name]) for name in wanted}
+    identities = {id(every[name]) for name in wanted}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in identities}
 
 

@@ -13,9 +13,8 @@ model's own dtype, usually bfloat16, while the gradients are in float32: a diffe
 
 from __future__ import annotations
 
-from collections.abc import Set
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,20 +40,10 @@ class Design:
         pool_responses: responses to each of them.
     """
 
-    slope_prompts: int = 16
-    slope_responses: int = 32
-    pool_prompts: int = 64
-    pool_responses: int = 8
-
-    @property
-    def prompts(self) -> int:
-        return self.slope_prompts + self.pool_prompts
-
-    def part(self, index: int) -> tuple[str, int]:
-        """Kind and number of responses of a prompt; the slope prompts come first."""
-        if index < self.slope_prompts:
-            return "slope", self.slope_responses
-        return "pool", self.pool_responses
+    slope_prompts: int
+    slope_responses: int
+    pool_prompts: int
+    pool_responses: int
 
 
 def sample(
@@ -92,14 +81,16 @@ def sample(
         raise UserError("--engine vllm: vLLM is not installed; take --engine transformers")
     if not temperature > 0:
         raise UserError(f"--temperature {temperature:g}: must be above 0")
-    questions = task.questions(design.prompts, seed)
+    kinds = ["slope"] * design.slope_prompts + ["pool"] * design.pool_prompts
+    counts = [design.slope_responses] * design.slope_prompts + [design.pool_responses] * design.pool_prompts
+    questions = task.questions(len(kinds), seed)
     resolved = models.resolve(model, out)
     tokenizer = models.load_tokenizer(resolved)
     texts = [prompt_text(tokenizer, question.messages, chat_template) for question in questions]
-    prompts = dict(enumerate(tokenizer.encode(text, add_special_tokens=False) for text in texts))
+    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     config = models.load_config(resolved)
     positions = getattr(config, "max_position_embeddings", None)
-    longest = max(map(len, prompts.values()))
+    longest = max(map(len, prompts))
     if positions and longest + max_response_length > positions:
         raise UserError(
             f"--max-response-length {max_response_length}: with a prompt of {longest} tokens this is beyond the "
@@ -128,21 +119,20 @@ def sample(
         print(f"{out / store.ROLLOUTS} is there already")
         return
     finished = store.finished_prompts(out, settings)
-    counts = {number: design.part(number)[1] for number in prompts}
     ends = engines.end_tokens(resolved, tokenizer.eos_token_id)
     request = engines.Request(prompts, counts, seed, temperature, max_response_length, ends)
     if engine == "vllm":
-        sampled = vllm_engine.responses(resolved, _without(request, finished.keys()), out)
+        sampled = vllm_engine.responses(resolved, request, out, finished.keys())
     else:
         sampled = engines.with_transformers(models.load_model(resolved), request, batch_size, finished.keys())
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with closing(sampled), Progress(*columns) as progress:
         done = sum(counts[number] for number in finished)
-        bar = progress.add_task(f"responses, {engine}", total=sum(counts.values()), completed=done)
+        bar = progress.add_task(f"responses, {engine}", total=sum(counts), completed=done)
         for number, responses in sampled:
             decoded = tokenizer.batch_decode(responses, skip_special_tokens=True)
             finished[number] = Rollouts(
-                kind=design.part(number)[0],
+                kind=kinds[number],
                 prompt=texts[number],
                 prompt_ids=prompts[number],
                 responses=responses,
@@ -151,7 +141,7 @@ def sample(
             )
             store.keep_prompt(out, number, finished[number])
             progress.update(bar, advance=len(responses))
-    store.write_rollouts(out, settings, (finished[number] for number in prompts))
+    store.write_rollouts(out, settings, (finished[number] for number in range(len(prompts))))
     (out / store.PARTIAL).unlink()
 
 
@@ -170,9 +160,3 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, chat_tem
             f"the tokenizer's chat template cannot be applied: {error}. --no-chat-template takes the prompts as they "
             "are, for base models"
         ) from error
-
-
-def _without(request: engines.Request, finished: Set[int]) -> engines.Request:
-    """What is left to sample. With another seed: the noise of the first prompts is not to come again."""
-    prompts = {number: tokens for number, tokens in request.prompts.items() if number not in finished}
-    return replace(request, prompts=prompts, seed=request.seed + len(finished))

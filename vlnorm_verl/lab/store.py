@@ -1,11 +1,11 @@
 """The lab's folder: rollouts and per-response gradients on disk, and how the analysis reads them.
 
-    rollouts.jsonl            the settings of the sampling in the first line, then one prompt a line with its responses
-    rollouts.partial.jsonl    the same while it is sampled, each prompt with its number as soon as it is finished
-    gradients/settings.json   what the gradients are of
-    gradients/000.npy         score gradients of the first prompt's responses, float32 [n, D]; 001.npy …
-    model/                    a verl checkpoint merged to a Hugging Face folder, where one was given
-    vllm.log                  what vLLM printed, where it was the engine
+    rollouts.jsonl                    the settings of the sampling in the first line, then a prompt a line with its responses
+    rollouts.partial.jsonl            the same while it is sampled, each prompt with its number as soon as it is finished
+    gradients/CHOICE/settings.json    what the gradients are of; a folder for each choice of parameters
+    gradients/CHOICE/000.npy          score gradients of the first prompt's responses, float32 [n, D]; 001.npy …
+    model/                            a verl checkpoint merged to a Hugging Face folder, where one was given
+    vllm.log                          what vLLM printed, where it was the engine
 
 Covered: every other file appears whole or not at all; a folder made with other settings is refused with what differs;
 gradients are memory-mapped, one prompt at a time.
@@ -13,7 +13,6 @@ gradients are memory-mapped, one prompt at a time.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -22,10 +21,12 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from vlnorm_verl.files import UserError, differences, whole, write
+from vlnorm_verl.files import UserError, differences, write
+from vlnorm_verl.tasks.base import content_sha256
 
 ROLLOUTS = "rollouts.jsonl"
 PARTIAL = "rollouts.partial.jsonl"
+GRADIENTS = "gradients"
 SETTINGS = "settings.json"
 FORMAT = 2  # of both files; raise it when either changes
 
@@ -39,7 +40,6 @@ class Group:
 
     Args:
         kind: "slope" (many responses, for how variance grows with length) or "pool" (few, as in training).
-        prompt: its text.
         lengths: int64 [n], response tokens L_i, the end-of-sequence token counted.
         rewards: float64 [n].
         advantages: float64 [n], A_i of GRPO, see `grpo_advantages`.
@@ -48,7 +48,6 @@ class Group:
     """
 
     kind: str
-    prompt: str
     lengths: np.ndarray
     rewards: np.ndarray
     advantages: np.ndarray
@@ -85,8 +84,9 @@ class Rollouts:
     """Responses to one prompt as sampled.
 
     Args:
-        kind, prompt: as in `Group`.
-        prompt_ids: tokens of the prompt.
+        kind: as in `Group`.
+        prompt: its text.
+        prompt_ids: its tokens.
         responses: tokens of each response, the end-of-sequence token included where there is one.
         rewards: one for each response.
         truncated: whether a response was cut at the maximum length.
@@ -142,19 +142,7 @@ def read_rollouts(out: Path) -> Iterator[Rollouts]:
     with _open_rollouts(out) as file:
         file.readline()
         for line in file:
-            rollouts = Rollouts(**json.loads(line))
-            if rollouts.kind == "deep":  # its name in format 1
-                rollouts.kind = "slope"
-            yield rollouts
-
-
-def rollouts_sha256(out: Path) -> str:
-    """Which rollouts the gradients are of."""
-    digest = hashlib.sha256()
-    with _open_rollouts(out) as file:
-        for line in file:
-            digest.update(line.encode())
-    return digest.hexdigest()
+            yield Rollouts(**json.loads(line))
 
 
 def _open_rollouts(out: Path) -> TextIO:
@@ -166,8 +154,7 @@ def _open_rollouts(out: Path) -> TextIO:
 
 def write_rollouts(out: Path, settings: Mapping[str, Any], groups: Iterable[Rollouts]) -> None:
     """The finished file, whole or not at all."""
-    with whole(out / ROLLOUTS) as temporary:
-        temporary.write_text("".join(map(_line, (settings, *map(asdict, groups)))), encoding="utf-8")
+    write(out / ROLLOUTS, "".join(map(_line, (settings, *map(asdict, groups)))))
 
 
 def finished_prompts(out: Path, settings: Mapping[str, Any]) -> dict[int, Rollouts]:
@@ -209,12 +196,12 @@ def missing_gradients(out: Path, folder: str) -> int:
     return sum(not gradient_path(out / folder, index).exists() for index, _ in enumerate(read_rollouts(out)))
 
 
-def load(out: Path, folder: str = "gradients") -> Stored:
+def load(out: Path, folder: str = GRADIENTS) -> Stored:
     """What the lab stored in `out`; gradients are memory-mapped, so nothing large is read here.
 
     Args:
         out: the lab's folder.
-        folder: its folder of gradients, where there are several.
+        folder: of the gradients in `out`.
 
     Raises:
         UserError: rollouts or gradients are missing or do not belong together, or a reward is not finite.
@@ -224,17 +211,15 @@ def load(out: Path, folder: str = "gradients") -> Stored:
     if not path.exists():
         raise UserError(f"{path} is not there: compute the gradients of {out} first")
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if settings["rollouts_sha256"] != rollouts_sha256(out):
+    if settings["rollouts_sha256"] != content_sha256(out / ROLLOUTS):
         raise UserError(f"{out / folder} has the gradients of other rollouts than {out / ROLLOUTS}: compute them again")
+    if missing := missing_gradients(out, folder):
+        raise UserError(f"{out / folder} lacks the gradients of {missing} prompts: compute again, which goes on there")
     ends = np.cumsum([0, *settings["parts"].values()]).tolist()
     dimension = ends[-1]
     groups: list[Group] = []
-    missing = 0
     for index, rollouts in enumerate(read_rollouts(out)):
         file = gradient_path(out / folder, index)
-        if not file.exists():
-            missing += 1
-            continue
         gradients = np.load(file, mmap_mode="r")
         if gradients.shape != (len(rollouts.responses), dimension):
             raise UserError(f"{file} has the shape {gradients.shape}, not {(len(rollouts.responses), dimension)}")
@@ -244,7 +229,6 @@ def load(out: Path, folder: str = "gradients") -> Stored:
         groups.append(
             Group(
                 kind=rollouts.kind,
-                prompt=rollouts.prompt,
                 lengths=np.array([len(response) for response in rollouts.responses], dtype=np.int64),
                 rewards=rewards,
                 advantages=grpo_advantages(rewards),
@@ -252,8 +236,6 @@ def load(out: Path, folder: str = "gradients") -> Stored:
                 truncated=np.array(rollouts.truncated, dtype=bool),
             )
         )
-    if missing:
-        raise UserError(f"{out / folder} lacks the gradients of {missing} prompts: compute again, which goes on there")
     return Stored(
         settings={**sampled, **settings},
         entries=sum(settings["sizes"]),

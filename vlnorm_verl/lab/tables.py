@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from vlnorm_verl.lab.aggregations import COMPARED, LARGE_SHARE, Tradeoff
+from vlnorm_verl.lab.aggregations import ALPHAS, COMPARED, LARGE_SHARE, Tradeoff
 from vlnorm_verl.lab.analysis import Analysis
 from vlnorm_verl.lab.jackknife import LOST
 from vlnorm_verl.lab.length_means import PAIRS, THIRDS, Thirds
@@ -36,7 +36,7 @@ def _table(
 
 def summary(analyses: Sequence[Analysis]) -> Table:
     def at_best(statistic: str) -> Callable[[Analysis, Tradeoff], Cell]:
-        return lambda _, t: getattr(t, statistic)[t.alphas.index(t.best)] if math.isfinite(t.best) else None
+        return lambda _, t: getattr(t, statistic)[ALPHAS.index(t.best)] if math.isfinite(t.best) else None
 
     def best(_: Analysis, t: Tradeoff) -> str:
         return f"{t.best:g} ({t.among[0]:g} to {t.among[1]:g})" if math.isfinite(t.best) else LOST
@@ -130,16 +130,16 @@ def methods(analyses: Sequence[Analysis]) -> Table:
 
 def alpha(analyses: Sequence[Analysis]) -> Table:
     def mark(_: Analysis, t: Tradeoff, at: int) -> str:
-        if t.alphas[at] == t.best:
+        if ALPHAS[at] == t.best:
             return "best"
-        return "not told from the best" if t.among[0] <= t.alphas[at] <= t.among[1] else ""
+        return "not told from the best" if t.among[0] <= ALPHAS[at] <= t.among[1] else ""
 
     return _table(
         "alpha",
         "Which α: bias, variance and mean squared error of VL Norm(α)",
         {
             "mini-batch": lambda a, t, at: t.responses,
-            "α": lambda a, t, at: t.alphas[at],
+            "α": lambda a, t, at: ALPHAS[at],
             "along α = 0": lambda a, t, at: t.scale[at],
             "cosine to α = 0": lambda a, t, at: t.cosine[at],
             "bias²": lambda a, t, at: t.bias[at],
@@ -148,7 +148,7 @@ def alpha(analyses: Sequence[Analysis]) -> Table:
             "alignment": lambda a, t, at: t.alignment[at],
             "": mark,
         },
-        [(a, trade, trade.alphas.index(value)) for a in analyses for trade in a.tradeoffs for value in SHOWN_ALPHAS],
+        [(a, trade, ALPHAS.index(value)) for a in analyses for trade in a.tradeoffs for value in SHOWN_ALPHAS],
         [
             "In units of ‖E G‖² of Dr. GRPO Norm (α = 0), which is the mean gradient whatever E[g | L] is. error = "
             "bias² + variance. Both are measured on mini-batches drawn from the pool; for another size the variance "
@@ -198,19 +198,13 @@ def growth(analyses: Sequence[Analysis]) -> Table:
         "growth",
         "‖E G‖ on prompts with short, middle and long responses",
         {
-            "aggregation": lambda a, g, mode, k: label_of(mode),
-            "mean length": lambda a, g, mode, k: f"{g.length[k]:.0f}",
-            "M Σx (predicted)": lambda a, g, mode, k: g.predicted[mode][k],
-            "‖E G‖, measured": lambda a, g, mode, k: g.norm[mode][k],
-            "along Dr. GRPO's": lambda a, g, mode, k: g.along[mode][k],
+            "aggregation": lambda a, mode, g: label_of(mode),
+            "mean length": lambda a, mode, g: f"{g.length:.0f}",
+            "M Σx (predicted)": lambda a, mode, g: g.predicted[mode],
+            "‖E G‖, measured": lambda a, mode, g: g.norm[mode],
+            "along Dr. GRPO's": lambda a, mode, g: g.along[mode],
         },
-        [
-            (a, a.growth, mode, k)
-            for a in analyses
-            if a.growth
-            for mode in COMPARED
-            for k in range(len(a.growth.length))
-        ],
+        [(a, mode, third) for a in analyses for mode in COMPARED for third in a.growth],
         [
             "In units of Dr. GRPO Norm's ‖E G‖ over the whole pool. Predicted: what the weights do if E g is the same "
             "for all prompts and lengths: GRPO Norm and DAPO Norm make the update smaller as responses grow. Along: "

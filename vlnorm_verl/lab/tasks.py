@@ -8,7 +8,6 @@ that are coroutines or models.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import inspect
 import math
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlnorm_verl.files import UserError
+from vlnorm_verl.tasks.base import content_sha256
 
 REWARDS = {
     "tiny": "vlnorm_verl.tasks.tiny.countdown",
@@ -122,9 +122,8 @@ def load_task(
     if reward is None:
         return Task(name, data, importlib.import_module(REWARDS[name]).compute_score)
     function = _own_reward(reward, reward_name)
-    source = Path(inspect.getfile(function)).read_bytes()
-    described = {"path": reward, "name": reward_name, "sha256": hashlib.sha256(source).hexdigest()}
-    return Task(name, data, function, described)
+    sha256 = content_sha256(Path(inspect.getfile(function)))
+    return Task(name, data, function, {"path": reward, "name": reward_name, "sha256": sha256})
 
 
 def _own_reward(path: str, name: str) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from vlnorm_verl.lab.aggregations import LARGE_SHARE, Tradeoff
+from vlnorm_verl.lab.aggregations import ALPHAS, LARGE_SHARE, Tradeoff
 from vlnorm_verl.lab.analysis import Analysis
 from vlnorm_verl.report.estimates import Estimate
 
@@ -14,20 +14,21 @@ def described(analysis: Analysis) -> str:
     projected = f", projected to {analysis.columns:,}" if analysis.columns < analysis.entries else ""
     prompts, responses = analysis.slope_prompts
     lengths, settings = analysis.lengths, analysis.settings
+    harmonic = len(lengths) / (1 / lengths).sum()
     return (
         f"{analysis.name}, {analysis.gradients} ({analysis.entries:,} parameters{projected}): {prompts} prompts with "
         f"{responses} responses each and {analysis.prompts} with {len(lengths) // analysis.prompts}, of which "
         f"{analysis.mixed} have rewards that differ; task {settings['task']}, temperature {settings['temperature']:g}, "
         f"seed {settings['seed']}. Responses of the pool: mean reward {analysis.reward:.3f}, length "
-        f"{lengths.mean():.0f} on average (harmonic {analysis.harmonic_length:.0f}), {lengths.min()} to "
+        f"{lengths.mean():.0f} on average (harmonic {harmonic:.0f}), {lengths.min()} to "
         f"{lengths.max()} tokens, {analysis.truncated:.1%} cut."
     )
 
 
-def interval(estimate: Estimate, digits: int = 2) -> str:
-    value = f"{estimate.value:.{digits}f}" if math.isfinite(estimate.value) else "unknown"
+def interval(estimate: Estimate) -> str:
+    value = f"{estimate.value:.2f}" if math.isfinite(estimate.value) else "unknown"
     if math.isfinite(estimate.low):
-        return f"{value} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+        return f"{value} [{estimate.low:.2f}, {estimate.high:.2f}]"
     reason = estimate.note if value == "unknown" else f"no interval: {estimate.note}"
     return f"{value} ({reason})" if estimate.note else value
 
@@ -47,7 +48,7 @@ def verdict(analysis: Analysis) -> str:
             f"{analysis.prompts} prompts of the pool {analysis.mixed} have rewards that differ; more --pool-prompts of "
             f"that kind would find it. {rare(analysis)}"
         ).rstrip()
-    at = wanted.alphas.index(wanted.best)
+    at = ALPHAS.index(wanted.best)
     return (
         f"{begin}For mini-batches of {wanted.responses} responses the mean squared error is least at α = "
         f"{wanted.best:g}: bias² {interval(wanted.bias[at])} and variance {interval(wanted.variance[at])} of the "

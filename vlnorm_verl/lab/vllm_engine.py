@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Set
 from pathlib import Path
 
 from vlnorm_verl.files import UserError
@@ -22,12 +23,13 @@ from vlnorm_verl.lab.engines import Request, Sampled
 LOG = "vllm.log"
 
 
-def responses(resolved: str, request: Request, out: Path) -> Sampled:
+def responses(resolved: str, request: Request, out: Path, finished: Set[int] = frozenset()) -> Sampled:
     """Responses to each prompt of the request, those that are finished first coming first.
 
     Args:
         resolved: what vLLM loads.
         out: the lab's folder.
+        finished: numbers of prompts that need no responses any more.
 
     Raises:
         UserError: vLLM ended without all of them.
@@ -36,7 +38,7 @@ def responses(resolved: str, request: Request, out: Path) -> Sampled:
 
     from vlnorm_verl.cpu import cpu_environment
 
-    missing = len(request.prompts)
+    missing = len(request.prompts) - len(finished)
     if not missing:
         return
     on_gpu = torch.cuda.is_available()
@@ -44,8 +46,8 @@ def responses(resolved: str, request: Request, out: Path) -> Sampled:
         "engine": {
             "model": resolved,
             "dtype": "auto" if on_gpu else "float32",
-            "max_model_len": max(map(len, request.prompts.values())) + request.max_response_length,
-            "seed": request.seed,
+            "max_model_len": max(map(len, request.prompts)) + request.max_response_length,
+            "seed": request.seed + len(finished),  # the noise of the first prompts is not to come again
             "enforce_eager": not on_gpu,  # without compiling, as the recipes for the CPU
         },
         "sampling": {
@@ -55,7 +57,11 @@ def responses(resolved: str, request: Request, out: Path) -> Sampled:
             "stop_token_ids": sorted(request.ends),
             "detokenize": False,
         },
-        "prompts": [(number, tokens, request.counts[number]) for number, tokens in request.prompts.items()],
+        "prompts": [
+            (number, tokens, count)
+            for number, (tokens, count) in enumerate(zip(request.prompts, request.counts, strict=True))
+            if number not in finished
+        ],
     }
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile("w+") as stdin, (out / LOG).open("wb") as log:
