@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import functools
 import importlib.metadata
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -69,9 +70,17 @@ def without(overrides: list[str], *keys: str) -> list[str]:
     return [text for text, given in zip(overrides, parsed(overrides), strict=True) if given.key_or_group not in keys]
 
 
-def hydra_overrides(overrides: list[str]) -> list[str]:
-    """Overrides as Hydra takes them: a group's choice must be a string, and `length=3072` would be a number."""
-    return [re.sub(r"^length=([0-9]+)$", r"length='\1'", text) for text in overrides]
+def hydra_overrides(overrides: list[str], settings: Mapping[str, Any] | None = None) -> list[str]:
+    """Overrides as Hydra takes them: a group's choice must be a string, and `length=3072` would be a number.
+
+    settings: {dotted key: value} that are set whatever the overrides say; each key is there once.
+    """
+    settings = settings or {}
+    given = [re.sub(r"^length=([0-9]+)$", r"length='\1'", text) for text in without(overrides, *settings)]
+    return given + [
+        override(f"++{key}", value) if isinstance(value, str) else f"++{key}={json.dumps(value)}"
+        for key, value in settings.items()
+    ]
 
 
 def choices(config_folder: Path, overrides: list[str]) -> dict[str, str]:

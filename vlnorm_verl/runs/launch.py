@@ -245,10 +245,10 @@ def show(request: Request, config: DictConfig, changed: dict[str, Any], console:
     console.print(f"free disk at {disk}: {shutil.disk_usage(disk).free / resources.GB:.0f} GB")
     if request.on_cluster:
         console.print(f"forwarded to the workers: {', '.join(sorted(clusters.forwarded())) or 'no variable'}")
-    console.print(f"command: {shlex.join(trainer_command(folder, TRAINER, []))}")
-    given = configs.hydra_overrides(request.overrides)
-    by_hand = trainer_command(request.config_folder, configs.CONFIG_NAME, given)
-    console.print(f"without the launcher (--cfg job --resolve prints verl's defaults, too): {shlex.join(by_hand)}")
+    overrides = [override("hydra.run.dir", str(folder)), *configs.hydra_overrides(request.overrides, changed)]
+    by_hand = trainer_command(request.config_folder, configs.CONFIG_NAME, overrides)
+    console.print(f"command: {shlex.join(by_hand)}")
+    console.print("(the same with --cfg job --resolve prints verl's defaults too)")
     console.print(f"{config.recipe.name}: valid", style="green")
 
 
