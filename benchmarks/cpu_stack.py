@@ -22,8 +22,9 @@ from rich.table import Table
 from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.files import locked
 from vlnorm_verl.runs.config import compose, with_settings
-from vlnorm_verl.runs.launch import make_tiny_data, start
+from vlnorm_verl.runs.launch import start
 from vlnorm_verl.tasks.tiny import WEIGHTS
+from vlnorm_verl.tasks.tiny.data import make as make_tiny_files
 
 CONFIG = Path(__file__).parent.parent / "recipes" / "config"
 QUICKSTART = ["family=quickstart", "task=countdown", "length=8192", "model=tiny"]  # as recipes/quickstart.sh
@@ -72,14 +73,14 @@ def main(
         "recipe.steps": steps,
         "trainer.n_gpus_per_node": ranks,
         "data.max_response_length": 128,
+        "actor_rollout_ref.model.path": str((out / "model").resolve()),
         "actor_rollout_ref.rollout.ignore_eos": True,
         "trainer.val_before_train": False,
         "trainer.test_freq": -1,
         "trainer.save_freq": -1,
     }
     config = with_settings(compose(CONFIG, [*QUICKSTART, *(overrides or [])]), changed)
-    make_tiny_data(config)
-    config.actor_rollout_ref.model.path = str((out / "model").resolve())
+    make_tiny_files(out / "data", "countdown")
     os.environ.update(cpu_environment())
     begin, ready, records = time.monotonic(), 0.0, []
     with console.status("training …"), locked(out) as lock, contextlib.closing(start(config, lock)) as steps_done:

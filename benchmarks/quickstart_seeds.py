@@ -97,7 +97,6 @@ def figure(runs: list[Path], path: Path) -> None:
         panel.legend(frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
     canvas.suptitle(f"quickstart: tiny CountDown, vl_norm, {len(runs)} seeds")
-    path.parent.mkdir(exist_ok=True)
     canvas.savefig(path, dpi=110)
 
 
@@ -127,10 +126,7 @@ def main(
         table.add_row(name, *(f"{value:.{digits}f}" for value in numbers))
     Console().print(table)
 
-    result = {**origin(), "runs": summaries}
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    write_json(results / "quickstart_seeds.json", result)
+    write_json(ROOT / "benchmarks" / "results" / "quickstart_seeds.json", {**origin(), "runs": summaries})
     figure(runs, ROOT / "docs" / "quickstart.png")
 
 

@@ -18,7 +18,6 @@ type, and the peak of all memory allocated above what was there before, which ha
 """
 
 import functools
-import json
 import math
 import platform
 import random
@@ -40,6 +39,7 @@ from origin import origin
 from rich.console import Console
 from rich.table import Table
 
+from vlnorm_verl.files import write_json
 from vlnorm_verl.tasks.tiny import WEIGHTS
 
 ROOT = Path(__file__).parent.parent
@@ -114,8 +114,8 @@ def summary(rounds: list[dict[str, Seconds]], reference: str, seed: int) -> dict
             row[f"{clock}_s"] = statistics.median(r[name][clock] for r in rounds)
             ratios = np.array([r[name][clock] / r[reference][clock] for r in rounds])
             draws = np.median(generator.choice(ratios, (10_000, len(ratios))), axis=1)
-            low, high = np.quantile(draws, [0.025, 0.975])
-            row[f"{clock}_ratio"] = {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}
+            low, high = (float(np.quantile(draws, q)) for q in (0.025, 0.975))
+            row[f"{clock}_ratio"] = {"median": float(np.median(ratios)), "low": low, "high": high}
         out[name] = row
     return out
 
@@ -361,8 +361,7 @@ def main(
         results["aggregation"] = measure_aggregation(*matrix, plan)
         print_aggregation(console, results["aggregation"])
     results["targets"] = verdicts(results)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_json(out, results)
     console.print(f"written: {out}", markup=False)
     for what, met in results["targets"].items():
         console.print(f"{'met' if met else 'MISSED'}: {what}", style=None if met else "red", markup=False)

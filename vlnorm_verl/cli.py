@@ -24,7 +24,7 @@ class Commands(typer.core.TyperGroup):
 
     def invoke(self, context: Any) -> Any:
         try:
-            with extras.named_if_missing(context):
+            with extras.named_if_missing():
                 return super().invoke(context)
         except UserError as error:
             typer.secho(str(error), fg="red", err=True)
@@ -161,7 +161,6 @@ def reproduce(
     list_sets: Annotated[bool, typer.Option("--list", help="Sets, numbers of runs, how far they are.")] = False,
     status: Annotated[bool, typer.Option("--status", help="How far each run is.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check each run against verl; stop.")] = False,
-    all_sets: Annotated[bool, typer.Option("--all", help="All sets.")] = False,
     seeds: Annotated[str, typer.Option(help="Seeds of each run: 0,1,2.")] = "",
     values: Annotated[bool, typer.Option("--values", help="Print every value with its source as Markdown.")] = False,
     on: On = "",
@@ -181,7 +180,7 @@ def reproduce(
     if values:
         print(provenance.values_table(recipes / "config"))
         raise typer.Exit()
-    names = [word for word in what or [] if "=" not in word] + (["all"] if all_sets else [])
+    names = [word for word in what or [] if "=" not in word]
     overrides = [word for word in what or [] if "=" in word]
     numbers = module.parse_seeds(seeds)
     _in_its_environment(lambda: module.reproduce(recipes, names, overrides, numbers, list_sets, status, dry_run, on))

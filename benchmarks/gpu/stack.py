@@ -18,9 +18,10 @@ import typer
 from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.files import locked, write_json
 from vlnorm_verl.runs.config import compose, with_settings
-from vlnorm_verl.runs.launch import make_tiny_data, start
+from vlnorm_verl.runs.launch import start
 from vlnorm_verl.runs.process import TrainingFailed, last_lines
 from vlnorm_verl.runs.progress import progress_line
+from vlnorm_verl.tasks.tiny.data import make as make_tiny_files
 
 CONFIG = Path(__file__).parents[2] / "recipes" / "config"
 QUICKSTART = ["family=quickstart", "task=countdown", "length=8192", "model=tiny"]  # as recipes/quickstart.sh
@@ -68,7 +69,7 @@ def main(
         if device == "cuda":
             changed |= gpu_settings(attention, sleep)
         config = with_settings(compose(CONFIG, QUICKSTART), changed)
-        make_tiny_data(config)
+        make_tiny_files(folder / "data", "countdown")
         os.environ.update(cpu_environment() if device == "cpu" else GPU_ENVIRONMENT)
         lock = stack.enter_context(locked(folder))
         records = stack.enter_context(contextlib.closing(start(config, lock)))

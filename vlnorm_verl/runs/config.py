@@ -51,8 +51,6 @@ def parsed(overrides: list[str]) -> list[Override]:
                 f"{text}: Hydra cannot read this as key=value ({str(error).splitlines()[0]}). A value with special "
                 """characters needs quotes of its own, inside of the shell's: "recipe.root='~/a, (b)=#1'\""""
             ) from error
-        if override.key_or_group == "scale":
-            raise UserError(f"{text}: there is no group scale. model=tiny is the recipe on this machine's CPU")
         read.append(override)
     return read
 

@@ -30,6 +30,8 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
+from vlnorm_verl.machine import CHECKPOINT_BYTES, PARAMETERS
+
 GIB, GB = 2**30, 10**9
 PROMPTS, MICRO_BATCH = 128, 4
 VLLM_SHARE, VLLM_OVERHEAD_GIB = 0.8, 4.0
@@ -75,7 +77,7 @@ class Model:
 
     @property
     def checkpoint_gb(self) -> float:
-        return 12 * self.parameters / GB
+        return CHECKPOINT_BYTES * self.parameters / GB
 
     @property
     def finished_gb(self) -> float:
@@ -102,8 +104,8 @@ class Recipe:
 
 
 MODELS = [
-    Model("3b", 3.09e9, 36, 2048, 11008, 2, 151_936, 1),
-    Model("7b", 7.62e9, 28, 3584, 18944, 4, 152_064, 2),
+    Model("3b", PARAMETERS["3b"], 36, 2048, 11008, 2, 151_936, 1),
+    Model("7b", PARAMETERS["7b"], 28, 3584, 18944, 4, 152_064, 2),
 ]
 GPU_TYPES = [
     Gpu("H100 80 GB", 80, 3.35e12, 989e12, (350e9, 200e9)),
