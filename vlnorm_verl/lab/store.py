@@ -1,7 +1,7 @@
 """The lab's folder: rollouts and per-response gradients on disk, and how the analysis reads them.
 
-    rollouts.jsonl                    the settings of the sampling in the first line, then a prompt a line with its responses
-    rollouts.partial.jsonl            the same while it is sampled, each prompt with its number as soon as it is finished
+    rollouts.jsonl                    the settings of the sampling, then a line for each prompt with its responses
+    rollouts.partial.jsonl            the same while it is sampled, each prompt with its number once it is finished
     gradients/CHOICE/settings.json    what the gradients are of; a folder for each choice of parameters
     gradients/CHOICE/000.npy          score gradients of the first prompt's responses, float32 [n, D]; 001.npy …
     model/                            a verl checkpoint merged to a Hugging Face folder, where one was given
