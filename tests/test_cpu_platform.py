@@ -13,6 +13,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +99,16 @@ with torch.no_grad():
 load(model, *kept)
 assert all(torch.equal(p.full_tensor(), old) for p, old in zip(model.parameters(), before, strict=True))
 torch.distributed.destroy_process_group()
+from verl.utils.torch_functional import logprobs_from_logits
+logits, labels = torch.randn(3, 5, 7, requires_grad=True), torch.randint(7, (3, 5))
+expected = torch.log_softmax(logits, -1).gather(-1, labels[..., None])[..., 0]
+assert torch.allclose(logprobs_from_logits(logits, labels), expected, atol=1e-6)
+from verl.experimental.agent_loop import agent_loop
+assert agent_loop.hydra.utils.instantiate({"_target_": "fractions.Fraction"}, numerator=3, denominator=6) * 2 == 1
+assert agent_loop.hydra.utils.instantiate({"_target_": "fractions.Fraction", "numerator": 3}, denominator=6) * 2 == 1
+from verl.workers.rollout.vllm_rollout import vllm_async_server as server
+assert not server.SamplingParams(max_tokens=3, temperature=0.5).detokenize
+assert server.SamplingParams(max_tokens=3, stop=["end"]).detokenize  # text is looked at
 """,
         **cpu.cpu_environment(),
     )
@@ -119,6 +130,36 @@ assert torch.allclose(layer.cpu_linear(x, layer.weight, None), x @ layer.weight.
 """,
         **cpu.cpu_environment(),
     )
+
+
+@pytest.mark.parametrize(("stop", "sent"), [([], [1, 32, 17]), (["end"], [1] * 50)])
+def test_tokens_are_sent_by_the_dozen(stop: list[str], sent: list[int]) -> None:
+    """The first at once, the rest with the end; each with its own log-probability. Stop strings need every token."""
+    pytest.importorskip("vllm")
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+    from vllm.v1.outputs import LogprobsLists
+
+    request = types.SimpleNamespace(num_output_tokens=0, sampling_params=SamplingParams(stop=stop))
+
+    class Engine:  # vLLM's would need a model; its outputs are vLLM's own
+        scheduler = types.SimpleNamespace(requests={"a": request}, has_requests=lambda: request.num_output_tokens < 50)
+
+        def step(self) -> tuple[dict[int, EngineCoreOutputs], bool]:
+            token = request.num_output_tokens = request.num_output_tokens + 1
+            columns = (np.array([[token]]), np.array([[-token / 8]]), np.array([0]))
+            end = FinishReason.LENGTH if token == 50 else None
+            output = EngineCoreOutput("a", [token], LogprobsLists(*columns), finish_reason=end)
+            return {0: EngineCoreOutputs(outputs=[output])}, True
+
+    vllm_plugin.send_seldom(types.SimpleNamespace(EngineCore=Engine))
+    engine = Engine()
+    outputs = [output for _ in range(50) for output in engine.step()[0][0].outputs]
+    assert [len(output.new_token_ids) for output in outputs] == sent
+    assert [token for output in outputs for token in output.new_token_ids] == [*range(1, 51)]
+    logprobs = np.concatenate([output.new_logprobs.logprobs for output in outputs])
+    assert logprobs.tolist() == [[-token / 8] for token in range(1, 51)]
+    assert outputs[-1].finished
 
 
 @pytest.mark.parametrize("patch", sorted(patches.AFTER_IMPORT.values(), key=lambda patch: patch.__name__))

@@ -107,7 +107,9 @@ def test_the_mode_is_at_work(run: tuple[Path, str]) -> None:
 
 def test_rollout_and_actor_agree(run: tuple[Path, str]) -> None:
     for record in read_metrics(run[0])[1:]:
-        assert record["data"]["training/rollout_probs_diff_max"] < 1e-5
+        assert (
+            record["data"]["training/rollout_probs_diff_max"] < 1e-4
+        )  # 3e-5 was the most in 180 steps; a wrong temperature gives 0.1
 
 
 def test_it_is_validated_before_and_after(run: tuple[Path, str]) -> None:

@@ -1,4 +1,4 @@
-"""The places of verl that cannot run on a CPU, one function each.
+"""The places of verl that cannot run on a CPU, or cost a tenth of a step there, one function each.
 
 Every function gets the freshly imported module and changes one name in it, before any other module can import
 that name. A name that is missing raises PatchError (verl's version is not supported) instead of being skipped.
@@ -8,9 +8,10 @@ Line numbers are verl 0.9.1's.
 import functools
 import importlib.metadata
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 import wrapt
 
 from vlnorm_verl.cpu import PatchError
@@ -83,6 +84,37 @@ def copied_shards(module: ModuleType) -> None:
     module.fsdp2_sharded_save_to_cpu = save  # type: ignore[attr-defined]
 
 
+def log_probs_at_once(module: ModuleType) -> None:
+    """utils/torch_functional.py:197 takes the logsumexp of each row of [rows, vocabulary] by a call of its own.
+
+    Its rows are meant to be responses; the FSDP engine's are tokens. Without flash-attn's kernel, also on a GPU, a step
+    calls it and differentiates it tens of thousands of times. All rows in one call here.
+    """
+    _original(module, "logprobs_from_logits_v2")
+
+    def log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """logits: [..., V]; labels: [...]; returns [...]."""
+        chosen = torch.gather(logits, -1, labels.unsqueeze(-1)).squeeze(-1)
+        return chosen - torch.logsumexp(logits, -1)
+
+    module.logprobs_from_logits_v2 = log_probs  # type: ignore[attr-defined]
+
+
+def agent_loops_without_hydra(module: ModuleType) -> None:
+    """experimental/agent_loop/agent_loop.py:683 makes an agent loop for each response by hydra.utils.instantiate.
+
+    That merges and copies configurations for 3 ms; a loop that is only a class is called here.
+    """
+    hydra = _original(module, "hydra")
+
+    def instantiate(config: Any, **arguments: Any) -> Any:
+        if set(config) == {"_target_"}:
+            return hydra.utils.get_class(config["_target_"])(**arguments)
+        return hydra.utils.instantiate(config, **arguments)
+
+    module.hydra = SimpleNamespace(utils=SimpleNamespace(instantiate=instantiate))  # type: ignore[attr-defined]
+
+
 def vllm_distribution_name() -> None:
     """third_party/vllm/__init__.py:35 and workers/rollout/vllm_rollout/__init__.py:28 ask for "vllm"'s version.
 
@@ -114,11 +146,20 @@ def watchdog(module: ModuleType) -> None:
     patch_server_adapter(module)
 
 
-def watchdog_server(module: ModuleType) -> None:
-    """The other half of the watchdog, in the process of vLLM's front end."""
+def vllm_server(module: ModuleType) -> None:
+    """The other half of the watchdog, in the process of vLLM's front end, and no text.
+
+    workers/rollout/vllm_rollout/vllm_async_server.py:634 leaves SamplingParams.detokenize on, and uses the tokens only.
+    """
     from vlnorm_verl.cpu.watchdog import patch_server
 
     patch_server(module)
+    original = _original(module, "SamplingParams")
+
+    def tokens_only(**settings: Any) -> Any:
+        return original(**{"detokenize": bool(settings.get("stop")), **settings})
+
+    module.SamplingParams = tokens_only  # type: ignore[attr-defined]
 
 
 # module of verl -> what to do right after its import
@@ -127,8 +168,10 @@ AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "verl.workers.engine.fsdp.transformer_impl": unpinned_offload,
     "verl.utils.model": critic_attention,
     "verl.utils.fsdp_utils": copied_shards,
+    "verl.utils.torch_functional": log_probs_at_once,
+    "verl.experimental.agent_loop.agent_loop": agent_loops_without_hydra,
     "verl.workers.rollout.vllm_rollout.vllm_rollout": watchdog,
-    "verl.workers.rollout.vllm_rollout.vllm_async_server": watchdog_server,
+    "verl.workers.rollout.vllm_rollout.vllm_async_server": vllm_server,
 }
 
 

@@ -85,11 +85,9 @@ class PlatformCPU(PlatformBase):
         return False
 
     def rollout_env_vars(self) -> dict[str, str]:
-        """The rollout's thread count, VLNORM_ROLLOUT_THREADS (default 1).
-
-        A decoding step of a tiny model is shorter than the barriers of a second thread (benchmarks/cpu_stack.py).
-        """
-        return {"OMP_NUM_THREADS": os.environ.get("VLNORM_ROLLOUT_THREADS", "1")}
+        """The rollout's thread count, VLNORM_ROLLOUT_THREADS (default: as many as the trainer has)."""
+        threads = os.environ.get("VLNORM_ROLLOUT_THREADS") or os.environ["OMP_NUM_THREADS"]
+        return {"OMP_NUM_THREADS": threads}
 
     @contextmanager
     def nvtx_range(self, msg: str) -> Iterator[None]:
