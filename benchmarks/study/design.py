@@ -58,7 +58,7 @@ class Run:
         return [
             *("family=quickstart", "task=countdown", "length=8192", "model=tiny", f"method={method}"),
             *([] if alpha is None else [f"recipe.alpha={alpha}"]),
-            *(f"recipe.steps={self.steps}", f"recipe.seed={self.block}", f"recipe.tiny_length={self.length}"),
+            *(f"recipe.steps={self.steps}", f"recipe.seed={self.block}", f"recipe.tiny_length='{self.length}'"),
             *(f"recipe.folder={folder}", f"recipe.data={data}", f"data.val_files={held_out}"),
             f"actor_rollout_ref.model.path={model}",
             f"actor_rollout_ref.actor.optim.lr={self.rate}",

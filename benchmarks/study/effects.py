@@ -1,7 +1,8 @@
 """The numbers of the analysis: effects of the 2 × 2 design, their tests in order, intervals over blocks, time scales.
 
-`Blocks` are {method: [B] one number a block}, or of curves [B, T] accuracy of each step. Intervals are of 95%. Tests in order: Maurer, Hothorn and Lehmacher 1995; two one-sided tests: Schuirmann 1987; probability of
-improvement: Agarwal et al. 2021, arXiv 2108.13264.
+`Blocks` are {method: [B] one number a block}, or of curves [B, T], the accuracy of each step. Intervals are of 95%.
+Tests in order: Maurer, Hothorn and Lehmacher 1995; two one-sided tests: Schuirmann 1987; probability of improvement:
+Agarwal et al. 2021, arXiv 2108.13264.
 """
 
 from __future__ import annotations

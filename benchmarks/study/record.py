@@ -106,8 +106,8 @@ def write_warm_start(records: Path, number: int, model: Path) -> None:
     file = records / "warm-starts" / f"{number}.json"
     if file.exists() and json.loads(file.read_text())["sha256"] != content["sha256"]:
         raise UserError(
-            f"{model} has other weights than the finished runs began from ({file}): copy that folder from where they were "
-            "made; another processor rounds differently"
+            f"{model} has other weights than the finished runs began from ({file}): copy the folder from where they "
+            "were made, since another processor rounds differently"
         )
     write_json(file, content)
 
