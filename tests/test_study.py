@@ -57,8 +57,11 @@ def test_the_runs_are_those_of_the_design() -> None:
 
 def test_verl_is_given_what_the_design_says() -> None:
     """Also the keys: an override of one that nobody reads would be refused by `compose`."""
-    modes = {}
-    for run in [replace(run, length=384) for run in design.runs() if run.block == 0]:
+    modes, runs = {}, [replace(run, length=384) for run in design.runs() if run.block == 0]
+    # Each method once, and each part.
+    for run in {
+        run.method: run for part in ("main", "long", "rates", "eps") for run in runs if run.part == part
+    }.values():
         model = record.ROOT / "vlnorm_verl" / "tasks" / "tiny" / "weights"
         config = compose(ROOT / "recipes" / "config", run.overrides(Path("/f"), Path("/d"), model, Path("/h")))
         optimizer, actor = config.actor_rollout_ref.actor.optim, config.actor_rollout_ref.actor
@@ -159,10 +162,12 @@ def test_time_scales() -> None:
 def test_speed_ups_have_intervals_and_say_never() -> None:
     generator = np.random.default_rng(6)
     never = np.full((12, 60), 0.4)
-    found = effects.speed_ups({"dapo_norm": curves(generator, 60), "vl_norm:1": curves(generator, 30), "x": never})
+    found = effects.speed_ups({"dapo_norm": curves(generator, 60), "vl_norm:1": curves(generator, 30)})
     assert found["vl_norm:1"][1].low < 2 < found["vl_norm:1"][1].high
     assert found["vl_norm:1"][0].low > 1
-    assert np.isnan(found["x"][0].value)
+    hits, _ = effects.speed_ups({"dapo_norm": curves(generator, 60), "x": never})["x"]
+    assert np.isnan(hits.value)
+    assert (hits.low, hits.high) == (0, np.inf)
 
 
 # --------------------------------------------------------------------------------------------------- records and page

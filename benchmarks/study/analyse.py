@@ -94,7 +94,7 @@ def methods(main: dict[str, Records], y: Blocks) -> Table:
 def pairs(main: dict[str, Records], y: Blocks) -> Table:
     rows: list[list[Cell]] = []
     for a, b in combinations(reversed(y), 2):
-        better = bootstrap(y[a], y[b], statistic=effects.probability_of_improvement)
+        better = bootstrap(y[a], y[b], statistic=effects.probability_of_improvement, method="percentile")
         row: list[Cell] = [f"{label_of(a)} − {label_of(b)}", over_blocks(y[a] - y[b]), bootstrap(y[a] - y[b]), better]
         rows.append([*row, difference(held_out(main[a]), held_out(main[b]))])
     columns = ["difference", "accuracy, steps 1–60", "bootstrap", "probability of improvement", "held-out Avg@8"]

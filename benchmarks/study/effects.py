@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import nan
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, stats
@@ -69,23 +69,22 @@ def tests_in_order(y: Blocks) -> list[Test]:
     return found
 
 
-def bootstrap(*samples: np.ndarray, statistic: Callable[..., float] = np.mean) -> Estimate:
-    """Over blocks, samples paired: BCa (bias-corrected, accelerated). No interval where nothing varies."""
+def bootstrap(*samples: np.ndarray, statistic: Callable[..., Any] = np.mean, method: str = "BCa") -> Estimate:
+    """Over blocks, samples paired; BCa: bias-corrected and accelerated. No interval where nothing varies."""
     value = float(statistic(*samples))
-    options = {"n_resamples": RESAMPLES, "paired": True, "vectorized": False, "rng": 0}
     if all(np.ptp(sample) == 0 for sample in samples):
         return Estimate(value, note="the same in every block")
-    found = stats.bootstrap(samples, statistic, **options).confidence_interval
-    return Estimate(value, float(found.low), float(found.high))
+    found = stats.bootstrap(samples, statistic, n_resamples=RESAMPLES, paired=True, method=method, rng=0)
+    return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
-def interquartile_mean(values: np.ndarray) -> float:
-    return float(stats.trim_mean(values, 0.25))
+def interquartile_mean(values: np.ndarray, axis: int = -1) -> Any:
+    return stats.trim_mean(values, 0.25, axis=axis)
 
 
-def probability_of_improvement(a: np.ndarray, b: np.ndarray) -> float:
-    """That a run of a is better than a run of b, a tie counting half."""
-    return float((np.sign(a[:, None] - b).mean() + 1) / 2)
+def probability_of_improvement(a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
+    """That a run of a is better than a run of b, a tie counting half; [..., B] -> [...]."""
+    return (np.sign(a[..., :, None] - b[..., None, :]).mean((-2, -1)) + 1) / 2
 
 
 def correlation(y: Blocks, groups: np.ndarray) -> float:
