@@ -20,9 +20,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,27 +64,23 @@ class Study:
         if not held_out.exists():
             with whole(held_out) as temporary:
                 write_parquet(rows(HELD_OUT, 0, "test"), temporary)
-        for jobs, group in groupby(left, key=lambda run: run.jobs):
-            alike = [*group]
-            for batch in (alike[index : index + jobs] for index in range(0, len(alike), jobs)):
-                if time.time() + max(seconds_of(run, read_records(self.records)) for run in batch) > deadline:
-                    return not failed
-                commands = {}
-                for run in batch:
-                    empty(folder := self.work / run.name)
-                    given = run.overrides(folder, self.work / "data", self.model(run.warm_start), held_out)
-                    commands[run.name] = ["-m", "vlnorm_verl", "launch", *given, *(TRIAL if self.trial else [])]
-                begun = self.load.now()
-                codes = self.together(commands, lambda name: f"{name}: step {last_step(self.work / name)}")
-                for run in batch:
-                    if not codes[run.name]:
-                        model = self.model(run.warm_start)
-                        write_record(self.records, run, self.work / run.name, model, begun, self.load.now())
-                    else:
-                        console.print(f"{run.name}: failed, see {self.work}/{run.name}.log", style="red")
-                failed += sum(map(bool, codes.values()))
-                if failed > 1:
-                    return False
+        for batch in batches(left):
+            if time.time() + max(seconds_of(run, read_records(self.records)) for run in batch) > deadline:
+                break
+            commands = {}
+            for run in batch:
+                empty(folder := self.work / run.name)
+                given = run.overrides(folder, self.work / "data", self.model(run.warm_start), held_out)
+                commands[run.name] = ["-m", "vlnorm_verl", "launch", *given, *(TRIAL if self.trial else [])]
+            begun = self.load.now()
+            codes = self.together(commands, lambda name: f"{name}: step {last_step(self.work / name)}")
+            ended = self.load.now()
+            for run in batch:
+                if not codes[run.name]:
+                    write_record(self.records, run, self.work / run.name, self.model(run.warm_start), begun, ended)
+            failed += sum(map(bool, codes.values()))
+            if failed > 1:
+                break
         return not failed
 
     def make_warm_starts(self, needed: list[int]) -> None:
@@ -94,7 +90,7 @@ class Study:
         command = ["-m", "vlnorm_verl.tasks.tiny.warmstart", *small]
         commands = {n: [*command, "--seed", str(k), "--out", str(self.work / n)] for n, k in missing.items()}
         if any(self.together(commands, lambda name: f"{name[1:]} (ten minutes)").values()):
-            raise UserError(f"a warm start failed, see {self.work}/.warm-start-*.log")
+            raise UserError("without its warm start no run begins")
         for name, number in missing.items():
             (self.work / name).rename(self.model(number))
         for number in needed:
@@ -122,14 +118,22 @@ class Study:
                     self.load.sample()
                     doing = "; ".join(map(progress, processes))
                     status.update(f"{doing}, {time.monotonic() - begun:.0f} s")
-                    time.sleep(1)
+                    time.sleep(2)
         finally:
             for process in processes.values():
                 process.send_signal(signal.SIGINT)
             codes = {name: process.wait() for name, process in processes.items()}
         for name, code in codes.items():
-            console.print(f"{name}: {'failed' if code else 'finished'} in {time.monotonic() - begun:.0f} s")
+            ended = f"failed, see {self.work}/{name}.log," if code else "finished"
+            console.print(f"{name}: {ended} after {time.monotonic() - begun:.0f} s")
         return codes
+
+
+def batches(left: list[Run]) -> Iterator[list[Run]]:
+    """Runs that are run at the same time, in their order."""
+    for jobs, group in groupby(left, key=lambda run: run.jobs):
+        while batch := [*islice(group, jobs)]:
+            yield batch
 
 
 def last_step(folder: Path) -> int:
