@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
-from vlnorm_verl.report.estimates import LEVEL, TAIL, Estimate
+from vlnorm_verl.report.estimates import LEVEL, TAIL, Estimate, expanded_tail
 from vlnorm_verl.report.first_hit import first_hit
 
 Blocks = dict[str, np.ndarray]
@@ -121,7 +121,7 @@ def time_scales(curves: Blocks) -> dict[str, float]:
 
 
 def speed_ups(curves: Blocks) -> dict[str, list[Estimate]]:
-    """How many times fewer steps than DAPO Norm: to TARGET, and by the fitted τ. Percentiles over blocks."""
+    """How many times fewer steps than DAPO Norm: to TARGET, and by the fitted τ. Expanded percentiles over blocks."""
     blocks = len(curves[DAPO])
 
     def ratios(chosen: np.ndarray) -> list[list[float]]:
@@ -132,8 +132,7 @@ def speed_ups(curves: Blocks) -> dict[str, list[Estimate]]:
     value = ratios(np.arange(blocks))
     drawn = np.array([ratios(c) for c in np.random.default_rng(0).integers(blocks, size=(FITS, blocks))])
     # NaN, never reached, counts as the end that it would be.
-    low, high = (np.quantile(np.nan_to_num(drawn, nan=end), at, axis=0) for at, end in ((TAIL, 0), (1 - TAIL, np.inf)))
-    kinds = range(2)
-    return {
-        m: [Estimate(value[i][k], float(low[i, k]), float(high[i, k])) for k in kinds] for i, m in enumerate(curves)
-    }
+    ends = ((expanded_tail(blocks - 1), 0.0), (1 - expanded_tail(blocks - 1), np.inf))
+    low, high = (np.quantile(np.nan_to_num(drawn, nan=end), at, axis=0, method="nearest") for at, end in ends)
+    both = {method: zip(value[i], low[i], high[i], strict=True) for i, method in enumerate(curves)}
+    return {method: [Estimate(*map(float, numbers)) for numbers in of] for method, of in both.items()}
