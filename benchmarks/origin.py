@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def commit() -> str:
-    """This checkout's short commit, and whether there are changes that it does not have.
+    """This checkout's short commit, and whether there are changes that it does not have, results apart.
 
     A copy without its history says COMMIT, an environment variable, or "unknown".
     """
@@ -24,7 +24,7 @@ def commit() -> str:
         return given
     if not shutil.which("git") or not (head := git("rev-parse", "--short", "HEAD")):
         return "unknown"
-    return head + (" with changes" if git("status", "--porcelain") else "")
+    return head + (" with changes" if git("status", "--porcelain", ".", ":!*results/*") else "")
 
 
 def machine(accelerator: str = "CPU only") -> str:

@@ -264,7 +264,7 @@ def _interval(values: np.ndarray, sizes: tuple[int, ...], note: str, rate: bool)
         low, high = _wilson(value, half) if rate else (value - half, value + half)
         return _cut(value, low, high, note, rate)
     variance, freedom = _over_problems(values[0], sizes)
-    tail = _expanded_tail(freedom)
+    tail = expanded_tail(freedom)
     means = resampled_means(values, sizes)[:, 0]
     low, high = float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
     if rate:
@@ -291,7 +291,7 @@ def _wilson(value: float, half: float) -> tuple[float, float]:
     return (centre - width) / (1 + ratio), (centre + width) / (1 + ratio)
 
 
-def _expanded_tail(freedom: float) -> float:
+def expanded_tail(freedom: float) -> float:
     """Tail probability of the percentile interval that makes up for its narrowness (Hesterberg 2015, equation 8)."""
     from scipy.stats import norm
 

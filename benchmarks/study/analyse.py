@@ -1,0 +1,200 @@
+"""The analysis of the CPU study, written before its runs: the results in docs/results/study.md, and its figure.
+
+    python -m benchmarks.study.analyse                         from docs/results/study
+    python -m benchmarks.study.analyse --records DIR --page FILE
+
+The main part is shown when all of its runs are finished, so that no test is made before the last one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from scipy.stats import levene
+
+from benchmarks.study import effects
+from benchmarks.study.design import FACTORIAL, HELD_OUT, METHODS, PARTS, STEPS, WARM_STARTS, runs
+from benchmarks.study.effects import DAPO, VL, Blocks, bootstrap
+from benchmarks.study.record import RECORDS, read_records
+from vlnorm_verl import files
+from vlnorm_verl.methods import alpha_color, alpha_of, label_of, method_of
+from vlnorm_verl.report.estimates import Estimate, Scores, difference, mean, over_seeds
+from vlnorm_verl.report.measures import trailing_mean
+from vlnorm_verl.report.style import Figure, render, use_style
+from vlnorm_verl.report.table import Cell, Table
+from vlnorm_verl.report.writers import to_markdown
+
+PAGE = RECORDS.with_suffix(".md")
+BEGIN, END = "<!-- begin: written by analyse.py -->\n", "<!-- end: written by analyse.py -->\n"
+LAST = 10  # steps
+Records = Sequence[dict[str, Any]]  # of one method in the order of their blocks, where it matters
+
+
+def values(records: Records, column: str, first: int = 0, last: int | None = STEPS) -> np.ndarray:
+    """Mean of a column over steps of each run [B]; by default over steps 1 to 60, of accuracy the primary endpoint."""
+    return np.array([np.mean(record["columns"][column][first:last]) for record in records])
+
+
+def end(records: Records, column: str) -> float:
+    return float(values(records, column, -LAST, None).mean())
+
+
+def held_out(records: Records) -> Scores:
+    rates = np.array([[int(digit) / 8 for digit in record["held_out"]] for record in records])
+    names = tuple(map(str, range(HELD_OUT)))
+    return Scores(rates, names, (HELD_OUT,), tuple(record["block"] for record in records))
+
+
+def over_blocks(effect: np.ndarray) -> Estimate:
+    return over_seeds(effect.tolist())
+
+
+def main_part(records: Records) -> dict[str, Records]:
+    of_main = sorted((r for r in records if r["part"] == "main"), key=lambda r: r["block"])
+    return {method: [r for r in of_main if r["method"] == method] for method in METHODS}
+
+
+def accuracies(main: dict[str, Records]) -> Blocks:
+    return {method: values(of, "accuracy") for method, of in main.items()}
+
+
+def tests(y: Blocks) -> Table:
+    made = effects.tests_in_order({method: y[method] for method in FACTORIAL})
+    rows: list[list[Cell]] = [[t.question, over_blocks(t.effect), bootstrap(t.effect), t.p, t.verdict] for t in made]
+    foot = ["Each is made only if the one before is established. Student's t over blocks; bootstrap: BCa over blocks."]
+    return Table("tests", "The tests", ["question", "effect", "bootstrap", "p", "verdict"], rows, foot, digits=4)
+
+
+def methods(main: dict[str, Records], y: Blocks) -> Table:
+    fast = effects.speed_ups({m: np.array([r["columns"]["accuracy"] for r in of]) for m, of in main.items()})
+    rows: list[list[Cell]] = []
+    for method, of in main.items():
+        iqm = bootstrap(y[method], statistic=effects.interquartile_mean)
+        lengths: list[Cell] = [end(of, column) for column in ("length_mean", "length_harmonic", "cut")]
+        scale = float(values(of, "length_harmonic", 0, LAST).mean()) / end(of, "length_harmonic")
+        row: list[Cell] = [label_of(method), over_blocks(y[method]), float(y[method].std(ddof=1)), iqm]
+        rows.append([*row, mean(held_out(of)), *lengths, scale, *fast[method]])
+    columns = ["method", "accuracy, steps 1–60", "sd", "interquartile mean", "held-out Avg@8", "A", "H", "cut"]
+    columns += ["1/H, last to first", f"steps to {effects.TARGET}, DAPO's to its own", "the same, fitted"]
+    foot = [
+        f"A, H: arithmetic and harmonic mean length; they and the share cut are of the last {LAST} steps.",
+        "Steps: on the mean over blocks of each block's running maximum. It makes differences smaller (a true "
+        "factor of 2 reads about 1.6). Fitted: τ of a + b (1 − exp(−step/τ)), common a and b. Bootstrap over blocks.",
+    ]
+    return Table("methods", "The methods", columns, rows, foot, digits_of={"A": 0, "H": 0, columns[8]: 2, "sd": 4})
+
+
+def pairs(main: dict[str, Records], y: Blocks) -> Table:
+    rows: list[list[Cell]] = []
+    for a, b in combinations(reversed(y), 2):
+        better = bootstrap(y[a], y[b], statistic=effects.probability_of_improvement, method="percentile")
+        row: list[Cell] = [f"{label_of(a)} − {label_of(b)}", over_blocks(y[a] - y[b]), bootstrap(y[a] - y[b]), better]
+        rows.append([*row, difference(held_out(main[a]), held_out(main[b]))])
+    columns = ["difference", "accuracy, steps 1–60", "bootstrap", "probability of improvement", "held-out Avg@8"]
+    return Table("pairs", "All pairs", columns, rows, ["Descriptive: not corrected for their number."], digits=4)
+
+
+def warm_starts(main: dict[str, Records], y: Blocks) -> Table:
+    start = np.array([record["warm_start"] for record in main[VL]])
+    found = {"weighting effect": effects.weighting_effect(y), "scale effect": effects.scale_effect(y)}
+    found |= {f"{label_of(VL)} − {label_of(DAPO)}": y[VL] - y[DAPO], f"accuracy of {label_of(DAPO)}": y[DAPO]}
+    rows: list[list[Cell]] = [[n, *(over_blocks(v[start == w]) for w in WARM_STARTS)] for n, v in found.items()]
+    foot = [
+        f"Correlation of two methods within blocks: {effects.correlation(y, 0 * start):.2f}; within warm starts "
+        f"{effects.correlation(y, start):.2f}. Equal variances of the methods (Brown and Forsythe): "
+        f"p = {levene(*y.values()).pvalue:.2f}. Standard deviation of a run around its method and block: "
+        "{0.value:.4f} [{0.low:.4f}, {0.high:.4f}].".format(effects.residual_spread(y))
+    ]
+    return Table("warm", "By warm start", ["", *(f"number {w}" for w in WARM_STARTS)], rows, foot, digits=4)
+
+
+def side_runs(records: Records, main: dict[str, Records]) -> Table:
+    """Each setting of the other parts, beside the main runs of the same method and blocks."""
+    rows: list[list[Cell]] = []
+    settings = dict[tuple[Any, ...], list[dict[str, Any]]]()
+    for record in sorted((r for r in records if r["part"] != "main"), key=lambda r: [*PARTS].index(r["part"])):
+        keys = ("part", "method", "length", "rate", "eps", "steps", "jobs")
+        settings.setdefault(tuple(record[key] for key in keys), []).append(record)
+    for (part, method, length, rate, eps, steps, jobs), of in settings.items():
+        usual = {record["block"]: record for record in main[method]}
+        gaps = [values([r, usual[r["block"]]], "accuracy") for r in of if part != "pilots" and r["block"] in usual]
+        setting: list[Cell] = [part, label_of(method), str(length), f"{rate:g}", f"{eps:g}", f"{steps} × {len(of)}"]
+        gap = over_seeds([float(a - b) for a, b in gaps]) if gaps else None
+        row: list[Cell] = [*setting, float(values(of, "accuracy").mean()), gap, end(of, "accuracy"), mean(held_out(of))]
+        first = float(np.mean([sum(r["columns"]["seconds"][:20]) for r in of]))
+        rows.append([*row, end(of, "length_mean"), end(of, "cut"), jobs, first])
+    columns = ["part", "method", "longest", "lr", "ε", "steps × runs", "accuracy, steps 1–60", "minus main's"]
+    columns += [f"last {LAST} steps", "held-out Avg@8", "A", "cut", "at a time", "seconds, steps 1–20"]
+    return Table("side", "The other runs", columns, rows, digits_of={"A": 0, columns[-1]: 0})
+
+
+def conditions(records: Records, replaced: Records) -> Table:
+    hours, others = sum(r["seconds"] / r["jobs"] for r in records) / 3600, [r["others_cores"] for r in records]
+    rows: list[list[Cell]] = [["hours", f"{hours:.1f}, from {min(r['began'] for r in records)}"]]
+    for key in ("commit", "machine", "versions"):
+        rows.append([key, "; ".join(sorted({record[key] for record in records}))])
+    rows.append(["cores that other programs took", f"mean {np.mean(others):.2f}, largest {max(others):.2f}"])
+    again = [f"{r['name']} (accuracy {values([r], 'accuracy')[0]:.4f} before)" for r in replaced]
+    return Table("conditions", "Conditions", ["", ""], [*rows, ["made anew", ", ".join(again) or "none"]])
+
+
+def draw(main: dict[str, Records], y: Blocks) -> Figure:
+    """Effects with their intervals, and the curves of the five methods."""
+    shown = {"weighting effect": effects.weighting_effect(y), "scale effect": effects.scale_effect(y)}
+    shown |= {f"{label_of(VL)}\n− {label_of(m)}": y[VL] - y[m] for m in METHODS if m != VL}
+    steps = np.arange(1, STEPS + 1)
+    with use_style():
+        import matplotlib.pyplot as plt
+
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(1, 1.2))
+        left.axvspan(-effects.MARGIN, effects.MARGIN, color="#EEEEEE")
+        for place, effect in enumerate(shown.values()):
+            estimate = over_blocks(effect)
+            left.plot(effect, np.full(len(effect), place), "|", color="#BBBBBB")
+            left.plot([estimate.low, estimate.value, estimate.high], [place] * 3, "o-", color="#0072B2", markevery=[1])
+        left.set(yticks=range(len(shown)), yticklabels=shown, xlabel="difference of mean accuracy, steps 1–60")
+        left.invert_yaxis()
+        for method, of in main.items():
+            look, alpha = method_of(method), alpha_of(method)
+            color = look.color if alpha is None else alpha_color(alpha)
+            curve = trailing_mean(steps, np.mean([r["columns"]["accuracy"] for r in of], axis=0), 5)
+            right.plot(steps, curve, color=color, linestyle=look.line, label=label_of(method))
+        right.set(xlabel="step", ylabel="training accuracy, mean of 5 steps")
+        right.legend()
+    return render(figure, "study", "CPU study", "")
+
+
+def main(
+    records: Annotated[Path, typer.Option(help="Folder of the finished runs.")] = RECORDS,
+    page: Annotated[Path, typer.Option(help="The page whose results are written.")] = PAGE,
+) -> None:
+    """Write the results of the study."""
+    found, names = read_records(records), {part: {run.name for run in runs() if run.part == part} for part in PARTS}
+    replaced = [json.loads(file.read_text()) for file in sorted(records.glob("replaced/*.json"))]
+    known, of_main = {record["name"] for record in found}, main_part(found)
+    counts = ", ".join(f"{part} {len(of & known)} of {len(of)}" for part, of in names.items())
+    text, tables = f"Finished runs: {counts}.\n", list[Table]()
+    if names["main"] <= known:
+        y = accuracies(of_main)
+        text += "\n![Effects with 95% intervals; accuracy over the steps](study.png)\n"
+        files.write(page.with_suffix(".png"), draw(of_main, y).png)
+        tables += [tests(y), methods(of_main, y), pairs(of_main, y), warm_starts(of_main, y)]
+    else:
+        of_main = {method: [] for method in METHODS}
+    if known:
+        tables += [side_runs(found, of_main), conditions(found, replaced)]
+    text = "\n".join([text, *map(to_markdown, tables)])
+    before, _, rest = page.read_text().partition(BEGIN)
+    files.write(page, f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    Console(markup=False, highlight=False, soft_wrap=True).print(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,138 @@
+"""The numbers of the analysis: effects of the 2 × 2 design, their tests in order, intervals over blocks, time scales.
+
+`Blocks` are {method: [B] one number a block}, or of curves [B, T], the accuracy of each step. Intervals are of 95%.
+Tests in order: Maurer, Hothorn and Lehmacher 1995; two one-sided tests: Schuirmann 1987; probability of improvement:
+Agarwal et al. 2021, arXiv 2108.13264.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import nan
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import optimize, stats
+
+from vlnorm_verl.report.estimates import LEVEL, TAIL, Estimate, expanded_tail
+from vlnorm_verl.report.first_hit import first_hit
+
+Blocks = dict[str, np.ndarray]
+GRPO, DAPO, DR_GRPO, VL = "grpo_norm", "dapo_norm", "dr_grpo_norm", "vl_norm:1"
+MARGIN = 0.015  # a scale effect within it counts as none
+TARGET = 0.5  # accuracy whose first step is compared
+RESAMPLES, FITS = 10_000, 500
+
+
+def weighting_effect(y: Blocks) -> np.ndarray:
+    """Of weights 1/L instead of equal ones, mean over both scales, [B]."""
+    return np.asarray((y[GRPO] + y[VL] - y[DAPO] - y[DR_GRPO]) / 2)
+
+
+def scale_effect(y: Blocks) -> np.ndarray:
+    """Of the constant scale 1/M instead of one that moves with the lengths, mean over both weightings, [B]."""
+    return np.asarray((y[VL] + y[DR_GRPO] - y[GRPO] - y[DAPO]) / 2)
+
+
+def p_difference(effect: np.ndarray) -> float:
+    """Of Student's t, two-sided; 1 where all are 0."""
+    return float(stats.ttest_1samp(effect, 0).pvalue) if effect.any() else 1.0
+
+
+def p_equivalence(effect: np.ndarray) -> float:
+    """The larger of the two one-sided tests of |mean| ≥ MARGIN."""
+    above = stats.ttest_1samp(effect, -MARGIN, alternative="greater").pvalue
+    return float(max(above, stats.ttest_1samp(effect, MARGIN, alternative="less").pvalue))
+
+
+class Test(NamedTuple):
+    """p: None where the test was not made."""
+
+    question: str
+    effect: np.ndarray
+    p: float | None
+    verdict: str
+
+
+def tests_in_order(y: Blocks) -> list[Test]:
+    """Each is made only if the one before is established, so that a study errs with 5% at most."""
+    questions: list[tuple[str, np.ndarray, Callable[[np.ndarray], float]]] = [
+        ("1. the weighting effect is not 0", weighting_effect(y), p_difference),
+        ("2. VL Norm (α = 1) − DAPO Norm is not 0", y[VL] - y[DAPO], p_difference),
+        (f"3. the scale effect is within ±{MARGIN}", scale_effect(y), p_equivalence),
+    ]
+    found, go_on = list[Test](), True
+    for question, effect, test in questions:
+        p = test(effect) if go_on else None
+        go_on = p is not None and p < 1 - LEVEL
+        found.append(Test(question, effect, p, "established" if go_on else "not tested" if p is None else "open"))
+    return found
+
+
+def bootstrap(*samples: np.ndarray, statistic: Callable[..., Any] = np.mean, method: str = "BCa") -> Estimate:
+    """Over blocks, samples paired; BCa: bias-corrected and accelerated. No interval where nothing varies."""
+    value = float(statistic(*samples))
+    if all(np.ptp(sample) == 0 for sample in samples):
+        return Estimate(value, note="the same in every block")
+    found = stats.bootstrap(samples, statistic, n_resamples=RESAMPLES, paired=True, method=method, rng=0)
+    return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def interquartile_mean(values: np.ndarray, axis: int = -1) -> Any:
+    return stats.trim_mean(values, 0.25, axis=axis)
+
+
+def probability_of_improvement(a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
+    """That a run of a is better than a run of b, a tie counting half; [..., B] -> [...]."""
+    return (np.sign(a[..., :, None] - b[..., None, :]).mean((-2, -1)) + 1) / 2
+
+
+def correlation(y: Blocks, groups: np.ndarray) -> float:
+    """Of two methods over blocks, without the means of groups of blocks; mean over pairs: what pairing can gain."""
+    rest = [v - np.array([v[groups == group].mean() for group in groups]) for v in y.values()]
+    return float(np.corrcoef(rest)[np.triu_indices(len(rest), 1)].mean())
+
+
+def residual_spread(y: Blocks) -> Estimate:
+    """Standard deviation of a run around the means of its method and of its block."""
+    table = np.array([*y.values()])
+    squares = float(((table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()) ** 2).sum())
+    freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
+    low, high = (float((squares / stats.chi2.ppf(tail, freedom)) ** 0.5) for tail in (1 - TAIL, TAIL))
+    return Estimate((squares / freedom) ** 0.5, low, high)
+
+
+def steps_to(curves: np.ndarray) -> float:
+    """First step at which the mean over blocks of each one's running maximum reaches TARGET; NaN if it never does."""
+    best = np.maximum.accumulate(curves, axis=1).mean(0)
+    return float(first_hit(np.arange(1, len(best) + 1), best, TARGET) or nan)
+
+
+def time_scales(curves: Blocks) -> dict[str, float]:
+    """τ of a + b·(1 − exp(−step/τ)) for each method, least squares of the means over blocks; a and b are shared."""
+    means = np.array([of.mean(0) for of in curves.values()])
+    step = np.arange(1, means.shape[1] + 1)
+
+    def distance(x: np.ndarray) -> np.ndarray:
+        return np.asarray((x[0] + x[1] * (1 - np.exp(-step / np.exp(x[2:])[:, None])) - means).ravel())
+
+    first = [means[:, 0].mean(), np.ptp(means), *[np.log(len(step) / 2)] * len(means)]
+    return dict(zip(curves, np.exp(optimize.least_squares(distance, first).x[2:]).tolist(), strict=True))
+
+
+def speed_ups(curves: Blocks) -> dict[str, list[Estimate]]:
+    """How many times fewer steps than DAPO Norm: to TARGET, and by the fitted τ. Expanded percentiles over blocks."""
+    blocks = len(curves[DAPO])
+
+    def ratios(chosen: np.ndarray) -> list[list[float]]:
+        some = {method: of[chosen] for method, of in curves.items()}
+        hits, scales = {method: steps_to(of) for method, of in some.items()}, time_scales(some)
+        return [[of[DAPO] / of[method] for of in (hits, scales)] for method in curves]
+
+    value = ratios(np.arange(blocks))
+    drawn = np.array([ratios(c) for c in np.random.default_rng(0).integers(blocks, size=(FITS, blocks))])
+    # NaN, never reached, counts as the end that it would be.
+    ends = ((expanded_tail(blocks - 1), 0.0), (1 - expanded_tail(blocks - 1), np.inf))
+    low, high = (np.quantile(np.nan_to_num(drawn, nan=end), at, axis=0, method="nearest") for at, end in ends)
+    both = {method: zip(value[i], low[i], high[i], strict=True) for i, method in enumerate(curves)}
+    return {method: [Estimate(*map(float, numbers)) for numbers in of] for method, of in both.items()}

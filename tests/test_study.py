@@ -1,0 +1,292 @@
+"""The CPU study's program (benchmarks/study): what its runs are, and its analysis on made-up runs of known truth.
+
+Covered: the design and what verl is given; effects, tests in order, ties, time scales; the page as a whole; a record of
+a run's folder. Slow: real runs of three steps, killed and resumed. Not covered: the coverage of the intervals that
+vlnorm_verl/report/estimates.py gives (test_estimates.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.study import analyse, design, effects, record
+from benchmarks.study.design import METHODS, Run
+from vlnorm_verl.files import UserError, write_json
+from vlnorm_verl.runs.check import validate
+from vlnorm_verl.runs.config import compose
+
+ROOT = Path(__file__).parent.parent
+WEIGHT = {"grpo_norm": 1, "dapo_norm": 0, "dr_grpo_norm": 0, "vl_norm:1": 1, "vl_norm:0.75": 1}
+SCALE = {"grpo_norm": 0, "dapo_norm": 0, "dr_grpo_norm": 1, "vl_norm:1": 1, "vl_norm:0.75": 1}
+
+
+def blocks(generator: np.random.Generator, weighting: float, scale: float, sd: float = 0.01) -> dict[str, np.ndarray]:
+    """[12] accuracy of each method: three warm starts, blocks, the two effects, a run's own noise."""
+    common = 0.5 + np.tile(generator.normal(0, 0.05, 3), 4) + generator.normal(0, 0.01, 12)
+    return {m: common + weighting * WEIGHT[m] + scale * SCALE[m] + generator.normal(0, sd, 12) for m in METHODS}
+
+
+# ------------------------------------------------------------------------------------------------------------- design
+
+
+def test_the_runs_are_those_of_the_design() -> None:
+    runs = design.runs()
+    assert Counter(run.part for run in runs) == {"pilots": 4, "main": 60, "rates": 16, "eps": 4, "long": 5}
+    assert len({run.name for run in runs}) == len(runs)
+    main = [run for run in runs if run.part == "main"]
+    assert set(Counter((run.method, run.warm_start) for run in main).values()) == {4}
+    orders = [tuple(run.method for run in main[start : start + 5]) for start in range(0, 60, 5)]
+    assert all(set(order) == set(METHODS) for order in orders)
+    assert len(set(orders)) > 6
+    assert [run.name for run in design.runs()] == [run.name for run in runs]
+    assert not {run.block for run in runs if run.part == "pilots"} & {run.block for run in main}
+
+
+def test_verl_is_given_what_the_design_says() -> None:
+    """Also the keys: an override of one that nobody reads would be refused by `compose`."""
+    modes, runs = {}, [replace(run, length=384) for run in design.runs() if run.block == 0]
+    # Each method once, and each part.
+    for run in {
+        run.method: run for part in ("main", "long", "rates", "eps") for run in runs if run.part == part
+    }.values():
+        model = record.ROOT / "vlnorm_verl" / "tasks" / "tiny" / "weights"
+        config = compose(ROOT / "recipes" / "config", run.overrides(Path("/f"), Path("/d"), model, Path("/h")))
+        optimizer, actor = config.actor_rollout_ref.actor.optim, config.actor_rollout_ref.actor
+        assert (optimizer.lr, optimizer.override_optimizer_config.eps) == (run.rate, run.eps)
+        assert (config.data.max_response_length, config.data.val_files, config.data.seed) == (384, "/h", 0)
+        assert (config.trainer.total_training_steps, config.trainer.test_freq) == (run.steps, run.steps)
+        assert (config.trainer.val_before_train, config.trainer.save_freq) == (False, -1)
+        assert (actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n, config.recipe.folder) == (64, "/f")
+        assert config.actor_rollout_ref.model.path == str(model)
+        modes[run.method] = (actor.loss_agg_mode, actor.loss_scale_factor)
+    validate(config)
+    assert modes == {
+        "grpo_norm": ("seq-mean-token-mean", None),
+        "dapo_norm": ("token-mean", None),
+        "dr_grpo_norm": ("seq-mean-token-sum-norm", 384),
+        "vl_norm:1": ("vl_norm:1.0", 384),
+        "vl_norm:0.75": ("vl_norm:0.75", 384),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ effects
+
+
+def test_effects_of_a_table_without_noise() -> None:
+    y = blocks(np.random.default_rng(0), 0.02, -0.006, sd=0.0)
+    assert effects.weighting_effect(y) == pytest.approx(np.full(12, 0.02))
+    assert effects.scale_effect(y) == pytest.approx(np.full(12, -0.006))
+    assert effects.residual_spread(y).value == pytest.approx(0, abs=1e-12)
+
+
+def test_error_rates_of_the_tests() -> None:
+    """Over 600 studies: 5% where there is no effect or one at the margin, and nearly always where there is one."""
+    generator, shares = np.random.default_rng(1), Counter[str]()
+    for _ in range(600):
+        none, margin, both = (blocks(generator, w, s) for w, s in ((0.0, 0.0), (0.0, effects.MARGIN), (0.03, 0.0)))
+        shares["none"] += effects.p_difference(effects.weighting_effect(none)) < 0.05
+        shares["margin"] += effects.p_equivalence(effects.scale_effect(margin)) < 0.05
+        shares["found"] += [test.verdict for test in effects.tests_in_order(both)] == ["established"] * 3
+        bootstrapped = effects.weighting_effect(none)
+        shares["covered"] += abs(bootstrapped.mean()) < analyse.over_blocks(bootstrapped).high - bootstrapped.mean()
+    assert 600 * 0.05 - 16 <= shares["none"] <= 600 * 0.05 + 16  # three standard errors
+    assert 600 * 0.05 - 16 <= shares["margin"] <= 600 * 0.05 + 16
+    assert 600 * 0.95 - 16 <= shares["covered"] <= 600 * 0.95 + 16
+    assert shares["found"] > 590
+
+
+@pytest.mark.parametrize(
+    ("weighting", "scale", "verdicts"),
+    [
+        (0.03, 0.0, ["established", "established", "established"]),
+        (0.0, 0.0, ["open", "not tested", "not tested"]),  # though the scale effect is within the margin
+        (0.02, -0.02, ["established", "open", "not tested"]),  # VL − DAPO is the sum of the two
+        (0.03, 0.03, ["established", "established", "open"]),
+    ],
+)
+def test_a_test_is_made_only_after_the_one_before(weighting: float, scale: float, verdicts: list[str]) -> None:
+    found = effects.tests_in_order(blocks(np.random.default_rng(3), weighting, scale, sd=0.003))
+    assert [test.verdict for test in found] == verdicts
+    assert [test.p is None for test in found] == [verdict == "not tested" for verdict in verdicts]
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")
+def test_ties() -> None:
+    y = dict.fromkeys(METHODS, np.full(12, 0.5))
+    assert [test.verdict for test in effects.tests_in_order(y)] == ["open", "not tested", "not tested"]
+    assert effects.probability_of_improvement(y["vl_norm:1"], y["dapo_norm"]) == 0.5
+    assert effects.probability_of_improvement(np.array([1.0, 2.0]), np.array([1.0, 0.0])) == 0.875
+    assert np.isnan(effects.bootstrap(effects.weighting_effect(y)).low)
+    assert effects.p_equivalence(effects.scale_effect(y)) < 0.05
+
+
+def test_bootstrap_agrees_with_students_t() -> None:
+    effect = np.random.default_rng(4).normal(0.02, 0.01, 200)
+    t, bca = analyse.over_blocks(effect), effects.bootstrap(effect)
+    assert (bca.value, bca.low, bca.high) == pytest.approx((t.value, t.low, t.high), abs=3e-4)
+
+
+def curves(generator: np.random.Generator, tau: float) -> np.ndarray:
+    """[12, 60] share of 128 right responses, 0.37 + 0.3 (1 − exp(−step/τ))."""
+    return generator.binomial(128, 0.37 + 0.3 * (1 - np.exp(-np.arange(1, 61) / tau)), (12, 60)) / 128
+
+
+def test_time_scales() -> None:
+    """The fit finds a factor of 2; the steps to a target show less of it; equal methods are equal."""
+    generator = np.random.default_rng(5)
+    fitted, hits = [], []
+    for factor in (1, 2):
+        pairs = [(curves(generator, 60), curves(generator, 60 / factor)) for _ in range(30)]
+        scales = [effects.time_scales({"slow": slow, "fast": fast}) for slow, fast in pairs]
+        fitted.append(np.mean([scale["slow"] / scale["fast"] for scale in scales]))
+        hits.append(np.mean([effects.steps_to(slow) / effects.steps_to(fast) for slow, fast in pairs]))
+    assert fitted == pytest.approx([1, 2], abs=0.05)
+    assert hits[0] == pytest.approx(1, abs=0.1)
+    assert 1.4 < hits[1] < 1.8
+    assert np.isnan(effects.steps_to(np.full((12, 60), 0.4)))
+
+
+def test_speed_ups_have_intervals_and_say_never() -> None:
+    """Of 12 intervals of 95% three may miss: four or more would be seen in 1 of 450 such tests."""
+    generator = np.random.default_rng(6)
+    pairs = [{"dapo_norm": curves(generator, 60), "vl_norm:1": curves(generator, 30)} for _ in range(12)]
+    found = [effects.speed_ups(pair)["vl_norm:1"] for pair in pairs]
+    assert sum(fitted.low < 2 < fitted.high for _, fitted in found) >= 9
+    assert all(fitted.low > 1 for _, fitted in found)
+    hits, _ = effects.speed_ups({"dapo_norm": curves(generator, 60), "x": np.full((12, 60), 0.4)})["x"]
+    assert np.isnan(hits.value)
+    assert (hits.low, hits.high) == (0, np.inf)
+
+
+# --------------------------------------------------------------------------------------------------- records and page
+
+
+def write_study(folder: Path, weighting: float, without: str = "") -> None:
+    """Made-up records of all runs but one."""
+    generator = np.random.default_rng(7)
+    for run in design.runs():
+        if run.name == without:
+            continue
+        level = 0.5 + 0.01 * (run.block % 3) + weighting * WEIGHT[run.method]
+        columns = {name: np.full(run.steps, 0.1) for name in [*record.COLUMNS, "length_harmonic"]}
+        columns["accuracy"] = level + generator.normal(0, 0.02, run.steps)
+        columns["length_mean"] = np.full(run.steps, 100.0)
+        content = {"name": run.name, **asdict(run), "warm_start": run.warm_start, "began": "2026-01-01T00:00Z"}
+        content |= {"seconds": 400.0, "others_cores": 0.05, "commit": "abc", "machine": "m", "versions": "v"}
+        content["columns"] = {name: " ".join(f"{x:.6g}" for x in column) for name, column in columns.items()}
+        content["held_out"] = "".join(map(str, generator.binomial(8, level, design.HELD_OUT)))
+        write_json(folder / f"{run.name}.json", content)
+
+
+def test_the_page_has_the_results_and_keeps_the_rest(tmp_path: Path) -> None:
+    records, page = tmp_path / "study", tmp_path / "study.md"
+    page.write_text(f"# Ours\n\n{analyse.BEGIN}old{analyse.END}\nbehind\n")
+    write_study(records, weighting=0.03)
+    analyse.main(records, page)
+    text = page.read_text()
+    assert text.startswith("# Ours\n\n")
+    assert text.endswith("\nbehind\n")
+    assert "old" not in text
+    first = next(line for line in text.splitlines() if "weighting effect is not 0" in line)
+    assert "0.03" in first
+    assert "| established |" in first
+    for heading in ("The methods", "All pairs", "By warm start", "The other runs", "Conditions"):
+        assert f"### {heading}" in text
+    assert "nan" not in text
+    assert (tmp_path / "study.png").exists()
+    analyse.main(records, page)
+    assert page.read_text() == text
+
+
+def test_no_test_before_the_last_run(tmp_path: Path) -> None:
+    records, page = tmp_path / "study", tmp_path / "study.md"
+    page.write_text(f"{analyse.BEGIN}{analyse.END}")
+    write_study(records, weighting=0.03, without=design.runs()[40].name)
+    analyse.main(records, page)
+    assert "main 59 of 60" in page.read_text()
+    assert "effect" not in page.read_text()
+
+
+def fake_run(folder: Path, run: Run) -> None:
+    """What verl and the launcher leave of a run: 2 responses a step, of 9 and 19 letters and the end mark."""
+    (folder / "rollouts").mkdir(parents=True)
+    (folder / "validation").mkdir()
+    with open(folder / "metrics-000.jsonl", "w") as metrics:
+        for step in range(1, run.steps + 1):
+            data = {**dict.fromkeys(record.COLUMNS.values(), 0.25), "critic/score/mean": step / 100}
+            metrics.write(json.dumps({"step": step, "data": data}) + "\n")
+            dump = "".join(json.dumps({"output": "x" * length}) + "\n" for length in (9, 19))
+            (folder / "rollouts" / f"{step}.jsonl").write_text(dump)
+    responses = [
+        {"input": f"p{i}", "gts": "1", "acc": float(k < i % 9)} for i in range(design.HELD_OUT) for k in range(8)
+    ]
+    (folder / "validation" / f"{run.steps}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in responses))
+
+
+def test_a_record_holds_what_the_run_wrote(tmp_path: Path) -> None:
+    run, model = Run("main", "vl_norm:1", 3, steps=4, length=256), ROOT / "vlnorm_verl" / "tasks" / "tiny" / "weights"
+    fake_run(tmp_path / "run", run)
+    load = record.Load()
+    begun = load.now()
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+    try:
+        for _ in range(3):
+            time.sleep(0.4)
+            load.sample()
+    finally:
+        busy.kill()
+    record.write_record(tmp_path / "records", run, tmp_path / "run", model, begun, load.now())
+    (found,) = record.read_records(tmp_path / "records")
+    assert found["columns"]["accuracy"] == [0.01, 0.02, 0.03, 0.04]
+    assert found["columns"]["length_harmonic"] == pytest.approx([2 / (1 / 10 + 1 / 20)] * 4, rel=1e-5)
+    scores = analyse.held_out([found])
+    assert scores.values.mean() == pytest.approx(np.mean([i % 9 / 8 for i in range(design.HELD_OUT)]))
+    assert (found["warm_start"], found["block"], found["rate"]) == (1, 3, 2e-4)
+    assert busy.pid not in load.known  # a child of ours is no other program
+    shutil.copy(tmp_path / "run/validation/4.jsonl", tmp_path / "run/validation/5.jsonl")
+    with pytest.raises(UserError, match="not 5 steps"):
+        record.write_record(tmp_path, replace(run, steps=5), tmp_path / "run", model, begun, load.now())
+
+
+def test_a_warm_start_of_other_weights_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "vlnorm_verl" / "tasks" / "tiny" / "weights", model)
+    record.write_warm_start(tmp_path, 1, model)
+    record.write_warm_start(tmp_path, 1, model)
+    with open(model / "model.safetensors", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match="other weights"):
+        record.write_warm_start(tmp_path, 1, model)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_killed_study_goes_on(tmp_path: Path) -> None:
+    """kill -9 in the second run: nothing stays behind, the first is not made again, the second is."""
+    command = [sys.executable, "-m", "benchmarks.study.run", "--try", str(tmp_path), "--part", "pilots"]
+    environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(ROOT)}
+    records, second = tmp_path / "records", tmp_path / "work" / design.runs()[1].name
+    first = subprocess.Popen(command, cwd=ROOT, env=environment)
+    while not list(second.glob("metrics-*.jsonl")):
+        assert first.poll() is None
+        time.sleep(0.5)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    (made,) = records.glob("*.json")
+    when = made.stat().st_mtime
+    assert subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
+    assert made.stat().st_mtime == when
+    assert {file.stem for file in records.glob("*.json")} == {r.name for r in design.runs() if r.part == "pilots"}
