@@ -42,6 +42,7 @@ DISTURBED = 0.2  # cores that other programs took, on average
 FIRST_GUESS = 8.0  # seconds a step, before any run is measured
 TRIAL = ["data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.rollout.n=4"]
 TRIAL += ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8"]
+TRIAL += ["actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16"]
 console = Console(highlight=False, soft_wrap=True)
 
 
