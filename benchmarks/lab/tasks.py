@@ -3,12 +3,12 @@
     python benchmarks/lab/tasks.py multiplication --out multiplication.parquet
     vlnorm-verl lab run MODEL --task custom --data multiplication.parquet --reward benchmarks/lab/tasks.py --out lab
 
-| task           | prompt                                                       | reward 1 if                           |
-|----------------|--------------------------------------------------------------|---------------------------------------|
-| multiplication | "What is 7 times 48? Put the final answer in \\boxed{}."     | the last box has the product          |
-| search         | three numbers and a target, after three written-out searches | the answer makes the target           |
-| list           | "List exactly 4 fruits, one per line."                       | so many lines: reward goes by length  |
-| addition       | "What is 3 + 8?"                                             | the last number of the reply is right |
+| task           | prompt                                                     | reward 1 if                           |
+|----------------|------------------------------------------------------------|---------------------------------------|
+| multiplication | "What is 7 times 48? Put the final answer in \\boxed{}."   | the last box has the product          |
+| search         | three numbers, a target; before, three written-out searches | the answer makes the target          |
+| list           | "List exactly 4 fruits, one per line."                     | so many lines: reward goes by length  |
+| addition       | "What is 3 + 8?"                                           | the last number of the reply is right |
 
 Covered: the files have verl's schema, so that verl can train on them too. Not covered: held-out problems; a model's
 accuracy on these says nothing about benchmarks of that name.
@@ -103,9 +103,10 @@ def made_target(response: str, truth: str) -> bool:
 # ------------------------------------------------------------------------------------------------------ list, addition
 
 KINDS = (
-    "animals, birds, fish, insects, trees, flowers, fruits, vegetables, countries, cities, rivers, colors, sports, "
-    "tools, planets, metals, foods, drinks, jobs, languages, toys, games, clothes, shapes"
-).split(", ")
+    *("animals", "birds", "fish", "insects", "trees", "flowers", "fruits", "vegetables", "countries", "cities"),
+    *("rivers", "colors", "sports", "tools", "planets", "metals", "foods", "drinks", "jobs", "languages", "toys"),
+    *("games", "clothes", "shapes"),
+)
 
 
 def lists() -> Iterable[Item]:

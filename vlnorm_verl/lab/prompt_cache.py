@@ -74,7 +74,7 @@ def prompt_cache(model: PreTrainedModel, names: Collection[str]) -> PromptCache 
 def _skipped(layers: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Layers that hand their input on."""
     for layer in layers:
-        layer.forward = lambda hidden_states, *_, **__: hidden_states  # type: ignore[method-assign]
+        layer.forward = lambda hidden_states, *_, **__: hidden_states
     try:
         yield
     finally:
