@@ -3,12 +3,11 @@
     python benchmarks/lab/tasks.py multiplication --out multiplication.parquet
     vlnorm-verl lab run MODEL --task custom --data multiplication.parquet --reward benchmarks/lab/tasks.py --out lab
 
-| task           | prompt                                                     | reward 1 if                           |
-|----------------|------------------------------------------------------------|---------------------------------------|
-| multiplication | "What is 7 times 48? Put the final answer in \\boxed{}."   | the last box has the product          |
-| search         | three numbers, a target; before, three written-out searches | the answer makes the target          |
-| list           | "List exactly 4 fruits, one per line."                     | so many lines: reward goes by length  |
-| addition       | "What is 3 + 8?"                                           | the last number of the reply is right |
+| task           | prompt                                                   | reward 1 if                             |
+|----------------|----------------------------------------------------------|-----------------------------------------|
+| multiplication | "What is 7 times 48? Put the final answer in \\boxed{}." | the last box has the product            |
+| list           | "List exactly 4 fruits, one per line."                   | so many lines: reward depends on length |
+| addition       | "What is 3 + 8?"                                         | the last number of the reply is the sum |
 
 Covered: the files have verl's schema, so that verl can train on them too. Not covered: held-out problems; a model's
 accuracy on these says nothing about benchmarks of that name.
@@ -24,8 +23,6 @@ from typing import Annotated, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
-
-from vlnorm_verl.tasks import countdown
 
 Messages = list[dict[str, str]]
 
@@ -55,49 +52,6 @@ def last(pattern: str, text: str) -> str | None:
     """The last match's first group, commas left out."""
     found = re.findall(pattern, text)
     return found[-1].replace(",", "") if found else None
-
-
-# -------------------------------------------------------------------------------------------------------------- search
-
-SEARCHED = (((6, 3, 5), 4, 1), ((8, 2, 5), 11, 2), ((7, 1, 4), 2, 3))  # numbers, target, attempts of an example
-
-
-def attempts(numbers: tuple[int, ...]) -> Iterable[tuple[str, int]]:
-    """Each way to join the numbers by + and −, with its value."""
-    for first, *others in itertools.permutations(numbers):
-        for signs in itertools.product("+-", repeat=len(others)):
-            value = first + sum(n if sign == "+" else -n for sign, n in zip(signs, others, strict=True))
-            yield " ".join([str(first), *(f"{sign} {n}" for sign, n in zip(signs, others, strict=True))]), value
-
-
-def search(numbers: tuple[int, ...], target: int, wrong: int) -> str:
-    """Some wrong attempts, the right one and the answer."""
-    every = list(attempts(numbers))
-    right = next(text for text, value in every if value == target)
-    lines = [f"{text} = {value}, no" for text, value in every if value != target][:wrong]
-    return "\n".join([*lines, f"{right} = {target}, yes", f"<answer>{right}</answer>"])
-
-
-def problem(numbers: tuple[int, ...], target: int) -> str:
-    return f"Numbers: {', '.join(map(str, numbers))}. Target: {target}."
-
-
-def searches() -> Iterable[Item]:
-    examples: Messages = [
-        {"role": "system", "content": "Use every number once, with + and -, to make the target."},
-    ]
-    for numbers, target, wrong in SEARCHED:
-        examples += [*asked(problem(numbers, target)), {"role": "assistant", "content": search(numbers, target, wrong)}]
-    shown = {(tuple(sorted(numbers)), target) for numbers, target, _ in SEARCHED}
-    for numbers in itertools.combinations_with_replacement(range(1, 10), 3):
-        for target in sorted({value for _, value in attempts(numbers) if 5 <= value <= 40}):
-            if (numbers, target) not in shown:
-                truth = countdown.ground_truth(countdown.Problem(numbers, target))
-                yield Item([*examples, *asked(problem(numbers, target))], truth)
-
-
-def made_target(response: str, truth: str) -> bool:
-    return bool(countdown.compute_score(data_source="", solution_str=response, ground_truth=truth)["score"])
 
 
 # ------------------------------------------------------------------------------------------------------ list, addition
@@ -131,7 +85,6 @@ def last_number(response: str, truth: str) -> bool:
 
 TASKS: dict[str, tuple[Callable[[], Iterable[Item]], Callable[[str, str], bool]]] = {
     "multiplication": (multiplications, boxed),
-    "search": (searches, made_target),
     "list": (lists, counted),
     "addition": (additions, last_number),
 }
