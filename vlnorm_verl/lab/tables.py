@@ -47,33 +47,25 @@ def _table(
     return Table(name, title, list(columns), rows, foot, digits)
 
 
-def _number(value: float) -> str:
-    return f"{value:g}" if math.isfinite(value) else LOST
-
-
 def summary(analyses: Sequence[Analysis]) -> Table:
-    def allowed(a: Analysis) -> str:
-        low, high = a.tradeoff.among
-        return a.tradeoff.lost or (f"{low:g} to {high:g}" if low < high else f"{low:g}")
+    def alpha(value: float, otherwise: str | None = None) -> str | None:
+        return f"{value:g}" if math.isfinite(value) else otherwise
 
-    def recommended(a: Analysis) -> str:
-        return f"{a.tradeoff.recommended:g}" if math.isfinite(a.tradeoff.recommended) else "none"
-
-    def at_best(statistic: str) -> Callable[[Analysis], Cell]:
-        return lambda a: None if a.tradeoff.lost else getattr(a.tradeoff, statistic)[ALPHAS.index(a.tradeoff.best)]
+    def at_best(a: Analysis, of: Sequence[Estimate]) -> Estimate | None:
+        return None if a.tradeoff.lost else of[ALPHAS.index(a.tradeoff.best)]
 
     return _table(
         "summary",
         "Which α should I use?",
         {
-            "recommended": recommended,
-            "the data allow": allowed,
-            "least error": lambda a: _number(a.tradeoff.best),
-            "best alignment": lambda a: _number(a.tradeoff.best_aligned),
+            "recommended": lambda a: alpha(a.tradeoff.recommended, "none"),
+            "the data allow": lambda a: a.tradeoff.lost or " to ".join(map(alpha, dict.fromkeys(a.tradeoff.among))),
+            "least error": lambda a: alpha(a.tradeoff.best),
+            "best alignment": lambda a: alpha(a.tradeoff.best_aligned),
             "β": lambda a: a.slope.interval if a.slope else None,
-            "cosine": at_best("cosine"),
-            "bias²": at_best("bias"),
-            "variance": at_best("variance"),
+            "cosine": lambda a: at_best(a, a.tradeoff.cosine),
+            "bias²": lambda a: at_best(a, a.tradeoff.bias),
+            "variance": lambda a: at_best(a, a.tradeoff.variance),
         },
         [(a,) for a in analyses],
         [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from vlnorm_verl.lab.aggregations import ALPHAS, LARGE_SHARE, PAPERS_ALPHAS, Tradeoff
+from vlnorm_verl.lab.aggregations import ALPHAS, LARGE_SHARE, Tradeoff
 from vlnorm_verl.lab.analysis import Analysis
 from vlnorm_verl.report.estimates import Estimate
 
@@ -34,7 +34,7 @@ def headline(trade: Tradeoff) -> str:
 
 
 def verdict(analysis: Analysis) -> str:
-    """Why that α for this model and task, and how sure it is."""
+    """What the answer rests on, and how sure it is."""
     wanted = analysis.tradeoff
     said = [f"{analysis.name} ({analysis.gradients}), mini-batches of {wanted.responses} responses:"]
     if analysis.slope and math.isfinite(analysis.slope.mean.value):
@@ -44,8 +44,8 @@ def verdict(analysis: Analysis) -> str:
         )
     if wanted.lost:
         said.append(
-            f"The mean gradient is lost in noise, so which α has the least error cannot be said: of {analysis.prompts} "
-            f"prompts of the pool {analysis.mixed} have rewards that differ."
+            "The mean gradient is lost in noise, so which α has the least error cannot be said: of "
+            f"{analysis.prompts} prompts of the pool {analysis.mixed} have rewards that differ."
         )
     else:
         cosine = interval(wanted.cosine[ALPHAS.index(wanted.best)])
@@ -53,7 +53,6 @@ def verdict(analysis: Analysis) -> str:
             f"The mean squared error is least at α = {wanted.best:g}, where the update has the cosine {cosine} to that "
             f"of α = 0; its alignment, which no common factor changes, is largest at α = {wanted.best_aligned:g}."
         )
-        said.append(advice(wanted))
     return " ".join([*said, *rare(analysis)])
 
 
@@ -66,19 +65,3 @@ def rare(analysis: Analysis) -> list[str]:
         f"Single responses have more than {LARGE_SHARE:.0%} of an aggregation's noise, up to {largest.share:.0%} (see "
         "the table): how often such ones occur the intervals do not know."
     ]
-
-
-def advice(wanted: Tradeoff) -> str:
-    """How the recommended α was chosen."""
-    low, high = wanted.among
-    if not math.isfinite(wanted.recommended):
-        return (
-            f"From α = 0 to {high:g} the data do not tell the errors apart, so they do not show that any α beats "
-            "Dr. GRPO Norm (α = 0) here; more --pool-prompts would tell more."
-        )
-    if low == high:
-        return "Every other α on the grid has a larger error."
-    among = f"From α = {low:g} to {high:g} the data do not tell the errors apart"
-    if wanted.recommended in PAPERS_ALPHAS:
-        return f"{among}; α = {wanted.recommended:g} is the paper's value nearest to the best."
-    return f"{among}; the paper's 0.75 and 1 have a larger error here."
