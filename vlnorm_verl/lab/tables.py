@@ -59,7 +59,9 @@ def summary(analyses: Sequence[Analysis]) -> Table:
         "Which α should I use?",
         {
             "recommended": lambda a: alpha(a.tradeoff.recommended, "none"),
-            "the data allow": lambda a: a.tradeoff.lost or " to ".join(map(alpha, dict.fromkeys(a.tradeoff.among))),
+            "the data allow": lambda a: (
+                a.tradeoff.lost or " to ".join(f"{end:g}" for end in dict.fromkeys(a.tradeoff.among))
+            ),
             "least error": lambda a: alpha(a.tradeoff.best),
             "best alignment": lambda a: alpha(a.tradeoff.best_aligned),
             "β": lambda a: a.slope.interval if a.slope else None,
