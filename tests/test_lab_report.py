@@ -264,7 +264,7 @@ def test_tables_of_pools_without_a_signal_say_so(little: list[Analysis]) -> None
 
 
 def test_pools_without_a_signal_can_be_drawn(little: list[Analysis]) -> None:
-    assert overview(little).svg.count("lost in noise") >= 4
+    assert overview([little[0], *little[6:]]).svg.count("lost in noise") == 2
 
 
 def test_verdicts_of_pools_without_a_signal_recommend_nothing(little: list[Analysis]) -> None:

@@ -54,14 +54,15 @@ def summary(analyses: Sequence[Analysis]) -> Table:
     def at_best(a: Analysis, of: Sequence[Estimate]) -> Estimate | None:
         return None if a.tradeoff.lost else of[ALPHAS.index(a.tradeoff.best)]
 
+    def allowed(a: Analysis) -> str:
+        return a.tradeoff.lost or " to ".join(f"{end:g}" for end in dict.fromkeys(a.tradeoff.among))
+
     return _table(
         "summary",
         "Which α should I use?",
         {
             "recommended": lambda a: alpha(a.tradeoff.recommended, "none"),
-            "the data allow": lambda a: (
-                a.tradeoff.lost or " to ".join(f"{end:g}" for end in dict.fromkeys(a.tradeoff.among))
-            ),
+            "the data allow": allowed,
             "least error": lambda a: alpha(a.tradeoff.best),
             "best alignment": lambda a: alpha(a.tradeoff.best_aligned),
             "β": lambda a: a.slope.interval if a.slope else None,
