@@ -293,7 +293,7 @@ def test_numbers_are_on_the_disk_before_anything_is_drawn(
 
 def trade(best: float, among: tuple[float, float], responses: int = 320) -> Tradeoff:
     known = [Estimate(0.1, 0.05, 0.2)] * len(ALPHAS)
-    return Tradeoff(responses, known, known, known, known, known, known, best, among, 1.125, "")
+    return Tradeoff(responses, known, known, known, known, known, best, among, 1.125, "")
 
 
 @pytest.mark.parametrize(

@@ -94,37 +94,30 @@ def compare(batches: MiniBatches, beta: float) -> list[Comparison]:
         per_weight = root(statistics.variance(m)) / m[statistics.rows, SUM_X]
         return per_weight / per_weight[least]
 
-    scale = batches.estimate(statistics.scale)
-    cosine = batches.estimate(statistics.cosine)
-    noises = batches.estimate(noise, log=True)
-    cv = batches.estimate(lambda m: root(statistics.variance(m)) / root(m[statistics.rows, SQUARED_MEAN]), log=True)
-    biases = batches.estimate(lambda m: statistics.in_units(statistics.bias(m), m))
     mean_square = batches.moments[0, statistics.reference, SQUARED_MEAN]  # ‖μ‖²
     per_token = (np.diag(batches.pool.products).mean() - mean_square) / batches.pool.lengths.mean()  # V
-    predicted = [batches.predicted_noise(mode, 1.0) for mode in COMPARED]
-    by_beta = [batches.predicted_noise(mode, beta) for mode in COMPARED]
-    return [
-        Comparison(
-            mode=mode,
-            sum_x=float(batches.x[mode].sum(axis=1).mean()),
-            scale=scale[k],
-            cosine=cosine[k],
-            noise=noises[k],
-            noise_predicted=predicted[k] / predicted[least],
-            noise_by_beta=by_beta[k] / by_beta[least],
-            cv=cv[k],
-            cv_predicted=math.sqrt(per_token / mean_square) * predicted[k] if mean_square > 0 else math.nan,
-            bias=biases[k],
-        )
-        for k, mode in enumerate(COMPARED)
-    ]
+    by_length, by_beta = (
+        np.array([batches.predicted_noise(mode, exponent) for mode in COMPARED]) for exponent in (1.0, beta)
+    )
+    columns = (
+        [float(batches.x[mode].sum(axis=1).mean()) for mode in COMPARED],
+        batches.estimate(statistics.scale),
+        batches.estimate(statistics.cosine),
+        batches.estimate(noise, log=True),
+        (by_length / by_length[least]).tolist(),
+        (by_beta / by_beta[least]).tolist(),
+        batches.estimate(lambda m: root(statistics.variance(m)) / root(m[statistics.rows, SQUARED_MEAN]), log=True),
+        (np.sqrt(relative(per_token, mean_square)) * by_length).tolist(),
+        batches.estimate(lambda m: statistics.in_units(statistics.bias(m), m)),
+    )
+    return [Comparison(*row) for row in zip(COMPARED, *columns, strict=True)]
 
 
 @dataclass(frozen=True)
 class Tradeoff:
     """Bias, variance and mean squared error of VL Norm(α) about Dr. GRPO's E G, in units of ‖E G(Dr. GRPO)‖².
 
-    One of each list for each of `ALPHAS`. bias, scale, cosine: as in `Comparison`, of the mini-batches drawn: VL Norm
+    One of each list for each of `ALPHAS`. bias, cosine: as in `Comparison`, of the mini-batches drawn: VL Norm
     normalises within each, so the part of the bias that is between prompts grows with the mini-batch, a little.
     variance, error: of a mini-batch of `responses` responses, the variance scaled from those drawn as 1/size. best: the
     α of least error; NaN where it is lost in noise (`MiniBatches.lost`). among: the least and largest α whose error the
@@ -134,7 +127,6 @@ class Tradeoff:
 
     responses: int
     bias: list[Estimate]
-    scale: list[Estimate]
     cosine: list[Estimate]
     variance: list[Estimate]
     error: list[Estimate]
@@ -176,7 +168,6 @@ def tradeoff(batches: MiniBatches, responses_of_batch: int) -> Tradeoff:
     return Tradeoff(
         responses=responses_of_batch,
         bias=batches.estimate(lambda m: statistics.in_units(statistics.bias(m), m)),
-        scale=batches.estimate(statistics.scale),
         cosine=batches.estimate(statistics.cosine),
         variance=batches.estimate(lambda m: statistics.in_units(statistics.variance(m), m), log=True),
         error=batches.estimate(lambda m: statistics.in_units(statistics.error(m), m), log=True),

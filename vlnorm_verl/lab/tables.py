@@ -156,7 +156,6 @@ def alpha(analyses: Sequence[Analysis]) -> Table:
             "variance": lambda a, at: a.tradeoff.variance[at],
             "alignment": lambda a, at: a.tradeoff.alignment[at],
             "cosine to α = 0": lambda a, at: a.tradeoff.cosine[at],
-            "along α = 0": lambda a, at: a.tradeoff.scale[at],
         },
         [(a, ALPHAS.index(value)) for a in analyses for value in SHOWN_ALPHAS],
         [
