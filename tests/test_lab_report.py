@@ -258,7 +258,7 @@ def test_tables_of_pools_without_a_signal_say_so(little: list[Analysis]) -> None
     assert LOST in text
     assert "nan" not in text
     lost = [row for row in made["alpha"].rows if row[0] == "0 mixed, 0"]
-    assert lost == [["0 mixed, 0", "all", f"8 rows: {LOST}", *[None] * 7]]
+    assert lost == [["0 mixed, 0", "all", f"8 rows: {LOST}", *[None] * 6]]
     assert len([row for row in made["alpha"].rows if row[0] == "some α lost"]) == 8
     assert [row[2] for row in made["summary"].rows if row[0] == "NaN"] == ["none"]
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlnorm_verl.lab.aggregations import ALPHAS, LEAST_VARIANCE, Tradeoff
+from vlnorm_verl.lab.aggregations import ALPHAS, Tradeoff
 from vlnorm_verl.lab.analysis import Analysis
 from vlnorm_verl.lab.jackknife import LOST
 from vlnorm_verl.lab.slopes import Slope
 from vlnorm_verl.lab.verdict import interval
 from vlnorm_verl.methods import alpha_color, alpha_of, label_of, method_of
-from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.style import Figure, figure_text, render, use_style
 
 if TYPE_CHECKING:
@@ -33,15 +32,6 @@ def color_of(mode: str) -> str:
     """As everywhere; VL Norm's α by shades."""
     alpha = alpha_of(mode)
     return method_of(mode).color if alpha is None else alpha_color(alpha)
-
-
-def bar(axes: Axes, x: float, estimate: Estimate, **style: Any) -> None:
-    """A point with its interval, where there is one."""
-    if not math.isfinite(estimate.value):
-        return
-    ends = (estimate.value - estimate.low, estimate.high - estimate.value)
-    error = [[end] for end in ends] if all(map(math.isfinite, ends)) else None
-    axes.errorbar([x], [estimate.value], yerr=error, capsize=2.5, **style)
 
 
 def overview(analyses: Sequence[Analysis]) -> Figure:
@@ -95,11 +85,9 @@ def draw_deviations(axes: Axes, slope: Slope) -> None:
 
 def draw_noise(axes: Axes, analysis: Analysis) -> None:
     for k, method in enumerate(analysis.methods):
-        color = color_of(method.mode)
-        if method.mode == LEAST_VARIANCE:
-            axes.plot([k], [1.0], marker=method_of(method.mode).marker, color=color, linestyle="none")
-        else:
-            bar(axes, k, method.noise, fmt=method_of(method.mode).marker, color=color)
+        noise, style = method.noise, {"fmt": method_of(method.mode).marker, "color": color_of(method.mode)}
+        ends = [[noise.value - noise.low], [noise.high - noise.value]]  # without an end there is no bar
+        axes.errorbar([k], [noise.value], yerr=ends, capsize=2.5, **style)
         axes.plot([k + 0.22], [method.noise_predicted], "x", color="#555555")
         if math.isfinite(method.noise_by_beta):
             axes.plot([k + 0.36], [method.noise_by_beta], "+", color="#555555", markersize=6)

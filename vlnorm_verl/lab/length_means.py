@@ -38,10 +38,8 @@ def thirds(responses: Responses, within: bool) -> Thirds | None:
     None where there are fewer than three lengths. Prompts with fewer are left out.
     """
     third: Ints = np.full(len(responses.lengths), -1)
-    scopes = (
-        [responses.prompts == p for p in np.unique(responses.prompts)] if within else [np.ones(len(third), dtype=bool)]
-    )
-    for scope in scopes:
+    groups = responses.prompts if within else np.zeros(len(third))
+    for scope in (groups == group for group in np.unique(groups)):
         distinct = np.unique(responses.lengths[scope])
         if len(distinct) < 3:
             continue

@@ -53,15 +53,10 @@ def verdict(analysis: Analysis) -> str:
             f"The mean squared error is least at α = {wanted.best:g}, where the update has the cosine {cosine} to that "
             f"of α = 0; its alignment, which no common factor changes, is largest at α = {wanted.best_aligned:g}."
         )
-    return " ".join([*said, *rare(analysis)])
-
-
-def rare(analysis: Analysis) -> list[str]:
-    """A warning where single responses carry much of the noise."""
-    if not analysis.noisy:
-        return []
-    largest = max(analysis.noisy, key=lambda response: response.share)
-    return [
-        f"Single responses have more than {LARGE_SHARE:.0%} of an aggregation's noise, up to {largest.share:.0%} (see "
-        "the table): how often such ones occur the intervals do not know."
-    ]
+    if analysis.noisy:
+        said.append(
+            f"Single responses have more than {LARGE_SHARE:.0%} of an aggregation's noise, up to "
+            f"{max(response.share for response in analysis.noisy):.0%} (see the table): how often such ones occur the "
+            "intervals do not know."
+        )
+    return " ".join(said)
