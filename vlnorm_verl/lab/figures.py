@@ -85,9 +85,9 @@ def draw_deviations(axes: Axes, slope: Slope) -> None:
 
 def draw_noise(axes: Axes, analysis: Analysis) -> None:
     for k, method in enumerate(analysis.methods):
-        noise, style = method.noise, {"fmt": method_of(method.mode).marker, "color": color_of(method.mode)}
+        noise, marker = method.noise, method_of(method.mode).marker
         ends = [[noise.value - noise.low], [noise.high - noise.value]]  # without an end there is no bar
-        axes.errorbar([k], [noise.value], yerr=ends, capsize=2.5, **style)
+        axes.errorbar([k], [noise.value], yerr=ends, capsize=2.5, fmt=marker, color=color_of(method.mode))
         axes.plot([k + 0.22], [method.noise_predicted], "x", color="#555555")
         if math.isfinite(method.noise_by_beta):
             axes.plot([k + 0.36], [method.noise_by_beta], "+", color="#555555", markersize=6)
