@@ -33,6 +33,7 @@ from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import gradients, models, store
 from vlnorm_verl.lab.gradients import _checkpoint, compute, score_gradient
 from vlnorm_verl.lab.parameters import parts_of, select_parameters
+from vlnorm_verl.lab.prompt_cache import prompt_cache
 from vlnorm_verl.lab.sketch import CountSketch
 from vlnorm_verl.lab.store import grpo_advantages, load
 from vlnorm_verl.tasks.tiny import WEIGHTS
@@ -129,6 +130,53 @@ def test_gradients_add_up(exact: Any) -> None:
     total = torch.autograd.grad(sum(log_probability(exact, ids(PROMPT), r, 1.0) for r in responses), parameters)
     actual = sum(score(exact, response) for response in responses)
     assert differences(actual, torch.cat([g.reshape(-1) for g in total])) < ROUNDING
+
+
+LLAMA = {**SIZES, "intermediate_size": 32, "initializer_range": 0.5}
+DECODERS = {
+    "GPT-NeoX": transformers.GPTNeoXConfig(**LLAMA),
+    "GPT-2": transformers.GPT2Config(vocab_size=16, n_embd=16, n_layer=3, n_head=2, initializer_range=0.5),
+    "OPT": transformers.OPTConfig(
+        **SIZES, ffn_dim=32, word_embed_proj_dim=16, init_std=0.5, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    ),
+    "Llama": transformers.LlamaConfig(**LLAMA),
+    "sliding windows": transformers.MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=4),
+}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("modules", [r"\.2\.", r"\.[12]\."])
+def test_a_prompt_that_is_computed_once_gives_the_same_gradients(decoder: str, modules: str) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(DECODERS[decoder], dtype=torch.float64).eval()
+    parameters = select_parameters(model, modules)
+    cache = prompt_cache(model, parameters)
+    assert cache is not None
+    for prompt in ([3, 1, 4, 1, 5, 9], [2, 6]):
+        cache.start(prompt)
+        for response in ([5, 3, 5, 8, 9, 7], [9], [3, 2]):
+            whole = score_gradient(model, parameters, prompt, response, 0.7)
+            shared = score_gradient(model, parameters, prompt, response, 0.7, cache)
+            assert differences(flat(shared), flat(whole)) < ROUNDING
+
+
+def test_a_prompt_is_shared_only_by_layers_below_all_chosen_parameters(exact: Any) -> None:
+    for modules, below in (("last-qkv", 2), ("layers.[12].mlp", 1), ("layers.0", None), ("all", None), ("norm", None)):
+        cache = prompt_cache(exact, select_parameters(exact, modules))
+        assert (cache and len(cache.below)) == below
+
+
+def test_a_model_that_cannot_share_a_prompt_computes_it_anew(sampled: Path) -> None:
+    """Mamba keeps a state and no keys, and ignores those that it is given; without a warning."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, intermediate_size=32)
+    mamba = transformers.AutoModelForCausalLM.from_config(config).eval()
+    tiny, rollouts = models.load_model(str(WEIGHTS)), next(store.read_rollouts(sampled))
+    for model, modules, is_exact in ((mamba, "layers.1", False), (tiny, "last-qkv", True)):
+        parameters = select_parameters(model, modules)
+        cache = prompt_cache(model, parameters)
+        assert cache is not None
+        assert gradients.cache_is_exact(model, parameters, cache, rollouts, 1.0) is is_exact
 
 
 def test_expected_score_gradient_is_zero() -> None:
@@ -312,8 +360,8 @@ def test_many_entries_are_projected_unless_told_otherwise(sampled: Path, tmp_pat
 
 def test_checkpointing_does_not_change_gradients(sampled: Path, tmp_path: Path) -> None:
     shutil.copytree(sampled, tmp_path / "lab")
-    compute(tmp_path / "lab", "layers.1", folder="plain")
-    compute(tmp_path / "lab", "layers.1", checkpointing=True, folder="recomputed")
+    compute(tmp_path / "lab", "layers.0", folder="plain")
+    compute(tmp_path / "lab", "layers.0", checkpointing=True, folder="recomputed")
     plain, recomputed = (load(tmp_path / "lab", folder).groups[0] for folder in ("plain", "recomputed"))
     assert np.allclose(plain.score_gradients, recomputed.score_gradients, rtol=1e-5, atol=1e-6)
 
@@ -338,7 +386,7 @@ def test_a_stopped_call_goes_on_to_the_same_bytes(
     out.mkdir()
     shutil.copy(sampled / store.ROLLOUTS, out)
 
-    left = [7]  # the first prompt has six responses
+    left = [9]  # two to try the cache with; the first prompt has six responses
 
     def stop(*arguments: Any) -> Any:
         if not left[0]:

@@ -10,11 +10,10 @@ import csv
 import math
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from rich.console import Console
@@ -27,11 +26,12 @@ from vlnorm_verl.lab import build, mini_batches, verdict
 from vlnorm_verl.lab.aggregations import ALPHAS, NoisyResponse, Tradeoff
 from vlnorm_verl.lab.analysis import Analysis, analyse, of_most_parameters
 from vlnorm_verl.lab.cli import folder_of
-from vlnorm_verl.lab.figures import figures, stem
+from vlnorm_verl.lab.figures import overview
 from vlnorm_verl.lab.jackknife import LOST
 from vlnorm_verl.lab.store import grpo_advantages
 from vlnorm_verl.lab.tables import tables
 from vlnorm_verl.report.estimates import Estimate
+from vlnorm_verl.report.style import Figure
 from vlnorm_verl.report.writers import to_markdown
 from vlnorm_verl.tasks.tiny import WEIGHTS as MODEL
 
@@ -60,8 +60,9 @@ def read(folder: Path, table: str) -> list[dict[str, str]]:
 
 def test_one_command_makes_the_page_with_its_tables_and_figures(folder: Path) -> None:
     page = (folder / "report" / "lab.html").read_text()
-    for heading in ("In short", "How variance grows with length", "Which α", "What “unbiased” assumes"):
+    for heading in ("Which α should I use?", "<summary>How variance grows with length", "What was sampled"):
         assert heading in page
+    assert "α" in page[page.index("<h1>") : page.index("</h1>")]
     slopes = read(folder / "report", "slopes")
     mlp = folder_of("layers.2.mlp")
     assert {(row["gradients"], row["part"]) for row in slopes} == {
@@ -71,10 +72,9 @@ def test_one_command_makes_the_page_with_its_tables_and_figures(folder: Path) ->
     assert {row["g_i"] for row in slopes} == {"score only (A = 1)", "advantages"}
     methods = read(folder / "report", "methods")
     assert {row["aggregation"] for row in methods} >= {"GRPO Norm", "DAPO Norm", "Dr. GRPO Norm", "VL Norm (α = 1)"}
-    assert {row["mini-batch"] for row in read(folder / "report", "alpha")} == {"16", "64"}
+    assert {row["model"] for row in read(folder / "report", "alpha")} == {"tiny"}
     assert float(read(folder / "report", "noisy_responses")[0]["share of the noise"]) > 0.1
-    figures = {path.stem for path in (folder / "report" / "figures").glob("*.png")}
-    assert {"overview", "methods", "alpha", "thirds", "growth", "deviations-tiny-last-qkv"} <= figures
+    assert {path.name for path in (folder / "report" / "figures").iterdir()} == {"overview.png", "overview.svg"}
 
 
 @pytest.mark.usefixtures("_no_figures")
@@ -91,16 +91,16 @@ def test_the_same_command_again_computes_nothing_anew(folder: Path) -> None:
 @pytest.fixture
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longest, and the first test has drawn everything."""
-    monkeypatch.setattr(build, "figures", lambda analyses: [])
+    monkeypatch.setattr(build, "overview", lambda analyses: Figure("overview", "nothing", "", b"", "<svg/>"))
 
 
 @pytest.mark.usefixtures("_no_figures")
 def test_several_models_side_by_side(folder: Path, tmp_path: Path) -> None:
     done = lab("report", f"start={folder}", f"<b>end</b>={folder}", "--out", tmp_path, "--mini-batch=640")
     assert done.exit_code == 0, done.output
-    assert [row["model"] for row in read(tmp_path, "summary")] == ["start"] * 4 + ["<b>end</b>"] * 4
-    assert {row["mini-batch"] for row in read(tmp_path, "summary")} == {"16", "640"}
+    assert [row["model"] for row in read(tmp_path, "summary")] == ["start"] * 2 + ["<b>end</b>"] * 2
     page = (tmp_path / "lab.html").read_text()
+    assert "for mini-batches of 640 responses" in page
     assert "<b>end" not in page
     assert "&lt;b&gt;end" in page
 
@@ -204,7 +204,7 @@ def little() -> list[Analysis]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mini_batches, "ROUNDS", 16)
         pools = [of_pool(0), of_pool(1), of_pool(2), of_pool(8), of_pool(0, reward=0.1), of_pool(16)]
-    return [*pools, replace(pools[3], name="some α lost", tradeoffs=[some_lost()])]
+    return [*pools, replace(pools[3], name="some α lost", tradeoff=some_lost()), nothing_known(pools[5])]
 
 
 def some_lost() -> Tradeoff:
@@ -212,12 +212,40 @@ def some_lost() -> Tradeoff:
     return replace(trade(0.75, (0.5, 1.0)), error=[known] * 9 + [lost] * 8, bias=[lost] * 4 + [known] * 13)
 
 
+def nothing_known(analysis: Analysis) -> Analysis:
+    """With NaN for every number that an analysis can have one for."""
+    nan, lost = math.nan, Estimate(math.nan, note=LOST)
+
+    def blank(of: Any) -> Any:
+        changed = {
+            field.name: {Estimate: lost, float: nan}[type(value)]
+            if isinstance(value := getattr(of, field.name), Estimate | float)
+            else [lost] * len(value)
+            if isinstance(value, list) and value and isinstance(value[0], Estimate)
+            else dict.fromkeys(value, lost)
+            if isinstance(value, dict)
+            else value
+            for field in fields(of)
+        }
+        return replace(of, **changed)
+
+    return replace(
+        analysis,
+        name="NaN",
+        slope=analysis.slope and blank(analysis.slope),
+        slopes=[blank(slope) for slope in analysis.slopes],
+        methods=[blank(method) for method in analysis.methods],
+        tradeoff=replace(blank(analysis.tradeoff), among=(nan, nan), lost=LOST),
+        thirds=[replace(blank(third), norm=[lost] * 3) for third in analysis.thirds],
+    )
+
+
 def test_pools_without_a_signal_are_lost_in_noise(little: list[Analysis]) -> None:
     """Nor is an α recommended by advantages that are rounding alone, of eight equal rewards of 0.1."""
     for analysis in (little[0], little[1], little[4]):
-        assert [trade.best for trade in analysis.tradeoffs] == [pytest.approx(math.nan, nan_ok=True)] * 2
+        assert math.isnan(analysis.tradeoff.best)
         for method in analysis.methods:
-            assert {estimate.note for estimate in (method.cv, method.variance, method.bias)} == {LOST}
+            assert {estimate.note.partition(";")[0] for estimate in (method.cv, method.bias)} == {LOST}
 
 
 def test_mixed_groups_are_those_whose_rewards_differ(little: list[Analysis]) -> None:
@@ -225,29 +253,26 @@ def test_mixed_groups_are_those_whose_rewards_differ(little: list[Analysis]) -> 
 
 
 def test_tables_of_pools_without_a_signal_say_so(little: list[Analysis]) -> None:
-    text = "".join(map(to_markdown, tables(little)))
+    made = {table.name: table for table in tables(little)}
+    text = "".join(map(to_markdown, made.values()))
     assert LOST in text
     assert "nan" not in text
+    lost = [row for row in made["alpha"].rows if row[0] == "0 mixed, 0"]
+    assert lost == [["0 mixed, 0", "all", f"8 rows: {LOST}", *[None] * 6]]
+    assert len([row for row in made["alpha"].rows if row[0] == "some α lost"]) == 8
+    assert [row[2] for row in made["summary"].rows if row[0] == "NaN"] == ["none"]
 
 
-def test_pools_without_a_signal_can_be_drawn(little: list[Analysis], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to the files: PNG and SVG of all of these would take a minute."""
-
-    def drawn(canvas: Any, name: str, *_: str) -> str:
-        canvas.draw_without_rendering()
-        plt.close(canvas)
-        return name
-
-    monkeypatch.setattr("vlnorm_verl.lab.figures.render", drawn)
-    of_one_model = [f"deviations-{stem(analysis.name)}-all" for analysis in little if analysis.slopes]
-    assert figures(little) == ["overview", *of_one_model, "methods", "alpha", "thirds", "growth"]
+def test_pools_without_a_signal_can_be_drawn(little: list[Analysis]) -> None:
+    assert overview([little[0], *little[6:]]).svg.count("lost in noise") == 2
 
 
 def test_verdicts_of_pools_without_a_signal_recommend_nothing(little: list[Analysis]) -> None:
     for analysis in (little[0], little[1], little[4]):
         said = verdict.verdict(analysis)
-        assert "cannot be said: the mean gradient is lost in noise" in said
-        assert f"Of 16 prompts of the pool {analysis.mixed} have rewards that differ" in said
+        assert "The mean gradient is lost in noise" in said
+        assert f"of 16 prompts of the pool {analysis.mixed} have rewards that differ" in said
+        assert verdict.headline(analysis.tradeoff).startswith(f"Which α: {LOST}")
         assert "nan" not in said
 
 
@@ -257,7 +282,7 @@ def test_numbers_are_on_the_disk_before_anything_is_drawn(
     def cannot_draw(_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(build, "figures", cannot_draw)
+    monkeypatch.setattr(build, "overview", cannot_draw)
     with pytest.raises(ZeroDivisionError):
         build.write(little, tmp_path, Console(quiet=True))
     assert {row["model"] for row in read(tmp_path, "summary")} == {analysis.name for analysis in little}
@@ -268,32 +293,36 @@ def test_numbers_are_on_the_disk_before_anything_is_drawn(
 
 def trade(best: float, among: tuple[float, float], responses: int = 320) -> Tradeoff:
     known = [Estimate(0.1, 0.05, 0.2)] * len(ALPHAS)
-    return Tradeoff(responses, known, known, known, known, known, known, best, among, 1.125)
+    return Tradeoff(responses, known, known, known, known, known, best, among, 1.125, "")
 
 
 @pytest.mark.parametrize(
-    ("best", "among", "words"),
+    ("best", "among", "answer"),
     [
-        (0.875, (0.25, 2.0), "Recommended: α = 1, the paper's value nearest"),
-        (0.75, (0.5, 1.5), "Recommended: α = 0.75, the paper's value nearest"),
-        (0.5, (0.25, 0.75), "Recommended: α = 0.75"),
-        (0.25, (0.125, 0.5), "Recommended: α = 0.25; the paper's 0.75 and 1 have a larger error here."),
-        (1.5, (1.25, 2.0), "Recommended: α = 1.5"),
-        (1.0, (1.0, 1.0), "every other α on the grid has a larger error"),
-        (0.25, (0.0, 2.0), "No recommendation: from α = 0 to 2 the data do not tell the errors apart"),
+        (0.875, (0.25, 2.0), "Use α = 1 (the data allow 0.25 to 2)"),
+        (0.75, (0.5, 1.5), "Use α = 0.75 (the data allow 0.5 to 1.5)"),
+        (0.5, (0.25, 0.75), "Use α = 0.75 (the data allow 0.25 to 0.75)"),
+        (0.25, (0.125, 0.5), "Use α = 0.25 (the data allow 0.125 to 0.5)"),
+        (1.5, (1.25, 2.0), "Use α = 1.5 (the data allow 1.25 to 2)"),
+        (1.0, (1.0, 1.0), "Use α = 1 (the data allow no other)"),
+        (0.25, (0.0, 2.0), "No α is shown to be better than 0 (the data allow 0 to 2)"),
     ],
 )
-def test_an_alpha_is_recommended_only_where_the_data_speak(best: float, among: tuple[float, float], words: str) -> None:
-    said = verdict.advice(trade(best, among))
-    assert words in said
-    assert ("Recommended" in said) == (among[0] > 0)
+def test_an_alpha_is_recommended_only_where_the_data_speak(
+    best: float, among: tuple[float, float], answer: str, little: list[Analysis]
+) -> None:
+    assert verdict.headline(trade(best, among)) == answer
+    made = next(t for t in tables([replace(little[3], tradeoff=trade(best, among))]) if t.name == "summary")
+    row = dict(zip(made.columns, made.rows[0], strict=True))
+    assert row["recommended"] == (answer.split()[3] if among[0] > 0 else "none")
+    assert row["the data allow"] == (f"{among[0]:g} to {among[1]:g}" if among[0] < among[1] else "1")
 
 
 def test_the_verdict_says_what_is_known(little: list[Analysis]) -> None:
-    said = verdict.verdict(replace(little[3], tradeoffs=[trade(1.0, (1.0, 1.0))], noisy=[]))
-    assert "For mini-batches of 320 responses" in said
-    assert "the cosine to the mean gradient, 0.10 [0.05, 0.20]" in said
-    assert "Alignment, which no common factor changes, is largest at α = 1.125. Recommended: α = 1" in said
+    said = verdict.verdict(replace(little[3], tradeoff=trade(1.0, (1.0, 1.0)), noisy=[]))
+    assert "mini-batches of 320 responses" in said
+    assert "the cosine 0.10 [0.05, 0.20] to that of α = 0" in said
+    assert "its alignment, which no common factor changes, is largest at α = 1.125." in said
 
 
 def test_the_verdict_warns_of_single_responses(little: list[Analysis]) -> None:
@@ -309,6 +338,7 @@ def test_the_verdict_warns_of_single_responses(little: list[Analysis]) -> None:
         (Estimate(1.25, note="one prompt"), "1.25 (no interval: one prompt)"),
         (Estimate(math.nan, note=LOST), f"unknown ({LOST})"),
         (Estimate(math.nan), "unknown"),
+        (Estimate(-0.125, -0.5, 0.25), "−0.12 [−0.50, 0.25]"),
     ],
 )
 def test_an_estimate_in_words(estimate: Estimate, words: str) -> None:
@@ -326,7 +356,7 @@ def test_the_most_parameters_speak_for_a_model(little: list[Analysis]) -> None:
 def test_everything_of_a_model(little: list[Analysis]) -> None:
     analysis = little[5]
     assert (analysis.drawn, analysis.prompts, analysis.mixed, analysis.slope_prompts) == (32, 16, 16, (2, 16))
-    assert [trade.responses for trade in analysis.tradeoffs] == [32, 320]
+    assert analysis.tradeoff.responses == 320
     assert {slope.score_only for slope in analysis.slopes} == {True, False}
     assert analysis.slope is not None
     assert not analysis.slope.score_only

@@ -19,6 +19,7 @@ from vlnorm_verl.report.estimates import Estimate
 ALPHAS = tuple(0.125 * step for step in range(17))  # 0 to 2, the range that the plugin accepts
 OF_ALPHAS = tuple(join("vl_norm", alpha) for alpha in ALPHAS)
 LEAST_VARIANCE = "vl_norm:1"
+PAPERS_ALPHAS = (1.0, 0.75)
 COMPARED = ("grpo_norm", "dapo_norm", REFERENCE, "vl_norm:0.5", "vl_norm:0.75", LEAST_VARIANCE)
 LARGE_SHARE = 0.1  # of an aggregation's noise: a response that has more is named
 
@@ -33,9 +34,8 @@ class Comparison:
     noise, noise_predicted, noise_by_beta: standard deviation of G for a given sum of weights, over that of VL Norm with
         α = 1: measured; by the closed forms (variance ∝ L); by variance ∝ L^β with the measured β.
     cv, cv_predicted: coefficient of variation of G, √(E‖G − E G‖²)/‖E G‖.
-    variance: E‖G − E G‖² in units of ‖E G(Dr. GRPO)‖².
-    bias: ‖E G − E G(Dr. GRPO)‖² in the same units, without the noise's share, so it can be negative; by the model it is
-        (sum_x − 1)².
+    bias: ‖E G − E G(Dr. GRPO)‖² in units of ‖E G(Dr. GRPO)‖², without the noise's share, so it can be negative; by the
+        model it is (sum_x − 1)².
     """
 
     mode: str
@@ -47,7 +47,6 @@ class Comparison:
     noise_by_beta: float
     cv: Estimate
     cv_predicted: float
-    variance: Estimate
     bias: Estimate
 
 
@@ -95,49 +94,39 @@ def compare(batches: MiniBatches, beta: float) -> list[Comparison]:
         per_weight = root(statistics.variance(m)) / m[statistics.rows, SUM_X]
         return per_weight / per_weight[least]
 
-    scale = batches.estimate(statistics.scale)
-    cosine = batches.estimate(statistics.cosine)
-    noises = batches.estimate(noise, log=True)
-    cv = batches.estimate(lambda m: root(statistics.variance(m)) / root(m[statistics.rows, SQUARED_MEAN]), log=True)
-    biases = batches.estimate(lambda m: statistics.in_units(statistics.bias(m), m))
-    variances = batches.estimate(lambda m: statistics.in_units(statistics.variance(m), m), log=True)
     mean_square = batches.moments[0, statistics.reference, SQUARED_MEAN]  # ‖μ‖²
     per_token = (np.diag(batches.pool.products).mean() - mean_square) / batches.pool.lengths.mean()  # V
-    predicted = [batches.predicted_noise(mode, 1.0) for mode in COMPARED]
-    by_beta = [batches.predicted_noise(mode, beta) for mode in COMPARED]
-    return [
-        Comparison(
-            mode=mode,
-            sum_x=float(batches.x[mode].sum(axis=1).mean()),
-            scale=scale[k],
-            cosine=cosine[k],
-            noise=noises[k],
-            noise_predicted=predicted[k] / predicted[least],
-            noise_by_beta=by_beta[k] / by_beta[least],
-            cv=cv[k],
-            cv_predicted=math.sqrt(per_token / mean_square) * predicted[k] if mean_square > 0 else math.nan,
-            variance=variances[k],
-            bias=biases[k],
-        )
-        for k, mode in enumerate(COMPARED)
-    ]
+    by_length, by_beta = (
+        np.array([batches.predicted_noise(mode, exponent) for mode in COMPARED]) for exponent in (1.0, beta)
+    )
+    columns = (
+        [float(batches.x[mode].sum(axis=1).mean()) for mode in COMPARED],
+        batches.estimate(statistics.scale),
+        batches.estimate(statistics.cosine),
+        batches.estimate(noise, log=True),
+        (by_length / by_length[least]).tolist(),
+        (by_beta / by_beta[least]).tolist(),
+        batches.estimate(lambda m: root(statistics.variance(m)) / root(m[statistics.rows, SQUARED_MEAN]), log=True),
+        (np.sqrt(relative(per_token, mean_square)) * by_length).tolist(),
+        batches.estimate(lambda m: statistics.in_units(statistics.bias(m), m)),
+    )
+    return [Comparison(*row) for row in zip(COMPARED, *columns, strict=True)]
 
 
 @dataclass(frozen=True)
 class Tradeoff:
     """Bias, variance and mean squared error of VL Norm(α) about Dr. GRPO's E G, in units of ‖E G(Dr. GRPO)‖².
 
-    One of each list for each of `ALPHAS`. bias, scale, cosine: as in `Comparison`, of the mini-batches drawn: VL Norm
+    One of each list for each of `ALPHAS`. bias, cosine: as in `Comparison`, of the mini-batches drawn: VL Norm
     normalises within each, so the part of the bias that is between prompts grows with the mini-batch, a little.
     variance, error: of a mini-batch of `responses` responses, the variance scaled from those drawn as 1/size. best: the
-    α of least error; NaN where ‖E G(Dr. GRPO)‖² is not above 0 by its interval. among: the least and largest α whose
-    error the data do not tell from the best one's. alignment: E G·E G(Dr. GRPO) / √(E‖G‖² ‖E G(Dr. GRPO)‖²), which no
-    factor common to all updates changes; 1 is an update without noise. best_aligned: the α of the largest.
+    α of least error; NaN where it is lost in noise (`MiniBatches.lost`). among: the least and largest α whose error the
+    data do not tell from the best one's. alignment: E G·E G(Dr. GRPO) / √(E‖G‖² ‖E G(Dr. GRPO)‖²), which no factor
+    common to all updates changes; 1 is an update without noise. best_aligned: the α of the largest.
     """
 
     responses: int
     bias: list[Estimate]
-    scale: list[Estimate]
     cosine: list[Estimate]
     variance: list[Estimate]
     error: list[Estimate]
@@ -145,6 +134,19 @@ class Tradeoff:
     best: float
     among: tuple[float, float]
     best_aligned: float
+    lost: str
+
+    @property
+    def recommended(self) -> float:
+        """The paper's α nearest to the best where the data allow one, since it is tested, else the best.
+
+        NaN where the data do not show that any α beats α = 0.
+        """
+        low, high = self.among
+        if not low > 0:
+            return math.nan
+        usual = [alpha for alpha in PAPERS_ALPHAS if low <= alpha <= high]
+        return min(usual, key=lambda alpha: abs(alpha - self.best), default=self.best)
 
 
 def tradeoff(batches: MiniBatches, responses_of_batch: int) -> Tradeoff:
@@ -160,13 +162,12 @@ def tradeoff(batches: MiniBatches, responses_of_batch: int) -> Tradeoff:
     # Differences in their own unit: the reference's norm, common to all, is the noisiest number here.
     behind = batches.estimate(lambda m: statistics.error(m) - statistics.error(m)[best])
     alike = [alpha for alpha, gap in zip(ALPHAS, behind, strict=True) if alpha == ALPHAS[best] or not gap.low > 0]
-    known = batches.estimate(lambda m: m[[statistics.reference], SQUARED_MEAN])[0].low > 0
+    known = not batches.lost
     aligned = batches.estimate(statistics.alignment)
     alignments = np.nan_to_num([estimate.value for estimate in aligned], nan=-np.inf)
     return Tradeoff(
         responses=responses_of_batch,
         bias=batches.estimate(lambda m: statistics.in_units(statistics.bias(m), m)),
-        scale=batches.estimate(statistics.scale),
         cosine=batches.estimate(statistics.cosine),
         variance=batches.estimate(lambda m: statistics.in_units(statistics.variance(m), m), log=True),
         error=batches.estimate(lambda m: statistics.in_units(statistics.error(m), m), log=True),
@@ -174,6 +175,7 @@ def tradeoff(batches: MiniBatches, responses_of_batch: int) -> Tradeoff:
         best=ALPHAS[best] if known else math.nan,
         among=(min(alike), max(alike)) if known else (math.nan, math.nan),
         best_aligned=ALPHAS[int(np.argmax(alignments))] if known else math.nan,
+        lost=batches.lost,
     )
 
 

@@ -19,8 +19,8 @@ from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import aggregations
 from vlnorm_verl.lab.aggregations import COMPARED, OF_ALPHAS, Comparison, NoisyResponse, Tradeoff
 from vlnorm_verl.lab.gram import Ints, inner_products
-from vlnorm_verl.lab.length_means import Growth, Thirds, growth, thirds
-from vlnorm_verl.lab.mini_batches import REFERENCE, SQUARED_MEAN, MiniBatches
+from vlnorm_verl.lab.length_means import Thirds, thirds
+from vlnorm_verl.lab.mini_batches import MiniBatches
 from vlnorm_verl.lab.slopes import Slope, slope
 from vlnorm_verl.lab.store import Stored
 
@@ -52,9 +52,8 @@ class Analysis:
     methods: list[Comparison]
     noisy: list[NoisyResponse]
     drawn: int
-    tradeoffs: list[Tradeoff]
+    tradeoff: Tradeoff
     thirds: list[Thirds]
-    growth: list[Growth]
 
 
 def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: int = 0) -> Analysis:
@@ -83,7 +82,6 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
     of_pool, of_many = inner_products(list(pool.values())), inner_products(many)
     scale = float(stored.settings["max_response_length"])
     batches = MiniBatches(of_pool, [*dict.fromkeys(COMPARED + OF_ALPHAS)], len(pool) // 4, scale, seed)
-    drawn = round(batches.responses)
     return Analysis(
         name=name,
         gradients=gradients,
@@ -100,10 +98,9 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
         slope=of_all,
         methods=aggregations.compare(batches, beta),
         noisy=aggregations.noisy_responses(batches, pool),
-        drawn=drawn,
-        tradeoffs=[aggregations.tradeoff(batches, responses) for responses in dict.fromkeys((drawn, mini_batch))],
-        thirds=[t for t in (thirds(of_pool, False, seed), thirds(of_many, True, seed)) if t],
-        growth=growth(of_pool, scale, batches.moments[0, batches.row(REFERENCE), SQUARED_MEAN], seed),
+        drawn=round(batches.responses),
+        tradeoff=aggregations.tradeoff(batches, mini_batch),
+        thirds=[t for t in (thirds(of_pool, False), thirds(of_many, True)) if t],
     )
 
 

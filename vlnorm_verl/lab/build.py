@@ -1,4 +1,4 @@
-"""From stored gradients to tables, figures, a page and sentences: `vlnorm-verl lab report`.
+"""From stored gradients to tables, a figure, a page and sentences: `vlnorm-verl lab report`.
 
     lab.html                  everything on one page, without a network
     tables/, figures/         Markdown, CSV, JSON, LaTeX; PNG and SVG
@@ -17,22 +17,20 @@ from rich.console import Console
 from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import store
 from vlnorm_verl.lab.analysis import Analysis, analyse, of_most_parameters
-from vlnorm_verl.lab.figures import figures
+from vlnorm_verl.lab.figures import overview
 from vlnorm_verl.lab.tables import tables
-from vlnorm_verl.lab.verdict import described, verdict
-from vlnorm_verl.report.page import write_page
-from vlnorm_verl.report.style import Figure, write_figures
-from vlnorm_verl.report.table import Table
+from vlnorm_verl.lab.verdict import headline, verdict
+from vlnorm_verl.report.page import Fold, write_page
+from vlnorm_verl.report.style import write_figures
 from vlnorm_verl.report.writers import print_table, write_tables
 
-# Names of tables and beginnings of names of figures by the page's headings.
-SECTIONS = {
-    "In short": ("overview", "summary"),
-    "How variance grows with length": ("slopes", "deviations"),
-    "Aggregations: noise and bias, predicted and measured": ("methods", "noisy_responses"),
-    "Which α": ("alpha",),
-    "What “unbiased” assumes": ("thirds",),
-    "The mean gradient as lengths grow": ("growth",),
+# Titles on the page and names of the tables under them; what is not the answer is folded.
+FOLDED = {
+    "Noise and bias of the aggregations": ("methods", "noisy_responses"),
+    "How variance grows with length": ("slopes",),
+    "Bias, variance and error of each α": ("alpha",),
+    "Is the mean gradient the same for every length?": ("thirds",),
+    "What was sampled": ("sampled",),
 }
 
 
@@ -65,23 +63,22 @@ def build(folders: Sequence[str], out: Path, mini_batch: int, seed: int) -> None
 
 
 def write(analyses: Sequence[Analysis], out: Path, console: Console) -> None:
-    """Tables first, then figures, then the page; prints the summary and the verdicts."""
-    made = tables(analyses)
-    verdicts = [verdict(analysis) for analysis in of_most_parameters(analyses)]
-    write_tables(made, out / "tables")
-    print_table(made[0], console)
+    """Tables first, then the figure and the page; prints the answer, the summary and what it rests on."""
+    made = {table.name: table for table in tables(analyses)}
+    main = of_most_parameters(analyses)
+    answers = [(f"{a.name}: " if len(main) > 1 else "") + headline(a.tradeoff) for a in main]
+    verdicts = [*map(verdict, main)]
+    write_tables(made.values(), out / "tables")
+    for answer in answers:
+        console.print(answer, style="bold", markup=False, highlight=False)
+    print_table(made["summary"], console)
     for text in verdicts:
         console.print(text, markup=False, highlight=False)
-    drawn = figures(analyses)
-    write_figures(drawn, out / "figures")
-    parts: list[Table | Figure | str] = []
-    for heading, names in SECTIONS.items():
-        inside: list[Table | Figure | str] = [
-            *(figure for figure in drawn if figure.name.startswith(names)),
-            *(table for table in made if table.name in names),
-        ]
-        parts += [heading, *inside] if inside else []
-    write_page(out / "lab.html", "The gradient lab", [*verdicts, *map(described, analyses)], parts)
+    figure = overview(analyses)
+    write_figures([figure], out / "figures")
+    folds = [Fold(title, [made[name] for name in names if name in made]) for title, names in FOLDED.items()]
+    folded = (fold for fold in folds if fold.parts)
+    write_page(out / "lab.html", " · ".join(answers), verdicts, [made["summary"], figure, *folded])
     console.print(f"{out / 'lab.html'}", markup=False, highlight=False)
 
 

@@ -68,8 +68,6 @@ def run(
     The same command again goes on where it was stopped. For a run of verl, give …/global_step_N: its checkpoint is
     merged with verl's own tool. Several models at once: `vlnorm-verl lab report`.
 
-    β and its interval for other prompts are by default of 16 prompts with 32 responses each.
-
       vlnorm-verl lab run Qwen/Qwen2.5-3B --task countdown --data data/countdown/train.parquet --no-chat-template
         --out lab/3b
       vlnorm-verl lab run runs/mine/checkpoints/global_step_60 --out lab/step60 --modules last-qkv --modules all

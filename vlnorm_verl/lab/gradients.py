@@ -4,9 +4,8 @@
 after it. On policy the PPO ratio is 1, so the paper's gradient is g_i = A_i s_i; the scalars A_i are kept beside.
 
 One plain backward pass a response, without padding. Only the chosen parameters require a gradient, so that for the last
-layer autograd stops there. Logits are computed at the response's positions alone. The prompt is computed for every
-response anew: the last layer's keys and values at the prompt's positions depend on the chosen parameters, so a cache of
-them would lose a part of the gradient.
+layer autograd stops there. Logits are computed at the response's positions alone. Through the layers below the chosen
+parameters a prompt goes once (prompt_cache.py), if the model's first response has the same gradient without that.
 
 Memory: the model and one gradient of the chosen parameters in float32, about four matrices of response length ×
 vocabulary, one prompt's result. With a projection (sketch.py) a gradient is stored as K numbers. Each of the P parts of
@@ -31,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from vlnorm_verl.files import UserError, whole, write_json
 from vlnorm_verl.lab import models, store
 from vlnorm_verl.lab.parameters import LAST_QKV, parts_of, select_parameters
+from vlnorm_verl.lab.prompt_cache import PromptCache, prompt_cache
 from vlnorm_verl.lab.sketch import Projection
 from vlnorm_verl.tasks.base import content_sha256
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 PROJECT_ABOVE = 1_000_000  # entries; beyond it gradients are projected unless told otherwise
 PROJECTION = 65_536  # to so many
+ALIKE = 1e-3  # of the gradient: what float32 may make of another order of sums, with room
 
 
 def compute(
@@ -103,12 +104,21 @@ def compute(
     total, left = (sum(len(rollouts.responses) for rollouts in each.values()) for each in (files, missing))
     fewer = f" projected to {width:,}" if width < size else ""
     print(f"score gradients of {len(chosen)} parameters, {size:,} entries{fewer}")
+    # What is recomputed keeps no keys and values.
+    cache = None if checkpointing or not missing else prompt_cache(model, chosen)
     with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         bar = progress.add_task("score gradients", total=total, completed=total - left)
+        if cache and not cache_is_exact(model, chosen, cache, next(iter(files.values())), sampled["temperature"]):
+            progress.console.print(
+                "each prompt is computed for each response: this model cannot share it", markup=False
+            )
+            cache = None
         for file, rollouts in missing.items():
+            if cache:
+                cache.start(rollouts.prompt_ids)
             rows: np.ndarray = np.empty((len(rollouts.responses), width), dtype=np.float32)
             for row, response in enumerate(rollouts.responses):
-                gradient = score_gradient(model, chosen, rollouts.prompt_ids, response, sampled["temperature"])
+                gradient = score_gradient(model, chosen, rollouts.prompt_ids, response, sampled["temperature"], cache)
                 rows[row] = projected(gradient).cpu().numpy()
                 progress.update(bar, advance=1)
             if not np.isfinite(rows).all():
@@ -123,6 +133,7 @@ def score_gradient(
     prompt_ids: Sequence[int],
     response_ids: Sequence[int],
     temperature: float,
+    cache: PromptCache | None = None,
 ) -> dict[str, torch.Tensor]:
     """∇ Σ_t log π(o_t | q, o_<t) of one response.
 
@@ -132,6 +143,7 @@ def score_gradient(
         prompt_ids: tokens of the prompt, at least one.
         response_ids: tokens of the response, at least one; the end token is one of them.
         temperature: T; log π is the log-softmax of logits/T.
+        cache: started with the prompt.
 
     Returns:
         The gradient of each parameter, in its shape; 0 where the response does not depend on it.
@@ -140,10 +152,33 @@ def score_gradient(
 
     ids = torch.tensor([[*prompt_ids, *response_ids]], device=model.device)
     # The last token predicts nothing: it goes in as a target alone. Token t is predicted at the position before it.
-    logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=len(response_ids)).logits[0]  # [L, V]
+    if cache:
+        logits = cache.logits(ids[:, :-1], len(response_ids))  # [L, V]
+    else:
+        logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=len(response_ids)).logits[0]
     negative = torch.nn.functional.cross_entropy(logits / temperature, ids[0, -len(response_ids) :], reduction="sum")
     gradients = torch.autograd.grad(-negative, list(parameters.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(parameters, gradients, strict=True))
+
+
+def cache_is_exact(
+    model: PreTrainedModel,
+    parameters: dict[str, torch.nn.Parameter],
+    cache: PromptCache,
+    rollouts: store.Rollouts,
+    temperature: float,
+) -> bool:
+    """Whether the first response's gradient is the same with and without the prompt's cache."""
+    asked = (model, parameters, rollouts.prompt_ids, rollouts.responses[0], temperature)
+    try:
+        cache.start(rollouts.prompt_ids)
+        shared = score_gradient(*asked, cache)
+    except Exception:  # of a model whose layers or cache are of another kind
+        return False
+    whole = score_gradient(*asked)
+    squared = [(float((whole[k] - shared[k]).norm()) ** 2, float(whole[k].norm()) ** 2) for k in whole]
+    differences, norms = map(sum, zip(*squared, strict=True))
+    return differences <= ALIKE**2 * norms
 
 
 def _checkpoint(model: PreTrainedModel) -> None:

@@ -32,11 +32,6 @@ class Responses:
     lengths: Ints
     products: Floats
 
-    def of(self, chosen: Bools) -> Responses:
-        """Those where `chosen` [N] is true; their prompts numbered anew from 0."""
-        prompts = np.unique(self.prompts[chosen], return_inverse=True)[1]
-        return Responses(prompts, self.lengths[chosen], self.products[np.ix_(chosen, chosen)])
-
 
 def inner_products(groups: Sequence[Group], columns: slice = slice(None), score_only: bool = False) -> Responses:
     """The responses of groups, with the products of a part of their gradients.

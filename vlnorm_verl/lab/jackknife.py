@@ -15,6 +15,7 @@ from vlnorm_verl.report.estimates import Estimate, t_quantile
 
 BLOCKS = 16  # of prompts (or responses)
 LOST = "lost in noise"
+FOUND = 1.4  # half widths above 0: four such samples in five find it
 
 
 def blocks_of(count: int) -> Ints:
@@ -27,12 +28,29 @@ def kept(blocks: Ints) -> Bools:
     return np.concatenate([np.ones((1, len(blocks)), dtype=bool), np.unique(blocks)[:, None] != blocks])
 
 
-def jackknife(values: Floats, log: bool = False) -> list[Estimate]:
+def lost_in_noise(squared_norm: Estimate, count: int, of: str = "prompts") -> str:
+    """What is said where an unbiased estimate of a squared norm is not above 0; "" where it is.
+
+    With how many would find it, `count` being what there are: the half width falls as 1/count while noise has most of
+    it. If the estimate is negative, its interval's upper end is taken for the truth, so that even more may be needed.
+    """
+    if squared_norm.low > 0:
+        return ""
+    truth = squared_norm.value if squared_norm.value > 0 else squared_norm.high
+    if not truth > 0 or not squared_norm.high > squared_norm.value:
+        return LOST
+    needed = count * max(1.0, FOUND * (squared_norm.high - squared_norm.value) / truth)
+    rounded = math.ceil(needed / (unit := 10 ** (math.floor(math.log10(needed)) - 1))) * unit
+    return f"{LOST}; {'about' if squared_norm.value > 0 else 'more than'} {rounded:,.0f} {of} would find it"
+
+
+def jackknife(values: Floats, log: bool = False, lost: str = LOST) -> list[Estimate]:
     """Estimates with t intervals.
 
     Args:
         values: a vector of statistics for each row of `kept`, [1 + blocks, K]; NaN for what cannot be said.
         log: whether the interval is made for the logarithm (of ratios and norms). A value ≤ 0 then has none.
+        lost: the note of what cannot be said.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         scaled = np.log(values) if log else values
@@ -42,7 +60,7 @@ def jackknife(values: Floats, log: bool = False) -> list[Estimate]:
     results = []
     for value, middle, width in zip(values[0], scaled[0], half, strict=True):
         if not np.isfinite(middle) or not np.isfinite(width):
-            results.append(Estimate(math.nan, note=LOST))
+            results.append(Estimate(math.nan, note=lost))
             continue
         low, high = float(middle - width), float(middle + width)
         results.append(Estimate(float(value), *((math.exp(low), math.exp(high)) if log else (low, high))))

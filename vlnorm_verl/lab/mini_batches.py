@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from vlnorm_verl.lab.gram import Bools, Floats, Ints, Responses, factor
-from vlnorm_verl.lab.jackknife import blocks_of, jackknife
+from vlnorm_verl.lab.jackknife import LOST, blocks_of, jackknife, lost_in_noise
 from vlnorm_verl.report.estimates import Estimate
 
 REFERENCE = "dr_grpo_norm"  # Σx = 1 and equal weights: unbiased whatever E[g | L] is
@@ -58,7 +58,10 @@ def weights(mode: str, lengths: Ints, members: Bools, scale: float) -> tuple[Flo
 
 
 class MiniBatches:
-    """Gradients G of mini-batches drawn from the pool, under several aggregations, as inner products."""
+    """Gradients G of mini-batches drawn from the pool, under several aggregations, as inner products.
+
+    lost: "" where ‖E G(`REFERENCE`)‖² is above 0 by its interval, else what is said instead (`lost_in_noise`).
+    """
 
     def __init__(self, pool: Responses, modes: Sequence[str], size: int, scale: float, seed: int) -> None:
         """
@@ -68,7 +71,7 @@ class MiniBatches:
             size: prompts of a mini-batch, at most P/2, so that a round has two or more.
             scale: M, tokens.
         """
-        self.modes, self.pool = list(modes), pool
+        self.modes, self.pool, self.lost = list(modes), pool, ""
         prompts = int(pool.prompts.max()) + 1
         if not 1 <= size <= prompts // 2:
             raise ValueError(f"mini-batches of {size} prompts from {prompts}: accepted are 1 to {prompts // 2}")
@@ -91,6 +94,8 @@ class MiniBatches:
             ],
             axis=1,
         )
+        at = self.modes.index(REFERENCE)
+        self.lost = lost_in_noise(self.estimate(lambda m: m[[at], SQUARED_MEAN])[0], prompts)
 
     def _gradients(self, x: Floats, terms: Floats) -> list[tuple[Floats, Floats]]:
         """(Σx [R], G [R, r]) of the mini-batches: with everything, then without one block at a time.
@@ -116,7 +121,7 @@ class MiniBatches:
     def estimate(self, statistic: Callable[[Floats], Floats], log: bool = False) -> list[Estimate]:
         """Jackknife over prompts of a vector function of the moments [modes, 4]."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            return jackknife(np.array([statistic(moments) for moments in self.moments]), log)
+            return jackknife(np.array([statistic(moments) for moments in self.moments]), log, self.lost or LOST)
 
     def predicted_noise(self, mode: str, beta: float) -> float:
         """√(E Σx² L^β) / E Σx: the closed form's noise for a given sum of weights, in units of √V."""

@@ -96,8 +96,7 @@ class Slope:
 
     log_log: exponent of Figure 4's points, bootstrap over the responses of these prompts.
     mean: exponent of the mean (`mean_slopes`), the same bootstrap. α = this β has the least variance.
-    over_prompts: mean of the single prompts' `each`, t interval: for the mean β of the task's prompts.
-    each: exponents of the mean of the single prompts.
+    over_prompts: mean of the single prompts' exponents, t interval: for the mean β of the task's prompts.
     points: (L, d) of each prompt, d by leave-one-out.
     """
 
@@ -106,7 +105,6 @@ class Slope:
     log_log: Estimate
     mean: Estimate
     over_prompts: Estimate
-    each: list[float]
     points: Points
 
     @property
@@ -135,13 +133,12 @@ def slope(groups: Sequence[Group], part: str, columns: slice, score_only: bool, 
         n = len(lengths)
         drawn = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
         counts.append(np.concatenate([np.ones((1, n)), drawn]))  # the sample itself first
-    each = [float(mean_slopes([point], [count[:1]])[0]) for point, count in zip(unbiased, counts, strict=True)]
+    each = [mean_slopes([point], [count[:1]])[0] for point, count in zip(unbiased, counts, strict=True)]
     return Slope(
         part=part,
         score_only=score_only,
         log_log=percentiles(log_log_slopes(left_out, counts)),
         mean=percentiles(mean_slopes(unbiased, counts)),
         over_prompts=mean_over_prompts(np.array(each)),
-        each=each,
         points=left_out,
     )

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from vlnorm_verl.lab.aggregations import ALPHAS, COMPARED, LARGE_SHARE, Tradeoff
+from vlnorm_verl.lab.aggregations import ALPHAS, LARGE_SHARE, Tradeoff
 from vlnorm_verl.lab.analysis import Analysis
 from vlnorm_verl.lab.jackknife import LOST
-from vlnorm_verl.lab.length_means import PAIRS, THIRDS, Thirds
+from vlnorm_verl.lab.length_means import PAIRS, THIRDS
 from vlnorm_verl.methods import label_of
+from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.table import Cell, Table
 
 SHOWN_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -22,44 +23,58 @@ OF_MODEL: Columns = {"model": lambda a, *_: a.name, "gradients": lambda a, *_: a
 
 def tables(analyses: Sequence[Analysis]) -> list[Table]:
     """All tables; one without a row is left out."""
-    makers = (summary, slopes, methods, alpha, thirds, growth, noisy)
+    makers = (summary, slopes, methods, alpha, thirds, noisy, sampled)
     return [table for maker in makers if (table := maker(analyses)).rows]
 
 
 def _table(
     name: str, title: str, columns: Columns, rows_of: Iterable[tuple[Any, ...]], foot: list[str], digits: int = 3
 ) -> Table:
+    """Rows of one model of which noise has left nothing become a single one, which says so."""
     columns = {**OF_MODEL, **columns}
-    rows = [[cell(*row) for cell in columns.values()] for row in rows_of]
+    rows: list[list[Cell]] = []
+    lost: dict[tuple[Cell, ...], list[str]] = {}
+    for row in rows_of:
+        cells = [cell(*row) for cell in columns.values()]
+        measured = [cell for cell in cells if isinstance(cell, Estimate)]
+        if name != "summary" and measured and all(math.isnan(estimate.value) for estimate in measured):
+            lost.setdefault(tuple(cells[: len(OF_MODEL)]), []).append(measured[0].note)
+        else:
+            rows.append(cells)
+    for of, notes in lost.items():
+        empty: list[Cell] = [None] * (len(columns) - len(of) - 1)
+        rows.append([*of, f"{len(notes)} rows: {notes[0] or LOST}", *empty])
     return Table(name, title, list(columns), rows, foot, digits)
 
 
 def summary(analyses: Sequence[Analysis]) -> Table:
-    def at_best(statistic: str) -> Callable[[Analysis, Tradeoff], Cell]:
-        return lambda _, t: getattr(t, statistic)[ALPHAS.index(t.best)] if math.isfinite(t.best) else None
+    def alpha(value: float, otherwise: str | None = None) -> str | None:
+        return f"{value:g}" if math.isfinite(value) else otherwise
 
-    def best(_: Analysis, t: Tradeoff) -> str:
-        return f"{t.best:g} ({t.among[0]:g} to {t.among[1]:g})" if math.isfinite(t.best) else LOST
+    def at_best(a: Analysis, of: Sequence[Estimate]) -> Estimate | None:
+        return None if a.tradeoff.lost else of[ALPHAS.index(a.tradeoff.best)]
+
+    def allowed(a: Analysis) -> str:
+        return a.tradeoff.lost or " to ".join(f"{end:g}" for end in dict.fromkeys(a.tradeoff.among))
 
     return _table(
         "summary",
         "Which α should I use?",
         {
-            "β": lambda a, t: a.slope.interval if a.slope else None,
-            "mini-batch": lambda a, t: t.responses,
-            "best α": best,
-            "by alignment": lambda a, t: f"{t.best_aligned:g}" if math.isfinite(t.best_aligned) else LOST,
-            "bias²": at_best("bias"),
-            "cosine": at_best("cosine"),
-            "variance": at_best("variance"),
+            "recommended": lambda a: alpha(a.tradeoff.recommended, "none"),
+            "the data allow": allowed,
+            "least error": lambda a: alpha(a.tradeoff.best),
+            "best alignment": lambda a: alpha(a.tradeoff.best_aligned),
+            "β": lambda a: a.slope.interval if a.slope else None,
+            "cosine": lambda a: at_best(a, a.tradeoff.cosine),
+            "bias²": lambda a: at_best(a, a.tradeoff.bias),
+            "variance": lambda a: at_best(a, a.tradeoff.variance),
         },
-        [(a, trade) for a in analyses for trade in a.tradeoffs],
+        [(a,) for a in analyses],
         [
-            "β: exponent of the variance with real advantages, all selected parameters. Best α: of least mean squared "
-            "error for mini-batches of so many responses, and those that the data do not tell from it; by alignment: "
-            "see the table on α. bias², cosine, variance: there, in units of the squared norm of the mean gradient; "
-            "absent if that is lost in noise. bias² has any shrinkage of the update in it, which Adam removes; the "
-            "cosine has not."
+            "Of the α whose error the data do not tell from the least one: the paper's (1 or 0.75) nearest to it, "
+            f"for mini-batches of {analyses[0].tradeoff.responses} responses; none where α = 0 is among them. β: "
+            "exponent of the variance. Cosine, bias², variance: at the α of least error, as in the table on α."
         ],
         digits=2,
     )
@@ -79,12 +94,11 @@ def slopes(analyses: Sequence[Analysis]) -> Table:
         },
         [(a, slope) for a in analyses for slope in a.slopes],
         [
-            "E g_i of a prompt is the mean of its other responses (leave one out). Log–log: least squares of the "
-            "logarithms, as the paper's Figure 4 shows them. Of the mean: E d = c L^β, a constant for each prompt, "
-            "corrected for the noise of E g_i; this one tells how variances add up, and α = β has the least variance.",
-            "Intervals 95%: bootstrap over the responses of these prompts; over prompts: mean of the single prompts' "
-            "β, t interval, for the mean β of the task's prompts (a single other prompt varies more).",
-            "β is of this checkpoint: it moves during training.",
+            "E g_i of a prompt is the mean of its other responses. Log–log: least squares of the logarithms, as the "
+            "paper's Figure 4 shows them. Of the mean: E d = c L^β, a constant for each prompt, corrected for the "
+            "noise of E g_i; this one tells how variances add up, and α = β has the least variance.",
+            "Intervals 95%: bootstrap over the responses of these prompts; over prompts: t interval for the mean β of "
+            "the task's prompts (a single other prompt varies more). β moves during training.",
         ],
         digits=2,
     )
@@ -97,76 +111,67 @@ def methods(analyses: Sequence[Analysis]) -> Table:
         "Noise and bias of the aggregated gradient, predicted and measured",
         {
             "aggregation": lambda a, m: label_of(m.mode),
-            "M Σx": lambda a, m: m.sum_x,
-            "along Dr. GRPO's E G": lambda a, m: m.scale,
-            "cosine to Dr. GRPO's": lambda a, m: m.cosine,
             "noise, predicted": lambda a, m: m.noise_predicted,
             "noise, predicted by β": lambda a, m: m.noise_by_beta,
             "noise, measured": lambda a, m: m.noise,
             "CV, predicted": lambda a, m: m.cv_predicted,
             "CV, measured": lambda a, m: m.cv,
-            "variance": lambda a, m: m.variance,
-            "bias², predicted": lambda a, m: (m.sum_x - 1) ** 2,
-            "bias², measured": lambda a, m: m.bias,
+            "M Σx": lambda a, m: m.sum_x,
+            "along Dr. GRPO's E G": lambda a, m: m.scale,
+            "cosine to Dr. GRPO's": lambda a, m: m.cosine,
+            "bias²": lambda a, m: m.bias,
         },
         [(a, method) for a in analyses for method in a.methods],
         [
-            f"Mini-batches of {drawn} responses drawn from the pool, "
-            "with real advantages. G = Σ x_i g_i. M Σx: what the model says of ‖E G‖ over Dr. GRPO's; beside it the "
-            "component of E G along Dr. GRPO's, in units of its length, measured.",
-            "Noise: standard deviation of G for a given Σx, over that of VL Norm with α = 1. Predicted: closed forms "
-            "with variance ∝ L (paper) or ∝ L^β (β of the mean, all selected parameters); they take the lengths as "
-            "given, so the variance of Σx itself, which GRPO Norm and DAPO Norm have, is not in them. The closed form "
-            "of Dr. GRPO Norm, √(A/H) of the arithmetic and the harmonic mean length, is the whole possible gain only "
-            "in this model. vl_norm/effective_responses of the training log is how concentrated the weights are "
-            "(Kish), not noise.",
-            "CV: √(E‖G − E G‖²)/‖E G‖. ‖E G‖ from products of mini-batches that share no prompt. Variance E‖G − E G‖² "
-            "and bias² ‖E G − E G(Dr. GRPO)‖² in units of ‖E G(Dr. GRPO)‖²; predicted: (M Σx − 1)². For GRPO Norm and "
-            "DAPO Norm it is mostly another scale, which a learning rate can make up for.",
-            "Intervals 95%: jackknife over blocks of prompts.",
+            f"Mini-batches of {drawn} responses drawn from the pool, with real advantages. G = Σ x_i g_i. Noise: "
+            "standard deviation of G for a given Σx (not for a given signal: that is the CV), over that of VL Norm "
+            "with α = 1. Predicted: closed forms with variance ∝ L (paper) or ∝ L^β (β of the mean); they take the "
+            "lengths as given, so the variance of Σx itself, which GRPO Norm and DAPO Norm have, is not in them. That "
+            "of Dr. GRPO Norm, √(A/H) of the arithmetic and harmonic mean length, is the whole possible gain only in "
+            "this model; vl_norm/effective_responses in the training log is the weights' effective sample size (Kish), "
+            "not noise.",
+            "CV: √(E‖G − E G‖²)/‖E G‖, ‖E G‖ from products of mini-batches that share no prompt. M Σx: what the model "
+            "says of ‖E G‖ over Dr. GRPO's; beside it the component of E G along Dr. GRPO's, in units of its length.",
+            "bias²: ‖E G − E G(Dr. GRPO)‖² over ‖E G(Dr. GRPO)‖², by the model (M Σx − 1)². For GRPO Norm and DAPO "
+            "Norm it is mostly another scale, which a learning rate can make up for. Intervals 95%: jackknife over "
+            "blocks of prompts.",
         ],
     )
 
 
 def alpha(analyses: Sequence[Analysis]) -> Table:
-    def mark(_: Analysis, t: Tradeoff, at: int) -> str:
+    def mark(t: Tradeoff, at: int) -> str:
         if ALPHAS[at] == t.best:
-            return "best"
-        return "not told from the best" if t.among[0] <= ALPHAS[at] <= t.among[1] else ""
+            return "least error"
+        return "not told from it" if t.among[0] <= ALPHAS[at] <= t.among[1] else ""
 
     return _table(
         "alpha",
-        "Which α: bias, variance and mean squared error of VL Norm(α)",
+        "Bias, variance and mean squared error of VL Norm(α)",
         {
-            "mini-batch": lambda a, t, at: t.responses,
-            "α": lambda a, t, at: ALPHAS[at],
-            "along α = 0": lambda a, t, at: t.scale[at],
-            "cosine to α = 0": lambda a, t, at: t.cosine[at],
-            "bias²": lambda a, t, at: t.bias[at],
-            "variance": lambda a, t, at: t.variance[at],
-            "error": lambda a, t, at: t.error[at],
-            "alignment": lambda a, t, at: t.alignment[at],
-            "": mark,
+            "α": lambda a, at: f"{ALPHAS[at]:g}",
+            "": lambda a, at: mark(a.tradeoff, at),
+            "error": lambda a, at: a.tradeoff.error[at],
+            "bias²": lambda a, at: a.tradeoff.bias[at],
+            "variance": lambda a, at: a.tradeoff.variance[at],
+            "alignment": lambda a, at: a.tradeoff.alignment[at],
+            "cosine to α = 0": lambda a, at: a.tradeoff.cosine[at],
         },
-        [(a, trade, ALPHAS.index(value)) for a in analyses for trade in a.tradeoffs for value in SHOWN_ALPHAS],
+        [(a, ALPHAS.index(value)) for a in analyses for value in SHOWN_ALPHAS],
         [
             "In units of ‖E G‖² of Dr. GRPO Norm (α = 0), which is the mean gradient whatever E[g | L] is. error = "
-            "bias² + variance. Both are measured on mini-batches drawn from the pool; for another size the variance "
-            "is scaled as 1/size, and the bias is taken as it is (VL Norm normalises within a mini-batch, so that of "
-            "larger ones is somewhat larger). Along, cosine: of E G and E G(α = 0).",
-            "Alignment: E G·E G(α = 0) / √(E‖G‖² ‖E G(α = 0)‖²), at most 1. A factor common to all updates does not "
-            "change it, so it is the one to read where updates are normalised; Adam's scaling of each coordinate is "
-            "not in any of these numbers.",
+            f"bias² + variance for mini-batches of {analyses[0].tradeoff.responses} responses: measured on those drawn "
+            "from the pool, the variance scaled as 1/size and the bias taken as it is (VL Norm normalises within a "
+            "mini-batch, so that of larger ones is somewhat larger).",
+            "In bias² is also any shrinkage of the update, which Adam removes; not so in the cosine of E G to that of "
+            "α = 0. Alignment: E G·E G(α = 0) / √(E‖G‖² ‖E G(α = 0)‖²), at most 1. A factor common to all updates "
+            "does not change it; Adam's scaling of each coordinate is not in any of these numbers.",
             "The grid of α is finer than the table (0.125). Intervals 95%: jackknife over blocks of prompts.",
         ],
     )
 
 
 def thirds(analyses: Sequence[Analysis]) -> Table:
-    def floor(_: Analysis, t: Thirds, x: int, y: int) -> str:
-        floors = (t.plain[x, x], t.plain[y, y])
-        return ", ".join(f"{value:.2f}" for value in floors) if all(map(math.isfinite, floors)) else LOST
-
     return _table(
         "thirds",
         "What “unbiased” assumes: E[g | L] by thirds of the lengths",
@@ -177,39 +182,15 @@ def thirds(analyses: Sequence[Analysis]) -> Table:
             "‖E g‖ of the shorter": lambda a, t, x, y: t.norm[x],
             "of the longer": lambda a, t, x, y: t.norm[y],
             "cosine": lambda a, t, x, y: t.cosine[x, y],
-            "plain cosine": lambda a, t, x, y: t.plain[x, y],
-            "its floor": floor,
             "difference²": lambda a, t, x, y: t.difference[x, y],
         },
         [(a, third, *pair) for a in analyses for third in a.thirds for pair in PAIRS],
         [
-            "The theory takes E[g | L] as the same for all lengths: equal norms, cosine 1, difference² 0.",
-            "Norms and cosine without the noise's share (products of different prompts, or of different responses); a "
-            "cosine above 1 is noise. Plain cosine: of the means of two disjoint halves of the data. Its floor: the "
-            "plain cosine of each of the two thirds with itself, which noise alone keeps below 1.",
+            "The theory takes E[g | L] as the same for all lengths: equal norms, cosine 1, difference² 0. All are "
+            "without the noise's share (products of different prompts, or of different responses); a cosine above 1 "
+            "is noise. A reward that depends on the length is one way for E[g | L] to vary, not the only one.",
             "difference²: squared norm of the difference of the two means over the mean of their squared norms; an "
             "interval above 0 says that E[g | L] depends on the length. Intervals 95%: jackknife.",
-        ],
-    )
-
-
-def growth(analyses: Sequence[Analysis]) -> Table:
-    return _table(
-        "growth",
-        "‖E G‖ on prompts with short, middle and long responses",
-        {
-            "aggregation": lambda a, mode, g: label_of(mode),
-            "mean length": lambda a, mode, g: f"{g.length:.0f}",
-            "M Σx (predicted)": lambda a, mode, g: g.predicted[mode],
-            "‖E G‖, measured": lambda a, mode, g: g.norm[mode],
-            "along Dr. GRPO's": lambda a, mode, g: g.along[mode],
-        },
-        [(a, mode, third) for a in analyses for mode in COMPARED for third in a.growth],
-        [
-            "In units of Dr. GRPO Norm's ‖E G‖ over the whole pool. Predicted: what the weights do if E g is the same "
-            "for all prompts and lengths: GRPO Norm and DAPO Norm make the update smaller as responses grow. Along: "
-            "component along Dr. GRPO's E G of the same prompts, in units of its length, so 1 for Dr. GRPO by "
-            "definition."
         ],
     )
 
@@ -232,4 +213,28 @@ def noisy(analyses: Sequence[Analysis]) -> Table:
             "the settings and place in it, both from 0. The intervals know the responses that were sampled; how often "
             "one like these occurs (a rare short failure, say) they do not know: sample more to find out."
         ],
+    )
+
+
+def sampled(analyses: Sequence[Analysis]) -> Table:
+    return _table(
+        "sampled",
+        "What was sampled",
+        {
+            "task": lambda a: a.settings["task"],
+            "many responses": lambda a: f"{a.slope_prompts[0]} × {a.slope_prompts[1]}",
+            "pool": lambda a: f"{a.prompts} × {len(a.lengths) // a.prompts}",
+            "of mixed reward": lambda a: a.mixed,
+            "mean reward": lambda a: a.reward,
+            "mean length": lambda a: f"{a.lengths.mean():.0f}",
+            "harmonic": lambda a: f"{len(a.lengths) / (1 / a.lengths).sum():.0f}",
+            "lengths": lambda a: f"{a.lengths.min()} to {a.lengths.max()}",
+            "cut": lambda a: f"{a.truncated:.1%}",
+            "temperature": lambda a: f"{a.settings['temperature']:g}",
+            "seed": lambda a: a.settings["seed"],
+            "parameters": lambda a: f"{a.entries:,}",
+            "projected to": lambda a: f"{a.columns:,}" if a.columns < a.entries else None,
+        },
+        [(a,) for a in analyses],
+        ["Prompts × responses to each. Mean reward, lengths in tokens and the share that was cut: of the pool."],
     )

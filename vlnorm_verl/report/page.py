@@ -6,6 +6,7 @@ import base64
 import functools
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from vlnorm_verl.report.table import Table, layout_of
 SVG_LIMIT = 400_000  # bytes; a larger figure is put into the page as PNG
 
 
-def write_page(path: Path, title: str, intro: list[str], parts: list[Table | Figure | str]) -> None:
+@dataclass
+class Fold:
+    """Parts that are shown when their title is clicked."""
+
+    title: str
+    parts: list[Table | Figure | str]
+
+
+def write_page(path: Path, title: str, intro: list[str], parts: list[Table | Figure | Fold | str]) -> None:
     """One HTML file with everything in it: it opens without a network, on a phone, in the dark and on paper.
 
     Links to a table's and a figure's files where these are there, beside the page or in tables/ or figures/ under it.
@@ -28,7 +37,13 @@ def write_page(path: Path, title: str, intro: list[str], parts: list[Table | Fig
     anchors: set[str] = set()
     contents: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
-    for part in parts:
+    flat: list[Table | Figure | Fold | str | None] = []  # None: the end of a fold
+    for top in parts:
+        flat += [top, *top.parts, None] if isinstance(top, Fold) else [top]
+    for part in flat:
+        if part is None or isinstance(part, Fold):
+            shown.append({"kind": "end" if part is None else "fold", "title": part and part.title})
+            continue
         kind = "heading" if isinstance(part, str) else "table" if isinstance(part, Table) else "figure"
         text = part if isinstance(part, str) else part.title
         anchor = _anchor(text if isinstance(part, str) else part.name, anchors)
