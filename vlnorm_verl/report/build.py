@@ -25,7 +25,7 @@ from rich.console import Console
 
 from vlnorm_verl import methods
 from vlnorm_verl.files import UserError, write_json
-from vlnorm_verl.report import labels, measures
+from vlnorm_verl.report import labels
 from vlnorm_verl.report.changes import Memo, fingerprint
 from vlnorm_verl.report.charts import Chart, charts
 from vlnorm_verl.report.examples import examples
@@ -163,24 +163,23 @@ def _write(request: Request, runs: list[Run], made: list[Table], baseline: str) 
     """Writes all files; (what is said on the terminal, the files)."""
     out, groups = request.out, ordered(grouped([run for run in runs if len(run.steps)]))
     titles = labels.titles(setting for setting, _ in groups)
-    drawn = charts(groups, titles, request.smooth, baseline, request.plots)
+    accuracy, drawn = charts(groups, titles, request.smooth, baseline, request.plots)
     looks = labels.looks(key for _, key in groups)
     found = verdicts(groups, titles)
     several, odd = several_at_once(found), look_at(runs, groups, titles)
-    is_rate = measures.is_rate([run for of in groups.values() for run in of])
     write_tables(made, out / "tables")
     named = {table.name: table for table in made}
     pictures: list[Figure] = []
     if request.figures:
-        flat = [chart for of in drawn.values() for chart in of]
+        flat = [*([accuracy] if accuracy.panels else []), *(chart for of in drawn.values() for chart in of)]
         pictures = [*plots(flat, looks, named.get("results"))]
         write_figures(pictures, out / "figures")
     files = [f"tables/{table.name}.{ending}" for table in made for ending in FORMATS]
     files += [f"figures/{figure.name}.{ending}" for figure in pictures for ending in ("png", "svg")]
     origin = f"{len(runs)} runs, read on {datetime.date.today()} by vlnorm-verl {version('vlnorm-verl')}."
     page = out / "report.html"
-    lead = Lead(found, several, odd, looks, is_rate)
-    write_page(page, "Report on runs of verl", [origin], _parts(groups, titles, drawn, named), lead)
+    lead = Lead(found, several, odd, looks)
+    write_page(page, "Report on runs of verl", [origin], _parts(groups, titles, accuracy, drawn, named), lead)
     said = [verdict.sentence() for verdict in found] or ["No validation in these runs: nothing can be compared."]
     said += [f"Look at: {what}: {shortened(which)}." for what, which in odd.items()]
     said += [several] if several else []
@@ -188,17 +187,20 @@ def _write(request: Request, runs: list[Run], made: list[Table], baseline: str) 
 
 
 def _parts(
-    groups: Groups, titles: dict[Setting, str], drawn: dict[Setting, list[Chart]], named: dict[str, Table]
+    groups: Groups,
+    titles: dict[Setting, str],
+    accuracy: Chart,
+    drawn: dict[Setting, list[Chart]],
+    named: dict[str, Table],
 ) -> list[Part]:
     """Results, accuracy curves, and all else folded, by setting."""
     parts: list[Part] = [named["results"]] if "results" in named else []
-    parts += [chart for of in drawn.values() for chart in of if chart.name.startswith("accuracy")]
+    parts += [accuracy] if accuracy.panels else []
     for setting, title in titles.items():
-        inside: list[Part] = [chart for chart in drawn[setting] if not chart.name.startswith("accuracy")]
+        inside: list[Part] = [*drawn[setting]]
         for (_, key), runs in only(groups, setting).items():
-            where, responses = examples(with_validation(runs))
+            label, (where, responses) = methods.label_of(key, setting.family), examples(with_validation(runs))
             if responses:
-                label = methods.label_of(key, setting.family)
                 inside.append(Fold(f"Responses of {label}", [Examples(label, where, responses)]))
         parts += [Fold(title, inside)] if inside else []
     for name in ("speedup", "details", "sets", "settings", "inputs"):

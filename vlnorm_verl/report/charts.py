@@ -2,7 +2,7 @@
 
 | chart            | one for each         | panels                                                                  |
 |------------------|----------------------|-------------------------------------------------------------------------|
-| accuracy-SETTING | setting              | validation accuracy of each method                                      |
+| accuracy         | report               | the paper's Figure 3: validation accuracy, one panel a setting          |
 | reached-SETTING  | setting with a pair  | the paper's Figure 2: one panel a pair, who is when at the other's end  |
 | training-SETTING | setting              | reward, entropy, lengths, gradient norm, the aggregation's own metrics  |
 
@@ -77,7 +77,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """Panels of one setting. name: file stem."""
+    """Panels side by side. name: file stem."""
 
     name: str
     title: str
@@ -97,39 +97,33 @@ class Mean(NamedTuple):
 
 def charts(
     groups: Groups, titles: dict[Setting, str], smooth: int | None = None, baseline: str = "", plots: Sequence[str] = ()
-) -> dict[Setting, list[Chart]]:
-    """{setting: its charts with a panel}, in the order of the table above.
+) -> tuple[Chart, dict[Setting, list[Chart]]]:
+    """(accuracy, {setting: its other charts}); a chart may be without a panel.
 
     smooth: steps of the trailing mean of training metrics, if that is more than 2% of them.
     plots: further metrics, as patterns ("timing_s/*").
     """
-    found = {}
-    for setting in dict.fromkeys(setting for setting, _ in groups):
+    accuracy, rest = [], {}
+    for setting, title in titles.items():
         of = {key: runs for (_, key), runs in only(groups, setting).items()}
-        made = (
-            _accuracy(setting, titles[setting], of),
-            _reached(setting, titles[setting], groups, baseline),
-            _training(setting, titles[setting], of, smooth, plots),
-        )
-        found[setting] = [chart for chart in made if chart.panels]
-    return found
+        if series := _accuracy(of):
+            accuracy.append(Panel(f"{title}: {accuracy_label([run for runs in of.values() for run in runs])}", series))
+        made = (_reached(setting, title, groups, baseline), _training(setting, title, of, smooth, plots))
+        rest[setting] = [chart for chart in made if chart.panels]
+    caption = (
+        "On validation prompts. Line: mean of the seeds; band: from the lowest to the highest seed. Thin line, after a "
+        "seed's end: the mean of the others."
+    )
+    return Chart("accuracy", "Accuracy over training", caption, accuracy), rest
 
 
-def _accuracy(setting: Setting, title: str, methods: dict[str, list[Run]]) -> Chart:
-    series = [
+def _accuracy(methods: dict[str, list[Run]]) -> list[Series]:
+    return [
         Series(key, run.seed, *curve, *_clock(run, curve[0]))
         for key, runs in methods.items()
         for run in runs
         if len((curve := measures.accuracy_curve(run))[0])
     ]
-    every = [run for runs in methods.values() for run in runs]
-    caption = (
-        "On validation prompts. Line: mean of the seeds; band: from the lowest to the highest seed. Thin after a seed's "
-        "end: the mean of the others."
-    )
-    label = accuracy_label(every)
-    panels = [Panel(label, series)] if series else []
-    return Chart(file_name("accuracy", *setting), f"{title}: {label}", caption, panels)
 
 
 def _reached(setting: Setting, title: str, groups: Groups, baseline: str) -> Chart:
@@ -149,7 +143,7 @@ def _reached(setting: Setting, title: str, groups: Groups, baseline: str) -> Cha
         panels.append(
             Panel(
                 f"{name} against {other}",
-                _accuracy(setting, "", {pair[0][1]: runs, pair[1][1]: others}).panels[0].series,
+                _accuracy({pair[0][1]: runs, pair[1][1]: others}),
                 target=hits.target,
                 marks=tuple(marks),
                 note=f"{words}; {other} itself at {own}. {hits.note}".strip(),
@@ -183,10 +177,10 @@ def _training(
         panels += [Panel(heading, series, window)] if series else []
     caption = (
         f"As verl logs it at each step{f', in means of {width} steps' if width > 1 else ''}. Line: trailing mean of "
-        f"{window} steps, then mean over the seeds; band: from the lowest to the highest smoothed seed. Entropy: divided "
-        "by the sum of the tokens' weights, since verl aggregates it as the loss; a method whose sum is not known is "
-        "left out. A gradient norm has the scale of the method's weights. √(A/H): coefficient of variation of DAPO's or "
-        "Dr. GRPO's gradient over that of α = 1, if variance is proportional to length."
+        f"{window} steps, then mean over the seeds; band: from the lowest to the highest smoothed seed. Entropy: "
+        "divided by the sum of the tokens' weights, since verl aggregates it as the loss; a method whose sum is not "
+        "known is left out. A gradient norm has the scale of the method's weights. √(A/H): coefficient of variation of "
+        "DAPO's or Dr. GRPO's gradient over that of α = 1, if variance is proportional to length."
     )
     return Chart(file_name("training", *setting), f"{title}: training", caption, panels)
 
@@ -257,7 +251,8 @@ def y_range(panel: Panel, means: Iterable[Mean]) -> tuple[float, float]:
     values = np.concatenate([np.empty(0), *(np.concatenate([mean.low, mean.high]) for mean in means)])
     if not len(values):
         return 0.0, 1.0
-    low, high = np.quantile(values, [0.01, 0.99] if len(values) > 50 else [0.0, 1.0]).tolist()
+    outer = 0.01 if len(values) > 50 else 0.0
+    low, high = float(np.quantile(values, outer)), float(np.quantile(values, 1 - outer))
     if panel.target is not None:
         low, high = min(low, panel.target), max(high, panel.target)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.5

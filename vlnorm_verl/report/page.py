@@ -19,7 +19,7 @@ from vlnorm_verl.report.examples import Example
 from vlnorm_verl.report.labels import Look
 from vlnorm_verl.report.style import Figure
 from vlnorm_verl.report.table import Table, layout_of
-from vlnorm_verl.report.verdict import HEADINGS, Verdict, shortened
+from vlnorm_verl.report.verdict import Verdict, shortened
 from vlnorm_verl.report.writers import FORMATS
 
 SVG_LIMIT = 400_000  # bytes; a larger figure is put into the page as PNG
@@ -34,7 +34,6 @@ class Lead:
     several: str
     look_at: dict[str, list[str]]
     looks: dict[str, Look]
-    is_rate: bool = True
 
 
 @dataclass
@@ -83,7 +82,6 @@ def write_page(path: Path, title: str, intro: list[str], parts: Sequence[Part], 
         intro=intro,
         lead=lead,
         look_at={what: shortened(which) for what, which in page.lead.look_at.items()},
-        headings=HEADINGS,
         looks=list(page.lead.looks.values()) if page.charts else [],
         contents=contents,
         parts=shown,
@@ -132,15 +130,16 @@ class _Page:
         drawn = next((at for at, column in enumerate(layout.columns) if column == table.forest), None)
         reach = svg.reach_of([row[drawn].cell for row in layout.cells]) if drawn is not None else 0.0
         columns = [
-            {"title": column, "numeric": numeric, "axis": ""}
-            for column, numeric in zip(layout.columns, layout.numeric, strict=True)
+            {"title": column, "numeric": numeric, "drawn": at == drawn, "axis": ""}
+            for at, (column, numeric) in enumerate(zip(layout.columns, layout.numeric, strict=True))
         ]
         if drawn is not None:
-            columns[drawn]["axis"] = svg.difference_axis(reach, self.lead.is_rate)
+            columns[drawn]["axis"] = svg.difference_axis(reach)
         rows = [
             [
                 {
                     "shown": cell._replace(numeric=numeric),
+                    "drawn": at == drawn,
                     "svg": svg.difference(cell.cell, reach) if at == drawn else "",
                 }
                 for at, (cell, numeric) in enumerate(zip(row, layout.numeric, strict=True))

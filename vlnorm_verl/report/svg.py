@@ -14,7 +14,7 @@ import numpy as np
 
 from vlnorm_verl.report.charts import Chart, Mean, Panel, by_method, ticks, y_range
 from vlnorm_verl.report.estimates import Estimate
-from vlnorm_verl.report.labels import Look, points
+from vlnorm_verl.report.labels import Look
 from vlnorm_verl.report.verdict import state_of
 
 WIDTH, HEIGHT = 420, 240
@@ -156,9 +156,10 @@ def difference(cell: Any, reach: float) -> str:
     )
 
 
-def difference_axis(reach: float, is_rate: bool) -> str:
+def difference_axis(reach: float) -> str:
     """The axis of those differences: 0 and both ends."""
     half = next(iter([*ticks(0.0, reach, 3)][-1:]), reach)
-    texts = [(-half, points(-half, is_rate)), (0.0, "0"), (half, points(half, is_rate))]
-    marks = "".join(f'<text x="{50 + 50 * value / reach:.1f}%" y="11">{text}</text>' for value, text in texts)
+    marks = "".join(
+        f'<text x="{50 + 50 * value / reach:.1f}%" y="11">{plain(value)}</text>' for value in (-half, 0.0, half)
+    )
     return f'<svg class="difference axis" aria-hidden="true">{marks}</svg>'

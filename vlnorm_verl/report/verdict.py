@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, nan
 
 from vlnorm_verl.methods import label_of
 from vlnorm_verl.report import measures
@@ -45,7 +45,8 @@ class Over:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One setting's. value: the best method's accuracy. reach: when it was at the next best one's final accuracy."""
+    """One setting's. value: the best method's accuracy. reach: when it was at the
+    final accuracy of the next best one that it is established over."""
 
     title: str
     best: str
@@ -58,34 +59,35 @@ class Verdict:
     unit: str
 
     @property
+    def sure(self) -> bool:
+        """Whether it is established over every other method."""
+        return bool(self.over) and all(over.state == "established" and not over.behind for over in self.over)
+
+    @property
     def claim(self) -> str:
         """What is established of the best method."""
-        states = [over.state if not over.behind else "" for over in self.over]
-        if not states:
+        if not self.over:
             return "the only method"
-        if set(states) == {"established"}:
-            return f"best of {len(states) + 1}, established"
-        established = states.count("established")
-        return f"highest of {len(states) + 1}, " + (
-            f"established over {established}" if established else "over none of them established"
-        )
+        if self.sure:
+            return f"best of {len(self.over) + 1}, established"
+        count = sum(over.state == "established" and not over.behind for over in self.over)
+        return f"highest of {len(self.over) + 1}, established over {count or 'none'}"
+
+    @property
+    def shown(self) -> str:
+        """Its accuracy with the interval."""
+        numbers = [f"{of:.3f}".replace("-", "−") for of in (self.value.value, self.value.low, self.value.high)]
+        return numbers[0] + (f" [{numbers[1]}, {numbers[2]}]" if isfinite(self.value.low) else "")
 
     def sentence(self) -> str:
         """The whole verdict as a line of text."""
-        lead = f"{self.title}: {self.best} {self.claim}: {interval(self.value, 3)}, {self.seeds}, step {self.step}."
-        words = []
-        for state in dict.fromkeys(over.state for over in self.over):
-            names = [f"{over.method} {over.difference}" for over in self.over if over.state == state]
-            words.append(f"{HEADINGS[state]} {', '.join(names)}{self.unit}")
-        return " ".join(filter(None, (lead, f"{'; '.join(words)}." if words else "", self.reach)))
-
-
-HEADINGS = {"established": "Over", "open": "Open against", "one seed": "One seed, against", "": "No interval, against"}
-
-
-def interval(estimate: Estimate, digits: int) -> str:
-    numbers = [f"{number:.{digits}f}".replace("-", "−") for number in (estimate.value, estimate.low, estimate.high)]
-    return numbers[0] + (f" [{numbers[1]}, {numbers[2]}]" if isfinite(estimate.low) else "")
+        words = [f"{self.title}: {self.best} {self.shown}, {self.claim} ({self.seeds}, step {self.step})."]
+        over = [
+            f"{over.difference}{self.unit} {'behind' if over.behind else 'over'} {over.method}"
+            + (f" ({over.state or 'no interval'})" if over.state != "established" else "")
+            for over in self.over
+        ]
+        return " ".join([*words, *([f"{', '.join(over)}."] if over else []), *([self.reach] if self.reach else [])])
 
 
 def verdicts(groups: Groups, titles: dict[Setting, str]) -> list[Verdict]:
@@ -106,14 +108,15 @@ def _verdict(groups: Groups, title: str) -> Verdict | None:
     for other in others:
         difference = measures.difference(of_methods[best], of_methods[other])
         if difference is None:
-            continue
+            difference = Estimate(nan)
         text = points(difference.value, is_rate)
         if isfinite(difference.low):
             text += f" [{points(difference.low, is_rate, False)}, {points(difference.high, is_rate, False)}]"
         where = [note for note in difference.note.split("; ") if note.startswith("at step")]
         text += f" ({where[0]})" if where else ""
-        over.append(Over(label_of(other[1], other[0].family), state_of(difference), text, not difference.value >= 0))
-    order = list(HEADINGS)
+        over.append(Over(label_of(other[1], other[0].family), state_of(difference), text, difference.value < 0))
+    established = (other for other, of in zip(others, over, strict=True) if of.state == "established" and not of.behind)
+    nearest = next(established, None)
     count = len(measures.final_runs(of_methods[best]))
     return Verdict(
         title=title,
@@ -122,8 +125,8 @@ def _verdict(groups: Groups, title: str) -> Verdict | None:
         value=values[best],
         seeds="1 seed" if count == 1 else f"{count} seeds",
         step=step_of(of_methods[best]),
-        over=tuple(sorted(over, key=lambda one: order.index(one.state))),
-        reach=_reach(of_methods[best], of_methods[others[0]], others[0]) if others else "",
+        over=tuple(over),
+        reach=_reach(of_methods[best], of_methods[nearest], nearest) if nearest else "",
         unit=" points" if is_rate else "",
     )
 
