@@ -18,7 +18,8 @@ from vlnorm_verl.report.labels import Look
 from vlnorm_verl.report.verdict import state_of
 
 WIDTH, HEIGHT = 420, 240
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 36
+LEFT, RIGHT, TOP, BOTTOM = 46, 16, 8, 36
+FRAME = f'x="{LEFT}" y="{TOP - 6}" width="{WIDTH - LEFT - RIGHT + 6}" height="{HEIGHT - TOP - BOTTOM + 6}"'
 DRAWN = 100  # points of a line; the script has all
 DIGITS = 4
 

@@ -181,6 +181,12 @@ def several_at_once(found: Sequence[Verdict]) -> str:
 def look_at(runs: Sequence[Run], groups: Groups, titles: dict[Setting, str]) -> dict[str, list[str]]:
     """What is wrong with the runs: {what: which}, the gravest first."""
     every = [run for of in groups.values() for run in of]
+    behind = [
+        run
+        for of in groups.values()
+        for run in with_validation(of)
+        if (measures.final_step([run]) or 0) < (measures.final_step(of) or 0)
+    ]
     not_numbers = {
         run.name: [key for key in run.ended if not run.metric or key == run.metric] or [*run.ended]
         for run in runs
@@ -201,13 +207,12 @@ def look_at(runs: Sequence[Run], groups: Groups, titles: dict[Setting, str]) -> 
         "No metrics": [f"{run.name} ({run.notes[-1]})" for run in runs if not len(run.steps) and run.notes],
         "No validation": [run.name for run in every if len(run.steps) and not measures.validated_steps(run)],
         "Not finished": [
-            f"{run.name} ({step_of([run])})" for run in with_validation(every) if measures.unfinished(run)
+            f"{run.name} ({step_of([run])}{', not in its row' if any(run is other for other in behind) else ''})"
+            for run in with_validation(every)
+            if measures.unfinished(run)
         ],
         "Left out of its row, not as far as another seed": [
-            f"{run.name} (step {last})"
-            for of in groups.values()
-            for run in with_validation(of)
-            if (last := max(measures.validated_steps(run))) < (measures.final_step(of) or 0)
+            f"{run.name} (step {measures.final_step([run])})" for run in behind if not measures.unfinished(run)
         ],
         "Left out, another run has the same seed": [run.name for run in doubles(runs) if len(run.steps)],
         "One seed only": [
