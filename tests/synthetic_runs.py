@@ -162,6 +162,15 @@ def _records(
             "perf/time_per_step": float(40 + length / 10),
             "training/global_step": step,
         }
+        if vl_norm:
+            harmonic = length * (0.6 - 0.2 * share)
+            data |= {
+                "actor/vl_norm/length_mean": float(length),
+                "actor/vl_norm/length_harmonic_mean": float(harmonic),
+                "actor/vl_norm/variance_ratio": float((length / harmonic) ** 0.5),
+                "actor/vl_norm/effective_responses": float(200 * (1 - 0.4 * share) + 5 * noise[step, 3]),
+                "actor/vl_norm/weight_max": float(3 + 4 * share + 0.3 * abs(noise[step, 1])),
+            }
         yield f'{{"step": {step}, "data": {{{fixed}, {json.dumps(data)[1:-1]}}}}}\n'
 
 

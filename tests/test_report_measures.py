@@ -24,7 +24,7 @@ def test_one_seed_says_so_and_more_seeds_do_not(tmp_path: Path) -> None:
     runs = read(*folders)
     assert measures.final_accuracy(runs[:1]).note == "one seed"
     assert measures.final_accuracy(runs).note == ""
-    assert [row["seeds"] for row in made(runs, "countdown")] == [3]
+    assert [row["seeds"] for row in made(runs, "results")] == [3]
 
 
 def test_without_dumps_the_interval_is_over_seeds(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_two_runs_of_one_seed_are_not_two_seeds(tmp_path: Path) -> None:
     full = write_run(tmp_path / "b", curve={10: 0.5, 20: 0.9})
     for order in ([short, full], [full, short]):
         runs = read(*order)
-        (row,) = made(runs, "countdown")
+        (row,) = made(runs, "results")
         assert (row["seeds"], row["Avg@8"].value) == (1, 0.9)
         assert [("left out" in entry["notes"], entry["last step"][:2]) for entry in made(runs, "inputs")] == [
             (run.folder == short, "10" if run.folder == short else "20") for run in runs
@@ -54,13 +54,13 @@ def test_a_seed_that_is_not_as_far_is_not_in_the_final_values(tmp_path: Path) ->
         write_run(tmp_path, "grpo_norm", dumps={400: random_dump(3, 0.3), 1000: random_dump(4, 0.6)}),
     ]
     runs = read(*folders)
-    grpo, vl = made(runs, "countdown")
-    alone = made([runs[0]], "countdown")[0]
+    grpo, vl = made(runs, "results")
+    alone = made([runs[0]], "results")[0]
     for column in ("Avg@8", "Pass@8", "monotonicity"):
         assert vl[column] == alone[column]
     assert (grpo["step"], vl["step"]) == ("1000", "450 of 1000")
     assert (grpo["seeds"], vl["seeds"]) == (1, "1 of 2")
-    text = foot(runs, "countdown")
+    text = foot(runs)
     assert "Not finished: vl_norm-1.0-0 (450 of 1000), vl_norm-1.0-1 (400 of 1000)." in text
     assert "Not as far as another seed of its row, so not in the row's values: vl_norm-1.0-1 (step 400)." in text
     assert "rows stand at different steps (450, 1000)" in text
@@ -83,10 +83,10 @@ def test_an_accuracy_that_is_nan_from_a_step_on_is_said_and_the_others_go_on(num
         put(tmp_path / f"vl_norm_s{seed}.jsonl", content)
     runs = read(tmp_path)
     assert f"not a finite number from step 30 on: {KEY}" in runs[2].notes
-    (row,) = made(runs, "runs")
+    (row,) = made(runs, "results")
     assert (row["seeds"], row["step"], row["Avg@8"].value) == ("2 of 3", "60", pytest.approx(0.6))
-    assert "Accuracy is not a number any more: vl_norm_s2 (from step 30 on)." in foot(runs, "runs")
-    assert "not in the row's values: vl_norm_s2 (step 20)" in foot(runs, "runs")
+    assert "Accuracy is not a number any more: vl_norm_s2 (from step 30 on)." in foot(runs)
+    assert "not in the row's values: vl_norm_s2 (step 20)" in foot(runs)
 
 
 # ---------------------------------------------------------------------------------------------------------- differences
@@ -99,7 +99,7 @@ def test_the_difference_is_paired_within_a_setting_only(tmp_path: Path) -> None:
         write_run(tmp_path / "7b", "grpo_norm", dumps={10: random_dump(3, 0.4)}, recipe={"model": "7b"}),
     ]
     runs = read(*folders)
-    rows = {(row["model"], row["method"]): row["VL Norm minus this"] for row in made(runs, "countdown")}
+    rows = {(row["model"], row["method"]): row["VL Norm minus this"] for row in made(runs, "results")}
     a, b = random_dump(1, 0.6), random_dump(2, 0.4)
     expected = np.mean([np.mean(a[p]) - np.mean(b[p]) for p in a])
     assert rows["3b", "GRPO Norm"].value == pytest.approx(expected)
@@ -161,7 +161,7 @@ def test_a_difference_is_of_the_seeds_that_were_validated_at_its_step(tmp_path: 
 
 def test_without_a_step_in_common_there_is_no_difference(tmp_path: Path) -> None:
     folders = [write_run(tmp_path, curve={10: 0.5}), write_run(tmp_path, "grpo_norm", curve={15: 0.5})]
-    grpo, _ = made(read(*folders), "countdown")
+    grpo, _ = made(read(*folders), "results")
     assert np.isnan(grpo["VL Norm minus this"].value)
     assert grpo["VL Norm minus this"].note == "no validated step in common"
 
@@ -224,7 +224,7 @@ def test_the_papers_count_and_first_hit_against_first_hit(tmp_path: Path) -> Non
     dapo = write_run(tmp_path, "dapo", curve={250: 0.5, 500: 0.7, 750: 0.87, 1000: 0.866}, recipe=recipe)
     vl = write_run(tmp_path, curve={125: 0.5, 250: 0.7, 375: 0.866, 1000: 0.912}, recipe=recipe)
     rows = made(read(dapo, vl), "speedup")
-    raw = next(row for row in rows if row["curve"] == "raw" and row["method"].startswith("DAPO + VL"))
+    raw = next(row for row in rows if row["method"].startswith("DAPO + VL"))
     assert raw["target"].value == pytest.approx(0.866)
     assert [raw[key] for key in ("its last step", "its own first hit", "first hit")] == ["1000", "750", "375"]
     assert raw["last step / first hit"].value == pytest.approx(1000 / 375)
@@ -233,7 +233,7 @@ def test_the_papers_count_and_first_hit_against_first_hit(tmp_path: Path) -> Non
     assert np.isnan(raw["last step / first hit"].low)
     assert raw["paper's first hit"] == "375 (2.67×) [paper, Fig. 2]"
     assert rows[0] == raw, "what VL Norm reaches comes first"
-    back = next(row for row in rows if row["curve"] == "raw" and row["method"] == "DAPO")
+    back = next(row for row in rows if row["method"] == "DAPO")
     assert (back["first hit"], back["first hit / first hit"], back["seeds reached"]) == ("not reached",) * 2 + (
         "0 of 1",
     )

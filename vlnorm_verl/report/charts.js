@@ -30,7 +30,8 @@
           const at = power + Math.log10(times);
           if (at >= low && at <= high) found.push(at);
         }
-      return found;
+      if (found.length > 2) return found;
+      return ticks(10 ** low, 10 ** high, count, false).filter((value) => value > 0).map(Math.log10);
     }
     let step = 10 ** Math.floor(Math.log10((high - low) / count));
     step *= [1, 2, 2.5, 5].find((times) => (high - low) / (step * times) <= count) || 10;
