@@ -186,7 +186,7 @@ def test_figures_on_request_have_the_pages_lines(folder: Path, tmp_path: Path) -
     with use_style():
         _, axes = plt.subplots()
         plots._panel(axes, charts.Panel("p", series), labels.looks(["vl_norm:1"]))
-        assert [list(one.get_ydata()) for one in axes.get_lines()][0] == [0.25, 0.75]
+        assert next(list(one.get_ydata()) for one in axes.get_lines()) == [0.25, 0.75]
         plt.close()
 
 
