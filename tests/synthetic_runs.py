@@ -99,8 +99,8 @@ def write(out: Path, steps: int = 1000, problems: int = 64) -> dict[str, Path]:
         last = steps * 3 // 5 if odd == "unfinished" else steps
         generator = np.random.default_rng([7, number])
         lines = list(_records(folder, place, method, last, steps, problems, samples, generator, odd))
-        if odd == "resumed":  # the first start's later half was given up
-            (folder / "metrics-000.jsonl").write_text("".join([*lines[: steps // 2], *lines[: steps // 5]]))
+        if odd == "resumed":  # what the first start logged after half of the steps was given up
+            (folder / "metrics-000.jsonl").write_text("".join(lines[: steps * 7 // 10]))
             (folder / "metrics-001.jsonl").write_text("".join(lines[steps // 2 :]))
         else:
             (folder / "metrics-000.jsonl").write_text("".join(lines))

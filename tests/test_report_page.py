@@ -114,7 +114,7 @@ def test_states_of_a_difference(estimate: Estimate | None, state: str) -> None:
 
 def test_a_method_that_is_behind_where_both_were_is_not_established(tmp_path: Path) -> None:
     for seed in range(3):
-        put(tmp_path / f"vl_norm_s{seed}.jsonl", text((0, 20, 0.2 + seed / 1000)))
+        put(tmp_path / f"vl_norm_s{seed}.jsonl", text((0, 20, 0.1 + seed / 1000)))
         put(tmp_path / f"token-mean_s{seed}.jsonl", text((0, 60, 0.0)))
     (found,) = verdict.verdicts(
         tables.validated(read(tmp_path)), {next(iter(tables.validated(read(tmp_path))))[0]: "t"}
@@ -145,11 +145,11 @@ def test_a_mean_is_over_the_seeds_that_have_not_ended() -> None:
 
 def test_long_series_are_means_of_neighbouring_steps_and_know_their_clock(tmp_path: Path) -> None:
     more = {"perf/total_num_tokens": 10.0, "perf/time_per_step": 36.0}
-    put(tmp_path / "vl_norm.jsonl", "".join(line(step, **more, **{"actor/entropy": step}) for step in range(1001)))
+    put(tmp_path / "vl_norm.jsonl", "".join(line(step, **more, **{"x/y": float(step)}) for step in range(1001)))
     groups = tables.validated(read(tmp_path))
-    _, rest = charts.charts(groups, {setting: "t" for setting, _ in groups}, plots=["actor/ent*"])
+    _, rest = charts.charts(groups, {setting: "t" for setting, _ in groups}, plots=["x/*"])
     (training,) = (chart for of in rest.values() for chart in of)
-    (panel,) = (panel for panel in training.panels if panel.title == "actor/entropy")
+    (panel,) = (panel for panel in training.panels if panel.title == "x/y")
     (series,) = panel.series
     assert len(series.values) == charts.POINTS
     assert series.values[:2].tolist() == series.steps[:2].tolist() == [3.0, 8.0]

@@ -64,7 +64,8 @@
       const mean = (list) => list.reduce((a, b) => a + b, 0) / list.length;
       points.push({ step, x: mean(xs), y: mean(ys), low: Math.min(...ys), high: Math.max(...ys), n: ys.length });
     }
-    return { points, whole: points.filter((point) => point.step <= Math.min(...ends)).length };
+    const whole = points.filter((point) => point.step <= Math.min(...ends)).length;
+    return { points: whole ? points : [], whole };
   }
 
   function state() {

@@ -232,7 +232,7 @@ def by_method(series: Iterable[Series], smooth: int = 1) -> dict[str, Mean]:
 
 
 def mean_of(seeds: Sequence[tuple[np.ndarray, np.ndarray]]) -> Mean:
-    """Over (steps, values) of seeds, at the steps that all seeds that have not ended have."""
+    """Over (steps, values) of seeds, at the steps that all seeds that have not ended have; empty if there is none."""
     every = np.unique(np.concatenate([steps for steps, _ in seeds]))
     table = np.full((len(seeds), len(every)), math.nan)  # [S, T]
     for row, (steps, values) in zip(table, seeds, strict=True):
@@ -241,8 +241,8 @@ def mean_of(seeds: Sequence[tuple[np.ndarray, np.ndarray]]) -> Mean:
     kept = (np.isfinite(table) | (every > ends[:, None])).all(axis=0)
     every, table = every[kept], table[:, kept]
     whole = int((every <= ends.min()).sum())
-    if not len(every):
-        return Mean(every, np.empty(0), np.empty(0), np.empty(0), 0)
+    if not whole:
+        return Mean(every[:0], np.empty(0), np.empty(0), np.empty(0), 0)
     return Mean(every, np.nanmean(table, axis=0), np.nanmin(table, axis=0), np.nanmax(table, axis=0), whole)
 
 

@@ -224,7 +224,7 @@ def _details(groups: Groups, other_metric: bool) -> Table | None:
         "than one that still climbs. verl's best@8: a bootstrap with replacement, which lies below Pass@8.",
     ]
     if any(map(paper.covers, (setting for setting, _ in groups))) and not other_metric:
-        foot.append("The paper's values are of arXiv 2509.07558; “not found”: that it could not be; –: not in the paper.")
+        foot.append("The paper: arXiv 2509.07558; “not found”: that its value could not be; –: not in the paper.")
         foot += paper.sources(groups, [metric for metrics in OF_PAPER.values() for metric in metrics])
         foot += paper.remarks(where(groups, lambda setting, _: setting.family == "aggregation"))
     return _table("details", rows, foot)
