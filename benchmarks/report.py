@@ -1,17 +1,16 @@
-"""How fast `vlnorm-verl report` reads runs: time and peak memory, for 20 runs of 1,000 steps.
+"""How long `vlnorm-verl report` takes for some 60 runs with dumps: the whole command, its CPU seconds and its memory.
 
-    python benchmarks/report.py [--runs 20] [--steps 1000]
+    python benchmarks/report.py [--steps 1000] [--problems 64] [--against COMMIT]
 
-Writes runs whose records are real ones of verl (tests/report_samples) with other step numbers, 100 metrics each and
-a validation every 50 steps, without dumps; then reads them in a process of its own. With --problems, each validation
-also has a dump of so many problems of 8 responses of 2,000 characters, read once and then once more from the cache.
+The runs are those of tests/synthetic_runs.py. The command runs twice, the second time with nothing changed. With
+--against, the same runs are given to the command of another commit, in the same call.
 """
 
-import json
-import shutil
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -21,67 +20,55 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
-SAMPLE = ROOT / "tests" / "report_samples" / "aggregation-countdown-tiny-256-vl_norm-seed0"
-EVERY = 50  # steps between validations
-READ = """
-import resource, sys, time
-start = time.perf_counter()
-from pathlib import Path
-from vlnorm_verl.report.read import read_runs
-imported = time.perf_counter()
-runs = read_runs([sys.argv[1]], Path(sys.argv[2]))
-read = time.perf_counter()
-from vlnorm_verl.report.tables import tables
-tables(runs)
-done = time.perf_counter()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(len(runs), sum(len(run.steps) for run in runs), imported - start, read - imported, done - read, peak)
+MEASURE = """
+import resource, sys
+from typer.testing import CliRunner
+from vlnorm_verl.cli import app
+done = CliRunner().invoke(app, sys.argv[1:])
+assert done.exit_code == 0, done.output
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
-def write(folder: Path, runs: int, steps: int, problems: int) -> None:
-    trained, validated = [json.loads(line)["data"] for line in (SAMPLE / "metrics-000.jsonl").read_text().splitlines()][
-        3:5
+def report(tree: Path, runs: Path, out: Path) -> list[str]:
+    """CPU seconds, seconds and peak memory in MB of the command, and the page's size in MB."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    command = [sys.executable, "-c", MEASURE, "report", str(runs), "--out", str(out)]
+    found = subprocess.run(command, cwd=tree, env={"PYTHONPATH": str(tree)}, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    size = (out / "report.html").stat().st_size / 1e6
+    return [
+        f"{used:.1f}",
+        f"{time.perf_counter() - start:.1f}",
+        f"{float(found.stdout.split()[-1]):.0f}",
+        f"{size:.1f}",
     ]
-    for number in range(runs):
-        method, seed = ("vl_norm", "grpo_norm", "dapo_norm", "dr_grpo")[number % 4], number // 4
-        run = folder / f"{method}-seed{seed}"
-        run.mkdir()
-        config = (SAMPLE / "config.yaml").read_text().replace("vl_norm:1.0", method).replace("vl_norm", method)
-        config = config.replace("seed: 0", f"seed: {seed}")
-        (run / "config.yaml").write_text(config)
-        with open(run / "metrics-000.jsonl", "w") as file:
-            for step in range(1, steps + 1):
-                record = {"step": step, "data": trained if step % EVERY else validated}
-                file.write(json.dumps(record, separators=(",", ":")) + "\n")
-        for step in range(EVERY, steps + 1, EVERY) if problems else ():
-            (run / "validation").mkdir(exist_ok=True)
-            with open(run / "validation" / f"{step}.jsonl", "w") as file:
-                for response in range(problems * 8):
-                    entry = {"input": f"problem {response // 8}", "output": "word " * 400, "gts": "1", "score": 1.0}
-                    file.write(json.dumps(entry | {"acc": float((response + step) % 3 == 0), "step": step}) + "\n")
 
 
 def main(
-    runs: Annotated[int, typer.Option(min=1, help="Runs to write and read.")] = 20,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each.")] = 1000,
-    problems: Annotated[int, typer.Option(help="Of each validation's dump; 0 for no dumps.")] = 0,
+    steps: Annotated[int, typer.Option(min=20, help="Training steps of each run.")] = 1000,
+    problems: Annotated[int, typer.Option(min=16, help="Of each of 20 validations, 8 responses each.")] = 64,
+    against: Annotated[str, typer.Option(help="Measure the command of this commit, too.", metavar="COMMIT")] = "",
 ) -> None:
-    """Time and memory of reading runs and making the report's tables."""
-    title = f"{runs} runs × {steps} steps, {problems} problems; {line()}"
-    table = Table("", "runs", "steps", "import, s", "read, s", "tables, s", "peak memory, MB", title=title)
-    folder = Path(tempfile.mkdtemp())
-    try:
-        (folder / "runs").mkdir()
-        write(folder / "runs", runs, steps, problems)
-        for name in ("first", "again, from the cache") if problems else ("first",):
-            command = [sys.executable, "-c", READ, str(folder / "runs"), str(folder / "out")]
-            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-            table.add_row(
-                name, *found[:2], *(f"{float(number):.2f}" for number in found[2:5]), f"{float(found[5]):.0f}"
-            )
-    finally:
-        shutil.rmtree(folder)
+    """Time and memory of a report on 58 runs."""
+    title = f"58 runs × {steps} steps, {problems} problems; {line()}"
+    table = Table("commit", "", "CPU s", "s", "peak memory, MB", "page, MB", title=title)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        sizes = ["--steps", str(steps), "--problems", str(problems)]
+        subprocess.run(
+            [sys.executable, "-m", "tests.synthetic_runs", str(folder / "runs"), *sizes], cwd=ROOT, check=True
+        )
+        trees = {"this one": ROOT}
+        if against:
+            trees = {against: folder / "tree", **trees}
+            (folder / "tree").mkdir()
+            archive = subprocess.run(["git", "archive", against], cwd=ROOT, capture_output=True, check=True).stdout
+            subprocess.run(["tar", "-x", "-C", str(folder / "tree")], input=archive, check=True)
+        for name, tree in trees.items():
+            for what in ("first", "nothing changed"):
+                table.add_row(name, what, *report(tree, folder / "runs", folder / f"out-{tree.name}"))
     Console().print(table)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from vlnorm_verl.report import tables
+from vlnorm_verl.report import build, labels, tables, verdict
 from vlnorm_verl.report.read import read_runs
 from vlnorm_verl.report.run import Run
 
@@ -102,20 +102,32 @@ def said(runs: list[Run]) -> list[tuple[str, int]]:
 
 
 def made(runs: list[Run], name: str, **options: Any) -> list[dict[str, Any]]:
-    found = {table.name: table for table in tables.tables(runs, **options)}
-    return [dict(zip(found[name].columns, row, strict=True)) for row in found[name].rows] if name in found else []
+    """The rows of a table by their columns; those of results with what details and sets say of the same rows."""
+    rows: dict[Any, dict[str, Any]] = {}
+    for table in tables.tables(runs, **options):
+        if table.name in ((name, "details", "sets") if name == "results" else (name,)):
+            for number, row in enumerate(table.rows):
+                key = (row[0], row[1]) if name == "results" else number
+                rows.setdefault(key, {}).update(zip(table.columns, row, strict=True))
+    return list(rows.values())
 
 
-def foot(runs: list[Run], name: str) -> str:
-    return " ".join(next(table.foot for table in tables.tables(runs) if table.name == name))
+def foot(runs: list[Run]) -> str:
+    """The sentences below all tables."""
+    return " ".join(sentence for table in tables.tables(runs) for sentence in table.foot)
+
+
+def looked_at(runs: list[Run]) -> dict[str, list[str]]:
+    groups = tables.validated(runs)
+    return verdict.look_at(runs, groups, labels.titles(setting for setting, _ in groups))
+
+
+def report(*arguments: Any, out: Path, **options: Any) -> list[str]:
+    """Write a report of the arguments; what it says."""
+    return build.build(build.Request(tuple(map(str, arguments)), out, **options), Console(file=io.StringIO()))
 
 
 def table_of(out: Path, name: str) -> list[dict[str, Any]]:
     """Rows of a written table by its columns."""
-
     with open(out / "tables" / f"{name}.csv", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO())

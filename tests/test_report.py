@@ -24,10 +24,10 @@ from tests.report_runs import (
     line,
     made,
     put,
-    quiet,
     read,
     read_one,
     record,
+    report,
     table_of,
     text,
     write_run,
@@ -35,7 +35,6 @@ from tests.report_runs import (
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import UserError
 from vlnorm_verl.report import measures, paper, tables
-from vlnorm_verl.report.build import build
 from vlnorm_verl.report.identity import Setting
 
 NAME = "aggregation-countdown-tiny-256"
@@ -83,33 +82,30 @@ def test_counts_of_a_real_dump() -> None:
         assert sorted(zip(found.n, found.correct, strict=True)) == sorted((len(r), sum(r)) for r in problems.values())
         own = logged("vl_norm", 0, step)[f"val-core/{SET}/acc/mean@8"]
         assert found.correct.sum() / found.n.sum() == pytest.approx(own)
-        dump = SAMPLES / f"{NAME}-vl_norm-seed0/validation/{step}.jsonl"
-        lengths = sorted(len(json.loads(row)["output"]) for row in dump.read_text().splitlines())
-        assert found.characters is not None
-        assert found.characters.tolist() == lengths
 
 
 @pytest.fixture(scope="module")
 def made_of_samples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """The folder of a report on the samples, and what the command printed."""
     out = tmp_path_factory.mktemp("report")
-    return out, invoke(SAMPLES, "--out", out, "--smooth", 2)
+    return out, invoke(SAMPLES, "--out", out, "--smooth", 2, "--figures")
 
 
 def test_the_command_writes_and_prints_a_report(made_of_samples: tuple[Path, Any]) -> None:
     out, printed = made_of_samples
     assert printed.exit_code == 0, printed.output
-    assert "DAPO Norm" in printed.output
+    assert "VL Norm" in printed.output.strip().splitlines()[0], "the verdict comes first"
     assert f"page: {out}/report.html" in printed.output
-    assert "No runs for the table 'Full DAPO'" in printed.output
+    assert "Avg@8 " not in printed.output, "no table unless asked for"
     assert (out / "report.html").stat().st_size > 10_000
     written = json.loads((out / ".written.json").read_text())["files"]
-    assert {"tables/countdown.csv", "tables/math.tex", "figures/fig3-aggregation.png"} <= set(written)
+    assert {"tables/results.csv", "tables/sets.tex", "figures/accuracy.png"} <= set(written)
     assert all((out / name).is_file() for name in written)
 
 
 def test_rows_of_real_runs_have_what_their_dumps_say(made_of_samples: tuple[Path, Any]) -> None:
-    rows = {row["method"]: row for row in table_of(made_of_samples[0], "countdown")}
+    rows = {row["method"]: row for row in table_of(made_of_samples[0], "results")}
+    more = {row["method"]: row for row in table_of(made_of_samples[0], "details")}
     for method, label in (("dapo_norm", "DAPO Norm"), ("vl_norm", "VL Norm (α = 1)")):
         seeds = [counted(method, seed) for seed in (0, 1)]
         averages = [np.mean([np.mean(r) for r in problems.values()]) for problems in seeds]
@@ -121,7 +117,7 @@ def test_rows_of_real_runs_have_what_their_dumps_say(made_of_samples: tuple[Path
         assert float(row["Avg@8 low"]) < np.mean(averages) < float(row["Avg@8 high"])
         assert float(row["Pass@8"]) == pytest.approx(np.mean(subsets))
         own = np.mean([logged(method, seed)[f"val-core/{SET}/acc/best@8/mean"] for seed in (0, 1)])
-        assert float(row["verl's best@8"]) == pytest.approx(own)
+        assert float(more[label]["verl's best@8"]) == pytest.approx(own)
         assert (row["seeds"], row["step"]) == ("2", "4")
 
 
@@ -129,7 +125,7 @@ def test_the_difference_of_real_runs_is_over_seeds_with_problems_of_their_own(
     made_of_samples: tuple[Path, Any],
 ) -> None:
     """verl drew 16 other problems of 128 for each seed: t over seeds, at least what the problems give."""
-    (row,) = (row for row in table_of(made_of_samples[0], "countdown") if row["method"] == "DAPO Norm")
+    (row,) = (row for row in table_of(made_of_samples[0], "results") if row["method"] == "DAPO Norm")
     means = {m: [np.mean(list(counted(m, seed).values())) for seed in (0, 1)] for m in ("vl_norm", "dapo_norm")}
     gap = np.subtract(means["vl_norm"], means["dapo_norm"])
     assert float(row["VL Norm minus this"]) == pytest.approx(gap.mean())
@@ -142,14 +138,14 @@ def test_a_real_run_with_four_sets(tmp_path: Path) -> None:
     run = read_one(SAMPLES / "aggregation-math-tiny-128-vl_norm-seed0")
     sizes = {name: len(found.problems) for name, found in run.validations[2].items()}
     assert sizes == {"aime2024": 3, "amc": 1, "math500": 3, "minerva": 1}
-    (row,) = made([run], "math")
+    (row,) = made([run], "results")
     own = {name: run.metrics[f"val-core/{name}/acc/mean@8"][-1] for name in sizes}
     for name, column in tables.MATH_SETS.items():
         assert row[column].value == pytest.approx(own[name])
         assert np.isnan(row[column].low) == (sizes[name] == 1)
     expected = sum(own[name] * size for name, size in sizes.items()) / 8
-    assert row["weighted Avg@8"].value == pytest.approx(expected)
-    assert "paper's weighted Avg@8" not in row
+    assert row["Avg@8"].value == pytest.approx(expected)
+    assert "paper's Avg@8" not in row
     assert run.notes == ["no validation dump of steps 0"]
 
 
@@ -166,15 +162,18 @@ def test_which_table_a_run_belongs_to_is_what_its_recipe_says(tmp_path: Path) ->
         write_run(tmp_path / "c", curve={1: 0.5}, recipe={"task": "sudoku"}),
     ]
     runs = read(*folders)
-    assert [row["method"] for row in made(runs, "countdown")] == ["VL Norm (α = 1)"]
-    assert [row["α"] for row in made(runs, "alpha")] == ["0.5", "1"]
-    assert [row["method"] for row in made(runs, "dapo")] == ["DAPO", "DAPO + VL Norm (α = 1)"]
-    assert [row["task"] for row in made(runs, "runs")] == ["sudoku"]
-    assert [row["paper's accuracy"] for row in made(runs, "dapo")] == ["0.866 [paper, Fig. 2]", "not found"]
-    assert made(runs, "dapo")[0]["paper's VL Norm minus this"] == "0.046 [paper, Fig. 2]"
-    assert [sentence.split(":")[0] for sentence in tables.missing(tables.tables(runs))] == [
-        "No runs for the table 'Math, aggregations'"
+    rows = made(runs, "results")
+    assert [(row["setting"].split(",")[0], row["method"]) for row in rows] == [
+        ("CountDown", "VL Norm (α = 0.5)"),
+        ("CountDown", "VL Norm (α = 1)"),
+        ("sudoku", "VL Norm (α = 1)"),
+        ("CountDown", "DAPO"),
+        ("CountDown", "DAPO + VL Norm (α = 1)"),
     ]
+    families = ["aggregation only"] * 2 + ["3072 tokens"] + ["full DAPO"] * 2
+    assert [row["setting"].split(", ")[-1] for row in rows] == families, "named only if two are called the same"
+    assert [row["paper's accuracy"] for row in rows[2:]] == [None, "0.866 [paper, Fig. 2]", "not found"]
+    assert rows[3]["paper's VL Norm minus this"] == "0.046 [paper, Fig. 2]"
 
 
 def test_a_run_without_any_validation_is_left_out_of_the_tables(tmp_path: Path) -> None:
@@ -189,21 +188,21 @@ def test_accuracies_that_are_not_avg_at_8_are_not_called_so(tmp_path: Path) -> N
     folder = write_run(tmp_path, curve={10: 0.5})
     data = {"val-core/set/reward/mean@1": 0.25, "val-core/set/reward/best@8/mean": 0.75}
     (folder / "metrics-000.jsonl").write_text(json.dumps({"step": 10, "data": data}) + "\n")
-    (row,) = made([run := read_one(folder)], "countdown")
+    (row,) = made([run := read_one(folder)], "results")
     assert row["Avg@1"].value == 0.25
     assert row["verl's best@8"] == 0.75
-    assert "Not Avg@8 of verl's acc: vl_norm-1.0-0: mean@1 of reward." in foot([run], "countdown")
+    assert "Not Avg@8 of verl's acc: vl_norm-1.0-0: mean@1 of reward." in foot([run])
     eight = read_one(write_run(tmp_path / "8", "dapo_norm", curve={10: 0.5}))
-    assert "Avg@k" in made([run, eight], "countdown")[0]
-    assert "Not Avg@8" not in foot([eight], "countdown")
+    assert "Avg@k" in made([run, eight], "results")[0]
+    assert "Not Avg@8" not in foot([eight])
 
 
 def test_without_vl_norm_and_baseline_the_table_says_how_to_compare(tmp_path: Path) -> None:
     for name in ("token-mean", "seq-mean-token-mean"):
         put(tmp_path / f"{name}.jsonl", text((0, 40, 0.0)))
     runs = read(tmp_path)
-    assert "VL Norm minus this" not in made(runs, "runs")[0]
-    assert "--baseline METHOD" in foot(runs, "runs")
+    assert "VL Norm minus this" not in made(runs, "results")[0]
+    assert "--baseline METHOD" in foot(runs)
     assert made(runs, "speedup") == []
 
 
@@ -230,27 +229,26 @@ def write_math(root: Path, method: str, right: dict[str, int], seed: int = 0, fi
 def test_sets_are_weighted_by_their_size(tmp_path: Path) -> None:
     right = {"aime2024": 0, "amc": 4, "math500": 6, "minerva": 2}
     folders = [write_math(tmp_path, "vl_norm:0.75", right), write_math(tmp_path, "grpo_norm", dict.fromkeys(SETS, 2))]
-    grpo, vl = made(read(*folders), "math")
+    grpo, vl = made(read(*folders), "results")
     assert (grpo["method"], vl["method"]) == ("GRPO Norm", "VL Norm (α = 0.75)")
     assert [vl[name].value for name in ("AIME2024", "AMC", "MATH500", "Minerva")] == [0, 0.5, 0.75, 0.25]
     expected = (0 * 4 + 0.5 * 6 + 0.75 * 20 + 0.25 * 10) / 40
-    assert vl["weighted Avg@8"].value == pytest.approx(expected)
-    assert vl["weighted Pass@8"].value == pytest.approx(36 / 40)
+    assert vl["Avg@8"].value == pytest.approx(expected)
+    assert vl["Pass@8"].value == pytest.approx(36 / 40)
     assert grpo["VL Norm minus this"].value == pytest.approx(expected - 0.25)
     assert vl["VL Norm minus this"] is None
-    assert vl["paper's weighted Avg@8"] == "not found"
     steps, values = measures.accuracy_curve(read_one(folders[0]))
     assert (steps.tolist(), values.tolist()) == ([1000], [pytest.approx(expected)])
 
 
 def test_dumps_that_do_not_say_the_set_leave_verls_numbers_without_intervals(tmp_path: Path) -> None:
     run = read_one(write_math(tmp_path, "vl_norm:0.75", dict.fromkeys(SETS, 2), field=False))
-    (row,) = made([run], "math")
+    (row,) = made([run], "results")
     assert (row["AMC"].value, row["AMC"].note) == (0.25, "no dumps")
     assert np.isnan(row["AMC"].low)
-    assert not [column for column in row if column.startswith("weighted")]
+    assert "Pass@8" not in row
     assert any("do not say which validation set" in note for note in run.notes)
-    assert "there is no weighted average" in foot([run], "math")
+    assert "there is no weighted average" in foot([run])
 
 
 # ------------------------------------------------------------------------------------------------------------ the paper
@@ -259,12 +257,11 @@ def test_dumps_that_do_not_say_the_set_leave_verls_numbers_without_intervals(tmp
 def test_the_papers_values_stand_beside_its_own_models_only(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / model, curve={1: 0.5}, recipe={"model": model}) for model in ("3b", "tiny")]
     runs = read(*runs)
-    rows = {row["model"]: row for row in made(runs, "countdown")}
-    assert rows["3b"]["paper's Avg@8"] == "0.847 [second-hand, of v1]"
-    assert rows["3b"]["paper's Pass@8"] == "0.938 [second-hand, of v1]"
+    rows = {row["setting"].split(", ")[1]: row for row in made(runs, "results")}
+    assert rows["3B"]["paper's Avg@8"] == "0.847 [second-hand, of v1]"
+    assert rows["3B"]["paper's Pass@8"] == "0.938 [second-hand, of v1]"
     assert rows["tiny"]["paper's Avg@8"] is None
-    assert "The paper has no model tiny: such rows are not comparable with its values." in foot(runs, "countdown")
-    assert "paper's Avg@8" not in made(runs[1:], "countdown")[0]
+    assert "paper's Avg@8" not in made(runs[1:], "results")[0]
 
 
 def test_the_papers_values_are_given_to_their_setting_only() -> None:
@@ -280,12 +277,12 @@ def test_the_foot_says_where_the_papers_values_were_read_and_what_concerns_its_r
     three = read_one(write_run(tmp_path / "3b", "grpo_norm", curve={10: 0.5}))
     seven = read_one(write_run(tmp_path / "7b", curve={10: 0.5}, recipe={"model": "7b"}))
     tiny = read_one(write_run(tmp_path / "tiny", curve={10: 0.5}, recipe={"model": "tiny"}))
-    texts = [foot([run], "countdown") for run in (three, seven, tiny)]
+    texts = [foot([run]) for run in (three, seven, tiny)]
     assert ["CountDown 7B: in the paper's table GRPO Norm" in text for text in texts] == [False, True, False]
     assert ["entropy under VL Norm: between 0.1 and 0.2" in text for text in texts] == [False, True, False]
     assert ["a digest of the paper's first version" in text for text in texts] == [True, False, False]
     dapo = read_one(write_run(tmp_path / "d", "dapo", curve={1000: 0.5}, recipe={"family": "dapo"}))
-    assert "the length is that of the authors' scripts [code]" in foot([dapo], "dapo")
+    assert "the length is that of the authors' scripts [code]" in foot([dapo])
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -306,14 +303,16 @@ def test_other_keys_and_no_vl_norm(tmp_path: Path) -> None:
         tmp_path / "logs", "--metric", "val/test_score/gsm8k", "--baseline", "token-mean", "--out", tmp_path / "o"
     )
     assert done.exit_code == 0, done.output
-    (theirs, ours) = table_of(tmp_path / "o", "runs")
+    (theirs, ours) = table_of(tmp_path / "o", "results")
     assert float(ours["val/test_score/gsm8k"]) == pytest.approx(6.5)
     assert float(ours["this minus DAPO Norm"]) == pytest.approx(2)
     assert theirs["this minus DAPO Norm"] == ""
     assert not {"VL Norm minus this", "Pass@8", "verl's best@8", "model", "length", "task"} & set(ours)
     speed = table_of(tmp_path / "o", "speedup")[0]
-    assert (speed["method"], speed["reaches the final accuracy of"], speed["first hit"]) == ("mine", "DAPO Norm", "20")
-    assert [file.name for file in (tmp_path / "o" / "figures").glob("fig2*.svg")] == ["fig2.svg"]
+    assert (speed["method"], speed["reaches the final accuracy of"], speed["at step"]) == ("mine", "DAPO Norm", "19–20")
+    assert "mine 6.500" in done.output
+    assert "+2.000 over DAPO Norm (no interval)" in done.output
+    assert not (tmp_path / "o" / "figures").exists(), "figures are drawn when asked for"
 
 
 @pytest.mark.parametrize(
@@ -338,7 +337,7 @@ def test_what_is_no_run_is_refused_in_one_message(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=says) as refused:
-        build([argument], tmp_path / "out", console=quiet())
+        report(argument, out=tmp_path / "out")
     assert "metrics-NNN.jsonl" in str(refused.value) or "Accepted:" in str(refused.value)
     assert not (tmp_path / "out").exists()
 
@@ -347,14 +346,14 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for out, smooth, says in (("out", 0, "--smooth 0: accepted are"), ("file", 1, "/file: is a file; accepted is")):
         with pytest.raises(UserError, match=says):
-            build([str(SAMPLES)], tmp_path / out, smooth=smooth, console=quiet())
+            report(SAMPLES, out=tmp_path / out, smooth=smooth)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nothing can be made")
 def test_a_folder_that_cannot_be_made_is_refused_before_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlnorm_verl.report.build.read_runs", lambda *_: pytest.fail("read"))
     with pytest.raises(UserError, match="--out /proc/nope: cannot be made"):
-        build([str(SAMPLES)], Path("/proc/nope"), console=quiet())
+        report(SAMPLES, out=Path("/proc/nope"))
 
 
 @pytest.mark.parametrize("content", ["[1]", "\xff"])
@@ -362,8 +361,8 @@ def test_a_broken_record_of_what_was_written_is_none(content: str, tmp_path: Pat
     folder = write_run(tmp_path / "a", curve={1: 0.5, 2: 0.6})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".written.json").write_text(content, encoding="latin-1")
-    build([str(folder)], tmp_path / "out", console=quiet())
-    assert "tables/countdown.csv" in json.loads((tmp_path / "out" / ".written.json").read_text())["files"]
+    report(folder, out=tmp_path / "out")
+    assert "tables/results.csv" in json.loads((tmp_path / "out" / ".written.json").read_text())["files"]
 
 
 def test_a_second_report_removes_what_it_has_no_runs_for(tmp_path: Path) -> None:
@@ -371,8 +370,8 @@ def test_a_second_report_removes_what_it_has_no_runs_for(tmp_path: Path) -> None
     write_run(tmp_path / "b", curve={1: 0.5, 2: 0.6}, recipe={"task": "other"})
     (tmp_path / "out" / "tables").mkdir(parents=True)
     (tmp_path / "out" / "tables" / "mine.csv").write_text("kept")
-    build([str(tmp_path / "a")], tmp_path / "out", console=quiet())
-    assert (tmp_path / "out" / "tables" / "countdown.csv").exists()
-    build([str(tmp_path / "b")], tmp_path / "out", console=quiet())
+    report(tmp_path / "a", out=tmp_path / "out")
+    assert (tmp_path / "out" / "tables" / "results.csv").exists()
+    report(tmp_path / "b", out=tmp_path / "out")
     names = {file.name for file in (tmp_path / "out" / "tables").glob("*.csv")}
-    assert names == {"runs.csv", "inputs.csv", "mine.csv"}
+    assert names == {"results.csv", "details.csv", "inputs.csv", "mine.csv"}

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.report_runs import accuracy, made, put, quiet, read, read_one, record, said, table_of, text, write_run
+from tests.report_runs import accuracy, made, put, read, read_one, record, report, said, table_of, text, write_run
 from vlnorm_verl.files import UserError
-from vlnorm_verl.report.build import build
 from vlnorm_verl.report.identity import Setting
 
 # ---------------------------------------------------------------------------------------------------------------- found
@@ -72,11 +71,11 @@ def test_a_run_without_metrics_is_named_and_breaks_nothing(tmp_path: Path) -> No
     (empty / "metrics-000.jsonl").unlink()
     begun = write_run(tmp_path / "runs", "grpo_norm", curve={1: 0.1})
     (begun / "metrics-000.jsonl").write_text("")
-    build([str(tmp_path / "runs")], tmp_path / "out", console=quiet())
+    report(tmp_path / "runs", out=tmp_path / "out")
     notes = {row["run"]: row["notes"] for row in table_of(tmp_path / "out", "inputs")}
     assert "no metrics yet" in notes["dapo_norm-0"]
     assert "no step in its metrics" in notes["grpo_norm-0"]
-    assert [row["method"] for row in table_of(tmp_path / "out", "countdown")] == ["VL Norm (α = 1)"]
+    assert [row["method"] for row in table_of(tmp_path / "out", "results")] == ["VL Norm (α = 1)"]
 
 
 # --------------------------------------------------------------------------------------------------------------- labels
@@ -89,7 +88,7 @@ def test_a_label_is_the_method_and_several_seeds_are_counted(tmp_path: Path) -> 
     assert [run.method_key for run in runs] == ["dapo_norm", "dapo_norm"]  # the third is the first again
     assert [run.seed for run in runs] == [0, 1]
     assert "its seed is not known: counted as seed 1" in runs[1].notes
-    (row,) = made(runs, "runs")
+    (row,) = made(runs, "results")
     assert row["Avg@8"].value == pytest.approx(0.6)
     assert row["seeds"] == 2
     assert read(f"vl_norm:0.5={tmp_path}/x.jsonl")[0].method_key == "vl_norm:0.5"
@@ -162,7 +161,7 @@ def test_a_plain_run_of_verl_with_hydras_configuration(tmp_path: Path) -> None:
     run = read_one(tmp_path)
     assert (run.method_key, run.seed, run.planned_steps) == ("grpo_norm", 4, 50)
     assert run.setting == Setting(model="Qwen2.5-3B", length="512")
-    assert [row["step"] for row in made([run], "runs")] == ["7 of 50"]
+    assert [row["step"] for row in made([run], "results")] == ["7 of 50"]
 
 
 def test_the_mode_that_was_trained_decides_over_the_recipes_alpha(tmp_path: Path) -> None:
@@ -218,9 +217,9 @@ def test_names_of_files_and_folders_are_methods_and_seeds(files: tuple[str, ...]
 def test_what_names_tell_apart_is_never_averaged(tmp_path: Path) -> None:
     for file in ("math-vl_norm", "countdown-vl_norm", "math-token-mean", "countdown-token-mean"):
         put(tmp_path / f"{file}.jsonl", text((0, 40, 0.1 * ("vl" in file))))
-    rows = made(read(tmp_path), "runs")
-    assert [(row["task"], row["method"], row["seeds"]) for row in rows] == [
-        (task, method, 1) for task in ("countdown", "math") for method in ("DAPO Norm", "VL Norm (α = 1)")
+    rows = made(read(tmp_path), "results")
+    assert [(row["setting"], row["method"], row["seeds"]) for row in rows] == [
+        (task, method, 1) for task in ("CountDown", "Math") for method in ("DAPO Norm", "VL Norm (α = 1)")
     ]
     assert [row["VL Norm minus this"].value for row in rows[::2]] == pytest.approx([0.1, 0.1])
 
@@ -236,10 +235,10 @@ def test_folders_named_as_modes_have_differences_and_speed_up(
         for mode, gain in (("vl_norm", 0.1), ("token-mean", 0))
     ]
     runs = read(*{"folders": [file.parent for file in files], "files": files, "one folder": ["."]}[given])
-    rows = {row["method"]: row for row in made(runs, "runs")}
+    rows = {row["method"]: row for row in made(runs, "results")}
     assert rows["DAPO Norm"]["VL Norm minus this"].value == pytest.approx(0.1)
     speed = made(runs, "speedup")[0]
-    assert (speed["first hit"], speed["last step / first hit"].value) == ("20", pytest.approx(2.0))
+    assert (speed["at step"], speed["raw: last step / first hit"].value) == ("10–20", pytest.approx(2.0))
 
 
 def test_the_name_of_what_all_runs_are_in_says_nothing(tmp_path: Path) -> None:

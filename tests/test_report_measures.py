@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.report_runs import KEY, accuracy, foot, made, put, random_dump, read, read_one, text, write_run
-from vlnorm_verl.report import first_hit, groups, measures, tables
+from tests.report_runs import KEY, accuracy, foot, looked_at, made, put, random_dump, read, read_one, text, write_run
+from vlnorm_verl.report import first_hit, groups, measures
 from vlnorm_verl.report.identity import Setting
 from vlnorm_verl.report.run import Run
 
@@ -24,7 +24,7 @@ def test_one_seed_says_so_and_more_seeds_do_not(tmp_path: Path) -> None:
     runs = read(*folders)
     assert measures.final_accuracy(runs[:1]).note == "one seed"
     assert measures.final_accuracy(runs).note == ""
-    assert [row["seeds"] for row in made(runs, "countdown")] == [3]
+    assert [row["seeds"] for row in made(runs, "results")] == [3]
 
 
 def test_without_dumps_the_interval_is_over_seeds(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_two_runs_of_one_seed_are_not_two_seeds(tmp_path: Path) -> None:
     full = write_run(tmp_path / "b", curve={10: 0.5, 20: 0.9})
     for order in ([short, full], [full, short]):
         runs = read(*order)
-        (row,) = made(runs, "countdown")
+        (row,) = made(runs, "results")
         assert (row["seeds"], row["Avg@8"].value) == (1, 0.9)
         assert [("left out" in entry["notes"], entry["last step"][:2]) for entry in made(runs, "inputs")] == [
             (run.folder == short, "10" if run.folder == short else "20") for run in runs
@@ -54,16 +54,16 @@ def test_a_seed_that_is_not_as_far_is_not_in_the_final_values(tmp_path: Path) ->
         write_run(tmp_path, "grpo_norm", dumps={400: random_dump(3, 0.3), 1000: random_dump(4, 0.6)}),
     ]
     runs = read(*folders)
-    grpo, vl = made(runs, "countdown")
-    alone = made([runs[0]], "countdown")[0]
+    grpo, vl = made(runs, "results")
+    alone = made([runs[0]], "results")[0]
     for column in ("Avg@8", "Pass@8", "monotonicity"):
         assert vl[column] == alone[column]
     assert (grpo["step"], vl["step"]) == ("1000", "450 of 1000")
     assert (grpo["seeds"], vl["seeds"]) == (1, "1 of 2")
-    text = foot(runs, "countdown")
-    assert "Not finished: vl_norm-1.0-0 (450 of 1000), vl_norm-1.0-1 (400 of 1000)." in text
-    assert "Not as far as another seed of its row, so not in the row's values: vl_norm-1.0-1 (step 400)." in text
-    assert "rows stand at different steps (450, 1000)" in text
+    unfinished = ["vl_norm-1.0-0 (450 of 1000)", "vl_norm-1.0-1 (400 of 1000, not in its row)"]
+    assert looked_at(runs)["Not finished"] == unfinished
+    assert "Rows stand at different steps" in foot(runs)
+    assert "3072 tokens (450, 1000)" in foot(runs)
     # Both were validated at step 400, where seed 0 is in both.
     gap = np.mean(list(random_dump(0, 0.4).values())) - np.mean(list(random_dump(3, 0.3).values()))
     assert grpo["VL Norm minus this"].value == pytest.approx(gap)
@@ -83,10 +83,11 @@ def test_an_accuracy_that_is_nan_from_a_step_on_is_said_and_the_others_go_on(num
         put(tmp_path / f"vl_norm_s{seed}.jsonl", content)
     runs = read(tmp_path)
     assert f"not a finite number from step 30 on: {KEY}" in runs[2].notes
-    (row,) = made(runs, "runs")
+    (row,) = made(runs, "results")
     assert (row["seeds"], row["step"], row["Avg@8"].value) == ("2 of 3", "60", pytest.approx(0.6))
-    assert "Accuracy is not a number any more: vl_norm_s2 (from step 30 on)." in foot(runs, "runs")
-    assert "not in the row's values: vl_norm_s2 (step 20)" in foot(runs, "runs")
+    odd = looked_at(runs)
+    assert odd["Accuracy is not a number any more"] == ["vl_norm_s2 (from step 30 on)"]
+    assert odd["Left out of its row, not as far as another seed"] == ["vl_norm_s2 (step 20)"]
 
 
 # ---------------------------------------------------------------------------------------------------------- differences
@@ -99,12 +100,12 @@ def test_the_difference_is_paired_within_a_setting_only(tmp_path: Path) -> None:
         write_run(tmp_path / "7b", "grpo_norm", dumps={10: random_dump(3, 0.4)}, recipe={"model": "7b"}),
     ]
     runs = read(*folders)
-    rows = {(row["model"], row["method"]): row["VL Norm minus this"] for row in made(runs, "countdown")}
+    rows = {(row["setting"].split(", ")[1], row["method"]): row["VL Norm minus this"] for row in made(runs, "results")}
     a, b = random_dump(1, 0.6), random_dump(2, 0.4)
     expected = np.mean([np.mean(a[p]) - np.mean(b[p]) for p in a])
-    assert rows["3b", "GRPO Norm"].value == pytest.approx(expected)
-    assert rows["3b", "GRPO Norm"].low < expected < rows["3b", "GRPO Norm"].high
-    assert rows["7b", "GRPO Norm"] is None
+    assert rows["3B", "GRPO Norm"].value == pytest.approx(expected)
+    assert rows["3B", "GRPO Norm"].low < expected < rows["3B", "GRPO Norm"].high
+    assert rows["7B", "GRPO Norm"] is None
 
 
 def test_a_difference_that_cannot_be_paired_has_no_interval(tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_a_difference_is_of_the_seeds_that_were_validated_at_its_step(tmp_path: 
 
 def test_without_a_step_in_common_there_is_no_difference(tmp_path: Path) -> None:
     folders = [write_run(tmp_path, curve={10: 0.5}), write_run(tmp_path, "grpo_norm", curve={15: 0.5})]
-    grpo, _ = made(read(*folders), "countdown")
+    grpo, _ = made(read(*folders), "results")
     assert np.isnan(grpo["VL Norm minus this"].value)
     assert grpo["VL Norm minus this"].note == "no validated step in common"
 
@@ -223,20 +224,18 @@ def test_the_papers_count_and_first_hit_against_first_hit(tmp_path: Path) -> Non
     recipe = {"family": "dapo"}
     dapo = write_run(tmp_path, "dapo", curve={250: 0.5, 500: 0.7, 750: 0.87, 1000: 0.866}, recipe=recipe)
     vl = write_run(tmp_path, curve={125: 0.5, 250: 0.7, 375: 0.866, 1000: 0.912}, recipe=recipe)
-    rows = made(read(dapo, vl), "speedup")
-    raw = next(row for row in rows if row["curve"] == "raw" and row["method"].startswith("DAPO + VL"))
-    assert raw["target"].value == pytest.approx(0.866)
-    assert [raw[key] for key in ("its last step", "its own first hit", "first hit")] == ["1000", "750", "375"]
-    assert raw["last step / first hit"].value == pytest.approx(1000 / 375)
-    assert raw["first hit / first hit"].value == pytest.approx(2.0)
-    assert raw["last step / first hit"].note == "one seed"
-    assert np.isnan(raw["last step / first hit"].low)
-    assert raw["paper's first hit"] == "375 (2.67×) [paper, Fig. 2]"
-    assert rows[0] == raw, "what VL Norm reaches comes first"
-    back = next(row for row in rows if row["curve"] == "raw" and row["method"] == "DAPO")
-    assert (back["first hit"], back["first hit / first hit"], back["seeds reached"]) == ("not reached",) * 2 + (
-        "0 of 1",
-    )
+    (row,) = made(read(dapo, vl), "speedup")
+    assert row["method"] == "DAPO + VL Norm (α = 1)", "the higher one reaches the lower one"
+    assert row["target"].value == pytest.approx(0.866)
+    assert (row["raw: that one's last step"], row["raw: validation before"], row["raw: first hit"]) == (1000, 250, 375)
+    assert (row["that one's first hit"], row["at step"]) == ("500–750", "250–375")
+    assert row["last step / first hit"] == "2.67–4.00×"
+    assert row["raw: last step / first hit"].value == pytest.approx(1000 / 375)
+    assert row["first hit / first hit"].value == pytest.approx(2.0)
+    assert row["raw: last step / first hit"].note == "one seed"
+    assert np.isnan(row["raw: last step / first hit"].low)
+    assert row["paper's first hit"] == "375 (2.67×) [paper, Fig. 2]"
+    assert row["seeds reached"] == "1 of 1"
 
 
 def test_smoothing_treats_both_curves_and_the_target_alike(tmp_path: Path) -> None:
@@ -261,12 +260,9 @@ def test_smoothing_is_over_the_same_steps_for_runs_validated_at_other_distances(
     )
     runs = read(tmp_path)
     assert first_hit.smoothing(runs, None) == 150
-    assert {row["curve"] for row in made(runs, "speedup")} == {"raw", "mean of 150 steps"}
-    assert {row["curve"] for row in made(runs, "speedup", smooth=20)} == {"raw", "mean of 20 steps"}
-    back = next(
-        row for row in made(runs, "speedup", smooth=20) if row["method"] == "DAPO Norm" and row["curve"] != "raw"
-    )
-    assert back["target"].value == pytest.approx(0.7)  # of steps 90 and 100
+    assert first_hit.smoothing(runs, 20) == 20
+    hits = first_hit.speed_up(runs[:1], runs[1:], 20)
+    assert hits.target == pytest.approx(0.7)  # VL Norm's, of steps 90 and 100
 
 
 def test_a_speed_up_over_seeds_is_a_t_interval_of_logarithms(tmp_path: Path) -> None:
@@ -298,13 +294,12 @@ def test_a_speed_up_over_seeds_is_a_t_interval_of_logarithms(tmp_path: Path) -> 
 def test_an_unfinished_run_is_neither_a_target_nor_out_of_reach(tmp_path: Path) -> None:
     done = read_one(write_run(tmp_path, "dapo_norm", curve={0: 0.1, 50: 0.5, 100: 0.6}, planned=100))
     begun = read_one(write_run(tmp_path, curve={0: 0.1, 50: 0.2}, planned=100))
-    rows = [row for row in made([done, begun], "speedup") if row["curve"] == "raw"]
-    assert [row["method"] for row in rows] == ["VL Norm (α = 1)", "DAPO Norm"]
-    assert [rows[0][key] for key in ("first hit", *tables.RATIOS)] == ["not yet (step 50)"] * 3
-    assert rows[0]["its own first hit"] == "100"
-    assert rows[1]["target"].note == "the reference is not finished (step 50 of 100)"
-    assert np.isnan(rows[1]["target"].value)
-    assert [rows[1][key] for key in ("its last step", "its own first hit", "first hit", *tables.RATIOS)] == [None] * 5
+    (row,) = made([done, begun], "speedup")
+    assert (row["method"], row["target"].note) == ("DAPO Norm", "the reference is not finished (step 50 of 100)")
+    assert np.isnan(row["target"].value)
+    assert "at step" not in row
+    hits = first_hit.speed_up([begun], [done], 1)
+    assert (hits.waiting, hits.first, hits.reference_before, hits.reference_first) == (50, None, 50, 100)
     other = read_one(write_run(tmp_path, "dapo_norm", seed=1, curve={0: 0.1, 50: 0.5}, planned=100))
     ours = [read_one(write_run(tmp_path / "x", seed=s, curve={0: 0.1, 50: 0.7, 100: 0.8}, planned=100)) for s in (0, 1)]
     found = first_hit.speed_up(ours, [done, other], 1)
@@ -325,11 +320,10 @@ def test_a_log_whose_beginning_is_lost_has_no_ratio(tmp_path: Path) -> None:
     put(tmp_path / "token-mean.jsonl", text((0, 60, 0.0)))
     runs = read(tmp_path)
     assert "its log begins at step 31: what was before is not known" in runs[1].notes
-    ours, theirs = (row for row in made(runs, "speedup", smooth=1))
-    assert (ours["first hit"], ours["its own first hit"]) == ("at or before 40", "60")
-    assert (ours["last step / first hit"], ours["first hit / first hit"]) == (None, None)
-    assert ours["target"].note == "the beginning of a log is lost in 1 of 1 seeds"
-    assert (theirs["first hit"], theirs["its own first hit"]) == ("not reached", "at or before 60")
+    (row,) = made(runs, "speedup", smooth=1)
+    assert (row["at step"], row["that one's first hit"]) == ("at or before 40", "50–60")
+    assert (row.get("last step / first hit"), row.get("first hit / first hit")) == (None, None)
+    assert row["target"].note == "the beginning of a log is lost in 1 of 1 seeds"
 
 
 def test_a_seed_with_a_lost_beginning_leaves_the_others_their_ratio(tmp_path: Path) -> None:
@@ -337,8 +331,8 @@ def test_a_seed_with_a_lost_beginning_leaves_the_others_their_ratio(tmp_path: Pa
         put(tmp_path / f"vl_norm_s{seed}.jsonl", text((first, 60, 0.2)))
         put(tmp_path / f"token-mean_s{seed}.jsonl", text((0, 60, 0.0)))
     row = made(read(tmp_path), "speedup", smooth=1)[0]
-    assert row["first hit"] == "at or before 30"
-    ratio = row["last step / first hit"]
+    assert row["at step"] == "at or before 30"
+    ratio = row["raw: last step / first hit"]
     assert (ratio.value, ratio.note) == (pytest.approx(3), "of the seed that reached, with a whole log")
 
 

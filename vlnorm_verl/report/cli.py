@@ -1,5 +1,6 @@
 """The command `vlnorm-verl report`."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,19 @@ def report(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("runs/report"),
+    metric: Annotated[
+        str,
+        typer.Option(help="What the accuracy is.", metavar="KEY", show_default="verl's mean@n of the validation sets"),
+    ] = "",
+    baseline: Annotated[
+        str, typer.Option(help="What the others are compared with.", metavar="METHOD", show_default="VL Norm")
+    ] = "",
+    plot: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Draw this metric, too; a pattern as 'timing_s/*'. May be given several times.", metavar="KEY"
+        ),
+    ] = None,
     smooth: Annotated[
         int | None,
         typer.Option(
@@ -24,17 +38,20 @@ def report(
             show_default="three validations",
         ),
     ] = None,
-    metric: Annotated[
-        str,
-        typer.Option(help="What the accuracy is.", metavar="KEY", show_default="verl's mean@n of the validation sets"),
-    ] = "",
-    baseline: Annotated[
-        str, typer.Option(help="What the others are compared with.", metavar="METHOD", show_default="VL Norm")
-    ] = "",
+    figures: Annotated[bool, typer.Option("--figures", help="Also draw PNG and SVG files; takes longer.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the tables, too.")] = False,
+    watch: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="Look every so often, and report again what has changed. Ends at Ctrl-C.", metavar="SECONDS"
+        ),
+    ] = None,
 ) -> None:
-    """The paper's tables and figures from verl's runs, finished or running, with 95% intervals.
+    """What verl's runs show, finished or running: which method is best, by how much, and whether that is established.
 
         vlnorm-verl report runs                                    every run below runs/
+
+        vlnorm-verl report runs --watch 60                         while they train
 
         vlnorm-verl report runs/a-seed0 runs/a-seed1 --out a       seeds of one method are taken together
 
@@ -47,12 +64,21 @@ def report(
     without it there are no intervals over problems). A label that is a loss_agg_mode is taken as the run's method;
     without a label and a configuration, a loss_agg_mode and a seed in the names of file and folders are (vl_norm_s0).
 
-    Written to --out: report.html (one file, needs no network), tables/NAME.{md,csv,json,tex}, figures/NAME.{png,svg}.
-    The counts of validation dumps are kept there, so that the next report reads only those that changed.
+    Written to --out: report.html (one file, needs no network), tables/NAME.{md,csv,json,tex}, with --figures
+    figures/NAME.{png,svg}. The counts of validation dumps are kept there, so that the next report reads only those that
+    changed; where nothing has changed at all, the report that is there stands.
 
     Exit code 0, or 2 for a wrong request, which no run found is.
     """
     extras.require("report")
-    from vlnorm_verl.report.build import build
+    from rich.console import Console
 
-    build(runs, out, smooth, metric=metric, baseline=baseline)
+    from vlnorm_verl.report import build
+
+    request = build.Request(tuple(runs), out, smooth, metric, baseline, tuple(plot or ()), figures, verbose)
+    console = Console()
+    if watch is None:
+        build.say(build.build(request, console), console)
+        return
+    with contextlib.suppress(KeyboardInterrupt):
+        build.watch(request, watch, console)

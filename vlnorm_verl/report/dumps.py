@@ -20,14 +20,13 @@ from vlnorm_verl.report.run import Run, Validation, logged_accuracies, value_at
 from vlnorm_verl.runs.records import Lines
 
 CACHE_FILE = ".validation-counts.msgpack"
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 
 
 class _Response(msgspec.Struct):
-    """The fields of a dump's line that are counted; the prompt is only hashed, of the response only the length kept."""
+    """The fields of a dump's line that are counted; the prompt is only hashed."""
 
     input: msgspec.Raw
-    output: Any = None
     score: Any = None
     gts: msgspec.Raw = msgspec.Raw(b"null")
     acc: Any = None
@@ -45,6 +44,11 @@ def _number(value: Any) -> float | None:
     return number if np.isfinite(number) else None
 
 
+def scored(response: Any) -> float | None:
+    """What a response of a dump is worth: `acc` where the reward gives it, else `score`."""
+    return _number(response.score if response.acc is None else response.acc)
+
+
 class Counts(msgspec.Struct):
     """One validation set of one dump, as `Validation` has it, in types that msgpack has."""
 
@@ -52,7 +56,6 @@ class Counts(msgspec.Struct):
     n: list[int]
     correct: list[float]
     binary: bool
-    characters: bytes  # int32
 
     def validation(self) -> Validation:
         correct = np.array(self.correct)
@@ -61,7 +64,6 @@ class Counts(msgspec.Struct):
             n=np.array(self.n, dtype=np.int64),
             correct=correct.astype(np.int64) if self.binary else correct,
             binary=self.binary,
-            characters=np.frombuffer(self.characters, dtype=np.int32) if self.characters else None,
         )
 
 
@@ -111,21 +113,18 @@ _RESPONSE = msgspec.json.Decoder(_Response)
 def count(path: Path, notes: list[str]) -> dict[str, Counts]:
     """{validation set, "" if the dump does not say: its counts}.
 
-    Correct is `acc` where the reward gives it, else `score`. Problems are in the order of their identity.
+    Problems are in the order of their identity.
     """
     scores: dict[str, dict[str, list[float]]] = {}  # of each problem's responses, by validation set
-    lengths: dict[str, list[int]] = {}
     unscored = 0
     for response in Lines(path, _RESPONSE, notes):
-        score = _number(response.score if response.acc is None else response.acc)
+        score = scored(response)
         if score is None:
             unscored += 1
             continue
         name = str(response.validation_set or "")
         problem = hashlib.blake2b(bytes(response.input) + b"\0" + bytes(response.gts), digest_size=8).hexdigest()
         scores.setdefault(name, {}).setdefault(problem, []).append(score)
-        if isinstance(response.output, str):
-            lengths.setdefault(name, []).append(len(response.output))
     if unscored:
         notes.append(f"{path.name}: {unscored} responses without a score, left out")
     return {
@@ -134,7 +133,6 @@ def count(path: Path, notes: list[str]) -> dict[str, Counts]:
             n=[len(problems[problem]) for problem in sorted(problems)],
             correct=[sum(problems[problem]) for problem in sorted(problems)],
             binary=all(score in (0, 1) for of_problem in problems.values() for score in of_problem),
-            characters=np.sort(np.array(lengths.get(name, []), dtype=np.int32)).tobytes(),
         )
         for name, problems in scores.items()
     }

@@ -28,6 +28,11 @@ def first_hit(steps: np.ndarray, values: np.ndarray, target: float) -> int | Non
     return int(steps[reached[0]]) if len(reached) else None
 
 
+def _before(steps: np.ndarray, first: int | None) -> int:
+    """The validation before a step; 0 if there is none."""
+    return max((int(step) for step in steps if first is not None and 0 < step < first), default=0)
+
+
 @dataclass(frozen=True)
 class FirstHits:
     """One seed: when two methods reach the final accuracy of the second, the reference. Steps; None is never."""
@@ -35,7 +40,9 @@ class FirstHits:
     target: float
     reference_last: int
     reference_first: int
+    reference_before: int
     first: int | None
+    before: int  # the validation before `first`; 0 if there is none
     last: int
     above_start: bool  # whether the target was not met already by the validation before the first step
     late: bool  # whether the log's beginning is lost, so that the target may have been met before `first`
@@ -58,11 +65,14 @@ def first_hits(run: Run, reference: Run, smooth: int) -> FirstHits | None:
     starts = [*values[~begun], *reference_values[~reference_begun]]
     reference_first = first_hit(reference_steps[reference_begun], reference_values[reference_begun], target)
     assert reference_first is not None  # its last value is the target
+    first = first_hit(steps[begun], values[begun], target)
     return FirstHits(
         target=target,
         reference_last=int(reference_steps[-1]),
         reference_first=reference_first,
-        first=first_hit(steps[begun], values[begun], target),
+        first=first,
+        before=_before(steps, first),
+        reference_before=_before(reference_steps, reference_first),
         last=int(steps[-1]),
         above_start=all(start < target for start in starts),
         late=run.late_start is not None,
@@ -85,7 +95,9 @@ class SpeedUp:
     target: float
     reference_last: float
     reference_first: float
+    reference_before: float
     first: float | None
+    before: float | None  # the validation before `first`: the hit is in between
     by_last: Estimate | None  # the paper's count: reference's last step / first hit
     by_first: Estimate | None  # reference's first hit / first hit
     waiting: int | None
@@ -137,7 +149,9 @@ def speed_up(runs: Sequence[Run], reference: Sequence[Run], smooth: int) -> Spee
         target=_mean([hits.target for hits in shown]),
         reference_last=_mean([hits.reference_last for hits in shown]),
         reference_first=_mean([hits.reference_first for hits in shown]),
+        reference_before=_mean([hits.reference_before for hits in shown]),
         first=_mean(firsts) if firsts else None,
+        before=_mean([hits.before for hits in reached]) if firsts else None,
         by_last=_ratio(by_last, len(usable), which),
         by_first=_ratio(by_first, len(usable), which),
         waiting=min(waiting, default=None),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import isnan
 
 from vlnorm_verl.methods import alpha_of, place_of
 from vlnorm_verl.report import paper
 from vlnorm_verl.report.identity import Setting
-from vlnorm_verl.report.measures import validated_steps
+from vlnorm_verl.report.measures import final_accuracy, validated_steps
 from vlnorm_verl.report.run import Run
 
 Group = tuple[Setting, str]  # and a method's key
@@ -61,6 +62,19 @@ def reference(groups: Groups, setting: Setting, baseline: str = "") -> Group | N
     keys = [key for _, key in only(groups, setting)]
     key = main_vl_norm(setting, keys) if not baseline else baseline if baseline in keys else None
     return None if key is None else (setting, key)
+
+
+def pairs_of(groups: Groups, baseline: str = "") -> list[tuple[Group, Group]]:
+    """Each method of a setting with its reference, the one with the higher final accuracy first."""
+    pairs = []
+    for setting in dict.fromkeys(setting for setting, _ in groups):
+        main = reference(groups, setting, baseline)
+        for other in only(groups, setting) if main else ():
+            if main is not None and other != main:
+                finals = [final_accuracy(with_validation(groups[group])) for group in (main, other)]
+                values = [-1.0 if final is None or isnan(final.value) else final.value for final in finals]
+                pairs.append((main, other) if values[0] >= values[1] else (other, main))
+    return pairs
 
 
 def main_vl_norm(setting: Setting, method_keys: Iterable[str]) -> str | None:

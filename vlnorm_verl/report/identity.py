@@ -50,6 +50,7 @@ class Identity:
     method: the recipe's, else verl's loss_agg_mode. alpha: VL Norm's.
     scale_factor: M, verl's loss_scale_factor, tokens.
     notes: what was odd while reading.
+    config: what its configuration says, as far as it has one.
     names: of the log and the folders above it, nearest first, from the first that says something.
     rest: what they say beside method and seed. named: whether the method is of names, or not known.
     """
@@ -62,6 +63,7 @@ class Identity:
     scale_factor: float | None = None
     validation_folder: str = ""
     notes: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     rest: tuple[str, ...] = ()
     named: bool = False
@@ -160,7 +162,9 @@ def _beside(folder: Path) -> Identity:
         if isinstance(content, dict) and ("recipe" in content or "actor_rollout_ref" in content):
             return from_config(content, str(file))
     if (file := folder / ".hydra" / "config.yaml").is_file():
-        return from_config(_resolved(file), str(file))
+        identity = from_config(_resolved(file), str(file))
+        identity.config = yaml.load(file.read_bytes(), Loader=loader)
+        return identity
     return Identity(notes=notes)
 
 
@@ -211,6 +215,7 @@ def from_config(config: dict[str, Any], where: str) -> Identity:
     identity = Identity(
         method=method,
         alpha=alpha,
+        config=config,
         seed=_whole(recipe.get("seed", get("data.seed")), UNKNOWN_SEED),
         planned_steps=_whole(get("trainer.total_training_steps"), 0) or None,
         scale_factor=_whole(get("actor_rollout_ref.actor.loss_scale_factor"), 0) or None,

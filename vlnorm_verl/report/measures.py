@@ -321,6 +321,11 @@ def accuracy_name(runs: Sequence[Run]) -> str:
     return other or (f"Avg@{next(iter(counts))}" if len(counts) == 1 else "Avg@k")
 
 
+def is_rate(runs: Sequence[Run]) -> bool:
+    """Whether the accuracies are shares of correct responses; any other metric has a unit of its own."""
+    return accuracy_name(runs) not in {run.metric for run in runs}
+
+
 def accuracies_of(runs: Sequence[Run]) -> tuple[set[str], set[int]]:
     """What the runs' accuracies are means of: variables of the reward, and numbers of responses to a problem."""
     logged = [accuracy for run in runs for accuracy in logged_accuracies(run).values()]

@@ -1,20 +1,39 @@
-"""Tables and figures as one HTML file. Every text is escaped."""
+"""Tables, charts and figures as one HTML file. Every text is escaped, and nothing but the page's own script runs."""
 
 from __future__ import annotations
 
 import base64
 import functools
+import hashlib
+import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlnorm_verl.files import write
+from vlnorm_verl.report import svg
+from vlnorm_verl.report.charts import Chart
+from vlnorm_verl.report.examples import Example
+from vlnorm_verl.report.labels import Look
 from vlnorm_verl.report.style import Figure
 from vlnorm_verl.report.table import Table, layout_of
+from vlnorm_verl.report.verdict import Verdict, shortened
+from vlnorm_verl.report.writers import FORMATS
 
 SVG_LIMIT = 400_000  # bytes; a larger figure is put into the page as PNG
+FOLDER = Path(__file__).parent
+
+
+@dataclass
+class Lead:
+    """What a report begins with. looks: the page's methods; several: on several comparisons at once."""
+
+    verdicts: Sequence[Verdict]
+    several: str
+    look_at: dict[str, list[str]]
+    looks: dict[str, Look]
 
 
 @dataclass
@@ -22,54 +41,134 @@ class Fold:
     """Parts that are shown when their title is clicked."""
 
     title: str
-    parts: list[Table | Figure | str]
+    parts: list[Part]
 
 
-def write_page(path: Path, title: str, intro: list[str], parts: list[Table | Figure | Fold | str]) -> None:
+class Examples(NamedTuple):
+    """Responses of one method. where: the run and the step."""
+
+    title: str
+    where: str
+    responses: list[Example]
+
+
+Part = Table | Figure | Chart | Fold | Examples | str
+KINDS = {str: "heading", Table: "table", Figure: "figure", Chart: "chart", Fold: "fold", Examples: "examples"}
+
+
+def write_page(path: Path, title: str, intro: list[str], parts: Sequence[Part], lead: Lead | None = None) -> None:
     """One HTML file with everything in it: it opens without a network, on a phone, in the dark and on paper.
 
-    Links to a table's and a figure's files where these are there, beside the page or in tables/ or figures/ under it.
+    A table can be saved from it in every format, also from a copy that was mailed.
 
     Args:
         title, intro: the heading, and paragraphs below it.
         parts: in order; a str is a heading, under which the contents list what follows it.
+        lead: what a report begins with; charts need its looks.
     """
-    anchors: set[str] = set()
+    page = _Page(lead or Lead((), "", {}, {}))
+    shown = [page.entry(part) for part in parts]
     contents: list[dict[str, Any]] = []
-    shown: list[dict[str, Any]] = []
-    flat: list[Table | Figure | Fold | str | None] = []  # None: the end of a fold
-    for top in parts:
-        flat += [top, *top.parts, None] if isinstance(top, Fold) else [top]
-    for part in flat:
-        if part is None or isinstance(part, Fold):
-            shown.append({"kind": "end" if part is None else "fold", "title": part and part.title})
-            continue
-        kind = "heading" if isinstance(part, str) else "table" if isinstance(part, Table) else "figure"
-        text = part if isinstance(part, str) else part.title
-        anchor = _anchor(text if isinstance(part, str) else part.name, anchors)
-        entry: dict[str, Any] = {"kind": kind, "title": text, "anchor": anchor, "parts": []}
-        if isinstance(part, str) or not contents or contents[-1]["kind"] != "heading":
-            contents.append(entry)
+    for entry in shown:
+        of = {"title": entry["title"], "anchor": entry["anchor"], "parts": []}
+        if entry["kind"] == "heading" or not contents or not contents[-1]["heading"]:
+            contents.append(of | {"heading": entry["kind"] == "heading"})
         else:
-            contents[-1]["parts"].append(entry)
+            contents[-1]["parts"].append(of)
+    script = (FOLDER / "charts.js").read_text() if page.charts else ""
+    data = json.dumps(svg.data(page.charts, page.keys, page.lead.looks), separators=(",", ":"), ensure_ascii=False)
+    text = _template().render(
+        title=title,
+        intro=intro,
+        lead=lead,
+        look_at={what: shortened(which) for what, which in page.lead.look_at.items()},
+        frame=svg.FRAME,
+        looks=list(page.lead.looks.values()) if page.charts else [],
+        contents=contents,
+        parts=shown,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", data) if page.charts else "",
+    )
+    write(path, text)
+
+
+@dataclass
+class _Page:
+    """What the template shows of each part. charts: those met so far, in order."""
+
+    lead: Lead
+    anchors: set[str] = field(default_factory=set)
+    charts: list[Chart] = field(default_factory=list)
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self.lead.looks)
+
+    def entry(self, part: Part) -> dict[str, Any]:
+        title = part if isinstance(part, str) else part.title
+        anchor = self._anchor(getattr(part, "name", title))
+        entry: dict[str, Any] = {"kind": KINDS[type(part)], "title": title, "anchor": anchor}
         if isinstance(part, Table):
-            layout = layout_of(part)
-            columns = [
-                {"title": column, "numeric": numeric}
-                for column, numeric in zip(part.columns, layout.numeric, strict=True)
-            ]
-            rows = [
-                [cell._replace(numeric=numeric) for cell, numeric in zip(row, layout.numeric, strict=True)]
-                for row in layout.cells
-            ]
-            links = _links(path.parent, part.name, ("csv", "json", "md", "tex"))
-            entry |= {"columns": columns, "rows": rows, "notes": layout.notes.items(), "foot": part.foot}
-            entry |= {"links": links}
+            entry |= self._table(part)
         elif isinstance(part, Figure):
             entry |= {"source": _data_address(part), "caption": part.caption}
-            entry |= {"links": _links(path.parent, part.name, ("png", "svg"))}
-        shown.append(entry)
-    write(path, _template().render(title=title, intro=intro, contents=contents, parts=shown))
+        elif isinstance(part, Chart):
+            self.charts.append(part)
+            panels = [
+                {"title": shown.title, "svg": svg.panel(shown, self.keys, self.lead.looks), "note": shown.note}
+                for shown in part.panels
+            ]
+            entry |= {"panels": panels, "caption": part.caption}
+        elif isinstance(part, Fold):
+            entry["parts"] = [self.entry(inner) for inner in part.parts]
+        elif isinstance(part, Examples):
+            entry |= {"where": part.where, "responses": part.responses}
+        return entry
+
+    def _table(self, table: Table) -> dict[str, Any]:
+        layout = layout_of(table)
+        drawn = next((at for at, column in enumerate(layout.columns) if column == table.forest), None)
+        reach = svg.reach_of([row[drawn].cell for row in layout.cells]) if drawn is not None else 0.0
+        columns = [
+            {"title": column, "numeric": numeric, "drawn": at == drawn, "axis": ""}
+            for at, (column, numeric) in enumerate(zip(layout.columns, layout.numeric, strict=True))
+        ]
+        if drawn is not None:
+            columns[drawn]["axis"] = svg.difference_axis(reach)
+        rows = [
+            [
+                {
+                    "shown": cell._replace(numeric=numeric),
+                    "drawn": at == drawn,
+                    "svg": svg.difference(cell.cell, reach) if at == drawn else "",
+                }
+                for at, (cell, numeric) in enumerate(zip(row, layout.numeric, strict=True))
+            ]
+            for row in layout.cells
+        ]
+        texts = {ending: make(table).encode(errors="replace") for ending, make in FORMATS.items()}
+        files = {
+            ending: f"data:text/plain;charset=utf-8;base64,{base64.b64encode(text).decode()}"
+            for ending, text in texts.items()
+        }
+        return {
+            "name": table.name,
+            "columns": columns,
+            "rows": rows,
+            "grouped": table.grouped,
+            "notes": layout.notes.items(),
+            "foot": table.foot,
+            "files": files,
+        }
+
+    def _anchor(self, text: str) -> str:
+        stem = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "part"
+        anchor, number = stem, 2
+        while anchor in self.anchors:
+            anchor, number = f"{stem}-{number}", number + 1
+        self.anchors.add(anchor)
+        return anchor
 
 
 @functools.cache
@@ -77,35 +176,17 @@ def _template() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("page.html.j2")
 
 
-def _anchor(text: str, taken: set[str]) -> str:
-    stem = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "part"
-    anchor, number = stem, 2
-    while anchor in taken:
-        anchor, number = f"{stem}-{number}", number + 1
-    taken.add(anchor)
-    return anchor
-
-
-def _links(folder: Path, name: str, endings: Iterable[str]) -> list[tuple[str, str]]:
-    places = ("", "tables/", "figures/")
-    return [
-        (ending.upper(), f"{place}{name}.{ending}")
-        for ending in endings
-        for place in places
-        if (folder / f"{place}{name}.{ending}").is_file()
-    ]
-
-
 def _data_address(figure: Figure) -> str:
     """An image in an address of its own: ids of several inline SVGs would clash, and a script in one can't run."""
-    svg = figure.svg.encode()
-    kind, content = ("svg+xml", svg) if len(svg) <= SVG_LIMIT else ("png", figure.png)
+    content = figure.svg.encode()
+    kind, content = ("svg+xml", content) if len(content) <= SVG_LIMIT else ("png", figure.png)
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

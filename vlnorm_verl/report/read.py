@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vlnorm_verl.files import UserError
+from vlnorm_verl.report.changes import Memo
 from vlnorm_verl.report.dumps import CACHE_FILE, DumpCache, attach_validations
 from vlnorm_verl.report.find import ACCEPTED, Source, find
 from vlnorm_verl.report.identity import UNKNOWN_SEED, Identity, identify, settle
@@ -60,19 +61,25 @@ class _Log:
 
 
 def read_runs(
-    arguments: list[str], cache_folder: Path | None = None, console: Console | None = None, metric: str = ""
+    arguments: list[str],
+    cache_folder: Path | None = None,
+    console: Console | None = None,
+    metric: str = "",
+    memo: Memo | None = None,
 ) -> list[Run]:
     """All runs at and below the arguments. A run without metrics has no steps and a note.
 
     cache_folder: counts of validation dumps are kept here and read again only where a dump has changed.
     metric: what the accuracy is, instead of verl's mean@n of the validation sets.
+    memo: of an earlier call; logs that have not changed since are not read again.
 
     Raises:
         UserError: a path does not exist, nothing there is a run, no run has the metric, or a library is missing.
     """
-    logs = _joined([_read(source) for source in find(arguments)])
+    memo = memo or Memo()
+    logs = _joined([_read(source, memo) for source in find(arguments)])
     settle([log.identity for log in logs], [bool(log.source.label) for log in logs])
-    runs = [_run(log, name, metric) for log, name in zip(logs, _names(logs), strict=True)]
+    runs = [_run(log, name, metric, memo) for log, name in zip(logs, _names(logs), strict=True)]
     _leave_out_copies(runs, logs)
     if metric and not any(metric in run.metrics for run in runs):
         known = {key for run in runs for key in run.metrics}
@@ -83,15 +90,15 @@ def read_runs(
     return runs
 
 
-def _read(source: Source) -> _Log:
+def _read(source: Source, memo: Memo) -> _Log:
     notes: list[str] = []
     if source.kind == "wandb":
-        wandb = read_wandb(source.files[0], notes)
+        wandb = memo.of(source.files, notes, lambda notes: read_wandb(source.files[0], notes))
         identity = identify(source, wandb.config, wandb.name)
         config = {key: value for key, value in wandb.config.items() if key != "trainer"}
         return _Log(source, identity, [*wandb.starts], _first(wandb.starts), notes, wandb.began, config, wandb.run)
     if source.kind == "tensorboard":
-        starts = read_tensorboard(source.files, notes)
+        starts = memo.of(source.files, notes, lambda notes: read_tensorboard(source.files, notes))
         return _Log(source, identify(source), [*starts], _first(starts), notes)
     first = next((record.step for file in source.files for record in Lines(file, RECORD, [])), 0)
     return _Log(source, identify(source), [*source.files], first)
@@ -134,11 +141,17 @@ def _names(logs: Sequence[_Log]) -> list[str]:
     ]
 
 
-def _run(log: _Log, name: str, metric: str) -> Run:
+def _run(log: _Log, name: str, metric: str, memo: Memo) -> Run:
     """A run without its validations."""
     notes = [*log.identity.notes, *log.notes]
-    starts = (start for of in log.starts for start in ([of] if isinstance(of, Start) else read_starts([of], notes)))
-    steps, metrics, ended = columns(join(starts, notes))
+
+    def read(notes: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, int]]:
+        starts = (start for of in log.starts for start in ([of] if isinstance(of, Start) else read_starts([of], notes)))
+        return columns(join(starts, notes))
+
+    files = [of for of in log.starts if isinstance(of, Path)]
+    # What a tracker has logged is in memory already.
+    steps, metrics, ended = memo.of(files, notes, read) if len(files) == len(log.starts) > 0 else read(notes)
     # What was never a number is not worth a word, except for an accuracy.
     ended = {k: s for k, s in ended.items() if k in metrics or k == metric or VALIDATION_METRIC.fullmatch(k)}
     run = Run(
@@ -210,6 +223,7 @@ def _attach_dumps(
         counted[file] = cache.read(file)
     cache.save()
     for run, files in zip(runs, dumps, strict=True):
+        run.dumps = files
         attach_validations(run, {step: counted[file] for step, file in files.items()})
         _note_missing(run, set(files))
 

@@ -24,14 +24,12 @@ class Validation:
     problems: [P] identity of each problem, stable over steps and runs (a hash of prompt and ground truth).
     n: int [P] responses of each problem.
     correct: int [P] correct responses of each; float sums of scores if these are not 0/1 (`binary` is False then).
-    characters: int32 [Σ n] length of each response's text, ascending; None if the dump has no texts.
     """
 
     problems: list[str]
     n: np.ndarray
     correct: np.ndarray
     binary: bool
-    characters: np.ndarray | None = None
 
 
 @dataclass(kw_only=True)
@@ -41,6 +39,7 @@ class Run(Identity):
     steps: int [T], sorted, unique.
     metrics: verl's metric -> float64 [T], NaN where a step lacks it.
     validations: step -> validation set -> counts, from the dumps.
+    dumps: step -> file of every validation response.
     metric: what the accuracy is, if not verl's mean@n of the validation sets.
     ended: metric -> the step from which on it was logged, but not as a finite number.
     """
@@ -50,6 +49,7 @@ class Run(Identity):
     steps: np.ndarray
     metrics: dict[str, np.ndarray]
     validations: dict[int, dict[str, Validation]] = field(default_factory=dict)
+    dumps: dict[int, Path] = field(default_factory=dict)
     metric: str = ""
     ended: dict[str, int] = field(default_factory=dict)
 

@@ -38,6 +38,10 @@ class Table:
         foot: sentences below the table: definitions, caveats.
         digits: decimals of a float.
         digits_of: the same of single columns, by heading.
+        hidden: headings of columns that are in CSV and JSON only.
+        bold: rows that stand out.
+        grouped: whether a first cell that says the same as the one above is left empty.
+        forest: heading of the column of differences that a page draws, too.
 
     Raises:
         ValueError: `name` is no file stem, or a row hasn't one cell for each column.
@@ -50,6 +54,10 @@ class Table:
     foot: list[str] = field(default_factory=list)
     digits: int = 3
     digits_of: dict[str, int] = field(default_factory=dict)
+    hidden: tuple[str, ...] = ()
+    bold: frozenset[int] = frozenset()
+    grouped: bool = False
+    forest: str = ""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -59,18 +67,21 @@ class Table:
 
 
 class Shown(NamedTuple):
-    """A cell as every writer shows it. `mark` is the letter of its note."""
+    """A cell as every writer shows it. `mark` is the letter of its note, `cell` what it is of."""
 
     text: str
     interval: str = ""
     mark: str = ""
     numeric: bool = False
+    bold: bool = False
+    cell: Cell = None
 
 
 @dataclass
 class Layout:
-    """A table as text: [R][C] cells, which of the C columns hold numbers, and the notes by their letters."""
+    """A table as text: C headings and [R][C] cells, which columns hold numbers, and the notes by their letters."""
 
+    columns: list[str]
     cells: list[list[Shown]]
     numeric: list[bool]
     notes: dict[str, str]
@@ -104,15 +115,22 @@ def layout_of(table: Table) -> Layout:
             if not (math.isnan(cell.low) or math.isnan(cell.high)):
                 interval = f"[{_number(cell.low, digits)}, {_number(cell.high, digits)}]"
             mark = marks.setdefault(cell.note, _letters(len(marks))) if cell.note else ""
-            return Shown(_number(cell.value, digits), interval, mark, numeric=True)
+            return Shown(_number(cell.value, digits), interval, mark, numeric=True, cell=cell)
         if isinstance(cell, Real):
             return Shown(_number(cell, digits), numeric=True)
         return Shown(one_line(str(cell)))
 
-    digits = [table.digits_of.get(column, table.digits) for column in table.columns]
-    cells = [[show(cell, of) for cell, of in zip(row, digits, strict=True)] for row in table.rows]
+    kept = [index for index, column in enumerate(table.columns) if column not in table.hidden]
+    columns = [table.columns[index] for index in kept]
+    digits = [table.digits_of.get(column, table.digits) for column in columns]
     # A word among numbers ("not reached") leaves a column one of numbers.
-    numeric = [
-        any(isinstance(row[index], (Real, Estimate)) for row in table.rows) for index in range(len(table.columns))
-    ]
-    return Layout(cells, numeric, {mark: note for note, mark in marks.items()})
+    numeric = [any(isinstance(row[index], (Real, Estimate)) for row in table.rows) for index in kept]
+    cells: list[list[Shown]] = []
+    above: Cell = None
+    for number, row in enumerate(table.rows):
+        shown = [show(row[index], of) for index, of in zip(kept, digits, strict=True)]
+        cells.append([one._replace(bold=number in table.bold) for one in shown])
+        if table.grouped and row[0] == above:
+            cells[-1][0] = Shown("")
+        above = row[0]
+    return Layout(columns, cells, numeric, {mark: note for note, mark in marks.items()})

@@ -1,7 +1,16 @@
-"""The paper's tables from runs: CountDown, Math, α, full DAPO, speed-up; `runs` for others, `inputs` for what was read.
+"""The report's tables from runs.
 
-A run belongs to the table that its recipe's family and task say, whatever its folder is called. Each table says in its
-foot how its columns are defined and which of its rows cannot be compared as they stand.
+| table    | says                                                                                   |
+|----------|----------------------------------------------------------------------------------------|
+| results  | of each setting and method: accuracy, difference, Pass@8, seeds, step                  |
+| details  | of the same rows: monotonicity, verl's best@8, what the paper has                      |
+| sets     | accuracy on each validation set, where a setting has several (Math)                    |
+| speedup  | when the higher of two methods reached the other's final accuracy                      |
+| settings | what else the runs of a setting differ in, by their configurations                     |
+| inputs   | every run that was read, with what was odd                                             |
+
+A run belongs where its recipe's family and task say, whatever its folder is called. A table without a row is not made,
+and a column in which no row says anything is left out.
 """
 
 from __future__ import annotations
@@ -9,107 +18,141 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isnan
 
-from vlnorm_verl.methods import alpha_of, label_of
-from vlnorm_verl.report import feet, measures, paper
+from vlnorm_verl.methods import label_of
+from vlnorm_verl.report import measures, paper
+from vlnorm_verl.report.configs import differing
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.first_hit import SpeedUp, smoothing, speed_up
-from vlnorm_verl.report.groups import Group, Groups, doubles, grouped, only, ordered, reference, where, with_validation
+from vlnorm_verl.report.groups import (
+    Group,
+    Groups,
+    doubles,
+    grouped,
+    only,
+    ordered,
+    pairs_of,
+    reference,
+    where,
+    with_validation,
+)
 from vlnorm_verl.report.identity import UNKNOWN_SEED, Setting
+from vlnorm_verl.report.labels import titles
 from vlnorm_verl.report.run import Run
 from vlnorm_verl.report.table import Cell, Table
+from vlnorm_verl.report.verdict import bracket, step_of, times_sooner
 
 Row = dict[str, Cell]  # heading -> cell; the rows of a table have the same headings
 
 TITLES = {
-    "countdown": "CountDown, aggregations",
-    "math": "Math, aggregations",
-    "alpha": "VL Norm's α",
-    "dapo": "Full DAPO",
+    "results": "Results",
+    "details": "More of the same rows",
+    "sets": "Each validation set",
     "speedup": "Steps to another method's final accuracy",
-    "runs": "Runs outside of the paper's settings",
+    "settings": "What else the runs differ in",
     "inputs": "What was read",
 }
 MATH_SETS = {"aime2024": "AIME2024", "amc": "AMC", "math500": "MATH500", "minerva": "Minerva"}
-RATIOS = ("last step / first hit", "first hit / first hit")
-# What paper.yaml has behind a table's accuracy, difference and Pass@8: metric, heading.
-OF_PAPER: dict[str, tuple[tuple[str, str] | None, ...]] = {
-    "countdown": (("avg@8", "paper's Avg@8"), None, ("pass@8", "paper's Pass@8")),
-    "dapo": (("accuracy", "paper's accuracy"), ("vl_norm_minus_this", f"paper's {feet.DIFFERENCE}"), None),
-    "runs": (None, None, None),
+DIFFERENCE = "VL Norm minus this"
+# What paper.yaml has, by family: metric -> heading.
+OF_PAPER = {
+    "aggregation": {"avg@8": "paper's Avg@8", "pass@8": "paper's Pass@8"},
+    "dapo": {"accuracy": "paper's accuracy", "vl_norm_minus_this": f"paper's {DIFFERENCE}"},
 }
+ACCURACY = (
+    "share of correct responses, mean over problems, at the last validation. Brackets: 95% interval over problems (a "
+    "problem's responses stay together) and seeds; of one seed it holds for that training run only."
+)
+PASS = "Pass@8: 1 − C(n−c, 8)/C(n, 8), unbiased, mean over problems."
 
 
 def tables(runs: Sequence[Run], smooth: int | None = None, baseline: str = "") -> list[Table]:
-    """Every table that there are runs for, `inputs` last; of the others without the columns that are empty.
+    """Every table that there are rows for, `inputs` last.
 
     smooth: steps of the speed-up's trailing mean, see `first_hit.smoothing`.
     baseline: the method that others are compared with, instead of VL Norm.
     """
-    groups = ordered({group: seeds for group, seeds in grouped(runs).items() if with_validation(seeds)})
-    # The paper's tables are of verl's accuracy.
-    other_metric = any(run.metric for run in runs)
-    of_paper = where(groups, lambda setting, _: paper.has(setting) and not other_metric)
+    groups = validated(runs)
     made = [
-        _comparison("countdown", where(of_paper, lambda setting, key: _is_main(setting, key, "countdown")), baseline),
-        _math(where(of_paper, lambda setting, key: _is_main(setting, key, "math")), baseline),
-        _alpha(where(of_paper, lambda setting, _: setting.family == "aggregation")),
-        _comparison("dapo", where(of_paper, lambda setting, _: setting.family == "dapo"), baseline),
+        _results(groups, baseline),
+        _details(groups, any(run.metric for run in runs)),
+        _sets(groups),
         _speed_up(groups, smooth, baseline),
-        _comparison("runs", where(groups, lambda setting, key: (setting, key) not in of_paper), baseline),
+        differing(groups, titles(setting for setting, _ in groups), TITLES["settings"]),
     ]
     return [table for table in made if table is not None] + [inputs(runs)]
 
 
-def missing(made: Sequence[Table]) -> list[str]:
-    """Which of the paper's tables have no run, as sentences."""
-    have = {table.name for table in made}
-    return [
-        f"No runs for the table {TITLES[name]!r}: vlnorm-verl reproduce {name} makes them."
-        for name in ("countdown", "math", "alpha", "dapo")
-        if name not in have
-    ]
+def validated(runs: Sequence[Run]) -> Groups:
+    """The groups of which a run has a validation, in the order of the tables."""
+    return ordered({group: seeds for group, seeds in grouped(runs).items() if with_validation(seeds)})
 
 
-def _table(name: str, rows: list[Row], foot: list[str]) -> Table:
-    """Without the columns in which no row says anything."""
+def _table(name: str, rows: list[Row], foot: list[str], hidden: Sequence[str] = (), **options: object) -> Table | None:
+    """Without the columns in which no row says anything; None without a row."""
 
     def says(cell: Cell) -> bool:
         if isinstance(cell, Estimate):
             return bool(cell.note) or not isnan(cell.value)
-        return cell not in (None, "")
+        return cell not in (None, "", paper.NOT_FOUND)
 
-    columns = [heading for heading in rows[0] if any(says(row[heading]) for row in rows)]
+    columns = [heading for heading in (rows[0] if rows else ()) if any(says(row[heading]) for row in rows)]
+    if not columns:
+        return None
     cells = [[row[heading] for heading in columns] for row in rows]
-    return Table(name, TITLES[name], columns, cells, foot, digits_of=dict.fromkeys(RATIOS, 2))
+    hidden = [column for column in hidden if column in columns]
+    return Table(name, TITLES[name], columns, cells, foot, hidden=tuple(hidden), grouped=True, **options)  # type: ignore[arg-type]
 
 
-# -------------------------------------------------------------------------------------------------- which runs where
+def _starts(groups: Groups) -> dict[Group, Row]:
+    """What every row begins with."""
+    names = titles(setting for setting, _ in groups)
+    return {group: {"setting": names[group[0]], "method": label_of(group[1], group[0].family)} for group in groups}
 
 
-def _is_main(setting: Setting, method_key: str, task: str) -> bool:
-    """Whether a row of the paper's table of a task: one of the aggregations, VL Norm with the task's α."""
-    of_table = setting.family == "aggregation" and setting.task == task
-    return of_table and alpha_of(method_key) in (None, paper.alpha(task))
+def difference_heading(baseline: str) -> str:
+    return f"this minus {label_of(baseline)}" if baseline else DIFFERENCE
 
 
-# ------------------------------------------------------------------------------------------------------------ cells
+def accuracy_heading(groups: Groups) -> str:
+    return measures.accuracy_name([run for runs in groups.values() for run in runs])
 
 
-def _place(setting: Setting) -> Row:
-    return {"task": setting.task, "model": setting.model, "length": setting.length}
+# ---------------------------------------------------------------------------------------------------------- accuracy
 
 
-def _ending(runs: Sequence[Run]) -> Row:
-    """What every row of accuracies ends with. Seeds are "1 of 2" if not all are as far as the one that is furthest."""
-    used = len(measures.final_runs(runs))
-    return {
-        "monotonicity": measures.monotonicity(runs),
-        "seeds": used if used == len(runs) else f"{used} of {len(runs)}",
-        "step": feet.step_of(runs),
-    }
+def _results(groups: Groups, baseline: str) -> Table | None:
+    heading, rows = accuracy_heading(groups), []
+    for group, start in _starts(groups).items():
+        runs = with_validation(groups[group])
+        used = len(measures.final_runs(runs))
+        rows.append(
+            start
+            | {
+                heading: measures.final_accuracy(runs),
+                difference_heading(baseline): _difference(groups, group, baseline),
+                "Pass@8": measures.final_pass(runs),
+                "seeds": used if used == len(runs) else f"{used} of {len(runs)}",
+                "step": step_of(runs),
+            }
+        )
+    foot = [f"{heading}: {ACCURACY}", *_on_difference(groups, baseline), PASS]
+    if any(len(measures.validation_sets(runs)) > 1 for runs in groups.values()):
+        foot.append("Several validation sets: weighted by their problems; the interval resamples within each set.")
+    foot += [*_at_different_steps(groups), *_other_accuracies(groups)]
+    return _table("results", rows, foot, bold=_best(groups, rows, heading), forest=difference_heading(baseline))
 
 
-def _difference(groups: Groups, group: Group, baseline: str = "") -> Cell:
+def _best(groups: Groups, rows: list[Row], heading: str) -> frozenset[int]:
+    """The rows with the highest accuracy of their setting, where that has several."""
+    settings: dict[Setting, list[tuple[float, int]]] = {}
+    for index, (group, row) in enumerate(zip(groups, rows, strict=True)):
+        cell = row[heading]
+        if isinstance(cell, Estimate) and not isnan(cell.value):
+            settings.setdefault(group[0], []).append((cell.value, index))
+    return frozenset(max(of)[1] for of in settings.values() if len(of) > 1)
+
+
+def _difference(groups: Groups, group: Group, baseline: str) -> Cell:
     """VL Norm minus this, or this minus the baseline."""
     other = reference(groups, group[0], baseline)
     if other is None or other == group:
@@ -118,167 +161,153 @@ def _difference(groups: Groups, group: Group, baseline: str = "") -> Cell:
     return measures.difference(with_validation(groups[minuend]), with_validation(groups[subtrahend]))
 
 
-# ----------------------------------------------------------------------------------------------------------- tables
+def _on_difference(groups: Groups, baseline: str) -> list[str]:
+    """On the difference, or on why several methods have none."""
+    references = {group: reference(groups, group[0], baseline) for group in groups}
+    if any(other not in (None, group) for group, other in references.items()):
+        better = "this" if baseline else "VL Norm"
+        return [
+            f"{difference_heading(baseline)}: positive where {better} is better; 95% interval, paired by problem and "
+            "by the seeds that both have. Filled: the interval does not reach 0; hollow: open; grey: one seed, which "
+            "knows problems only."
+        ]
+    if len(groups) == 1 or any(references.values()):
+        return []
+    if baseline:
+        return [f"No differences: {label_of(baseline)} was not run here."]
+    return ["No VL Norm here that the others could be compared with: --baseline METHOD names another method."]
 
 
-def _comparison(name: str, groups: Groups, baseline: str) -> Table | None:
-    """Rows model × length × method, but for CountDown with their task; with what the paper has."""
+def _at_different_steps(groups: Groups) -> list[str]:
+    names = titles(setting for setting, _ in groups)
+    steps = {
+        setting: sorted({measures.final_step(runs) or 0 for runs in only(groups, setting).values()})
+        for setting in names
+    }
+    uneven = [f"{names[setting]} ({', '.join(map(str, of))})" for setting, of in steps.items() if len(of) > 1]
+    return (
+        [f"Rows stand at different steps, and a difference is at the last that both have: {'; '.join(uneven)}."]
+        if uneven
+        else []
+    )
+
+
+def _other_accuracies(groups: Groups) -> list[str]:
+    """A sentence where a run's accuracies are not means of eight responses' `acc`."""
+    others = []
+    for run in with_validation([run for runs in groups.values() for run in runs]):
+        variables, counts = measures.accuracies_of([run])
+        if not counts <= {0} and (variables - {"acc"} or counts != {measures.K}):
+            what = f" of {', '.join(sorted(variables))}" if variables - {"acc"} else ""
+            others.append(f"{run.name}: mean@{', '.join(map(str, sorted(counts)))}{what}")
+    if not others:
+        return []
+    return [f"Not Avg@8 of verl's acc: {'; '.join(others)}. Pass@8 is over the problems that have eight responses."]
+
+
+def _details(groups: Groups, other_metric: bool) -> Table | None:
+    """other_metric: the paper's values are of verl's accuracy only."""
     rows: list[Row] = []
-    for group, all_runs in groups.items():
-        (setting, method_key), runs = group, with_validation(all_runs)
-        row: Row = {} if name == "countdown" else {"task": setting.task}
-        row |= {"model": setting.model, "length": setting.length, "method": label_of(method_key, setting.family)}
-        measured: Row = {
-            feet.accuracy_heading(groups): measures.final_accuracy(runs),
-            feet.difference_heading(baseline): _difference(groups, group, baseline),
-            "Pass@8": measures.final_pass(runs),
-        }
-        for (heading, value), of_paper in zip(measured.items(), OF_PAPER[name], strict=True):
-            row[heading] = value
-            if of_paper is not None:
-                row[of_paper[1]] = paper.cell(setting, method_key, of_paper[0])
-        rows.append(row | {"verl's best@8": measures.own_best(runs)} | _ending(runs))
-    if not rows:
+    for group, start in _starts(groups).items():
+        runs = with_validation(groups[group])
+        of_paper: Row = {heading: None for headings in OF_PAPER.values() for heading in headings.values()}
+        for metric, heading in OF_PAPER.get(group[0].family, {}).items():
+            of_paper[heading] = None if other_metric else paper.cell(*group, metric)
+        rows.append(
+            start | {"monotonicity": measures.monotonicity(runs), "verl's best@8": measures.own_best(runs)} | of_paper
+        )
+    if not rows or all(cell is None for row in rows for cell in list(row.values())[2:]):
         return None
-    foot = [feet.on_accuracy(groups), *feet.on_difference(groups, baseline), feet.PASS, feet.MONOTONICITY]
-    if any(len(measures.validation_sets(runs)) > 1 for runs in groups.values()):
-        foot.append(feet.WEIGHTED)
-    foot += [*feet.caveats(groups), *paper.sources(groups, [of[0] for of in OF_PAPER[name] if of is not None])]
-    foot += paper.remarks(groups) if name == "countdown" else []
-    return _table(name, rows, [*foot, *feet.on_other_accuracies(groups)])
+    foot = [
+        "Monotonicity: Kendall's τ-b between step and accuracy over a run's validations. This definition is ours; the "
+        "paper's was not found. It punishes a plateau: a method that is at its best early and stays there is lower "
+        "than one that still climbs. verl's best@8: a bootstrap with replacement, which lies below Pass@8.",
+    ]
+    if any(map(paper.covers, (setting for setting, _ in groups))) and not other_metric:
+        foot.append("The paper: arXiv 2509.07558; “not found”: that its value could not be; –: not in the paper.")
+        foot += paper.sources(groups, [metric for metrics in OF_PAPER.values() for metric in metrics])
+        foot += paper.remarks(where(groups, lambda setting, _: setting.family == "aggregation"))
+    return _table("details", rows, foot)
 
 
-def _math(groups: Groups, baseline: str) -> Table | None:
+def _sets(groups: Groups) -> Table | None:
+    groups = where(groups, lambda setting, key: len(measures.validation_sets(groups[setting, key])) > 1)
     names = {name for runs in groups.values() for name in measures.validation_sets(runs)}
     rows: list[Row] = []
-    for group, all_runs in groups.items():
-        (setting, method_key), runs = group, with_validation(all_runs)
-        row: Row = {"model": setting.model, "length": setting.length, "method": label_of(method_key, setting.family)}
-        for name in (*MATH_SETS, *sorted(names - MATH_SETS.keys())):
-            row[MATH_SETS.get(name, name)] = measures.final_accuracy(runs, name)
-        row[f"weighted {feet.accuracy_heading(groups)}"] = measures.final_accuracy(runs)
-        row["paper's weighted Avg@8"] = paper.cell(setting, method_key, "avg@8")
-        row[feet.difference_heading(baseline)] = _difference(groups, group, baseline)
-        row["weighted Pass@8"] = measures.final_pass(runs)
-        rows.append(row | {"verl's best@8": measures.own_best(runs)} | _ending(runs))
-    if not rows:
-        return None
-    foot = [feet.ACCURACY, feet.WEIGHTED, *feet.on_difference(groups, baseline), feet.PASS, feet.MONOTONICITY]
-    if any(
-        len(measures.set_sizes(run)) < len(measures.validation_sets([run]))
-        for seeds in groups.values()
-        for run in seeds
-    ):
+    for group, start in _starts(groups).items():
+        runs = with_validation(groups[group])
+        for name in (*(known for known in MATH_SETS if known in names), *sorted(names - MATH_SETS.keys())):
+            start[MATH_SETS.get(name, name)] = measures.final_accuracy(runs, name)
+        rows.append(start)
+    foot = [f"{accuracy_heading(groups)}: {ACCURACY}"] if groups else []
+    if any(len(measures.set_sizes(run)) < len(measures.validation_sets([run])) for of in groups.values() for run in of):
         foot.append(
             "Where no dump that can be used says which validation set a response is of, each set's number is verl's "
             "own, without an interval over problems, and there is no weighted average."
         )
-    foot += [*feet.caveats(groups), *paper.sources(groups, ("avg@8",)), *paper.remarks(groups)]
-    return _table("math", rows, [*foot, *feet.on_other_accuracies(groups)])
+    return _table("sets", rows, foot)
 
 
-def _alpha(groups: Groups) -> Table | None:
-    """VL Norm in the settings that have it with another α than the task's, or with several."""
-    ours = where(groups, lambda _, method_key: alpha_of(method_key) is not None)
-    chosen: Groups = {}
-    for setting in dict.fromkeys(setting for setting, _ in ours):
-        of_setting = only(ours, setting)
-        if {alpha_of(key) for _, key in of_setting} != {paper.alpha(setting.task)}:
-            chosen |= of_setting
-    rows: list[Row] = []
-    for (setting, method_key), all_runs in chosen.items():
-        runs = with_validation(all_runs)
-        row = _place(setting) | {
-            "α": f"{alpha_of(method_key):g}",
-            feet.accuracy_heading(chosen): measures.final_accuracy(runs),
-        }
-        row["paper's Avg@8"] = paper.cell(setting, method_key, "avg@8")
-        row["task's α minus this"] = _difference(chosen, (setting, method_key))
-        row["Pass@8"] = measures.final_pass(runs)
-        rows.append(row | _ending(runs))
-    if not rows:
-        return None
-    alphas = ", ".join(f"{task} {paper.alpha(task):g}" for task in ("countdown", "math"))
-    foot = [
-        feet.ACCURACY,
-        f"Task's α minus this: paired as in the other tables, against the α that the paper's scripts have ({alphas}). "
-        "Which values of α the paper tried was not found; these are ours.",
-        feet.PASS,
-        feet.MONOTONICITY,
-    ]
-    foot += [*feet.caveats(chosen), *paper.sources(chosen, ("avg@8",)), *feet.on_other_accuracies(chosen)]
-    return _table("alpha", rows, foot)
+# ---------------------------------------------------------------------------------------------------------- speed-up
 
 
 def _speed_up(groups: Groups, smooth: int | None, baseline: str) -> Table | None:
-    """VL Norm against each other method of its setting, and each of those against VL Norm; raw and smoothed.
-
-    With a baseline, each other method against it, and the reverse.
-    """
-    pairs: list[tuple[Group, Group]] = []
-    for setting in dict.fromkeys(setting for setting, _ in groups):
-        if main := reference(groups, setting, baseline):
-            others = [other for other in only(groups, setting) if other != main]
-            pairs += [(other, main) if baseline else (main, other) for other in others]
-    pairs += [(other, group) for group, other in pairs]
     rows: list[Row] = []
-    used: Groups = {}
-    for group, other in pairs:
-        smoothed = smoothing((run for runs in only(groups, group[0]).values() for run in runs), smooth)
-        for window in dict.fromkeys((1, smoothed)):
-            hits = speed_up(with_validation(groups[group]), with_validation(groups[other]), window)
-            if hits is not None:
-                used |= {group: groups[group], other: groups[other]}
-                rows.append(_speed_up_row(group, other, window, hits))
-    if not rows:
-        return None
+    starts, used = _starts(groups), []
+    for group, other in pairs_of(groups, baseline):
+        runs, others = with_validation(groups[group]), with_validation(groups[other])
+        window = smoothing((run for of in only(groups, group[0]).values() for run in of), smooth)
+        raw, smoothed = speed_up(runs, others, 1), speed_up(runs, others, window)
+        if raw is None or smoothed is None:
+            continue
+        used.append(group)
+        row = starts[group] | {
+            "reaches the final accuracy of": starts[other]["method"],
+            "target": Estimate(raw.target, note=raw.note),
+            "at step": _first(raw),
+            "that one's first hit": bracket(raw.reference_before, raw.reference_first, raw.reference_late),
+            "last step / first hit": times_sooner(raw) or None,
+            "first hit / first hit": raw.by_first,
+            "smoothed: at step": _first(smoothed) if window > 1 else None,
+            "seeds reached": f"{raw.reached} of {raw.pairs}",
+            "paper's first hit": _papers_first_hit(group, other),
+        }
+        for name, hits in (("raw", raw), (f"mean of {window} steps", smoothed)):
+            row |= {
+                f"{name}: first hit": hits.first,
+                f"{name}: validation before": hits.before,
+                f"{name}: that one's last step": hits.reference_last,
+                f"{name}: last step / first hit": hits.by_last,
+                f"{name}: first hit / first hit": hits.by_first,
+            }
+        rows.append(row)
+    hidden = [heading for row in rows for heading in row if heading.startswith(("raw:", "mean of"))]
+    rows = [{heading: row.get(heading) for of in rows for heading in of} for row in rows]
     foot = [
-        "Target: the reference's accuracy at its last validation; of a smoothed curve, of its trailing mean over as "
-        f"many steps as it says{'' if smooth else ' (three validations)'}. First hit: the first validation at the "
-        "target or above, of a run's own curve; both methods are treated alike. Steps are means over seeds, ratios "
-        "geometric means over seeds with Student's t interval of their logarithm; no interval where a seed did not "
-        "reach. All of a row is of the seeds that reached; where none did, target and the reference's steps are of all "
-        "that can be compared.",
+        "Target: the other method's accuracy at its last validation. A first hit is the first validation at the target "
+        f"or above, of each seed's own curve, known as far as validations are apart: 325–350. Smoothed: trailing "
+        f"mean{'' if smooth else ' of three validations'}. Steps are means over the seeds that reached, ratios "
+        "geometric means with Student's t interval of their logarithm.",
         "Last step / first hit is the paper's count (its 1000 / 375). It flatters whoever reaches a plateau, since the "
-        "reference too had reached its own final accuracy before its last step: first hit / first hit does not.",
-        "Steps are those with a validation, so a first hit is known to one validation's distance. In a log whose "
-        "beginning is lost it is at or before a step, and there is no ratio.",
-        *feet.caveats(used),
+        "other too was at its own final accuracy before its last step: first hit / first hit does not.",
         *paper.sources(used, ("first_hit", "speed_up")),
-        *feet.on_other_accuracies(used),
     ]
-    return _table("speedup", rows, foot)
+    return _table("speedup", rows, foot, hidden, digits_of={"first hit / first hit": 2})
 
 
-def _speed_up_row(group: Group, other: Group, window: int, hits: SpeedUp) -> Row:
-    setting, method_key = group
-    instead: Cell = None
-    if hits.pairs and hits.first is None:
-        instead = "not reached" if hits.waiting is None else f"not yet (step {hits.waiting})"
-    return _place(setting) | {
-        "method": label_of(method_key, setting.family),
-        "reaches the final accuracy of": label_of(other[1], setting.family),
-        "curve": "raw" if window == 1 else f"mean of {window} steps",
-        "target": Estimate(hits.target, note=hits.note),
-        "its last step": _mean_step(hits.reference_last),
-        "its own first hit": _mean_step(hits.reference_first, hits.reference_late),
-        "first hit": _mean_step(hits.first, hits.late) or instead,
-        "paper's first hit": _papers_first_hit(group, other),
-        RATIOS[0]: hits.by_last or instead,
-        RATIOS[1]: hits.by_first or instead,
-        "seeds reached": f"{hits.reached} of {hits.pairs}",
-    }
-
-
-def _mean_step(step: float | None, at_or_before: bool = False) -> Cell:
-    return None if step is None or isnan(step) else f"{'at or before ' if at_or_before else ''}{step:.6g}"
+def _first(hits: SpeedUp) -> str:
+    if hits.first is not None:
+        return bracket(hits.before, hits.first, hits.late)
+    if not hits.pairs:
+        return ""
+    return "not reached" if hits.waiting is None else f"not yet (step {hits.waiting})"
 
 
 def _papers_first_hit(group: Group, other: Group) -> Cell:
     """ "375 (2.67×) [paper, Fig. 2]": when VL Norm reaches DAPO's final accuracy, and the paper's count of it."""
     hit, ratio = (paper.known(*group, metric) for metric in ("first_hit", "speed_up"))
     if hit is None or ratio is None or other[1] != "dapo":
-        return paper.NOT_FOUND if paper.covers(group[0]) else None
+        return None
     return f"{hit.value} ({ratio.value}×) [{hit.label}]"
 
 
@@ -295,4 +324,4 @@ def inputs(runs: Sequence[Run]) -> Table:
         what += [run.method_key, None if run.seed == UNKNOWN_SEED else run.seed]
         rows.append([*what, f"{last}{planned}", len(measures.validated_steps(run)), "; ".join(notes)])
     columns = ["run", "folder", "setting", "method", "seed", "last step", "validations", "notes"]
-    return Table("inputs", TITLES["inputs"], columns, rows)
+    return Table("inputs", TITLES["inputs"], columns, rows, hidden=("folder",))

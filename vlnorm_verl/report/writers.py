@@ -31,13 +31,8 @@ if TYPE_CHECKING:
 def write_tables(tables: Iterable[Table], out: Path) -> None:
     """NAME.md, NAME.csv, NAME.json and NAME.tex of each, in the folder `out`, which is made."""
     for table in tables:
-        for ending, text in (
-            ("md", to_markdown(table)),
-            ("csv", to_csv(table)),
-            ("json", to_json(table)),
-            ("tex", to_latex(table)),
-        ):
-            write(out / f"{table.name}.{ending}", text)
+        for ending, make in FORMATS.items():
+            write(out / f"{table.name}.{ending}", make(table))
 
 
 def to_markdown(table: Table) -> str:
@@ -49,9 +44,10 @@ def to_markdown(table: Table) -> str:
 
     def cell(shown: Shown) -> str:
         text = " ".join(filter(None, (_markdown(shown.text), shown.interval)))
+        text = f"**{text}**" if shown.bold and text else text
         return text + (f"<sup>{shown.mark}</sup>" if shown.mark else "")
 
-    lines = [f"### {_markdown(table.title)}", "", line(map(_markdown, table.columns))]
+    lines = [f"### {_markdown(table.title)}", "", line(map(_markdown, layout.columns))]
     lines.append(line("---:" if numeric else "---" for numeric in layout.numeric))
     lines += [line(map(cell, row)) for row in layout.cells]
     below = [f"- <sup>{mark}</sup> {_markdown(note)}" for mark, note in layout.notes.items()]
@@ -158,6 +154,7 @@ def to_latex(table: Table) -> str:
 
     def cell(shown: Shown) -> str:
         text = " ".join(filter(None, map(latex_escape, (shown.text, shown.interval))))
+        text = rf"\textbf{{{text}}}" if shown.bold and text else text
         return text + (rf"\textsuperscript{{{shown.mark}}}" if shown.mark else "")
 
     def line(texts: Iterable[str]) -> str:
@@ -175,7 +172,7 @@ def to_latex(table: Table) -> str:
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{''.join('r' if numeric else 'l' for numeric in layout.numeric)}}}",
             r"\toprule",
-            line(map(latex_escape, table.columns)),
+            line(map(latex_escape, layout.columns)),
             r"\midrule",
             *(line(map(cell, row)) for row in layout.cells),
             r"\bottomrule",
@@ -189,6 +186,9 @@ def to_latex(table: Table) -> str:
     )
 
 
+FORMATS: dict[str, Callable[[Table], str]] = {"csv": to_csv, "md": to_markdown, "tex": to_latex, "json": to_json}
+
+
 def print_table(table: Table, console: Console) -> None:
     """The table, its notes and its feet on a terminal; one that is wider than the terminal as a list of its rows."""
     from rich.measure import Measurement
@@ -199,18 +199,18 @@ def print_table(table: Table, console: Console) -> None:
 
     def text(shown: Shown) -> Text:
         interval, mark = f" {shown.interval}" if shown.interval else "", f" ({shown.mark})" if shown.mark else ""
-        return Text.assemble(shown.text, (interval + mark, "dim"))
+        return Text.assemble((shown.text, "bold" if shown.bold else ""), (interval + mark, "dim"))
 
     title = Text(table.title, style="bold")
     printed = RichTable(title=title, title_justify="left")
-    for column, numeric in zip(table.columns, layout.numeric, strict=True):
+    for column, numeric in zip(layout.columns, layout.numeric, strict=True):
         printed.add_column(Text(column), justify="right" if numeric else "left")
     for row in layout.cells:
         printed.add_row(*map(text, row))
     if Measurement.get(console, console.options.update(max_width=10_000), printed).maximum > console.width:
         printed = RichTable(title=title, title_justify="left", show_header=False)
         for row in layout.cells:
-            for column, shown in zip(table.columns, row, strict=True):
+            for column, shown in zip(layout.columns, row, strict=True):
                 printed.add_row(Text(column, style="dim"), text(shown))
             printed.add_section()
     console.print(printed)

@@ -1,0 +1,303 @@
+"""The page and its verdicts on runs of known truth (tests/synthetic_runs.py), and the page in a browser.
+
+Covered: that what is said first is what the dumps say, that nothing a model wrote is markup, what changes when a run
+goes on. The browser test needs Chromium and Playwright (`pip install playwright`), and is slow.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from tests.report_runs import line, looked_at, put, read, report, table_of, text, write_run
+from tests.synthetic_runs import EFFECTS, truth, write
+from tests.test_report_files import Page
+from vlnorm_verl.report import charts, configs, labels, plots, svg, tables, verdict
+from vlnorm_verl.report.changes import Memo
+from vlnorm_verl.report.estimates import Estimate
+from vlnorm_verl.report.run import Run
+from vlnorm_verl.report.style import use_style
+
+STEPS, PROBLEMS = 100, 64
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DAPO = "CountDown, 3B, 3072 tokens, full DAPO"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("synthetic")
+    write(root / "runs", STEPS, PROBLEMS)
+    return root
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> list[str]:
+    return report(folder / "runs", out=folder / "out")
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> list[Run]:
+    return read(folder / "runs")
+
+
+def counted(folder: Path, name: str, step: int) -> float:
+    """Share of correct responses in a dump, by plain JSON."""
+    rows = (folder / "runs" / name / "validation" / f"{step}.jsonl").read_text().splitlines()
+    return float(np.mean([json.loads(row)["acc"] for row in rows]))
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_every_value_is_what_the_dumps_say_and_near_the_truth(folder: Path, said: list[str]) -> None:
+    rows = {(row["setting"], row["method"]): row for row in table_of(folder / "out", "results")}
+    assert len(rows) == 20
+    covered = 0
+    for place, effects in EFFECTS.items():
+        for method in effects:
+            stem = f"{place.family}-{place.task}-3b-{place.length}-{method.replace(':', '-alpha')}-seed"
+            names = [path.name for path in (folder / "runs").glob(f"{stem}[0-9]")]
+            names = [name for name in names if (folder / "runs" / name / "validation" / f"{STEPS}.jsonl").exists()]
+            expected = np.mean([counted(folder, name, STEPS) for name in names])
+            (row,) = (row for row in rows.values() if abs(float(row["Avg@8"]) - expected) < 1e-9)
+            covered += float(row["Avg@8 low"]) <= truth(place, method, 1.0, PROBLEMS) <= float(row["Avg@8 high"])
+    assert covered >= 18, "95% intervals of 20 values"
+
+
+def test_the_verdict_names_the_best_method_and_what_is_established(said: list[str]) -> None:
+    verdicts = {sentence.split(":")[0]: sentence for sentence in said[:4]}
+    assert "GRPO Norm 0." in verdicts["CountDown, 3B, 8192 tokens"].split("highest")[0]
+    assert "over Dr. GRPO," in verdicts["CountDown, 3B, 8192 tokens"].replace("Dr. GRPO.", "Dr. GRPO,")
+    assert "DAPO + VL Norm (α = 1) 0." in verdicts[DAPO]
+    assert "over DAPO + overlong filtering (one seed)" in verdicts[DAPO]
+    assert "established over none" in verdicts["Math, 3B, 8192 tokens"], "all methods are the same there"
+    assert any("would look established by chance" in sentence for sentence in said)
+
+
+def test_what_is_wrong_is_said_with_the_runs_names(runs: list[Run]) -> None:
+    odd = looked_at(runs)
+    assert odd["Not a finite number any more"][0].startswith("aggregation-countdown-3b-8192-dr_grpo_norm-seed1 (")
+    assert odd["No metrics"] == ["aggregation-countdown-3b-8192-dr_grpo_norm-seed2 (no metrics yet)"]
+    assert [which.split(" (")[0][-13:] for which in odd["Not finished"]] == ["dr_grpo-seed2", "ishment-seed1"]
+    assert odd["One seed only"] == [f"DAPO + overlong filtering ({DAPO})"]
+
+
+def test_a_resumed_run_has_the_later_starts_records(runs: list[Run]) -> None:
+    (resumed,) = (run for run in runs if run.name == "aggregation-countdown-3b-3072-dapo_norm-seed0")
+    assert resumed.steps.tolist() == list(range(STEPS + 1))
+    assert any("starts again at step" in note for note in resumed.notes)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "state"),
+    [
+        (Estimate(0.1, 0.05, 0.2), "established"),
+        (Estimate(-0.1, -0.2, -0.05), "established"),
+        (Estimate(0.1, -0.05, 0.2), "open"),
+        (Estimate(0.1, 0.05, 0.2, "one seed; at step 4"), "one seed"),
+        (Estimate(0.1, note="1 of 3 seeds: no interval"), "one seed"),
+        (Estimate(0.1, note="not paired"), ""),
+        (None, ""),
+    ],
+)
+def test_states_of_a_difference(estimate: Estimate | None, state: str) -> None:
+    assert verdict.state_of(estimate) == state
+
+
+def test_a_method_that_is_behind_where_both_were_is_not_established(tmp_path: Path) -> None:
+    for seed in range(3):
+        put(tmp_path / f"vl_norm_s{seed}.jsonl", text((0, 20, 0.1 + seed / 1000)))
+        put(tmp_path / f"token-mean_s{seed}.jsonl", text((0, 60, 0.0)))
+    (found,) = verdict.verdicts(
+        tables.validated(read(tmp_path)), {next(iter(tables.validated(read(tmp_path))))[0]: "t"}
+    )
+    assert (found.best, found.over[0].behind, found.sure) == ("DAPO Norm", True, False)
+    assert "(at step 20)" in found.over[0].difference
+
+
+def test_what_configurations_differ_in(runs: list[Run]) -> None:
+    groups = tables.validated(runs)
+    found = configs.differing(groups, labels.titles(setting for setting, _ in groups), "t")
+    assert found is not None
+    rows = [row for row in found.rows if str(row[0]).startswith("Math")]
+    assert [row[1] for row in rows] == ["actor_rollout_ref.actor.optim.lr"]
+    assert str(rows[0][2]).endswith("2e-06: Dr. GRPO")
+
+
+# -------------------------------------------------------------------------------------------------------------- charts
+
+
+def test_a_mean_is_over_the_seeds_that_have_not_ended() -> None:
+    one, two = (np.array([1, 2, 3]), np.array([0.0, 2.0, 4.0])), (np.array([1, 2]), np.array([2.0, 4.0]))
+    found = charts.mean_of([one, two])
+    assert (found.steps.tolist(), found.mean.tolist(), found.whole) == ([1, 2, 3], [1.0, 3.0, 4.0], 2)
+    assert (found.low.tolist(), found.high.tolist()) == ([0.0, 2.0, 4.0], [2.0, 4.0, 4.0])
+    assert not len(charts.mean_of([(np.array([1]), np.ones(1)), (np.array([2]), np.ones(1))]).steps)
+
+
+def test_long_series_are_means_of_neighbouring_steps_and_know_their_clock(tmp_path: Path) -> None:
+    more = {"perf/total_num_tokens": 10.0, "perf/time_per_step": 36.0}
+    put(tmp_path / "vl_norm.jsonl", "".join(line(step, **more, **{"x/y": float(step)}) for step in range(1001)))
+    groups = tables.validated(read(tmp_path))
+    _, rest = charts.charts(groups, {setting: "t" for setting, _ in groups}, plots=["x/*"])
+    (training,) = (chart for of in rest.values() for chart in of)
+    (panel,) = (panel for panel in training.panels if panel.title == "x/y")
+    (series,) = panel.series
+    assert len(series.values) == charts.POINTS
+    assert series.values[:2].tolist() == series.steps[:2].tolist() == [3.0, 8.0]
+    assert series.tokens is not None
+    assert series.hours is not None
+    assert series.tokens[:2].tolist() == [50.0, 100.0]
+    assert series.hours[-1] == pytest.approx(10.0)
+
+
+def test_colours_mean_one_thing_on_a_page() -> None:
+    found = labels.looks(["dapo", "dapo_norm", "vl_norm:1", "vl_norm:0.5", "vl_norm:0", "mine", "grpo_norm"])
+    assert len({look.color for look in found.values()}) == len(found)
+    assert found["vl_norm:1"].color == "#D55E00"
+    assert len({found[key].dash for key in ("vl_norm:1", "vl_norm:0.5", "vl_norm:0")}) == 3
+
+
+def test_an_axis_of_differences_is_not_ruled_by_the_widest_interval() -> None:
+    cells = [Estimate(0.02, 0.01, 0.03), Estimate(0.03, -0.5, 0.56)]
+    assert svg.reach_of(cells) == pytest.approx(1.08 * 0.09)
+    drawn = svg.difference(cells[0], 0.1)
+    assert 'class="difference established"' in drawn
+    assert 'x1="55.0%" x2="65.0%"' in drawn
+    assert svg.difference(None, 0.1) == ""
+
+
+def test_figures_on_request_have_the_pages_lines(folder: Path, tmp_path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    report(*sorted((folder / "runs").glob("dapo-*")), out=tmp_path, figures=True)
+    names = {file.stem for file in (tmp_path / "figures").glob("*.png")}
+    assert {"differences", "accuracy", "training-dapo-countdown-3b-3072", "reached-dapo-countdown-3b-3072"} <= names
+    assert imread(tmp_path / "figures" / "differences.png").std() > 0.01
+    series = [charts.Series("vl_norm:1", 0, np.array([1.0, 2.0]), np.array([0.25, 0.75]))]
+    with use_style():
+        _, axes = plt.subplots()
+        plots._panel(axes, charts.Panel("p", series), labels.looks(["vl_norm:1"]))
+        assert next(list(one.get_ydata()) for one in axes.get_lines()) == [0.25, 0.75]
+        plt.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+def test_the_page_begins_with_the_verdicts_and_runs_only_its_own_script(folder: Path, said: list[str]) -> None:
+    content = (folder / "out" / "report.html").read_text()
+    page = Page(content)
+    assert len(content) < 3_000_000
+    assert content.index('class="verdict"') < content.index("Look at") < content.index("<table>")
+    assert page.names.count("script") == 2
+    assert "default-src 'none'" in content
+    assert "<b>bold</b>" not in content, "what a model wrote is text"
+    assert "&lt;b&gt;bold&lt;/b&gt;&lt;script&gt;1" in content
+    assert content.count(">right:") == content.count(">wrong:") == 5 * 20
+    assert not re.search(r"(?:src|href)=\"(?!#|data:)", content)
+
+
+def test_nothing_is_done_again_for_the_same_inputs(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs", curve={1: 0.5, 2: 0.6})
+    first = report(tmp_path / "runs", out=tmp_path / "out")
+    page = tmp_path / "out" / "report.html"
+    page.write_text("mine")
+    assert report(tmp_path / "runs", out=tmp_path / "out") == first
+    assert page.read_text() == "mine"
+    (run / "validation").mkdir()
+    (run / "validation" / "2.jsonl").write_text("")
+    report(tmp_path / "runs", out=tmp_path / "out")
+    assert "<html" in page.read_text()
+    page.write_text("mine")
+    report(tmp_path / "runs", out=tmp_path / "out", baseline="vl_norm")
+    assert "<html" in page.read_text()
+
+
+def test_only_logs_that_have_changed_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [put(tmp_path / f"{name}.jsonl", text((0, 20, 0.0))) for name in ("vl_norm", "token-mean")]
+    memo = Memo()
+    before = read(tmp_path, memo=memo)
+    from vlnorm_verl.report import read as reading
+
+    touched: list[Path] = []
+    original = reading.read_starts
+    monkeypatch.setattr(reading, "read_starts", lambda of, notes: touched.extend(of) or original(of, notes))
+    with open(files[0], "a") as file:
+        file.write(text((21, 30, 0.0)))
+    after = read(tmp_path, memo=memo)
+    assert touched == [files[0]]
+    assert [len(run.steps) for run in before] == [21, 21]
+    assert sorted(len(run.steps) for run in after) == [21, 31]
+
+
+# ------------------------------------------------------------------------------------------------------------- browser
+
+
+@pytest.fixture
+def browser() -> Iterator[object]:
+    if CHROMIUM is None or importlib.util.find_spec("playwright") is None:
+        pytest.skip("needs a Chromium on the PATH and `pip install playwright`")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "height"), [(1400, 900), (390, 844)])
+def test_a_reader_toggles_hovers_changes_x_and_zooms(
+    width: int, height: int, browser: object, folder: Path, said: list[str]
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": height})  # type: ignore[attr-defined]
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text))
+    page.goto(f"file://{folder}/out/report.html")
+    assert page.evaluate("document.documentElement.scrollWidth") == width, "nothing is wider than the screen"
+    assert page.locator(".verdict").first.bounding_box()["y"] < 100
+    chart = page.locator("svg.panel").first
+    chart.scroll_into_view_if_needed()
+    assert chart.locator("path.line").count() == 5
+    page.get_by_label("GRPO Norm", exact=True).uncheck()
+    assert chart.locator("path.line").count() == 4
+    page.get_by_label("each seed").check()
+    assert chart.locator("path.thin").count() >= 3 * 4 - 1
+    page.locator("select[name=x]").select_option("tokens")
+    assert chart.locator("text.axis").text_content() == "tokens"
+    box = chart.bounding_box()
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + 0.5 * box["width"], middle)
+    tip = page.locator("#tip")
+    assert tip.is_visible()
+    assert "VL Norm (α = 1) 0." in tip.text_content()
+    assert "GRPO Norm 0." not in tip.text_content().replace("Dr. GRPO Norm", "")
+    before = chart.locator("text.x").all_text_contents()
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.8 * box["width"], middle)
+    page.mouse.up()
+    assert chart.locator("text.x").all_text_contents() != before
+    page.get_by_role("button", name="whole range").click()
+    assert chart.locator("text.x").all_text_contents() == before
+    page.get_by_label("log y").check()
+    assert errors == []
+
+
+@pytest.mark.slow
+def test_without_javascript_the_picture_stays(browser: object, folder: Path, said: list[str]) -> None:
+    context = browser.new_context(java_script_enabled=False)  # type: ignore[attr-defined]
+    page = context.new_page()
+    page.goto(f"file://{folder}/out/report.html")
+    assert page.locator("svg.panel").first.locator("path.line").count() == 5
+    assert not page.locator("#tools").is_visible()
+    assert page.locator(".legend").is_visible()

@@ -1,0 +1,57 @@
+"""What has changed since it was read last: for a report that is asked for again, and for `--watch`.
+
+A file is taken as unchanged while its size and its time of change are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vlnorm_verl.report.find import find
+
+T = TypeVar("T")
+Stamp = tuple[tuple[str, int, int], ...]
+
+
+def stamp(files: Iterable[Path]) -> Stamp:
+    """(path, size, time of change) of each file that is there."""
+    stats = [(str(file), file.stat()) for file in files if file.is_file()]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+class Memo:
+    """What was made of files, as long as these do not change; of each set of files the last only."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, ...], tuple[Stamp, Any, list[str]]] = {}
+
+    def of(self, files: Sequence[Path], notes: list[str], make: Callable[[list[str]], T]) -> T:
+        """make(notes), whose notes are remembered with what it returns."""
+        names, now = tuple(map(str, files)), stamp(files)  # before reading: a file that grows meanwhile is read again
+        known = self._known.get(names)
+        if known is None or known[0] != now:
+            own: list[str] = []
+            known = self._known[names] = (now, make(own), own)
+        notes += known[2]
+        return known[1]
+
+
+def fingerprint(arguments: list[str], options: object, dumps: Iterable[str] = ()) -> str:
+    """Of all that a report is made of: logs, configurations, dumps, what was asked for, and this package.
+
+    dumps: folders of dumps beside those of the runs' own.
+
+    Raises:
+        UserError: see `find.find`.
+    """
+    sources = find(arguments)
+    folders = dict.fromkeys([*(source.folder / "validation" for source in sources), *map(Path, dumps)])
+    files = [file for source in sources for file in source.files]
+    files += [source.folder / name for source in sources for name in ("config.yaml", ".hydra/config.yaml")]
+    files += [file for folder in folders for file in sorted(folder.glob("*.jsonl"))]
+    said = repr((version("vlnorm-verl"), arguments, options, [source.folder for source in sources], stamp(files)))
+    return hashlib.blake2b(said.encode(errors="replace"), digest_size=16).hexdigest()

@@ -1,0 +1,267 @@
+"""What is drawn of runs, as data: the page (svg.py, charts.js) and files on request (plots.py) draw the same.
+
+| chart            | one for each         | panels                                                                  |
+|------------------|----------------------|-------------------------------------------------------------------------|
+| accuracy         | report               | the paper's Figure 3: validation accuracy, one panel a setting          |
+| reached-SETTING  | setting with a pair  | the paper's Figure 2: one panel a pair, who is when at the other's end  |
+| training-SETTING | setting              | reward, entropy, lengths, gradient norm, the aggregation's own metrics  |
+
+A series of more than POINTS steps is drawn by as many means of neighbouring steps.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from vlnorm_verl.methods import label_of
+from vlnorm_verl.report import measures
+from vlnorm_verl.report.first_hit import speed_up
+from vlnorm_verl.report.groups import Groups, only, pairs_of, with_validation
+from vlnorm_verl.report.identity import Setting
+from vlnorm_verl.report.labels import accuracy_label, file_name
+from vlnorm_verl.report.run import Run
+from vlnorm_verl.report.verdict import bracket, times_sooner
+
+POINTS = 200
+TRAINING = {
+    "critic/score/mean": "training reward",
+    "actor/entropy": "entropy, nats a token",
+    "response_length/mean": "mean response length, tokens",
+    "response_length/clip_ratio": "share of responses cut off at the limit",
+    "actor/grad_norm": "gradient norm before clipping",
+    "actor/vl_norm/variance_ratio": "√(A/H), predicted ratio of CVs",
+    "actor/vl_norm/length_harmonic_mean": "harmonic mean length H, tokens",
+    "actor/vl_norm/effective_responses": "effective responses of a mini-batch",
+    "actor/vl_norm/weight_max": "largest weight M·N·x",
+}
+MOST_PLOTTED = 24  # metrics that --plot adds to a setting
+
+
+class Series(NamedTuple):
+    """One seed of a method. steps, values: [T]; tokens, hours: [T] that training had taken, None where not known."""
+
+    key: str
+    seed: int
+    steps: np.ndarray
+    values: np.ndarray
+    tokens: np.ndarray | None = None
+    hours: np.ndarray | None = None
+
+
+class Mark(NamedTuple):
+    """Where a method is first at the target: a filled mark of the one that reaches, an open one of the other itself."""
+
+    key: str
+    step: float
+    label: str
+    filled: bool
+
+
+@dataclass(frozen=True)
+class Panel:
+    """smooth: steps of the trailing mean of each seed, 1 for none. target: a line across, with marks on it."""
+
+    title: str
+    series: list[Series]
+    smooth: int = 1
+    target: float | None = None
+    marks: tuple[Mark, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Panels side by side. name: file stem."""
+
+    name: str
+    title: str
+    caption: str
+    panels: list[Panel] = field(default_factory=list)
+
+
+class Mean(NamedTuple):
+    """One method over steps [T]: mean, lowest and highest seed. whole: of these steps, before any seed's end."""
+
+    steps: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    whole: int
+
+
+def charts(
+    groups: Groups, titles: dict[Setting, str], smooth: int | None = None, baseline: str = "", plots: Sequence[str] = ()
+) -> tuple[Chart, dict[Setting, list[Chart]]]:
+    """(accuracy, {setting: its other charts}); a chart may be without a panel.
+
+    smooth: steps of the trailing mean of training metrics, if that is more than 2% of them.
+    plots: further metrics, as patterns ("timing_s/*").
+    """
+    accuracy, rest = [], {}
+    for setting, title in titles.items():
+        of = {key: runs for (_, key), runs in only(groups, setting).items()}
+        if series := _accuracy(of):
+            accuracy.append(Panel(f"{title}: {accuracy_label([run for runs in of.values() for run in runs])}", series))
+        made = (_reached(setting, title, groups, baseline), _training(setting, title, of, smooth, plots))
+        rest[setting] = [chart for chart in made if chart.panels]
+    caption = (
+        "On validation prompts. Line: mean of the seeds; band: from the lowest to the highest seed. Thin line, after a "
+        "seed's end: the mean of the others."
+    )
+    return Chart("accuracy", "Accuracy over training", caption, accuracy), rest
+
+
+def _accuracy(methods: dict[str, list[Run]]) -> list[Series]:
+    return [
+        Series(key, run.seed, *curve, *_clock(run, curve[0]))
+        for key, runs in methods.items()
+        for run in runs
+        if len((curve := measures.accuracy_curve(run))[0])
+    ]
+
+
+def _reached(setting: Setting, title: str, groups: Groups, baseline: str) -> Chart:
+    panels = []
+    for pair in pairs_of(only(groups, setting), baseline):
+        runs, others = (with_validation(groups[group]) for group in pair)
+        hits = speed_up(runs, others, 1)
+        if hits is None or not hits.pairs:
+            continue
+        name, other = (label_of(key, setting.family) for _, key in pair)
+        there = bracket(hits.before, hits.first, hits.late)
+        own = bracket(hits.reference_before, hits.reference_first, hits.reference_late)
+        marks = [Mark(pair[1][1], hits.reference_first, own, False)]
+        marks += [Mark(pair[0][1], hits.first, there, True)] if hits.first is not None else []
+        times = f", {by_last} sooner than its last step" if (by_last := times_sooner(hits)) else ""
+        words = f"{name} is there at step {there}{times}" if there else f"{name} has not reached it"
+        panels.append(
+            Panel(
+                f"{name} against {other}",
+                _accuracy({pair[0][1]: runs, pair[1][1]: others}),
+                target=hits.target,
+                marks=tuple(marks),
+                note=f"{words}; {other} itself at {own}. {hits.note}".strip(),
+            )
+        )
+    caption = (
+        "The paper's Figure 2. Dashed: the final accuracy of the lower one. Filled mark: where the higher one is first "
+        "at it; open mark: where the lower one itself was, since curves are flat at the end and its last step flatters "
+        "whoever is compared with it. Each seed's own curve is read, and the mean over seeds marked."
+    )
+    return Chart(file_name("reached", *setting), f"{title}: who is when at whose final accuracy", caption, panels)
+
+
+def _training(
+    setting: Setting, title: str, methods: dict[str, list[Run]], smooth: int | None, plots: Sequence[str]
+) -> Chart:
+    every = [run for runs in methods.values() for run in runs]
+    longest = max((len(run.steps) for run in every), default=0)
+    width = max(1, math.ceil(max((run.steps[-1] for run in every if len(run.steps)), default=1) / POINTS))
+    window = max(1, round(max(smooth or 3, math.ceil(longest / 50)) / width)) * width
+    logged = sorted({key for run in every for key in run.metrics})
+    asked = [key for pattern in plots for key in fnmatch.filter(logged, pattern)]
+    panels = []
+    for metric, heading in (TRAINING | {key: key for key in asked[:MOST_PLOTTED]}).items():
+        series = [
+            binned
+            for key, runs in methods.items()
+            for run in runs
+            if (binned := _binned(key, run, metric, width)) is not None
+        ]
+        panels += [Panel(heading, series, window)] if series else []
+    caption = (
+        f"As verl logs it at each step{f', in means of {width} steps' if width > 1 else ''}. Line: trailing mean of "
+        f"{window} steps, then mean over the seeds; band: from the lowest to the highest smoothed seed. Entropy: "
+        "divided by the sum of the tokens' weights, since verl aggregates it as the loss; a method whose sum is not "
+        "known is left out. A gradient norm has the scale of the method's weights. √(A/H): coefficient of variation of "
+        "DAPO's or Dr. GRPO's gradient over that of α = 1, if variance is proportional to length."
+    )
+    return Chart(file_name("training", *setting), f"{title}: training", caption, panels)
+
+
+def _metric(run: Run, metric: str) -> np.ndarray | None:
+    return measures.entropy_per_token(run) if metric == "actor/entropy" else run.metrics.get(metric)
+
+
+def _binned(key: str, run: Run, metric: str, width: int) -> Series | None:
+    """A metric's means over bins of `width` steps, at the bins' middles; None where the run has no value of it."""
+    values = _metric(run, metric)
+    has = np.isfinite(values) & (run.steps > 0) if values is not None else np.zeros(0, dtype=bool)
+    if values is None or not has.any():
+        return None
+    bins = (run.steps[has] - 1) // width
+    each, index = np.unique(bins, return_inverse=True)
+    means = np.bincount(index, values[has]) / np.bincount(index)
+    last = np.searchsorted(bins, each, side="right") - 1  # the clock stands as at the last step of the bin
+    clock = [None if of is None else of[last] for of in _clock(run, run.steps[has])]
+    return Series(key, run.seed, each * width + (width + 1) / 2, means, *clock)
+
+
+def _clock(run: Run, steps: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(tokens, hours) that training had taken at these of its steps; a step without a record counts as the mean one."""
+    found: list[np.ndarray | None] = []
+    for metric, unit in (("perf/total_num_tokens", 1.0), ("perf/time_per_step", 3600.0)):
+        each = run.metrics.get(metric)
+        if each is None or run.late_start is not None:
+            found.append(None)
+            continue
+        of_step = np.full(int(run.steps[-1]) + 1, np.nanmean(each))
+        known = np.isfinite(each)
+        of_step[run.steps[known]] = each[known]
+        of_step[0] = 0.0
+        found.append(np.cumsum(of_step)[steps] / unit)
+    return found[0], found[1]
+
+
+# ------------------------------------------------------------------------------------------------------- over seeds
+
+
+def by_method(series: Iterable[Series], smooth: int = 1) -> dict[str, Mean]:
+    """The mean and the range of each method's seeds, each smoothed before."""
+    methods: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for of in series:
+        values = measures.trailing_mean(of.steps, of.values, smooth) if smooth > 1 else of.values
+        methods.setdefault(of.key, []).append((of.steps, values))
+    return {key: mean_of(seeds) for key, seeds in methods.items()}
+
+
+def mean_of(seeds: Sequence[tuple[np.ndarray, np.ndarray]]) -> Mean:
+    """Over (steps, values) of seeds, at the steps that all seeds that have not ended have; empty if there is none."""
+    every = np.unique(np.concatenate([steps for steps, _ in seeds]))
+    table = np.full((len(seeds), len(every)), math.nan)  # [S, T]
+    for row, (steps, values) in zip(table, seeds, strict=True):
+        row[np.isin(every, steps)] = values
+    ends = np.array([steps[-1] for steps, _ in seeds])
+    kept = (np.isfinite(table) | (every > ends[:, None])).all(axis=0)
+    every, table = every[kept], table[:, kept]
+    whole = int((every <= ends.min()).sum())
+    if not whole:
+        return Mean(every[:0], np.empty(0), np.empty(0), np.empty(0), 0)
+    return Mean(every, np.nanmean(table, axis=0), np.nanmin(table, axis=0), np.nanmax(table, axis=0), whole)
+
+
+def y_range(panel: Panel, means: Iterable[Mean]) -> tuple[float, float]:
+    """Of the axis: from the 1% to the 99% quantile of the means and ranges, and the target, with a margin."""
+    values = np.concatenate([np.empty(0), *(np.concatenate([mean.low, mean.high]) for mean in means)])
+    if not len(values):
+        return 0.0, 1.0
+    outer = 0.01 if len(values) > 50 else 0.0
+    low, high = float(np.quantile(values, outer)), float(np.quantile(values, 1 - outer))
+    if panel.target is not None:
+        low, high = min(low, panel.target), max(high, panel.target)
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
+    return (low - margin if low < 0 or low - margin > 0 else 0.0), high + margin
+
+
+def ticks(low: float, high: float, count: int = 5) -> Iterator[float]:
+    """About `count` round numbers from low to high."""
+    step = 10.0 ** math.floor(math.log10((high - low) / count))
+    step *= next((times for times in (1, 2, 2.5, 5) if (high - low) / (step * times) <= count), 10)
+    for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1):
+        yield index * step

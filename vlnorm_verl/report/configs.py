@@ -1,0 +1,60 @@
+"""What the configurations of runs differ in, beside what a table already says of them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from vlnorm_verl.methods import label_of
+from vlnorm_verl.report.groups import Groups, only
+from vlnorm_verl.report.identity import Setting
+from vlnorm_verl.report.table import Table
+
+# What makes a run the one it is (method, seed, names, folders, the machine) differs in every run.
+EXPECTED = re.compile(
+    r"recipe\..*|.*\bloss_agg_mode|.*\bloss_scale_factor|.*\bseed|trainer\.(experiment_name|project_name|logger)"
+    r"|.*(_dir|_path|folder|_files|file|address|port|_wandb.*)",
+)
+LONGEST, MOST = 80, 200  # characters of a value; rows
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, str]:
+    """{dotted key: value as text} of a configuration."""
+    if not isinstance(node, dict):
+        text = str(node)
+        return {prefix: text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"}
+    return {key: value for name in node for key, value in flat(node[name], f"{prefix}.{name}".strip(".")).items()}
+
+
+def differing(groups: Groups, titles: dict[Setting, str], title: str) -> Table | None:
+    """One row a key in which runs of one setting differ: each value with the methods, or seeds of one, that have it."""
+    rows: list[list[Any]] = []
+    for setting in titles:
+        configs = [
+            (label_of(key, setting.family), run.seed, flat(run.config))
+            for (_, key), runs in only(groups, setting).items()
+            for run in runs
+            if run.config
+        ]
+        keys = dict.fromkeys(key for _, _, config in configs for key in config if not EXPECTED.fullmatch(key))
+        for key in keys:
+            having: dict[str, dict[str, list[int]]] = {}
+            for label, seed, config in configs:
+                having.setdefault(config.get(key, "not there"), {}).setdefault(label, []).append(seed)
+            if len(having) > 1:
+                rows.append(
+                    [titles[setting], key, "; ".join(_said(value, of, configs) for value, of in having.items())]
+                )
+    if not rows:
+        return None
+    more = [f"{len(rows) - MOST} more keys differ."] if len(rows) > MOST else []
+    return Table("settings", title, ["setting", "key", "values"], rows[:MOST], more, grouped=True)
+
+
+def _said(value: str, having: dict[str, list[int]], configs: list[tuple[str, int, dict[str, str]]]) -> str:
+    """ "1e-06: GRPO Norm, VL Norm (α = 1) seed 2"."""
+    words = []
+    for label, seeds in having.items():
+        whole = len(seeds) == sum(other == label for other, _, _ in configs)
+        words.append(label if whole else f"{label} seed {', '.join(map(str, sorted(seeds)))}")
+    return f"{value}: {', '.join(words)}"
