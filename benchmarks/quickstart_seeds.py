@@ -1,4 +1,4 @@
-"""What the quickstart learns, over seeds: the table and the figure of the README.
+"""What the quickstart learns, over seeds: the table and the figure of docs/results/quickstart.md.
 
     python benchmarks/quickstart_seeds.py [--seeds 3] [--steps 60] [--out runs/seeds]
 
