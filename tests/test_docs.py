@@ -10,9 +10,10 @@ languages than the README's Python; that of docs/extending.md is run by test_plu
 test_plugin_losses.py.
 """
 
-import json
+import argparse
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -31,7 +32,6 @@ from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 import vlnorm_verl
-from tests import warm
 from vlnorm_verl.aggregation import aggregate, mini_batch_sum, response_lengths
 from vlnorm_verl.cli import app
 from vlnorm_verl.registry import parse_mode
@@ -189,33 +189,28 @@ def test_sets_of_runs_are_known(parsed: list[dict[str, Any]]) -> None:
 
 # ------------------------------------------------------------------------------------------ other programs of our own
 
-READ_ONLY = """
-import argparse, json, runpy, sys
-import typer.core
-typer.core.TyperCommand.invoke = lambda self, context: None
-parse = argparse.ArgumentParser.parse_args
-def only_parse(self, *arguments):
-    parse(self, *arguments)
-    sys.exit(0)
-argparse.ArgumentParser.parse_args = only_parse
-sys.path.insert(0, "benchmarks")
-for words in json.loads(sys.argv[1]):
-    run, name = (runpy.run_module, words[1]) if words[0] == "-m" else (runpy.run_path, words[0])
-    sys.argv = words[1:] if words[0] == "-m" else words
-    try:
-        run(name, run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            print("refused:", *words)
-"""
 
+def test_programs_take_their_arguments(monkeypatch: pytest.MonkeyPatch, parsed: list[dict[str, Any]]) -> None:
+    """Each is run up to where it has read its arguments."""
+    parse = argparse.ArgumentParser.parse_args
 
-def test_programs_take_their_arguments() -> None:
-    begins = ("benchmarks/", "-m vlnorm_verl", "-m tests")
-    found = [words[1:] for begin in begins for words in arguments(f"python {begin}")]
-    found += [["-m", "benchmarks.gpu.check", *words[2:]] for words in arguments("bash benchmarks/gpu/check.sh")]
-    done = warm.python("-c", READ_ONLY, json.dumps(found))
-    assert (done.returncode, done.stdout.count("refused")) == (0, 0), done.stdout[-3000:] + done.stderr[-3000:]
+    def only_parse(self: argparse.ArgumentParser, *given: Any) -> None:
+        parsed.append(vars(parse(self, *given)))
+        sys.exit(0)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.chdir(ROOT)
+    begins = ("benchmarks/", "-m vlnorm_verl.tasks", "-m tests")
+    programs = [words[1:] for begin in begins for words in arguments(f"python {begin}")]
+    programs += [["benchmarks/gpu/check.py", *words[2:]] for words in arguments("bash benchmarks/gpu/check.sh")]
+    for words in programs:
+        run, name = (runpy.run_module, words[1]) if words[0] == "-m" else (runpy.run_path, words[0])
+        monkeypatch.setattr(sys, "argv", words[1:] if words[0] == "-m" else words)
+        with pytest.raises(SystemExit) as end:
+            run(name, run_name="__main__")
+        assert not end.value.code, words
+    assert len(parsed) == len(programs)
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("recipes/**/*.sh")) + sorted(ROOT.glob("benchmarks/**/*.sh")))
