@@ -1,4 +1,4 @@
-"""Sphinx builds this folder: `bash docs/build.sh`. Every link must lead somewhere; a warning fails the build."""
+"""Sphinx builds this folder (developing.md says how). Every link must lead somewhere; a warning fails the build."""
 
 import sys
 from pathlib import Path
@@ -23,4 +23,6 @@ autodoc_mock_imports = ["torch", "numpy", "omegaconf", "psutil", "sympy", "verl"
 html_theme = "furo"
 html_title = f"vlnorm-verl {release}"
 html_show_copyright = False
-copybutton_exclude = ".linenos, .gp, .c1"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
+copybutton_exclude = ".linenos, .gp, .c1"  # commands without their comments
