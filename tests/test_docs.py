@@ -57,7 +57,6 @@ COMMANDS = {
     r"python benchmarks/\w+\.py": "tests/test_benchmarks.py::test_every_benchmark_runs",
     "python -m tests.engine.scenarios": "tests/test_engine.py",
     "python -m tests.engine.other_engines": "tests/test_other_engines.py",
-    "python -m vlnorm_verl.runs.resources": "tests/test_recipes.py::test_the_docs_have_the_resources",
     "python -m vlnorm_verl.tasks.tiny.warmstart": "tests/test_tiny.py",
     "python -m sphinx": "tests/test_docs.py::test_the_site_is_built_without_a_warning",
     "python -m verl.trainer.main_ppo": "tests/test_benchmarks.py::test_the_example_trains",
@@ -71,7 +70,10 @@ COMMANDS = {
     "python -m pytest tests/trainer": "tests/test_patches.py::test_tests_inside_of_the_patch_pass",
 }
 # Words of a shell, programs of others, and what nobody here can run.
-NOT_RUN = r"(cd|export|cp|eval|patches=|grep|git|kubectl|docker|pre-commit|pip show|pip install$|bash benchmarks/gpu/prepare.sh)"
+NOT_RUN = (
+    r"(cd|export|cp|eval|patches=|grep|git|kubectl|docker|pre-commit|pip show|pip install$)|"
+    "bash benchmarks/gpu/prepare.sh"
+)
 # What stands for something of the reader's.
 PLACEHOLDERS = {"METHOD": "vl_norm", "MATH500": "tests/data_samples/math500.json", "…": "", "...": ""}
 PROGRAM = re.compile(r"(bash|python|pip|vlnorm-verl|git|patch|kubectl|docker|\.venv/bin/\S+|[A-Z_]+=\S+ bash) ")
