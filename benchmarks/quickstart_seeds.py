@@ -1,11 +1,11 @@
-"""What the quickstart learns, over seeds: the table and the figure of the README.
+"""What the quickstart learns, over seeds: the table and the figure of docs/results/quickstart.md.
 
     python benchmarks/quickstart_seeds.py [--seeds 3] [--steps 60] [--out runs/seeds]
 
-Trains one quickstart for each seed (a seed that has finished in --out is not repeated), then writes
-benchmarks/results/quickstart_seeds.json and docs/quickstart.png and prints the table. The spread is the sample
-standard deviation over seeds; every seed has its own order of prompts, its own samples and its own validation samples,
-on the same 128 held-out prompts and from the same warm-started weights.
+Trains one quickstart for each seed (a seed that has finished in --out is not repeated), prints the table and writes it
+and the figure into --out, from where quickstart_seeds.json is copied to benchmarks/results and quickstart.png to docs.
+The spread is the sample standard deviation over seeds; every seed has its own order of prompts, its own samples and its
+own validation samples, on the same 128 held-out prompts and from the same warm-started weights.
 """
 
 import json
@@ -126,8 +126,8 @@ def main(
         table.add_row(name, *(f"{value:.{digits}f}" for value in numbers))
     Console().print(table)
 
-    write_json(ROOT / "benchmarks" / "results" / "quickstart_seeds.json", {**origin(), "runs": summaries})
-    figure(runs, ROOT / "docs" / "quickstart.png")
+    write_json(out / "quickstart_seeds.json", {**origin(), "runs": summaries})
+    figure(runs, out / "quickstart.png")
 
 
 if __name__ == "__main__":

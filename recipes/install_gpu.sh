@@ -117,7 +117,7 @@ if ! install_flash_attn; then
 
 There is no wheel of flash-attn $flash_attn that loads here; the reason is above. Everything else is installed. Either
   FLASH_ATTN=build bash recipes/install_gpu.sh     compiles it: CUDA 13's nvcc is needed, and half an hour or more
-or give every run attention=sdpa: PyTorch's attention, one response at a time (recipes/README.md says what that costs)
+or give every run attention=sdpa: PyTorch's attention, one response at a time (docs/gpu.md says what that costs)
 
 END
 fi

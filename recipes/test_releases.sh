@@ -33,7 +33,7 @@ Examples:
   bash recipes/test_releases.sh                                  all releases
   bash recipes/test_releases.sh 0.8.0 --verl-repo ../verl        one, with all of verl's tests
 
-Written to .releases: table.md, of which docs/releases.md is a copy, and for each release X/venv, X/results.json, X/logs.
+Written to .releases: table.md, of which docs/results/releases.md is a copy, and for each release X/venv, X/results.json, X/logs.
 An environment takes 2 to 3 GB, its tests about 15 minutes on two cores; a second call installs nothing. The exit status
 is 1 if something failed that should not; the table says what.
 END

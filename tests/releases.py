@@ -88,10 +88,11 @@ VERL_TESTS_OF_MORE_CPUS = ("test_reissue_inflight_on_cpu.py", "test_replay_buffe
 # They want NCCL or flash-attn on any machine, and take minutes to say so.
 VERL_TESTS_OF_GPUS = "not test_distributed_mean and not test_distributed_masked and not distributed_params"
 TEST_SECONDS, PART_SECONDS = 120, 1800
-HEAD = """# The last run of `bash recipes/test_releases.sh`
+HEAD = """# Releases of verl
 
-`cp .releases/table.md docs/releases.md`. Run on: {machine}. Seeds are fixed in the programs. *Exact*, *refused*,
-*absent*: as in [support.md](support.md); each row of `tests/engine/features.py` counts once for each mode.
+Written by `bash recipes/test_releases.sh`, and copied: `cp .releases/table.md docs/results/releases.md`.
+Run on: {machine}. Seeds are fixed in the programs. *Exact*, *refused*,
+*absent*: as in [support](../support.md); each row of `tests/engine/features.py` counts once for each mode.
 
 """
 # After the tests, since importing verl before them could hide what they are about.
@@ -413,13 +414,13 @@ def print_table() -> bool:
     lines += [[name, *(column.get(name, "") for column in columns.values())] for name in names]
     text = HEAD.format(machine="; ".join(dict.fromkeys(results["machine"] for results in everything.values())))
     text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    if failing:
-        text += "\nTests of verl's that fail with the plugin and without it:\n\n"
-        text += "".join(f"- `{test}`: {', '.join(releases)}\n" for test, releases in sorted(failing.items()))
     if problems:
         text += "\nProblems:\n\n" + "\n".join(problems) + "\n"
     (RELEASES / "table.md").write_text(text)
     print(text)
+    if failing:
+        print("Tests of verl's that fail with the plugin and without it:\n")
+        print(*(f"- {test}: {', '.join(releases)}" for test, releases in sorted(failing.items())), sep="\n")
     return not problems
 
 

@@ -4,7 +4,7 @@ Covered in CI: two steps of VL Norm with validation, checkpoint, table and repor
 a folder that is in use or holds another run; a bad setting. Marked slow: dynamic sampling, overlong filtering, soft
 punishment, Math; two ranks, resume, critic with KL and entropy; Ctrl-C, an engine that dies inside a weight sync; kill
 -9 of the trainer, of a Ray worker, of a raylet, and of trainer and launcher at once, then the same command again; a
-Ray job on two nodes; a node without the package. What a run learns is in the README, by seeds. Every family × task ×
+Ray job on two nodes; a node without the package. What a run learns is in docs/results, by seeds. Every family × task ×
 method: `bash recipes/reproduce.sh each model=tiny`.
 """
 

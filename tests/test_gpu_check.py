@@ -202,7 +202,7 @@ def test_what_cannot_be_done_is_said(arguments: list[str], says: str, tmp_path: 
 
 @pytest.mark.parametrize(
     ("bare", "archive", "says"),
-    [(False, True, "ran\n"), (True, True, ".gpu/engine.tar.xz"), (True, False, "see benchmarks/gpu/README.md\n")],
+    [(False, True, "ran\n"), (True, True, ".gpu/engine.tar.xz"), (True, False, "see docs/gpu.md\n")],
 )
 def test_archives_are_for_a_python_without_verl(tmp_path: Path, bare: bool, archive: bool, says: str) -> None:
     python = tmp_path / "python"

@@ -254,9 +254,9 @@ plugin.check_config(OmegaConf.create({"actor_rollout_ref": {"actor": {"loss_agg_
 
 
 def test_own_aggregation_is_usable_by_its_name() -> None:
-    """As the README has it."""
-    readme = (warm.REPOSITORY / "README.md").read_text()
-    code = readme[readme.index("from vlnorm_verl import Aggregation") :].partition("```")[0]
+    """As docs/extending.md has it."""
+    page = (warm.REPOSITORY / "docs/extending.md").read_text()
+    code = page[page.index("from vlnorm_verl import Aggregation") :].partition("```")[0]
     done = python(
         f"""
 import torch, verl

@@ -171,11 +171,11 @@ def test_verls_own_policy_losses_are_accepted_but_those_that_ignore_the_mode() -
     assert {name for name in stock if policy_loss.problem(name, config)} == ignore
 
 
-def test_the_policy_loss_of_the_readme_is_accepted() -> None:
+def test_the_policy_loss_of_the_docs_is_accepted() -> None:
     from verl.trainer.ppo import core_algos
 
-    readme = (warm.REPOSITORY / "README.md").read_text()
-    code = readme[readme.index('@register_policy_loss("mine")') :].partition("```")[0]
+    page = (warm.REPOSITORY / "docs/extending.md").read_text()
+    code = page[page.index('@register_policy_loss("mine")') :].partition("```")[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(core_algos, "POLICY_LOSS_REGISTRY", dict(core_algos.POLICY_LOSS_REGISTRY))
         exec(code, vars(core_algos) | {"torch": torch})

@@ -35,8 +35,8 @@ from vlnorm_verl.runs.reproduce import PlannedRun
 PROJECT = Path(__file__).parent.parent
 RECIPES = PROJECT / "recipes"
 CONFIG = RECIPES / "config"
-README = RECIPES / "README.md"
-SCALE = PROJECT / "docs" / "scale.md"
+DOCS = PROJECT / "docs"
+SCALE = DOCS / "scale.md"
 SCRIPTS = {"countdown.sh", "math.sh", "dapo_countdown.sh", "dapo_math.sh"}
 
 
@@ -236,7 +236,7 @@ def test_every_recipe_script(tmp_path: Path) -> None:
 
 
 def test_the_quickstarts_values() -> None:
-    """Those with which the README's table was measured."""
+    """Those with which docs/results/quickstart.md was measured."""
     words = (RECIPES / "quickstart.sh").read_text().splitlines()[-1].split()
     config = composed(*(word for word in words if "=" in word))
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
@@ -312,26 +312,26 @@ def test_a_key_that_nobody_reads_is_found(key: str, read: bool) -> None:
     assert unread_keys(composed(), [key]) == ([] if read else [key])
 
 
-def generated(command: str, content: str) -> None:
-    """The README has that command's output between two marks. UPDATE_README=1 writes it."""
+def generated(page: Path, command: str, content: str) -> None:
+    """The page has that command's output between two marks. UPDATE_DOCS=1 writes it."""
     start, end = f"<!-- output of: {command} -->\n", "<!-- end of output -->"
-    before, rest = README.read_text().split(start)
+    before, rest = page.read_text().split(start)
     present, after = rest.split(end, 1)
-    if os.environ.get("UPDATE_README"):
-        README.write_text(f"{before}{start}{content}\n{end}{after}")
+    if os.environ.get("UPDATE_DOCS"):
+        page.write_text(f"{before}{start}{content}\n{end}{after}")
     else:
         assert present == content + "\n", (
-            f"`{command}` prints something else now; UPDATE_README=1 with this test writes it"
+            f"`{command}` prints something else now; UPDATE_DOCS=1 with this test writes it"
         )
 
 
-def test_readme_has_every_value() -> None:
+def test_the_docs_have_every_value() -> None:
     result = CliRunner().invoke(app, ["reproduce", "--recipes", str(RECIPES), "--values"])
     assert result.exit_code == 0
     content = result.output.rstrip("\n")
     for key in ("`actor_rollout_ref.actor.shuffle`", "`data.train_batch_size`", "`vl_norm:${recipe.alpha}`"):
         assert key in content
-    generated("bash recipes/reproduce.sh --values", content)
+    generated(DOCS / "values.md", "bash recipes/reproduce.sh --values", content)
 
 
 # --------------------------------------------------------------------------------------------------------------- scale
@@ -370,8 +370,8 @@ def test_the_docs_arithmetic_of_eps() -> None:
 # ----------------------------------------------------------------------------------------------------------- resources
 
 
-def test_readme_has_the_resources() -> None:
-    generated("python -m vlnorm_verl.runs.resources", resources.tables())
+def test_the_docs_have_the_resources() -> None:
+    generated(DOCS / "costs.md", "python -m vlnorm_verl.runs.resources", resources.tables())
 
 
 def test_resources_know_the_models() -> None:

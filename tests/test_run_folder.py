@@ -50,7 +50,7 @@ ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
 
 def test_what_is_no_part_of_the_experiment_may_change(tmp_path: Path) -> None:
-    """The remedies for memory in recipes/README.md, all at once, and how long the run is."""
+    """The remedies for memory in docs/costs.md, all at once, and how long the run is."""
     remember(configured(tmp_path), tmp_path)
     changes = [
         *("recipe.steps=2000", "trainer.save_freq=5", "trainer.logger=[console,file,wandb]", "recipe.root=/elsewhere"),

@@ -85,7 +85,8 @@ def package_files() -> set[str]:
     """Of the package, as git knows them, and the recipes' files that it takes with it."""
     listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "vlnorm_verl", "recipes").splitlines()
     files = {name for name in listed if name.startswith("vlnorm_verl/") and name != "vlnorm_verl/recipes"}
-    job_files = ("recipes/cluster/slurm.sbatch", "recipes/cluster/rayjob.yaml", "recipes/manifest.yaml")
+    others = ("recipes/manifest.yaml", "recipes/examples/own_run.yaml")
+    job_files = ("recipes/cluster/slurm.sbatch", "recipes/cluster/rayjob.yaml", *others)
     return files | {f"vlnorm_verl/{n}" for n in listed if n.startswith("recipes/config/") or n in job_files}
 
 

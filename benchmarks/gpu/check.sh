@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What this project's method does on a GPU: exactness, cost, memory, the whole stack. Ten minutes on one GPU; README.md
-# beside this file says more.
+# What this project's method does on a GPU: exactness, cost, memory, the whole stack. Ten minutes on one GPU;
+# docs/gpu.md says more.
 #
 #   bash benchmarks/gpu/check.sh [engine|stack|all|page] [--device cpu] [--out FOLDER] [--write PAGE] …    (--help)
 #   PYTHON=.venv-gpu/bin/python bash benchmarks/gpu/check.sh    in another environment than .venv-gpu or the active one
@@ -31,7 +31,7 @@ if ! has_verl; then
   done
   export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}"
   has_verl ||
-    fail "$python has no verl. bash recipes/install_gpu.sh installs it; without network see benchmarks/gpu/README.md"
+    fail "$python has no verl. bash recipes/install_gpu.sh installs it; without network see docs/gpu.md"
   "$python" benchmarks/gpu/metadata.py "$site"
 fi
 exec "$python" -m benchmarks.gpu.check "$@"

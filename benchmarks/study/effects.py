@@ -135,4 +135,4 @@ def speed_ups(curves: Blocks) -> dict[str, list[Estimate]]:
     ends = ((expanded_tail(blocks - 1), 0.0), (1 - expanded_tail(blocks - 1), np.inf))
     low, high = (np.quantile(np.nan_to_num(drawn, nan=end), at, axis=0, method="nearest") for at, end in ends)
     both = {method: zip(value[i], low[i], high[i], strict=True) for i, method in enumerate(curves)}
-    return {method: [Estimate(*map(float, numbers)) for numbers in of] for method, of in both.items()}
+    return {method: [Estimate(float(v), float(a), float(b)) for v, a, b in of] for method, of in both.items()}

@@ -333,7 +333,7 @@ def train_once(config: DictConfig, console: Console, lock: IO[str]) -> int:
         console.print(f"{error} {state(config)}; the same command goes on from there. The end of {log}:", style="red")
         console.print(end)
         if "out of memory" in end or "OutOfMemoryError" in end:
-            console.print('Out of memory: recipes/README.md, "Memory and time", has what the same run may change.')
+            console.print("Out of memory: docs/costs.md of the repository has what the same run may change.")
         return 1
     finally:
         status.stop()

@@ -1,6 +1,6 @@
 """Memory, time and disk of the GPU recipes, worked out on paper: nothing here was measured.
 
-    python -m vlnorm_verl.runs.resources     the tables of recipes/README.md, as Markdown
+    python -m vlnorm_verl.runs.resources     the tables of docs/costs.md, as Markdown
 
 Formulas; P parameters, N GPUs, V vocabulary, T tokens of one micro-batch if all its responses are of full length:
 

@@ -1,0 +1,301 @@
+"""README and docs: every command on them is one that its program accepts, and every page of the site leads somewhere.
+
+A command is a line of a ```bash block, or `code` in a text that begins with the name of a program. Its arguments are
+read by the program itself (typer, argparse, Hydra), which is kept from doing anything; of a shell script, bash reads
+the syntax and each option must be in its text. COMMANDS says which test or workflow really runs it. A command that is
+in no list fails.
+
+Not covered: what a command prints, programs that are not this project's (kubectl, docker, git), and code of other
+languages than the README's Python; that of docs/extending.md is run by test_plugin_install.py and
+test_plugin_losses.py.
+"""
+
+import argparse
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.core
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+from typer.testing import CliRunner
+
+import vlnorm_verl
+from vlnorm_verl.aggregation import aggregate, mini_batch_sum, response_lengths
+from vlnorm_verl.cli import app
+from vlnorm_verl.registry import parse_mode
+from vlnorm_verl.runs import config as configs
+from vlnorm_verl.runs import reproduce
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "patches/README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+# How a command begins: who runs it, a test or a file that has it in it.
+COMMANDS = {
+    "bash recipes/quickstart.sh": "tests/test_benchmarks.py::test_every_benchmark_runs",
+    r"bash recipes/(dapo_)?(countdown|math)\.sh": "tests/test_e2e.py::test_the_mode_is_at_work",
+    "bash recipes/reproduce.sh": "tests/test_recipes.py::test_the_docs_have_every_value",
+    "bash recipes/lab_cpu.sh": "tests/test_lab_report.py::test_the_recipe_measures_before_and_after_a_run",
+    "bash recipes/install_cpu.sh": "recipes/test.sh",
+    "bash recipes/install_gpu.sh": "tests/test_install.py::test_wrong_requests",
+    "bash recipes/test.sh": ".ci/run",
+    "bash recipes/test_releases.sh": ".github/workflows/nightly.yml",
+    "bash recipes/examples/own_run.sh": "tests/test_benchmarks.py::test_the_example_trains",
+    "bash benchmarks/gpu/check.sh": "tests/test_gpu_check.py::test_everything_at_tiny_sizes",
+    r"python benchmarks/\w+\.py": "tests/test_benchmarks.py::test_every_benchmark_runs",
+    "python -m tests.engine.scenarios": "tests/test_engine.py",
+    "python -m tests.engine.other_engines": "tests/test_other_engines.py",
+    "python -m vlnorm_verl.tasks.tiny.warmstart": "tests/test_tiny.py",
+    "python -m sphinx": "tests/test_docs.py::test_the_site_is_built_without_a_warning",
+    "python -m verl.trainer.main_ppo": "tests/test_benchmarks.py::test_the_example_trains",
+    "vlnorm-verl doctor": "tests/test_doctor.py::test_works_here_and_in_a_ray_worker",
+    "vlnorm-verl data": "tests/data_command.py",
+    "vlnorm-verl report": "tests/test_report.py",
+    "vlnorm-verl lab": "tests/test_lab_report.py",
+    r"pip install (\.|-e)": "tests/test_wheel.py::test_verl_finds_the_mode_in_an_environment_of_base_dependencies",
+    'pip install "pyarrow<26"': "recipes/test_releases.sh",
+    "(patch -p1|git apply)": "tests/test_patches.py::test_patch_is_undone_and_git_applies_it_too",
+    "python -m pytest tests/trainer": "tests/test_patches.py::test_tests_inside_of_the_patch_pass",
+}
+# Words of a shell, programs of others, and what nobody here can run.
+NOT_RUN = (
+    r"(cd|export|cp|eval|patches=|grep|git|kubectl|docker|pre-commit|pip show|pip install$)|"
+    "bash benchmarks/gpu/prepare.sh"
+)
+# What stands for something of the reader's.
+PLACEHOLDERS = {"METHOD": "vl_norm", "MATH500": "tests/data_samples/math500.json", "…": "", "...": ""}
+PROGRAM = re.compile(r"(bash|python|pip|vlnorm-verl|git|patch|kubectl|docker|\.venv/bin/\S+|[A-Z_]+=\S+ bash) ")
+
+
+def commands_of(page: Path) -> Iterator[str]:
+    """Those of one page, without comments, variables before them, and pipes."""
+    text = page.read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    lines += [text for span in spans if PROGRAM.match(text := " ".join(span.split()))]
+    for line in lines:
+        command = re.split(r"\s#\s|\s\\?\|\s|\s&&\s|\s[<>]\s", line.strip())[0].strip()
+        command = re.sub(r"^([A-Z_]+=\S+ )+", "", command)
+        if command and not command.startswith("#"):
+            yield command.replace(".venv/bin/", "")
+
+
+@cache
+def commands() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
+
+
+def arguments(beginning: str) -> list[list[str]]:
+    """The words of each command that begins so, what stands for the reader's own filled in."""
+    found = []
+    for command in commands():
+        if re.match(beginning, command):
+            for name, value in PLACEHOLDERS.items():
+                command = command.replace(name, value)
+            found.append(shlex.split(command.replace("$PWD", str(ROOT))))
+    assert found, beginning
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_is_in_a_list(page: Path) -> None:
+    known = [*COMMANDS, NOT_RUN]
+    unknown = [command for command in commands_of(page) if not any(re.match(begin, command) for begin in known)]
+    assert not unknown, "which test runs this? Say it in COMMANDS"
+
+
+@pytest.mark.parametrize(("begin", "runner"), COMMANDS.items())
+def test_what_runs_a_command_is_there(begin: str, runner: str) -> None:
+    file, _, test = runner.partition("::")
+    text = (ROOT / file).read_text()
+    assert any(re.match(begin, command) for command in commands())
+    assert not test or f"\ndef {test}(" in text
+    if not file.endswith(".py"):
+        assert re.search(begin.split()[-1].removeprefix("recipes/").strip('"'), text)
+
+
+# -------------------------------------------------------------------------------------------------------- vlnorm-verl
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
+    """The parameters of each command of vlnorm-verl that would have run, in a folder with the reader's files."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(typer.core.TyperCommand, "invoke", lambda self, context: seen.append(context.params))
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath("recipes").symlink_to(RECIPES)
+    return seen
+
+
+def with_files(words: list[str]) -> list[str]:
+    """The words; a file that one names is made in the working directory, if it is not there."""
+    for word in words:
+        path = Path(word.partition("=")[2] or word)
+        if re.fullmatch(r"(\w[\w.-]*/)*\w[\w-]*\.(parquet|jsonl?|py)", str(path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    return words
+
+
+def accepted(words: list[str]) -> None:
+    result = CliRunner().invoke(app, with_files(words))
+    assert result.exit_code == 0, f"vlnorm-verl {' '.join(words)}\n{result.output}"
+
+
+def test_vlnorm_verl_takes_its_commands(parsed: list[dict[str, Any]]) -> None:
+    for words in arguments("vlnorm-verl"):
+        accepted([*words[1:], *(["--help"] if words[1:] in (["data"], ["lab"]) else [])])
+    assert len(parsed) > 10
+
+
+@cache
+def recipe(*choices: str) -> Any:
+    return configs.compose(RECIPES / "config", list(choices))
+
+
+@pytest.mark.parametrize("script", ["quickstart", "countdown", "math", "dapo_countdown", "dapo_math"])
+def test_recipes_compose(script: str, parsed: list[dict[str, Any]]) -> None:
+    """Each command, and the script by itself; choices and keys as Hydra and verl know them."""
+    own = (RECIPES / f"{script}.sh").read_text().splitlines()[-1].partition("vlnorm_verl ")[2].split()[:-1]
+    for words in [["bash", f"recipes/{script}.sh"], *arguments("bash recipes")]:
+        if words[1] == f"recipes/{script}.sh":
+            accepted([*own, *words[2:]])
+    for overrides in (found["overrides"] for found in parsed):
+        keys = {text.partition("=")[0] for text in overrides}
+        config = recipe(*(text for text in overrides if "." not in text.partition("=")[0]))
+        assert all("." not in key or OmegaConf.select(config, key) is not None for key in keys), overrides
+
+
+def test_sets_of_runs_are_known(parsed: list[dict[str, Any]]) -> None:
+    manifest = reproduce.read_manifest(RECIPES)
+    for words in arguments(r"bash recipes/reproduce\.sh"):
+        accepted(["reproduce", *words[2:]])
+        what = parsed.pop()["what"] or []
+        for word in what:
+            assert configs.parsed([word]) if "=" in word else manifest.find(word)
+
+
+# ------------------------------------------------------------------------------------------ other programs of our own
+
+
+def test_programs_take_their_arguments(monkeypatch: pytest.MonkeyPatch, parsed: list[dict[str, Any]]) -> None:
+    """Each is run up to where it has read its arguments."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def only_parse(self: argparse.ArgumentParser, *given: Any) -> None:
+        parsed.append(vars(parse(self, *given)))
+        sys.exit(0)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.chdir(ROOT)
+    begin = r"python (benchmarks/|-m (benchmarks|tests|vlnorm_verl\.tasks)\.)"
+    programs = [words[1:] for words in arguments(begin)]
+    programs += [["benchmarks/gpu/check.py", *words[2:]] for words in arguments("bash benchmarks/gpu/check.sh")]
+    for words in programs:
+        run, name = (runpy.run_module, words[1]) if words[0] == "-m" else (runpy.run_path, words[0])
+        monkeypatch.setattr(sys, "argv", words[1:] if words[0] == "-m" else words)
+        with pytest.raises(SystemExit) as end:
+            run(name, run_name="__main__")
+        assert not end.value.code, words
+    assert len(parsed) == len(programs)
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("recipes/**/*.sh")) + sorted(ROOT.glob("benchmarks/**/*.sh")))
+def test_scripts_know_the_options_of_their_commands(script: Path) -> None:
+    """Those that hand all on to Python are checked above."""
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    name = script.relative_to(ROOT)
+    for command in commands() if '"$@"' not in text.splitlines()[-1] else ():
+        if command.startswith(f"bash {name} "):
+            unknown = [
+                word for word in command.split()[2:] if word.startswith("--") and not re.search(rf"{word}\b", text)
+            ]
+            assert not unknown, command
+
+
+# ------------------------------------------------------------------------------------------------------- verl's trainer
+
+
+def composed(words: list[str]) -> Any:
+    """What verl's main_ppo would be given."""
+    options = [word for word in words if word.startswith("--") or Path(word).is_dir() or word in ("cpu", "own_run")]
+    pairs = dict(zip(options[::2], options[1::2], strict=True))
+    folder = pairs.get("--config-path") or str(ROOT / "vlnorm_verl/cpu/config")
+    with initialize_config_dir(folder, version_base=None):
+        overrides = [word for word in words if word and word not in options]
+        return hydra_compose(pairs.get("--config-name", "cpu"), overrides)
+
+
+def test_verl_takes_its_commands() -> None:
+    modes = [composed(words[3:]).actor_rollout_ref.actor.loss_agg_mode for words in arguments("python -m verl")]
+    assert set(modes) == {"vl_norm", "vl_norm:0.75"}
+
+
+def test_the_examples_are_one_run() -> None:
+    script = (RECIPES / "examples/own_run.sh").read_text().partition("main_ppo")[2]
+    for name, value in {"`# CPU`": "", '"$@"': "", "$PWD": str(ROOT), "\\\n": ""}.items():
+        script = script.replace(name, value)
+    by_keys = composed(shlex.split(script))
+    assert by_keys == composed(["--config-path", f"{RECIPES}/examples", "--config-name", "own_run"])
+    assert by_keys.actor_rollout_ref.actor.loss_agg_mode == "vl_norm"
+
+
+# ----------------------------------------------------------------------------------------------------- README and site
+
+
+def test_the_code_of_the_readme_is_the_loss() -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    generator = torch.Generator().manual_seed(0)
+    names = {
+        "torch": torch,
+        "token_losses": torch.randn(5, 7, generator=generator, dtype=torch.float64),
+        "response_mask": torch.arange(7) < torch.tensor([[3], [7], [0], [1], [5]]),
+        "alpha": 0.75,
+        "M": 7.0,
+    }
+    exec(code, names)
+    method = parse_mode("vl_norm:0.75")
+    total = mini_batch_sum(method, response_lengths(names["response_mask"]))
+    expected = aggregate(names["token_losses"], names["response_mask"], method, total, 7.0)
+    torch.testing.assert_close(names["loss"], expected, rtol=1e-12, atol=0)
+
+
+def test_the_links_of_the_readme_lead_to_files() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            assert link.startswith("https://") or (ROOT / link.partition("#")[0]).exists(), link
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """Sphinx follows every link, to anchors and source files too, and misses no page."""
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(ROOT / "docs"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "0"})
+    assert done.returncode == 0, done.stderr
+    built = {path.relative_to(tmp_path).with_suffix(".md") for path in tmp_path.rglob("*.html")}
+    assert {page.relative_to(ROOT / "docs") for page in ROOT.glob("docs/**/*.md")} <= built
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob(".github/**/*.yml")), ids=lambda file: file.name)
+def test_workflows_and_forms_are_yaml(file: Path) -> None:
+    assert yaml.safe_load(file.read_text())
+
+
+def test_one_version_everywhere() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == vlnorm_verl.__version__
+    assert f"\n## {vlnorm_verl.__version__}" in (ROOT / "CHANGELOG.md").read_text()

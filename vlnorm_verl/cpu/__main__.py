@@ -1,0 +1,8 @@
+"""The variables of a CPU run for a shell: `eval "$(python -m vlnorm_verl.cpu)"`."""
+
+import shlex
+
+from vlnorm_verl.cpu import cpu_environment
+
+for name, value in cpu_environment().items():
+    print(f"export {name}={shlex.quote(value)}")
