@@ -55,6 +55,8 @@ COMMANDS = {
     "bash recipes/examples/own_run.sh": "tests/test_benchmarks.py::test_the_example_trains",
     "bash benchmarks/gpu/check.sh": "tests/test_gpu_check.py::test_everything_at_tiny_sizes",
     r"python benchmarks/\w+\.py": "tests/test_benchmarks.py::test_every_benchmark_runs",
+    "bash benchmarks/lab/run.sh": "tests/test_lab_benchmark.py",
+    "python -m benchmarks.study": "tests/test_study.py",
     "python -m tests.engine.scenarios": "tests/test_engine.py",
     "python -m tests.engine.other_engines": "tests/test_other_engines.py",
     "python -m vlnorm_verl.tasks.tiny.warmstart": "tests/test_tiny.py",

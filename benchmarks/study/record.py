@@ -40,19 +40,28 @@ class Moment(NamedTuple):
     steal: float
 
 
+MARK = "VLNORM_STUDY"
+
+
 @dataclass
 class Load:
-    """CPU seconds that processes outside of this program's family have taken between its samples."""
+    """CPU seconds that processes outside of this program's family have taken between its samples.
 
-    family: set[int] = field(default_factory=lambda: {os.getpid()})
+    The family has a variable in its environment: Ray's processes and the zygote's leave their parents.
+    """
+
     known: dict[int, float] = field(default_factory=dict)
     others: float = 0.0
 
+    def __post_init__(self) -> None:
+        os.environ[MARK] = str(os.getpid())
+
     def sample(self) -> None:
-        # A process that was seen as ours stays ours when its parent ends.
-        self.family |= {child.pid for child in psutil.Process().children(recursive=True)}
-        times = {p.pid: p.info["cpu_times"] for p in psutil.process_iter(["cpu_times"]) if p.pid not in self.family}
-        now = {pid: used.user + used.system for pid, used in times.items() if used}
+        now = {}
+        for process in psutil.process_iter(["pid", "environ", "cpu_times"]):
+            of, used = process.info, process.info["cpu_times"]
+            if used and of["pid"] != os.getpid() and (of["environ"] or {}).get(MARK) != os.environ[MARK]:
+                now[of["pid"]] = used.user + used.system
         self.others += sum(max(0.0, used - self.known.get(pid, 0.0)) for pid, used in now.items()) if self.known else 0
         self.known = now
 
