@@ -343,7 +343,7 @@ def train_once(config: DictConfig, console: Console, lock: IO[str]) -> int:
 def draw_report(folder: Path, console: Console) -> None:
     """The report of one finished run, in its folder."""
     out = folder / "report"
-    command = [sys.executable, "-m", "vlnorm_verl", "report", str(folder), "--out", str(out)]
+    command = [sys.executable, "-m", "vlnorm_verl", "report", str(folder), "--figures", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{shlex.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
