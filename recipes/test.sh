@@ -4,7 +4,7 @@
 #   bash recipes/test.sh           ruff, mypy, the tests and a training run of two steps: what CI runs (ten minutes)
 #   bash recipes/test.sh slow      all that takes longer (an hour and a half): two ranks, two nodes, kill -9 of each part,
 #                                  every trainer, other engines, older releases, the wheel. Asked for where plugin/, cpu/
-#                                  or patches/ change
+#                                  or patches/ change. It needs a Chromium or Chrome on the PATH, for the report's page
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash recipes/install_cpu.sh
@@ -13,6 +13,11 @@ bash recipes/install_cpu.sh
 .venv/bin/mypy
 case "${1:-}" in
   "") exec .venv/bin/python -m pytest -n 2 --dist loadfile --durations=25 ;;
-  slow) exec .venv/bin/python -m pytest -m slow --durations=25 ;;
+  slow)
+    target=.venv
+    source recipes/installer.sh
+    install playwright==1.65.2  # drives the browser; too large (165 MB) for the set that everybody installs
+    exec .venv/bin/python -m pytest -m slow --durations=25
+    ;;
   *) echo "unknown argument '$1'; accepted: nothing, or slow" >&2; exit 2 ;;
 esac

@@ -8,7 +8,6 @@ length), grad_norm, ppo_kl, seconds, and of all responses of the step length_mea
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -25,6 +24,7 @@ from vlnorm_verl.files import UserError, write_json
 from vlnorm_verl.report.dumps import count
 from vlnorm_verl.runs.process import read_metrics
 from vlnorm_verl.runs.progress import LENGTH, REWARD
+from vlnorm_verl.tasks.base import content_sha256
 
 RECORDS = ROOT / "docs" / "results" / "study"
 COLUMNS = {"accuracy": REWARD, "length_mean": LENGTH, "cut": "response_length/clip_ratio"}
@@ -90,7 +90,12 @@ def write_record(records: Path, run: Run, folder: Path, model: Path, begun: Mome
     dumps = [folder / "rollouts" / f"{record['step']}.jsonl" for record in steps]
     columns["length_harmonic"] = [harmonic_length(dump, run.length) for dump in dumps]
     seconds = ended.time - begun.time
-    content = {"name": run.name, **asdict(run), "warm_start": run.warm_start, "warm_start_sha256": sha256(model)} | {
+    content = {
+        "name": run.name,
+        **asdict(run),
+        "warm_start": run.warm_start,
+        "warm_start_sha256": content_sha256(model / "model.safetensors"),
+    } | {
         "began": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime(begun.time)),
         "seconds": round(seconds, 1),
         "others_cores": round((ended.others - begun.others) / seconds, 3),
@@ -111,7 +116,10 @@ def write_warm_start(records: Path, number: int, model: Path) -> None:
     Raises:
         UserError: the runs that are finished began from other weights of this number.
     """
-    content = {"sha256": sha256(model), **json.loads((model / "warmstart.json").read_text())}
+    content = {
+        "sha256": content_sha256(model / "model.safetensors"),
+        **json.loads((model / "warmstart.json").read_text()),
+    }
     file = records / "warm-starts" / f"{number}.json"
     if file.exists() and json.loads(file.read_text())["sha256"] != content["sha256"]:
         raise UserError(
@@ -119,10 +127,6 @@ def write_warm_start(records: Path, number: int, model: Path) -> None:
             "were made, since another processor rounds differently"
         )
     write_json(file, content)
-
-
-def sha256(model: Path) -> str:
-    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
 
 
 def read_records(records: Path) -> list[dict[str, Any]]:

@@ -85,9 +85,12 @@ class PlatformCPU(PlatformBase):
         return False
 
     def rollout_env_vars(self) -> dict[str, str]:
-        """The rollout's thread count, VLNORM_ROLLOUT_THREADS (default: as many as the trainer has)."""
-        threads = os.environ.get("VLNORM_ROLLOUT_THREADS") or os.environ["OMP_NUM_THREADS"]
-        return {"OMP_NUM_THREADS": threads}
+        """The rollout's thread count, VLNORM_ROLLOUT_THREADS (default 1).
+
+        A second thread makes vLLM alone faster, and the trainer's vLLM slower: the threads wait for each other at every
+        operator, while the agent loop and the front end want the cores, too.
+        """
+        return {"OMP_NUM_THREADS": os.environ.get("VLNORM_ROLLOUT_THREADS", "1")}
 
     @contextmanager
     def nvtx_range(self, msg: str) -> Iterator[None]:

@@ -55,7 +55,7 @@ def keep_weights(layers: Any) -> None:
 
 def send_seldom(core: Any) -> None:
     """See the module's docstring."""
-    step = getattr(core.EngineCore, "step", None)
+    step = getattr(getattr(core, "EngineCore", None), "step", None)
     if step is None:
         raise PatchError("vllm: vllm.v1.engine.core.EngineCore.step not found; this vLLM is not supported")
     if getattr(step, "_vlnorm_cpu", False):
