@@ -69,8 +69,12 @@ print("fine")
     assert out.strip().endswith("fine")
 
 
-def test_verl_patches_apply() -> None:
-    """Each module of verl that is patched can be imported, and its name is changed before others import it."""
+def test_patches_fit_verl_and_vllm() -> None:
+    """In one process, since importing both takes longest.
+
+    Each module of verl that is patched can be imported, and its name is changed before others import it; vLLM keeps a
+    layer's weight; the names and the two calls that the watchdog relies on are in the installed verl.
+    """
     pytest.importorskip("vllm")
     run_python(
         """
@@ -109,15 +113,7 @@ assert agent_loop.hydra.utils.instantiate({"_target_": "fractions.Fraction", "nu
 from verl.workers.rollout.vllm_rollout import vllm_async_server as server
 assert not server.SamplingParams(max_tokens=3, temperature=0.5).detokenize
 assert server.SamplingParams(max_tokens=3, stop=["end"]).detokenize  # text is looked at
-""",
-        **cpu.cpu_environment(),
-    )
 
-
-def test_vllm_plugin_keeps_the_weight() -> None:
-    pytest.importorskip("vllm")
-    run_python(
-        """
 import torch
 from vlnorm_verl.cpu import vllm_plugin
 vllm_plugin.register(); vllm_plugin.register()
@@ -127,6 +123,12 @@ utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
 assert layer.weight.shape == (64, 64)
 x = torch.randn(4, 64)
 assert torch.allclose(layer.cpu_linear(x, layer.weight, None), x @ layer.weight.T, atol=1e-5)
+
+import inspect
+from verl.workers.rollout.vllm_rollout import vllm_rollout
+assert inspect.getsource(vllm_rollout.ServerAdapter.update_weights).count('"update_weights_from_ipc"') == 1
+assert vllm_rollout.ServerAdapter._execute_method.__wrapped__ is not None
+assert vllm_rollout.BucketedWeightSender._init_socket.__wrapped__ is not None
 """,
         **cpu.cpu_environment(),
     )
@@ -271,22 +273,6 @@ def test_watchdog_refuses_a_bad_limit(watchdog, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv(watchdog.TIMEOUT_VARIABLE, text)
     with pytest.raises(ValueError, match=watchdog.TIMEOUT_VARIABLE):
         watchdog.timeout_s()
-
-
-def test_watchdog_patch_fits_verl(watchdog) -> None:
-    """The names and the two calls that the watchdog relies on are in the installed verl."""
-    pytest.importorskip("vllm")
-    out = run_python(
-        """
-import inspect
-from verl.workers.rollout.vllm_rollout import vllm_rollout
-print(inspect.getsource(vllm_rollout.ServerAdapter.update_weights).count('"update_weights_from_ipc"'))
-print(vllm_rollout.ServerAdapter._execute_method.__wrapped__ is not None)
-print(vllm_rollout.BucketedWeightSender._init_socket.__wrapped__ is not None)
-""",
-        **cpu.cpu_environment(),
-    )
-    assert out.split()[-3:] == ["1", "True", "True"]
 
 
 # ---------------------------------------------------------------- zygote
