@@ -18,16 +18,15 @@ import pytest
 import torch
 
 import vlnorm_verl.cpu as cpu
+from tests import warm
 from vlnorm_verl.cpu import PatchError, install, patches, vllm_plugin, zygote
 
 pytest.importorskip("verl")
 
 
 def run_python(code: str, **environment: str) -> str:
-    """stdout of a fresh interpreter: platform and patches are per process and must not leak into other tests."""
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
+    """stdout of a process of its own: platform and patches must not leak into other tests."""
+    result = warm.python("-c", code, **environment)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -281,7 +280,8 @@ def test_watchdog_refuses_a_bad_limit(watchdog, monkeypatch: pytest.MonkeyPatch,
 def test_zygote_imports_only_the_standard_library() -> None:
     path = Path(inspect.getfile(zygote))
     code = f"import runpy, sys; runpy.run_path({str(path)!r}); print('torch' in sys.modules, 'ray' in sys.modules)"
-    assert run_python(code).split() == ["False", "False"]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
 
 
 def test_zygote_forks_a_worker(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests import warm
 from vlnorm_verl.runs.process import read_metrics
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -156,7 +157,7 @@ from typer.testing import CliRunner
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import locked
 answers = []
-for arguments, folder in json.load(sys.stdin):
+for arguments, folder in json.loads(sys.argv[1]):
     with locked(Path(folder)) if folder else contextlib.nullcontext():
         result = CliRunner().invoke(app, arguments)
     answers.append((result.exit_code, result.output))
@@ -176,10 +177,7 @@ def answers(run: tuple[Path, str], data: Path) -> Iterator[tuple[int, str]]:
         (["recipe.folder=" + str(folder.parent / "new"), "actor_rollout_ref.actor.loss_agg_mode=vl-norm"], ""),
     ]
     asked = [(["launch", f"--recipes={RECIPES}", *given, *more], held) for more, held in requests]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, "-c", ASK], input=json.dumps(asked), env=environment, capture_output=True, text=True
-    )
+    done = warm.python("-c", ASK, json.dumps(asked), RAY_ADDRESS="")
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
