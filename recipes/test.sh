@@ -12,7 +12,7 @@ bash recipes/install_cpu.sh
 .venv/bin/ruff check .
 .venv/bin/mypy
 case "${1:-}" in
-  "") exec .venv/bin/python -m pytest -n 2 --dist loadfile --durations=25 ;;
+  "") exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 ;;
   slow)
     target=.venv
     source recipes/installer.sh

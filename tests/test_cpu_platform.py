@@ -18,16 +18,15 @@ import pytest
 import torch
 
 import vlnorm_verl.cpu as cpu
+from tests import warm
 from vlnorm_verl.cpu import PatchError, install, patches, vllm_plugin, zygote
 
 pytest.importorskip("verl")
 
 
 def run_python(code: str, **environment: str) -> str:
-    """stdout of a fresh interpreter: platform and patches are per process and must not leak into other tests."""
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
+    """stdout of a process of its own: platform and patches must not leak into other tests."""
+    result = warm.python("-c", code, **environment)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -69,8 +68,12 @@ print("fine")
     assert out.strip().endswith("fine")
 
 
-def test_verl_patches_apply() -> None:
-    """Each module of verl that is patched can be imported, and its name is changed before others import it."""
+def test_patches_fit_verl_and_vllm() -> None:
+    """In one process, since importing both takes longest.
+
+    Each module of verl that is patched can be imported, and its name is changed before others import it; vLLM keeps a
+    layer's weight; the names and the two calls that the watchdog relies on are in the installed verl.
+    """
     pytest.importorskip("vllm")
     run_python(
         """
@@ -109,15 +112,7 @@ assert agent_loop.hydra.utils.instantiate({"_target_": "fractions.Fraction", "nu
 from verl.workers.rollout.vllm_rollout import vllm_async_server as server
 assert not server.SamplingParams(max_tokens=3, temperature=0.5).detokenize
 assert server.SamplingParams(max_tokens=3, stop=["end"]).detokenize  # text is looked at
-""",
-        **cpu.cpu_environment(),
-    )
 
-
-def test_vllm_plugin_keeps_the_weight() -> None:
-    pytest.importorskip("vllm")
-    run_python(
-        """
 import torch
 from vlnorm_verl.cpu import vllm_plugin
 vllm_plugin.register(); vllm_plugin.register()
@@ -127,6 +122,12 @@ utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
 assert layer.weight.shape == (64, 64)
 x = torch.randn(4, 64)
 assert torch.allclose(layer.cpu_linear(x, layer.weight, None), x @ layer.weight.T, atol=1e-5)
+
+import inspect
+from verl.workers.rollout.vllm_rollout import vllm_rollout
+assert inspect.getsource(vllm_rollout.ServerAdapter.update_weights).count('"update_weights_from_ipc"') == 1
+assert vllm_rollout.ServerAdapter._execute_method.__wrapped__ is not None
+assert vllm_rollout.BucketedWeightSender._init_socket.__wrapped__ is not None
 """,
         **cpu.cpu_environment(),
     )
@@ -273,29 +274,14 @@ def test_watchdog_refuses_a_bad_limit(watchdog, monkeypatch: pytest.MonkeyPatch,
         watchdog.timeout_s()
 
 
-def test_watchdog_patch_fits_verl(watchdog) -> None:
-    """The names and the two calls that the watchdog relies on are in the installed verl."""
-    pytest.importorskip("vllm")
-    out = run_python(
-        """
-import inspect
-from verl.workers.rollout.vllm_rollout import vllm_rollout
-print(inspect.getsource(vllm_rollout.ServerAdapter.update_weights).count('"update_weights_from_ipc"'))
-print(vllm_rollout.ServerAdapter._execute_method.__wrapped__ is not None)
-print(vllm_rollout.BucketedWeightSender._init_socket.__wrapped__ is not None)
-""",
-        **cpu.cpu_environment(),
-    )
-    assert out.split()[-3:] == ["1", "True", "True"]
-
-
 # ---------------------------------------------------------------- zygote
 
 
 def test_zygote_imports_only_the_standard_library() -> None:
     path = Path(inspect.getfile(zygote))
     code = f"import runpy, sys; runpy.run_path({str(path)!r}); print('torch' in sys.modules, 'ray' in sys.modules)"
-    assert run_python(code).split() == ["False", "False"]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
 
 
 def test_zygote_forks_a_worker(tmp_path: Path) -> None:

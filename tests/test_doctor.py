@@ -7,18 +7,13 @@ import sys
 
 import pytest
 
+from tests import warm
 from vlnorm_verl import doctor, machine
 
 
-def run_doctor(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vlnorm_verl", "doctor", *options]
-    return subprocess.run(
-        command, env={**os.environ, "COLUMNS": "200", **env}, capture_output=True, text=True, timeout=400
-    )
-
-
 def test_works_here_and_in_a_ray_worker() -> None:
-    done = run_doctor()
+    command = [sys.executable, "-m", "vlnorm_verl", "doctor"]
+    done = subprocess.run(command, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "works in this process: yes" in done.stdout
     assert "works in a Ray worker: yes" in done.stdout
@@ -36,7 +31,7 @@ def test_works_here_and_in_a_ray_worker() -> None:
     ("name", "value"), [("VERL_USE_EXTERNAL_PLUGINS", ""), ("VERL_USE_EXTERNAL_MODULES", "no_such_module")]
 )
 def test_says_no_and_names_the_variable_that_did_it(name: str, value: str) -> None:
-    done = run_doctor("--no-ray", **{name: value})
+    done = warm.python("-m", "vlnorm_verl", "doctor", "--no-ray", COLUMNS="200", **{name: value})
     assert done.returncode == 1
     said = " ".join(done.stdout.split())
     assert "works in this process: no" in said

@@ -22,10 +22,13 @@ from typing import Any
 import psutil
 import pytest
 
+from tests import warm
 from vlnorm_verl.runs.process import read_metrics
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ACCURACY = "val-core/vlnorm_tiny_countdown/acc/mean@8"
+# The fewest responses that still make two mini-batches of whole groups a step.
+SMALL = ("data.train_batch_size=8", "actor_rollout_ref.rollout.n=4", "actor_rollout_ref.actor.ppo_mini_batch_size=4")
 # The quickstart's family: mini-batches in which verl puts any responses, responses of at most 256 tokens.
 QUICKSTART = ("family=quickstart", "length=8192")
 
@@ -85,7 +88,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, str
     """(folder, what the terminal showed) of two steps of VL Norm. The folder's name has Hydra's characters in it."""
     folder = tmp_path_factory.mktemp("runs") / "it's (a copy), v=1#2"
     quoted = str(folder).replace("'", r"\'")
-    done = started(command("countdown.sh", folder.parent, data, "--report", f"recipe.folder='{quoted}'"))
+    done = started(command("countdown.sh", folder.parent, data, *SMALL, "--report", f"recipe.folder='{quoted}'"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Warning" not in done.stderr  # verl's, of engines that are not installed
     assert not processes_of(folder)
@@ -122,7 +125,7 @@ def test_it_is_validated_before_and_after(run: tuple[Path, str]) -> None:
 def test_every_response_can_be_read(run: tuple[Path, str]) -> None:
     """And the prompt came through verl and vLLM as it is in the data: no chat format around it."""
     rows = dumped(run[0], "rollouts", 1)
-    assert len(rows) == 16 * 10
+    assert len(rows) == 8 * 4
     assert all(len(row["input"]) == 12 and row["input"].endswith(":") for row in rows)
 
 
@@ -154,7 +157,7 @@ from typer.testing import CliRunner
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import locked
 answers = []
-for arguments, folder in json.load(sys.stdin):
+for arguments, folder in json.loads(sys.argv[1]):
     with locked(Path(folder)) if folder else contextlib.nullcontext():
         result = CliRunner().invoke(app, arguments)
     answers.append((result.exit_code, result.output))
@@ -166,7 +169,7 @@ json.dump(answers, sys.stdout)
 def answers(run: tuple[Path, str], data: Path) -> Iterator[tuple[int, str]]:
     """Exit code and output of four launches beside the finished run, by one process: each alone imports verl anew."""
     folder, _ = run
-    given = command("", folder.parent, data, "recipe.folder='" + str(folder).replace("'", r"\'") + "'")[2:]
+    given = command("", folder.parent, data, *SMALL, "recipe.folder='" + str(folder).replace("'", r"\'") + "'")[2:]
     requests = [
         ([], ""),
         (["recipe.steps=3", "actor_rollout_ref.actor.optim.lr=1e-5"], ""),
@@ -174,10 +177,7 @@ def answers(run: tuple[Path, str], data: Path) -> Iterator[tuple[int, str]]:
         (["recipe.folder=" + str(folder.parent / "new"), "actor_rollout_ref.actor.loss_agg_mode=vl-norm"], ""),
     ]
     asked = [(["launch", f"--recipes={RECIPES}", *given, *more], held) for more, held in requests]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, "-c", ASK], input=json.dumps(asked), env=environment, capture_output=True, text=True
-    )
+    done = warm.python("-c", ASK, json.dumps(asked), RAY_ADDRESS="")
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

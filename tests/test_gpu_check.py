@@ -222,6 +222,7 @@ def test_archives_are_for_a_python_without_verl(tmp_path: Path, bare: bool, arch
     assert (done.returncode == 0) == (not bare)
 
 
+@pytest.mark.slow
 def test_one_part_from_the_shell(tmp_path: Path) -> None:
     done = script("engine", "--device", "cpu", "--only", "bfloat16", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

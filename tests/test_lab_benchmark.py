@@ -1,18 +1,19 @@
-"""The tasks of benchmarks/lab: enough problems for run.sh, in files that the lab reads, and rewards that are right.
+"""The tasks of benchmarks/lab: enough problems for run.sh, in files that the lab reads, and rewards that are right; and
+what is put right in a dequantised model's files.
 
 Not covered: the measurements themselves, which need pretrained models and hours.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.lab import tasks
+from benchmarks.lab import dequantise, tasks
 from vlnorm_verl.lab.tasks import load_task
-
-SCRIPT = Path(tasks.__file__).with_name("run.sh").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,11 @@ def test_a_reward_is_that_of_its_task(task: str, truth: str, right: str, wrong: 
     question = loaded.questions(8 + 96, seed=0)[0]._replace(ground_truth=truth)
     assert loaded.score(question, right) == 1
     assert loaded.score(question, wrong) == loaded.score(question, "") == 0
-    assert "--slope-prompts 8 " in SCRIPT
-    assert "--pool-prompts 96 " in SCRIPT
-    assert f"-{task}" in SCRIPT
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(True, {"a": 1, "b": "·"}), (False, {"b": "·"})])
+def test_fields_of_a_json_file_are_set(keep: bool, expected: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text('{"a": 1, "b": null}', encoding="utf-8")
+    dequantise.change(file, {"b": "·"}, keep)
+    assert json.loads(file.read_text(encoding="utf-8")) == expected

@@ -1,7 +1,8 @@
 """Noise, bias and the best α on gradients whose law is known: they are found, and their intervals hold.
 
 Covered: a mean that is the same for every length and one that turns with it, noise without a signal. Rates are checked
-over repetitions with a fixed seed, with a quarter of the rounds of mini-batches: hundreds of pools are drawn here.
+over repetitions with a fixed seed, with a quarter of the rounds of mini-batches: hundreds of pools are drawn here, most
+of them by the slow tests.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def test_each_round_uses_a_prompt_at_most_once() -> None:
         assert members[first : first + 3].sum(axis=0).max() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("beta", "mean"), [(1.0, constant), (1.5, constant), (1.0, turning)])
 def test_methods_are_measured_at_the_stated_rate(beta: float, mean: Mean) -> None:
     rng = np.random.default_rng(int(10 * beta) + (mean is turning))
@@ -138,6 +140,7 @@ def test_without_a_signal_no_alpha_is_best_at_the_stated_rate() -> None:
     assert any(cosine.note.startswith(LOST) for cosine in cosines)
 
 
+@pytest.mark.slow
 def test_as_many_prompts_as_are_said_find_a_signal() -> None:
     """With the mean's share of the noise too: 16 prompts do not find it, and what is said of it is about right."""
     rng = np.random.default_rng(19)
@@ -171,6 +174,7 @@ def test_what_is_lost_in_noise_is_said_with_the_prompts_that_would_find_it(estim
     assert lost_in_noise(estimate, 64) == said
 
 
+@pytest.mark.slow
 def test_the_jackknife_has_the_spread_of_pools() -> None:
     """Neither too small nor, by the noise of the mini-batches that were drawn, too large."""
     rng = np.random.default_rng(19)

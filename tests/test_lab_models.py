@@ -18,7 +18,7 @@ from tests.lab_tiny import SIZES, differences, flat
 from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import models, store
 from vlnorm_verl.lab.gradients import compute, score_gradient
-from vlnorm_verl.lab.parameters import parts_of, select_parameters
+from vlnorm_verl.lab.parameters import LAST_QKV, parts_of, select_parameters
 from vlnorm_verl.lab.rollouts import Design, sample
 from vlnorm_verl.lab.store import load
 from vlnorm_verl.lab.tasks import load_task
@@ -171,7 +171,7 @@ def test_verl_checkpoint_is_merged(tmp_path: Path, ranks: int, monkeypatch: pyte
     # The checkpoint is gone, as verl removes old ones: what was merged from it is used.
     shutil.rmtree(step)
     compute(out)
-    group, raw = load(out).groups[0], next(store.read_rollouts(out))
+    group, raw = load(out, LAST_QKV).groups[0], next(store.read_rollouts(out))
     model = models.load_model(str(out / "model"))
     wanted = score_gradient(model, select_parameters(model, "last-qkv"), raw.prompt_ids, raw.responses[0], 1.0)
     assert differences(torch.tensor(group.score_gradients[0]), flat(wanted)) < 1e-5

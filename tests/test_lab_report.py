@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import shutil
 import subprocess
 from dataclasses import fields, replace
@@ -25,10 +26,9 @@ from vlnorm_verl.files import UserError, locked
 from vlnorm_verl.lab import build, mini_batches, verdict
 from vlnorm_verl.lab.aggregations import ALPHAS, NoisyResponse, Tradeoff
 from vlnorm_verl.lab.analysis import Analysis, analyse, of_most_parameters
-from vlnorm_verl.lab.cli import folder_of
 from vlnorm_verl.lab.figures import overview
 from vlnorm_verl.lab.jackknife import LOST
-from vlnorm_verl.lab.store import grpo_advantages
+from vlnorm_verl.lab.store import folder_of, grpo_advantages
 from vlnorm_verl.lab.tables import tables
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.style import Figure
@@ -112,7 +112,7 @@ def test_gradients_that_are_not_complete_are_left_out(folder: Path, tmp_path: Pa
     (copy / "gradients" / "last-qkv" / "003.npy").unlink()
     done = lab("report", copy, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
-    assert "last-qkv left out, 1 prompts have no gradients yet" in done.output
+    assert re.search(r"last-qkv left out: .* lacks the gradients of 1 prompts", " ".join(done.output.split()))
     (copy / "gradients" / folder_of("layers.2.mlp") / "003.npy").unlink()
     done = lab("report", copy, "--out", tmp_path / "out")
     assert done.exit_code == 2
@@ -339,6 +339,7 @@ def test_the_verdict_warns_of_single_responses(little: list[Analysis]) -> None:
         (Estimate(math.nan, note=LOST), f"unknown ({LOST})"),
         (Estimate(math.nan), "unknown"),
         (Estimate(-0.125, -0.5, 0.25), "−0.12 [−0.50, 0.25]"),
+        (Estimate(-0.001, -0.5, 0.25), "0.00 [−0.50, 0.25]"),
     ],
 )
 def test_an_estimate_in_words(estimate: Estimate, words: str) -> None:

@@ -1,4 +1,4 @@
-"""The code of docs/method-comparison.md, as it stands there: what it gives is what the page says it is.
+"""The code of docs/method-comparison.md and the aggregation of docs/extending.md, as they stand there.
 
 Not covered: training with either.
 """
@@ -16,20 +16,21 @@ import torch
 from vlnorm_verl import parse_mode, registry
 from vlnorm_verl.aggregation import aggregate, mini_batch_sum, response_lengths, response_weights
 
-PAGE = Path(__file__).parent.parent / "docs" / "method-comparison.md"
+DOCS = Path(__file__).parent.parent / "docs"
 M = 40.0
 
 
 @pytest.fixture
-def page(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the page's code defines; nothing stays registered."""
+def pages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the pages' code defines; nothing stays registered."""
     from verl.trainer.ppo import core_algos
 
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     monkeypatch.setattr(core_algos, "ADV_ESTIMATOR_REGISTRY", dict(core_algos.ADV_ESTIMATOR_REGISTRY))
     defined: dict[str, Any] = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
-        exec(block, defined)
+    for name in ("extending.md", "method-comparison.md"):
+        block = re.search(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL)
+        exec(block[1], defined)  # type: ignore[index]
     return defined
 
 
@@ -38,7 +39,7 @@ def weights(mode: str, lengths: torch.Tensor) -> torch.Tensor:
     return response_weights(aggregation, lengths, mini_batch_sum(aggregation, lengths), M)
 
 
-@pytest.mark.usefixtures("page")
+@pytest.mark.usefixtures("pages")
 def test_the_floor_is_vl_norm_above_it_and_dr_grpo_norm_below() -> None:
     long, short = torch.tensor([32, 50, 700]), torch.tensor([1, 8, 31, 32])
     assert torch.equal(weights("floor_norm", long), weights("vl_norm:1", long))
@@ -49,7 +50,7 @@ def test_the_floor_is_vl_norm_above_it_and_dr_grpo_norm_below() -> None:
         parse_mode("floor_norm:-1")
 
 
-@pytest.mark.usefixtures("page")
+@pytest.mark.usefixtures("pages")
 def test_balanced_aggregation_is_that_of_its_definition() -> None:
     """On policy: the gradient of the aggregated loss, with the groups dealt out to two mini-batches in any order."""
     from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, get_adv_estimator_fn

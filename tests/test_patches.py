@@ -8,7 +8,6 @@ covered: engines that need CUDA, Ray.
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import warm
 
 REPOSITORY = Path(__file__).parent.parent
 PATCHES = REPOSITORY / "patches"
@@ -78,15 +79,7 @@ def apply_patch(name: str, tree: Path, *options: str) -> None:
 
 def python(tree: Path, *arguments: str, plugin: str = "none") -> subprocess.CompletedProcess[str]:
     """Python with the patched verl, without the plugin unless `auto`."""
-    variables = {"VERL_USE_EXTERNAL_PLUGINS": plugin, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=REPOSITORY,
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    return warm.python(*arguments, timeout=500, PYTHONPATH=str(tree), VERL_USE_EXTERNAL_PLUGINS=plugin)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +254,7 @@ scenarios.main()
 """
 
 
-@pytest.mark.parametrize("name", [FULL, MINIMAL])
+@pytest.mark.parametrize("name", [FULL, pytest.param(MINIMAL, marks=pytest.mark.slow)])
 def test_plugin_leaves_the_mode_to_a_patched_verl_and_says_so(
     name: str, tree: Callable[[str], Path], tmp_path: Path
 ) -> None:

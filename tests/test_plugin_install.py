@@ -263,10 +263,10 @@ import torch, verl
 {code}
 from verl.workers.config import FSDPActorConfig
 from verl.trainer.ppo.ray_trainer import agg_loss
-FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode="sqrt_norm")
+FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode="floor_norm:2")
 mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]])
-print(agg_loss(loss_mat=mask.double(), loss_mask=mask, loss_agg_mode="sqrt_norm", loss_scale_factor=1).item())
+print(agg_loss(loss_mat=mask.double(), loss_mask=mask, loss_agg_mode="floor_norm:2", loss_scale_factor=1).item())
 """
     )
-    # (1·1 + 1/2·4) / (1 + 1/2)
+    # (1/2·1 + 1/4·4) / (1/2 + 1/4)
     assert float(done.stdout) == pytest.approx(2.0), done.stderr

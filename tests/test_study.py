@@ -1,8 +1,8 @@
 """The CPU study's program (benchmarks/study): what its runs are, and its analysis on made-up runs of known truth.
 
 Covered: the design and what verl is given; effects, tests in order, ties, time scales; the page as a whole; a record of
-a run's folder. Slow: real runs of three steps, killed and resumed. Not covered: the coverage of the intervals that
-vlnorm_verl/report/estimates.py gives (test_estimates.py).
+a run's folder. Slow: error rates and coverage; real runs of three steps, killed and resumed. Not covered: the coverage
+of the intervals that vlnorm_verl/report/estimates.py gives (test_estimates.py).
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ def test_effects_of_a_table_without_noise() -> None:
     assert effects.residual_spread(y).value == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_error_rates_of_the_tests() -> None:
     """Over 600 studies: 5% where there is no effect or one at the margin, and nearly always where there is one."""
     generator, shares = np.random.default_rng(1), Counter[str]()
@@ -159,6 +160,7 @@ def test_time_scales() -> None:
     assert np.isnan(effects.steps_to(np.full((12, 60), 0.4)))
 
 
+@pytest.mark.slow
 def test_speed_ups_have_intervals_and_say_never() -> None:
     """Of 12 intervals of 95% three may miss: four or more would be seen in 1 of 450 such tests."""
     generator = np.random.default_rng(6)

@@ -101,7 +101,7 @@ def test_no_rank_waits_within_a_mini_batch(ranks: int) -> None:
 
 
 def test_the_order_is_new_in_each_step_and_knows_nothing_of_lengths() -> None:
-    first, again, next_step = (mini_batches(1, step) for step in (1, 1, 2))
+    first, again, next_step = (mini_batches(8, step) for step in (1, 1, 2))
     assert first == again
     assert groups(first[0]) != groups(next_step[0])
     # By chance the shortest of four mini-batches is the first in a quarter of the steps.

@@ -35,21 +35,24 @@ class Method(NamedTuple):
     is_mode: bool = False
 
 
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe & Ito's but yellow
+BLUE, ORANGE, GREEN, PURPLE, SKY_BLUE, VERMILION = PALETTE
+BLACK = "#000000"
 MEAN_OVER_TOKENS, SUM_OVER_M = "mean over tokens", "sum over M"
 # In the order of the tables. DAPO's aggregation is DAPO Norm's, and no figure has both: they share a colour.
 METHODS = {
     row.name: row
     for row in (
-        Method("grpo_norm", "GRPO Norm", "#0072B2", "--", "s", MEAN_OVER_TOKENS, "seq-mean-token-mean", True),
-        Method("dapo_norm", "DAPO Norm", "#009E73", "-.", "^", MEAN_OVER_TOKENS, "token-mean", True),
-        Method("dr_grpo_norm", "Dr. GRPO Norm", "#CC79A7", ":", "D", SUM_OVER_M, "seq-mean-token-sum-norm", True),
-        Method("dr_grpo", "Dr. GRPO", "#56B4E9", (0, (3, 1, 1, 1, 1, 1)), "v", SUM_OVER_M),
-        Method("dapo", "DAPO", "#009E73", "-.", "^", MEAN_OVER_TOKENS),
-        Method("overlong_filtering", "DAPO + overlong filtering", "#000000", "--", "s", MEAN_OVER_TOKENS),
-        Method("soft_punishment", "DAPO + soft punishment", "#E69F00", ":", "D", MEAN_OVER_TOKENS),
+        Method("grpo_norm", "GRPO Norm", BLUE, "--", "s", MEAN_OVER_TOKENS, "seq-mean-token-mean", True),
+        Method("dapo_norm", "DAPO Norm", GREEN, "-.", "^", MEAN_OVER_TOKENS, "token-mean", True),
+        Method("dr_grpo_norm", "Dr. GRPO Norm", PURPLE, ":", "D", SUM_OVER_M, "seq-mean-token-sum-norm", True),
+        Method("dr_grpo", "Dr. GRPO", SKY_BLUE, (0, (3, 1, 1, 1, 1, 1)), "v", SUM_OVER_M),
+        Method("dapo", "DAPO", GREEN, "-.", "^", MEAN_OVER_TOKENS),
+        Method("overlong_filtering", "DAPO + overlong filtering", BLACK, "--", "s", MEAN_OVER_TOKENS),
+        Method("soft_punishment", "DAPO + soft punishment", ORANGE, ":", "D", MEAN_OVER_TOKENS),
         Method("dapo_norm_as_coded", "DAPO Norm, as coded", "#999933", (0, (5, 1)), "P", MEAN_OVER_TOKENS),
         Method("vl_norm_as_coded", "VL Norm, as coded", "#882255", (0, (8, 2)), "X", SUM_OVER_M),
-        Method("vl_norm", "VL Norm", "#D55E00", "-", "o", is_mode=True),
+        Method("vl_norm", "VL Norm", VERMILION, "-", "o", is_mode=True),
     )
 }
 OF_VERL = {row.verl: row.name for row in METHODS.values() if row.verl}

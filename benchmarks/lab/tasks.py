@@ -24,6 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
+from vlnorm_verl.tasks.math import extract_boxed
+
 Messages = list[dict[str, str]]
 
 
@@ -45,13 +47,7 @@ def multiplications() -> Iterable[Item]:
 
 
 def boxed(response: str, truth: str) -> bool:
-    return last(r"\\boxed\{\s*\$?(-?[\d,]+)", response) == truth
-
-
-def last(pattern: str, text: str) -> str | None:
-    """The last match's first group, commas left out."""
-    found = re.findall(pattern, text)
-    return found[-1].replace(",", "") if found else None
+    return (extract_boxed(response) or "").replace(",", "") == truth
 
 
 # ------------------------------------------------------------------------------------------------------ list, addition
@@ -78,7 +74,8 @@ def additions() -> Iterable[Item]:
 
 
 def last_number(response: str, truth: str) -> bool:
-    return last(r"-?\d[\d,]*", response) == truth
+    found = re.findall(r"-?\d[\d,]*", response)
+    return bool(found) and found[-1].replace(",", "") == truth
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -51,12 +51,13 @@ def build(folders: Sequence[str], out: Path, mini_batch: int, seed: int) -> None
     with console.status("inner products and resampling …") as status:
         for name, folder in named(folders).items():
             for choice in choices(folder):
-                gradients = f"{store.GRADIENTS}/{choice}"
-                if missing := store.missing_gradients(folder, gradients):
-                    console.print(f"{name}: {choice} left out, {missing} prompts have no gradients yet", markup=False)
-                    continue
                 status.update(f"{name}: gradients of {choice} …")
-                analyses.append(analyse(store.load(folder, gradients), name, choice, mini_batch, seed))
+                try:
+                    stored = store.load(folder, choice)
+                except store.Incomplete as reason:
+                    console.print(f"{name}: {choice} left out: {reason}", markup=False)
+                    continue
+                analyses.append(analyse(stored, name, choice, mini_batch, seed))
     if not analyses:
         raise UserError("no complete gradients; `vlnorm-verl lab run` goes on where it stopped")
     write(analyses, out, console)

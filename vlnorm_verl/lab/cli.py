@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import zlib
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +14,7 @@ lab_app = typer.Typer(
     help="The gradient lab: does variance grow with length, is VL Norm unbiased, and which α for your model and task?",
     no_args_is_help=True,
 )
+MiniBatch = Annotated[int, typer.Option(min=1, help="Responses of your optimizer mini-batch: which α for it?")]
 
 
 @lab_app.command()
@@ -58,9 +57,7 @@ def run(
     ] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
     seed: Annotated[int, typer.Option(help="Of the prompts and the sampling.")] = 0,
-    mini_batch: Annotated[
-        int, typer.Option(min=1, help="Responses of your optimizer mini-batch: which α for it?")
-    ] = 320,
+    mini_batch: MiniBatch = 320,
     analyse: Annotated[bool, typer.Option("--report/--no-report", help="Also write OUT/report.")] = True,
 ) -> None:
     """Sample responses, compute each one's gradient, and say what they tell.
@@ -74,7 +71,7 @@ def run(
       vlnorm-verl lab run MODEL --task custom --data train.parquet --reward my_reward.py --out lab/mine
     """
     extras.require("lab")
-    from vlnorm_verl.lab import gradients, rollouts, store, tasks
+    from vlnorm_verl.lab import gradients, rollouts, tasks
     from vlnorm_verl.lab.build import build
 
     design = rollouts.Design(slope_prompts, slope_responses, pool_prompts, pool_responses)
@@ -84,26 +81,18 @@ def run(
         with locked(out):
             rollouts.sample(model, chosen, design, seed, temperature, longest, engine, out, batch_size, chat_template)
             for choice in modules or [gradients.LAST_QKV]:
-                gradients.compute(out, choice, projection, checkpointing, f"{store.GRADIENTS}/{folder_of(choice)}")
+                gradients.compute(out, choice, projection, checkpointing)
             if analyse:
                 build([str(out)], out / "report", mini_batch, seed)
     except BlockingIOError:
         raise UserError(f"--out {out}: another `vlnorm-verl lab run` writes into it; take another") from None
 
 
-def folder_of(modules: str) -> str:
-    """A folder's name for a choice of parameters; the same name for the same choice only."""
-    plain = re.sub(r"[^A-Za-z0-9_]+", "-", modules).strip("-")
-    return modules if plain == modules else f"{plain[:40]}-{zlib.crc32(modules.encode()):08x}"
-
-
 @lab_app.command()
 def report(
     folders: Annotated[list[str], typer.Argument(help="Folders of `vlnorm-verl lab run`, or NAME=FOLDER.")],
     out: Annotated[Path, typer.Option(file_okay=False, help="Where to write the page, tables and figures.")],
-    mini_batch: Annotated[
-        int, typer.Option(min=1, help="Responses of your optimizer mini-batch: which α for it?")
-    ] = 320,
+    mini_batch: MiniBatch = 320,
     seed: Annotated[int, typer.Option(help="Of the mini-batches that are drawn and of the bootstrap.")] = 0,
 ) -> None:
     """Compare models, such as checkpoints of one run, by their stored gradients.

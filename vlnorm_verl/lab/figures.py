@@ -17,15 +17,13 @@ from vlnorm_verl.lab.analysis import Analysis
 from vlnorm_verl.lab.jackknife import LOST
 from vlnorm_verl.lab.slopes import Slope
 from vlnorm_verl.lab.verdict import interval
-from vlnorm_verl.methods import alpha_color, alpha_of, label_of, method_of
+from vlnorm_verl.methods import BLACK, BLUE, GREEN, PALETTE, VERMILION, alpha_color, alpha_of, label_of, method_of
 from vlnorm_verl.report.style import Figure, figure_text, render, use_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BINS = 8
-PROMPT_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-BIAS_COLOR, VARIANCE_COLOR, ERROR_COLOR = "#D55E00", "#0072B2", "#000000"
 
 
 def color_of(mode: str) -> str:
@@ -69,7 +67,7 @@ def draw_deviations(axes: Axes, slope: Slope) -> None:
     level = float(np.exp(np.mean(np.log(constants))))
     levelled = [(lengths, d * level / c) for (lengths, d), c in zip(slope.points, constants, strict=True)]
     for k, (lengths, d) in enumerate(levelled):
-        axes.plot(lengths, d, ".", color=PROMPT_COLORS[k % len(PROMPT_COLORS)], alpha=0.35, markersize=3)
+        axes.plot(lengths, d, ".", color=PALETTE[k % len(PALETTE)], alpha=0.35, markersize=3)
     x = np.concatenate([lengths for lengths, _ in levelled])
     y = np.concatenate([d for _, d in levelled])
     edges = np.unique(np.quantile(x, np.linspace(0, 1, BINS + 1)))
@@ -107,14 +105,14 @@ def draw_tradeoff(axes: Axes, trade: Tradeoff) -> None:
     if not np.isfinite(error).any():
         axes.text(0.5, 0.5, (trade.lost or LOST).replace("; ", ";\n"), transform=axes.transAxes, ha="center")
         return
-    axes.plot(ALPHAS, bias, "--", color=BIAS_COLOR, label="bias²")
-    axes.plot(ALPHAS, variance, ":", color=VARIANCE_COLOR, label="variance")
-    axes.plot(ALPHAS, error, color=ERROR_COLOR, label="error")
+    axes.plot(ALPHAS, bias, "--", color=VERMILION, label="bias²")
+    axes.plot(ALPHAS, variance, ":", color=BLUE, label="variance")
+    axes.plot(ALPHAS, error, color=BLACK, label="error")
     low, high = np.array([e.low for e in trade.error]), np.array([e.high for e in trade.error])
     band = np.isfinite(low) & np.isfinite(high)
-    axes.fill_between(ALPHAS, low, high, where=band.tolist(), color=ERROR_COLOR, alpha=0.12, linewidth=0)
+    axes.fill_between(ALPHAS, low, high, where=band.tolist(), color=BLACK, alpha=0.12, linewidth=0)
     if math.isfinite(trade.best):
-        axes.axvspan(*trade.among, color="#009E73", alpha=0.12, linewidth=0)
-        axes.axvline(trade.best, color="#009E73", linewidth=1.0)
+        axes.axvspan(*trade.among, color=GREEN, alpha=0.12, linewidth=0)
+        axes.axvline(trade.best, color=GREEN, linewidth=1.0)
     axes.set(xlabel="α", ylabel="in units of ‖E G‖²", ylim=(np.nanmin([0.0, *bias]), 1.6 * np.nanmax(error)))
     axes.legend()

@@ -48,7 +48,6 @@ def compute(
     modules: str = LAST_QKV,
     projection: int | None = None,
     checkpointing: bool = False,
-    folder: str = store.GRADIENTS,
 ) -> None:
     """Write the score gradients of all rollouts in `out`, one file a prompt; goes on where an earlier call stopped.
 
@@ -59,7 +58,6 @@ def compute(
             longer stays as it is. 0 for none; None for PROJECTION where the chosen parameters have more than
             PROJECT_ABOVE entries, and none otherwise.
         checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        folder: of the gradients in `out`; another one for each other choice of modules.
 
     Raises:
         UserError: a request that cannot be met, gradients of other settings in the folder, or weights that are not
@@ -89,9 +87,10 @@ def compute(
         "sizes": list(sizes.values()),
         "parts": projected.widths,
     }
-    path = out / folder / store.SETTINGS
+    folder = store.gradients_folder(out, store.folder_of(modules))
+    path = folder / store.SETTINGS
     if path.exists():
-        store.refuse_other(out / folder, json.loads(path.read_text(encoding="utf-8")), settings)
+        store.refuse_other(folder, json.loads(path.read_text(encoding="utf-8")), settings)
     write_json(path, settings)
 
     model.requires_grad_(False)
@@ -99,7 +98,7 @@ def compute(
         parameter.requires_grad_(True)
     if checkpointing:
         _checkpoint(model)
-    files = {store.gradient_path(out / folder, i): rollouts for i, rollouts in enumerate(store.read_rollouts(out))}
+    files = {store.gradient_path(folder, i): rollouts for i, rollouts in enumerate(store.read_rollouts(out))}
     missing = {file: rollouts for file, rollouts in files.items() if not file.exists()}
     total, left = (sum(len(rollouts.responses) for rollouts in each.values()) for each in (files, missing))
     fewer = f" projected to {width:,}" if width < size else ""
@@ -108,9 +107,9 @@ def compute(
     cache = None if checkpointing or not missing else prompt_cache(model, chosen)
     with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         bar = progress.add_task("score gradients", total=total, completed=total - left)
-        if cache and not cache_is_exact(model, chosen, cache, next(iter(files.values())), sampled["temperature"]):
+        if cache and (why := why_not_shared(model, chosen, cache, next(iter(files.values())), sampled["temperature"])):
             progress.console.print(
-                "each prompt is computed for each response: this model cannot share it", markup=False
+                f"each prompt is computed for each response: this model cannot share it ({why})", markup=False
             )
             cache = None
         for file, rollouts in missing.items():
@@ -161,24 +160,30 @@ def score_gradient(
     return dict(zip(parameters, gradients, strict=True))
 
 
-def cache_is_exact(
+def why_not_shared(
     model: PreTrainedModel,
     parameters: dict[str, torch.nn.Parameter],
     cache: PromptCache,
     rollouts: store.Rollouts,
     temperature: float,
-) -> bool:
-    """Whether the first response's gradient is the same with and without the prompt's cache."""
+) -> str:
+    """Why the first response's gradient cannot be had with the prompt's cache; "" where it is the same."""
+    import torch
+
     asked = (model, parameters, rollouts.prompt_ids, rollouts.responses[0], temperature)
     try:
         cache.start(rollouts.prompt_ids)
         shared = score_gradient(*asked, cache)
-    except Exception:  # of a model whose layers or cache are of another kind
-        return False
+    except torch.OutOfMemoryError:  # which the whole computation would need more of
+        raise
+    except Exception as error:  # of a model whose layers or cache are of another kind
+        return f"{type(error).__name__}: {error}"
     whole = score_gradient(*asked)
     squared = [(float((whole[k] - shared[k]).norm()) ** 2, float(whole[k].norm()) ** 2) for k in whole]
     differences, norms = map(sum, zip(*squared, strict=True))
-    return differences <= ALIKE**2 * norms
+    if differences <= ALIKE**2 * norms:
+        return ""
+    return f"its gradient of norm {norms**0.5:.3g} would be off by {differences**0.5:.3g}"
 
 
 def _checkpoint(model: PreTrainedModel) -> None:

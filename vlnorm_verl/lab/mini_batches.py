@@ -71,7 +71,7 @@ class MiniBatches:
             size: prompts of a mini-batch, at most P/2, so that a round has two or more.
             scale: M, tokens.
         """
-        self.modes, self.pool, self.lost = list(modes), pool, ""
+        self.modes, self.pool = list(modes), pool
         prompts = int(pool.prompts.max()) + 1
         if not 1 <= size <= prompts // 2:
             raise ValueError(f"mini-batches of {size} prompts from {prompts}: accepted are 1 to {prompts // 2}")
@@ -94,8 +94,8 @@ class MiniBatches:
             ],
             axis=1,
         )
-        at = self.modes.index(REFERENCE)
-        self.lost = lost_in_noise(self.estimate(lambda m: m[[at], SQUARED_MEAN])[0], prompts)
+        (squared_norm,) = jackknife(self.moments[:, [self.row(REFERENCE)], SQUARED_MEAN])
+        self.lost = lost_in_noise(squared_norm, prompts)
 
     def _gradients(self, x: Floats, terms: Floats) -> list[tuple[Floats, Floats]]:
         """(Σx [R], G [R, r]) of the mini-batches: with everything, then without one block at a time.

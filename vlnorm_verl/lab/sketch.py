@@ -26,12 +26,10 @@ class CountSketch:
 
     Args:
         size: K.
-        seed: of h and σ.
     """
 
-    def __init__(self, size: int, seed: int = 0) -> None:
+    def __init__(self, size: int) -> None:
         self.size = size
-        self.seed = seed
         self._drawn: dict[str, torch.Tensor] = {}
 
     def __call__(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -59,7 +57,8 @@ class CountSketch:
         import torch
 
         if name not in self._drawn:
-            key = int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:8], "big")
+            # The 0 is what every stored sketch was drawn with.
+            key = int.from_bytes(hashlib.sha256(f"0 {name}".encode()).digest()[:8], "big")
             generator = torch.Generator().manual_seed(key)
             self._drawn[name] = torch.randint(2 * self.size, (count,), generator=generator, dtype=torch.int32)
         return self._drawn[name]

@@ -14,6 +14,8 @@ gradients are memory-mapped, one prompt at a time.
 from __future__ import annotations
 
 import json
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -187,39 +189,50 @@ def _line(fields: Mapping[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------------- gradients
 
 
+class Incomplete(UserError):
+    """Some prompts have no gradients yet."""
+
+
+def folder_of(modules: str) -> str:
+    """A folder's name for a choice of parameters; the same name for the same choice only."""
+    plain = re.sub(r"[^A-Za-z0-9_]+", "-", modules).strip("-")
+    return modules if plain == modules else f"{plain[:40]}-{zlib.crc32(modules.encode()):08x}"
+
+
+def gradients_folder(out: Path, choice: str) -> Path:
+    return out / GRADIENTS / choice
+
+
 def gradient_path(folder: Path, index: int) -> Path:
     return folder / f"{index:03d}.npy"
 
 
-def missing_gradients(out: Path, folder: str) -> int:
-    """How many prompts of the rollouts have no gradients in `folder` yet."""
-    return sum(not gradient_path(out / folder, index).exists() for index, _ in enumerate(read_rollouts(out)))
-
-
-def load(out: Path, folder: str = GRADIENTS) -> Stored:
+def load(out: Path, choice: str) -> Stored:
     """What the lab stored in `out`; gradients are memory-mapped, so nothing large is read here.
 
     Args:
         out: the lab's folder.
-        folder: of the gradients in `out`.
+        choice: of parameters, as `folder_of` names it.
 
     Raises:
+        Incomplete: prompts without gradients.
         UserError: rollouts or gradients are missing or do not belong together, or a reward is not finite.
     """
     sampled = read_settings(out)
-    path = out / folder / SETTINGS
+    folder = gradients_folder(out, choice)
+    path = folder / SETTINGS
     if not path.exists():
         raise UserError(f"{path} is not there: compute the gradients of {out} first")
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if settings["rollouts_sha256"] != content_sha256(out / ROLLOUTS):
-        raise UserError(f"{out / folder} has the gradients of other rollouts than {out / ROLLOUTS}: compute them again")
-    if missing := missing_gradients(out, folder):
-        raise UserError(f"{out / folder} lacks the gradients of {missing} prompts: compute again, which goes on there")
+        raise UserError(f"{folder} has the gradients of other rollouts than {out / ROLLOUTS}: compute them again")
+    files = {gradient_path(folder, index): rollouts for index, rollouts in enumerate(read_rollouts(out))}
+    if missing := sum(not file.exists() for file in files):
+        raise Incomplete(f"{folder} lacks the gradients of {missing} prompts: compute again, which goes on there")
     ends = np.cumsum([0, *settings["parts"].values()]).tolist()
     dimension = ends[-1]
     groups: list[Group] = []
-    for index, rollouts in enumerate(read_rollouts(out)):
-        file = gradient_path(out / folder, index)
+    for index, (file, rollouts) in enumerate(files.items()):
         gradients = np.load(file, mmap_mode="r")
         if gradients.shape != (len(rollouts.responses), dimension):
             raise UserError(f"{file} has the shape {gradients.shape}, not {(len(rollouts.responses), dimension)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -30,21 +31,25 @@ def tables(analyses: Sequence[Analysis]) -> list[Table]:
 def _table(
     name: str, title: str, columns: Columns, rows_of: Iterable[tuple[Any, ...]], foot: list[str], digits: int = 3
 ) -> Table:
-    """Rows of one model of which noise has left nothing become a single one, which says so."""
+    """Rows of one model of which noise has left nothing become a single one, which says so, if there are several."""
     columns = {**OF_MODEL, **columns}
     rows: list[list[Cell]] = []
-    lost: dict[tuple[Cell, ...], list[str]] = {}
-    for row in rows_of:
-        cells = [cell(*row) for cell in columns.values()]
-        measured = [cell for cell in cells if isinstance(cell, Estimate)]
-        if name != "summary" and measured and all(math.isnan(estimate.value) for estimate in measured):
-            lost.setdefault(tuple(cells[: len(OF_MODEL)]), []).append(measured[0].note)
-        else:
-            rows.append(cells)
-    for of, notes in lost.items():
-        empty: list[Cell] = [None] * (len(columns) - len(of) - 1)
-        rows.append([*of, f"{len(notes)} rows: {notes[0] or LOST}", *empty])
+    made = ([cell(*row) for cell in columns.values()] for row in rows_of)
+    for of, group in itertools.groupby(made, lambda cells: cells[: len(OF_MODEL)]):
+        of_model = list(group)
+        lost = [*map(_lost, of_model)]
+        if len(notes := [note for note in lost if note]) < 2:
+            rows += of_model
+            continue
+        rows += [cells for cells, note in zip(of_model, lost, strict=True) if not note]
+        rows.append([*of, f"{len(notes)} rows: {notes[0]}", *[None] * (len(columns) - len(of) - 1)])
     return Table(name, title, list(columns), rows, foot, digits)
+
+
+def _lost(cells: Sequence[Cell]) -> str:
+    """What is said of a row of which noise has left no estimate; "" where it has, or where there was none."""
+    measured = [cell for cell in cells if isinstance(cell, Estimate)]
+    return (measured[0].note or LOST) if measured and all(math.isnan(e.value) for e in measured) else ""
 
 
 def summary(analyses: Sequence[Analysis]) -> Table:

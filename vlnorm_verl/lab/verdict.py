@@ -7,19 +7,15 @@ import math
 from vlnorm_verl.lab.aggregations import ALPHAS, LARGE_SHARE, Tradeoff
 from vlnorm_verl.lab.analysis import Analysis
 from vlnorm_verl.report.estimates import Estimate
+from vlnorm_verl.report.table import _number
 
 
 def interval(estimate: Estimate) -> str:
-    value = signed(estimate.value) if math.isfinite(estimate.value) else "unknown"
+    value = _number(estimate.value, 2) if math.isfinite(estimate.value) else "unknown"
     if math.isfinite(estimate.low):
-        return f"{value} [{signed(estimate.low)}, {signed(estimate.high)}]"
+        return f"{value} [{_number(estimate.low, 2)}, {_number(estimate.high, 2)}]"
     reason = estimate.note if value == "unknown" else f"no interval: {estimate.note}"
     return f"{value} ({reason})" if estimate.note else value
-
-
-def signed(value: float) -> str:
-    """With the minus sign of the tables."""
-    return f"{value:.2f}".replace("-", "−")
 
 
 def headline(trade: Tradeoff) -> str:
