@@ -35,6 +35,7 @@ from tests.report_runs import (
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import UserError
 from vlnorm_verl.report import measures, paper, tables
+from vlnorm_verl.report.groups import Comparison
 from vlnorm_verl.report.identity import Setting
 
 NAME = "aggregation-countdown-tiny-256"
@@ -181,7 +182,7 @@ def test_a_run_without_any_validation_is_left_out_of_the_tables(tmp_path: Path) 
     (folder / "metrics-000.jsonl").write_text(record(1, **{"actor__grad_norm": 1.0}))
     run = read_one(folder)
     assert "no validation" in run.notes
-    assert [table.name for table in tables.tables([run])] == ["inputs"]
+    assert [table.name for table in tables.tables(Comparison([run]))] == ["inputs"]
 
 
 def test_accuracies_that_are_not_avg_at_8_are_not_called_so(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from matplotlib.image import imread
 from tests.report_runs import line, looked_at, put, read, report, table_of, text, write_run
 from tests.synthetic_runs import EFFECTS, truth, write
 from tests.test_report_files import Page
-from vlnorm_verl.report import charts, configs, labels, plots, svg, tables, verdict
+from vlnorm_verl.report import charts, configs, labels, plots, svg, verdict
 from vlnorm_verl.report.changes import Memo
 from vlnorm_verl.report.estimates import Estimate
+from vlnorm_verl.report.groups import Comparison
 from vlnorm_verl.report.run import Run
 from vlnorm_verl.report.style import use_style
 
@@ -84,7 +85,7 @@ def test_the_verdict_names_the_best_method_and_what_is_established(said: list[st
 def test_what_is_wrong_is_said_with_the_runs_names(runs: list[Run]) -> None:
     odd = looked_at(runs)
     assert odd["Not a finite number any more"][0].startswith("aggregation-countdown-3b-8192-dr_grpo_norm-seed1 (")
-    assert odd["No metrics"] == ["aggregation-countdown-3b-8192-dr_grpo_norm-seed2 (no metrics yet)"]
+    assert odd["Not in the report"] == ["aggregation-countdown-3b-8192-dr_grpo_norm-seed2 (no metrics yet)"]
     assert [which.split(" (")[0][-13:] for which in odd["Not finished"]] == ["dr_grpo-seed2", "ishment-seed1"]
     assert odd["One seed only"] == [f"DAPO + overlong filtering ({DAPO})"]
 
@@ -101,30 +102,25 @@ def test_a_resumed_run_has_the_later_starts_records(runs: list[Run]) -> None:
         (Estimate(0.1, 0.05, 0.2), "established"),
         (Estimate(-0.1, -0.2, -0.05), "established"),
         (Estimate(0.1, -0.05, 0.2), "open"),
-        (Estimate(0.1, 0.05, 0.2, "one seed; at step 4"), "one seed"),
-        (Estimate(0.1, note="1 of 3 seeds: no interval"), "one seed"),
-        (Estimate(0.1, note="not paired"), ""),
-        (None, ""),
+        (Estimate(0.1, 0.05, 0.2).of_one_seed().noted("at step 4"), "one seed"),
+        (Estimate(0.1, note="not paired"), "no interval"),
     ],
 )
-def test_states_of_a_difference(estimate: Estimate | None, state: str) -> None:
-    assert verdict.state_of(estimate) == state
+def test_states_of_a_difference(estimate: Estimate, state: str) -> None:
+    assert estimate.state == state
 
 
 def test_a_method_that_is_behind_where_both_were_is_not_established(tmp_path: Path) -> None:
     for seed in range(3):
         put(tmp_path / f"vl_norm_s{seed}.jsonl", text((0, 20, 0.1 + seed / 1000)))
         put(tmp_path / f"token-mean_s{seed}.jsonl", text((0, 60, 0.0)))
-    (found,) = verdict.verdicts(
-        tables.validated(read(tmp_path)), {next(iter(tables.validated(read(tmp_path))))[0]: "t"}
-    )
+    (found,) = verdict.verdicts(Comparison(read(tmp_path)))
     assert (found.best, found.over[0].behind, found.sure) == ("DAPO Norm", True, False)
     assert "(at step 20)" in found.over[0].difference
 
 
 def test_what_configurations_differ_in(runs: list[Run]) -> None:
-    groups = tables.validated(runs)
-    found = configs.differing(groups, labels.titles(setting for setting, _ in groups), "t")
+    found = configs.differing(Comparison(runs), "t")
     assert found is not None
     rows = [row for row in found.rows if str(row[0]).startswith("Math")]
     assert [row[1] for row in rows] == ["actor_rollout_ref.actor.optim.lr"]
@@ -145,8 +141,7 @@ def test_a_mean_is_over_the_seeds_that_have_not_ended() -> None:
 def test_long_series_are_means_of_neighbouring_steps_and_know_their_clock(tmp_path: Path) -> None:
     more = {"perf/total_num_tokens": 10.0, "perf/time_per_step": 36.0}
     put(tmp_path / "vl_norm.jsonl", "".join(line(step, **more, **{"x/y": float(step)}) for step in range(1001)))
-    groups = tables.validated(read(tmp_path))
-    _, rest = charts.charts(groups, {setting: "t" for setting, _ in groups}, plots=["x/*"])
+    _, rest = charts.charts(Comparison(read(tmp_path)), plots=["x/y"])
     (training,) = (chart for of in rest.values() for chart in of)
     (panel,) = (panel for panel in training.panels if panel.title == "x/y")
     (series,) = panel.series
@@ -181,7 +176,7 @@ def test_figures_on_request_have_the_pages_lines(folder: Path, tmp_path: Path) -
     names = {file.stem for file in (tmp_path / "figures").glob("*.png")}
     assert {"differences", "accuracy", "training-dapo-countdown-3b-3072", "reached-dapo-countdown-3b-3072"} <= names
     assert imread(tmp_path / "figures" / "differences.png").std() > 0.01
-    series = [charts.Series("vl_norm:1", 0, np.array([1.0, 2.0]), np.array([0.25, 0.75]))]
+    series = [charts.Series("vl_norm:1", np.array([1.0, 2.0]), np.array([0.25, 0.75]))]
     with use_style():
         _, axes = plt.subplots()
         plots._panel(axes, charts.Panel("p", series), labels.looks(["vl_norm:1"]))
