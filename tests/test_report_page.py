@@ -6,6 +6,7 @@ goes on. The browser test needs Chromium and Playwright (`pip install playwright
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib.image import imread
+from rich.console import Console
 
-from tests.report_runs import line, looked_at, put, read, report, table_of, text, write_run
+from tests.report_runs import line, looked_at, put, random_dump, read, report, table_of, text, write_run
 from tests.synthetic_runs import EFFECTS, truth, write
 from tests.test_report_files import Page
-from vlnorm_verl.report import charts, configs, labels, plots, svg, verdict
+from vlnorm_verl.report import build, charts, configs, labels, plots, svg, verdict
 from vlnorm_verl.report.changes import Memo
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.groups import Comparison
@@ -153,6 +156,50 @@ def test_long_series_are_means_of_neighbouring_steps_and_know_their_clock(tmp_pa
     assert series.hours[-1] == pytest.approx(10.0)
 
 
+@pytest.mark.parametrize(("steps", "smooth", "window"), [(100, 1, 1), (100, None, 3), (100, 7, 7), (1000, 1, 5)])
+def test_smoothing_of_one_step_is_none(steps: int, smooth: int | None, window: int, tmp_path: Path) -> None:
+    put(tmp_path / "vl_norm.jsonl", text((0, steps, 0.0)))
+    (accuracy,), rest = charts.charts(Comparison(read(tmp_path)), smooth)
+    (training,) = (chart for of in rest.values() for chart in of)
+    assert {panel.smooth for panel in training.panels} == {window}
+    assert {panel.smooth for panel in accuracy.panels} == {1}
+    assert ("trailing mean" in training.caption) == (window not in (1, 5))
+
+
+def test_further_metrics_keep_the_reports_headings_and_say_what_is_left_out(tmp_path: Path) -> None:
+    more = {f"timing_s/{index}": 1.0 for index in range(30)}
+    put(tmp_path / "vl_norm.jsonl", "".join(line(step, **more) for step in range(21)))
+    runs = read(tmp_path)
+    _, rest = charts.charts(Comparison(runs), None, charts.plotted(runs, ["actor/grad_norm", "timing_s/*"]))
+    (training,) = (chart for of in rest.values() for chart in of)
+    titles = [panel.title for panel in training.panels]
+    assert titles[0] == charts.TRAINING["actor/grad_norm"]
+    assert len(titles) == 1 + charts.MOST_PLOTTED
+    assert training.caption.endswith(f"{charts.MOST_PLOTTED} metrics of these and {30 - charts.MOST_PLOTTED} more.")
+
+
+def test_the_clock_of_a_far_step_counts_the_gap_as_mean_steps(tmp_path: Path) -> None:
+    steps = (0, 1, 10, 10**12)
+    put(tmp_path / "vl_norm.jsonl", "".join(line(s, **{"perf/total_num_tokens": 10.0}) for s in steps))
+    (accuracy,), _ = charts.charts(Comparison(read(tmp_path)))
+    (series,) = accuracy.panels[0].series
+    assert series.tokens is not None
+    assert series.tokens.tolist() == [0.0, 100.0, 1e13]
+
+
+def test_a_panel_says_whose_last_step_it_means(tmp_path: Path) -> None:
+    put(tmp_path / "vl_norm.jsonl", text((0, 100, 0.1)))
+    put(tmp_path / "token-mean.jsonl", text((0, 100, 0.0)))
+    _, rest = charts.charts(Comparison(read(tmp_path)))
+    (panel,) = next(chart for of in rest.values() for chart in of if chart.name.startswith("reached")).panels
+    assert "sooner than DAPO Norm's last step; DAPO Norm itself at 90–100." in panel.note
+
+
+def test_a_difference_of_nothing_has_no_sign() -> None:
+    assert [labels.points(value, True) for value in (0.046, -0.0001, -0.02)] == ["+4.6", "0.0", "−2.0"]
+    assert [labels.points(value, False) for value in (0.046, -0.0001)] == ["+0.046", "0.000"]
+
+
 def test_colours_mean_one_thing_on_a_page() -> None:
     found = labels.looks(["dapo", "dapo_norm", "vl_norm:1", "vl_norm:0.5", "vl_norm:0", "mine", "grpo_norm"])
     assert len({look.color for look in found.values()}) == len(found)
@@ -214,6 +261,37 @@ def test_nothing_is_done_again_for_the_same_inputs(tmp_path: Path) -> None:
     page.write_text("mine")
     report(tmp_path / "runs", out=tmp_path / "out", baseline="vl_norm")
     assert "<html" in page.read_text()
+    page.unlink()
+    report(tmp_path / "runs", out=tmp_path / "out", baseline="vl_norm")
+    assert "<html" in page.read_text()
+
+
+def test_nothing_is_done_again_where_the_dumps_are_elsewhere(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs", dumps={10: random_dump(1, 0.5)})
+    dumps = (run / "validation").rename(tmp_path / "dumps")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["trainer"]["validation_data_dir"] = str(dumps)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    first = report(tmp_path / "runs", out=tmp_path / "out")
+    assert "[" in first[0], "there is an interval, so the dumps were found"
+    page = tmp_path / "out" / "report.html"
+    page.write_text("mine")
+    assert report(tmp_path / "runs", out=tmp_path / "out") == first
+    assert page.read_text() == "mine"
+    (dumps / "10.jsonl").write_text("")
+    report(tmp_path / "runs", out=tmp_path / "out")
+    assert "<html" in page.read_text()
+
+
+def test_tables_are_printed_once_while_nothing_changes(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", curve={1: 0.5, 2: 0.6})
+    request = build.Request((str(tmp_path / "runs"),), tmp_path / "out", verbose=True)
+    memo, console = Memo(), Console(file=io.StringIO(), width=200)
+    for _ in range(2):
+        build.build(request, console, memo)
+    assert console.file.getvalue().count("What was read") == 1  # type: ignore[attr-defined]
+    build.build(request, console)
+    assert console.file.getvalue().count("What was read") == 2  # type: ignore[attr-defined]
 
 
 def test_only_logs_that_have_changed_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +362,18 @@ def test_a_reader_toggles_hovers_changes_x_and_zooms(
     assert chart.locator("text.x").all_text_contents() == before
     page.get_by_label("log y").check()
     assert errors == []
+
+
+@pytest.mark.slow
+def test_what_is_printed_is_what_was_chosen(browser: object, folder: Path, said: list[str]) -> None:
+    page = browser.new_page()  # type: ignore[attr-defined]
+    page.goto(f"file://{folder}/out/report.html")
+    page.get_by_label("VL Norm (α = 1)", exact=True).uncheck()
+    place = page.get_by_label("VL Norm (α = 1)", exact=True).get_attribute("value")
+    assert page.locator(f"details svg.panel g.m{place}:not(.mark)").count() > 0, "nobody has seen these yet"
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator(f"svg.panel g.m{place}:not(.mark)").count() == 0
+    assert page.locator("details:not(.example):not([open])").count() == 0
 
 
 @pytest.mark.slow

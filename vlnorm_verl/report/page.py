@@ -94,10 +94,10 @@ class _Page:
     anchors: set[str] = field(default_factory=set)
     charts: list[Chart] = field(default_factory=list)
 
-    def entry(self, part: Part, anchor: str = "") -> dict[str, Any]:
-        """anchor: of the fold that this is all of, whose title is its own, too."""
-        entry: dict[str, Any] = {"kind": KINDS[type(part)], "title": part.title, "titled": not anchor}
-        entry["anchor"] = anchor = anchor or self._anchor(getattr(part, "name", part.title))
+    def entry(self, part: Part, alone: bool = False) -> dict[str, Any]:
+        """alone: whether a fold has nothing else in it, so that its title stands above this already."""
+        anchor = "" if alone else self._anchor(getattr(part, "name", part.title))
+        entry: dict[str, Any] = {"kind": KINDS[type(part)], "title": part.title, "anchor": anchor}
         if isinstance(part, Table):
             entry |= self._table(part)
         elif isinstance(part, Figure):
@@ -111,7 +111,7 @@ class _Page:
             entry |= {"panels": panels, "caption": part.caption}
         elif isinstance(part, Fold):
             alone = len(part.parts) == 1 and not isinstance(part.parts[0], Fold)
-            entry["parts"] = [self.entry(inner, anchor if alone else "") for inner in part.parts]
+            entry["parts"] = [self.entry(inner, alone) for inner in part.parts]
         elif isinstance(part, Examples):
             entry |= {"where": part.where, "responses": part.responses}
         return entry
