@@ -368,7 +368,7 @@ def test_watch_reports_again_what_has_changed_and_ends_at_an_interrupt(tmp_path:
         finally:
             process.kill()
     assert "step 20" in before
-    assert "DAPO Norm 0.450, the only method (1 seed, step 30)" in after
+    assert "DAPO Norm 0.450, the only method (Avg@8, 1 seed, step 30)" in after
 
 
 @pytest.mark.parametrize(

@@ -145,12 +145,17 @@ def _accuracy(groups: Groups) -> list[Series]:
 def _reached(setting: Setting, compared: Comparison) -> Chart:
     pairs = [pair for pair in compared.pairs if pair.higher.setting == setting and pair.hits.pairs]
     caption = (
-        "The paper's Figure 2. Dashed: the final accuracy of the lower one. Filled mark: where the higher one is first "
-        "at it; open mark: where the lower one itself was, since curves are flat at the end and its last step flatters "
-        "whoever is compared with it. Each seed's own curve is read, and the mean over seeds marked."
+        "The paper's Figure 2. Dashed: the final accuracy of the lower one. Filled mark: where the higher one first "
+        "reaches it; open mark: where the lower one itself first did, since curves are flat at the end and its last "
+        "step flatters whoever is compared with it. Each seed's own curve is read, and the mean over seeds marked."
     )
     panels = [_pair(pair, {group: compared.validated[group] for group in pair[:2]}) for pair in pairs]
-    return Chart(file_name("reached", *setting), "Who is when at whose final accuracy", caption, panels)
+    return Chart(
+        file_name("reached", *setting),
+        "When the higher one reaches the final accuracy of the lower one",
+        caption,
+        panels,
+    )
 
 
 def _pair(pair: Pair, groups: Groups) -> Panel:
@@ -158,13 +163,14 @@ def _pair(pair: Pair, groups: Groups) -> Panel:
     marks = [Mark(pair.lower.key, hits.reference_first, hits.reference_hit, False)]
     marks += [Mark(pair.higher.key, hits.first, hits.hit, True)] if hits.first is not None else []
     times = f", {hits.times_sooner} sooner than {other}'s last step" if hits.times_sooner else ""
-    words = f"{name} is there at step {hits.hit}{times}" if hits.hit else f"{name} has not reached it"
+    words = f"{name} reaches it at step {hits.hit}{times}" if hits.hit else f"{name} has not reached it"
+    notes = f" ({hits.note})" if hits.note else ""
     return Panel(
         f"{name} against {other}",
         _accuracy(groups),
         target=hits.target,
         marks=tuple(marks),
-        note=f"{words}; {other} itself at {hits.reference_hit}. {hits.note}".strip(),
+        note=f"{words}; {other} itself at {hits.reference_hit}{notes}.",
     )
 
 

@@ -16,7 +16,7 @@ TASKS = {"countdown": "CountDown", "math": "Math"}
 FAMILIES = {"aggregation": "aggregation only", "dapo": "full DAPO"}
 DASHES = {"-": "", "--": "7 3", "-.": "7 3 2 3", ":": "2 3"}
 ALPHA_DASHES = ("4 2", "9 3", "2 2", "9 3 2 3")
-TOO_DARK = 60  # of 255: such a colour is not seen on a dark page
+TOO_DARK = 75  # of 255: such a colour is not seen on a dark page
 
 
 class Look(NamedTuple):

@@ -14,7 +14,7 @@ from vlnorm_verl.report import measures
 from vlnorm_verl.report.estimates import LEVEL, Estimate
 from vlnorm_verl.report.first_hit import speed_up
 from vlnorm_verl.report.groups import Comparison, Group, Groups, by_setting, doubles
-from vlnorm_verl.report.labels import points
+from vlnorm_verl.report.labels import accuracy_label, points
 from vlnorm_verl.report.run import VALIDATION_METRIC, Run
 from vlnorm_verl.report.table import number
 
@@ -47,14 +47,15 @@ class Over:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One setting's. value: the best method's accuracy. reach: when it was at the
-    final accuracy of the next best one that it is established over."""
+    """One setting's. value: the best method's accuracy; basis: what accuracy, over how many seeds, at which step.
+
+    reach: when it was at the final accuracy of the next best one that it is established over.
+    """
 
     title: str
     best: str
     value: Estimate
-    seeds: str
-    step: str
+    basis: str
     over: tuple[Over, ...]
     reach: str
 
@@ -81,7 +82,7 @@ class Verdict:
 
     def sentence(self) -> str:
         """The whole verdict as a line of text."""
-        words = [f"{self.title}: {self.best} {self.shown}, {self.claim} ({self.seeds}, step {self.step})."]
+        words = [f"{self.title}: {self.best} {self.shown}, {self.claim} ({self.basis})."]
         words += [f"{', '.join(over.words for over in self.over)}."] if self.over else []
         return " ".join([*words, *([self.reach] if self.reach else [])])
 
@@ -115,8 +116,7 @@ def _verdict(groups: Groups, finals: dict[Group, Estimate | None], title: str) -
         title=title,
         best=best.label,
         value=values[best],
-        seeds="1 seed" if count == 1 else f"{count} seeds",
-        step=step_of(groups[best]),
+        basis=f"{accuracy_label(groups[best])}, {count} seed{'s' * (count > 1)}, step {step_of(groups[best])}",
         over=tuple(over),
         reach=_reach(groups[best], groups[nearest], nearest.label) if nearest else "",
     )
@@ -126,9 +126,9 @@ def _reach(runs: Sequence[Run], other: Sequence[Run], name: str) -> str:
     hits = speed_up(runs, other, 1)
     if hits is None or hits.first is None:
         return ""
-    times = f" ({hits.times_sooner})" if hits.times_sooner else ""
-    seeds = f" in {hits.reached} of {hits.pairs} seeds" if hits.reached < hits.pairs else ""
-    return f"At {name}'s final accuracy at step {hits.hit}{times}{seeds}."
+    times = f", {hits.times_sooner} sooner than {name}'s last step" if hits.times_sooner else ""
+    seeds = f", in {hits.reached} of {hits.pairs} seeds" if hits.reached < hits.pairs else ""
+    return f"It reaches {name}'s final accuracy at step {hits.hit}{times}{seeds}."
 
 
 def step_of(runs: Sequence[Run]) -> str:
