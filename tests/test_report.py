@@ -356,7 +356,12 @@ def test_wrong_keys_and_baselines_are_refused(options: list[str], says: str, tmp
 def test_watch_reports_again_what_has_changed_and_ends_at_an_interrupt(tmp_path: Path) -> None:
     log = put(tmp_path / "logs" / "token-mean.jsonl", text((0, 20, 0.0)))
     command = [sys.executable, "-m", "vlnorm_verl", "report", log.parent, "--out", tmp_path / "out", "--watch", "1"]
-    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True) as process:
+
+    def interruptible() -> None:
+        """What a shell starts in the background ignores interrupts, and so do its children."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=interruptible) as process:
         assert process.stdout is not None
         try:
             before = next(line for line in process.stdout if "DAPO Norm 0.400" in line)

@@ -196,7 +196,7 @@ def test_a_panel_says_whose_last_step_it_means(tmp_path: Path) -> None:
 
 
 def test_a_difference_of_nothing_has_no_sign() -> None:
-    assert [labels.points(value, True) for value in (0.046, -0.0001, -0.02)] == ["+4.6", "0.0", "−2.0"]
+    assert [labels.points(value, True) for value in (0.046, 0.0001, -0.0001, -0.02)] == ["+4.6", "0.0", "0.0", "−2.0"]
     assert [labels.points(value, False) for value in (0.046, -0.0001)] == ["+0.046", "0.000"]
 
 

@@ -32,7 +32,7 @@ Row = dict[str, Cell]  # heading -> cell; the rows of a table have the same head
 
 TITLES = {
     "results": "Results",
-    "details": "More of the same rows",
+    "details": "More on each method",
     "sets": "Each validation set",
     "speedup": "Steps to another method's final accuracy",
     "settings": "What else the runs differ in",
