@@ -353,6 +353,7 @@ def test_wrong_keys_and_baselines_are_refused(options: list[str], says: str, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.timeout(90)
 def test_watch_reports_again_what_has_changed_and_ends_at_an_interrupt(tmp_path: Path) -> None:
     log = put(tmp_path / "logs" / "token-mean.jsonl", text((0, 20, 0.0)))
     command = [sys.executable, "-m", "vlnorm_verl", "report", log.parent, "--out", tmp_path / "out", "--watch", "1"]

@@ -22,6 +22,7 @@ from rich.console import Console
 from tests.report_runs import line, looked_at, put, random_dump, read, report, table_of, text, write_run
 from tests.synthetic_runs import EFFECTS, truth, write
 from tests.test_report_files import Page
+from vlnorm_verl.methods import METHODS
 from vlnorm_verl.report import build, charts, configs, labels, plots, svg, verdict
 from vlnorm_verl.report.changes import Memo
 from vlnorm_verl.report.estimates import Estimate
@@ -205,6 +206,20 @@ def test_colours_mean_one_thing_on_a_page() -> None:
     assert len({look.color for look in found.values()}) == len(found)
     assert found["vl_norm:1"].color == "#D55E00"
     assert len({found[key].dash for key in ("vl_norm:1", "vl_norm:0.5", "vl_norm:0")}) == 3
+
+
+def test_every_line_is_seen_on_a_dark_page() -> None:
+    """WCAG 2.2, 1.4.11: a contrast of 3 with what is around."""
+
+    def luminance(color: str) -> float:
+        parts = np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+        return float(
+            [0.2126, 0.7152, 0.0722] @ np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        )
+
+    keys = [*METHODS, *(f"vl_norm:{alpha}" for alpha in range(4)), "mine", "yours"]
+    for look in labels.looks(keys).values():
+        assert (luminance(look.dark) + 0.05) / (luminance("#16181b") + 0.05) > 3, look
 
 
 def test_an_axis_of_differences_is_not_ruled_by_the_widest_interval() -> None:
