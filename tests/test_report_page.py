@@ -121,6 +121,7 @@ def test_a_method_that_is_behind_where_both_were_is_not_established(tmp_path: Pa
     (found,) = verdict.verdicts(Comparison(read(tmp_path)))
     assert (found.best, found.over[0].behind, found.sure) == ("DAPO Norm", True, False)
     assert "(at step 20)" in found.over[0].difference
+    assert not verdict.Over("another", "established", "−10.1 points", behind=True).established
 
 
 def test_what_configurations_differ_in(runs: list[Run]) -> None:
