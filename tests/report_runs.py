@@ -12,7 +12,9 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from vlnorm_verl.report import build, labels, tables, verdict
+from vlnorm_verl.report import build, tables, verdict
+from vlnorm_verl.report.find import find
+from vlnorm_verl.report.groups import Comparison
 from vlnorm_verl.report.read import read_runs
 from vlnorm_verl.report.run import Run
 
@@ -89,11 +91,11 @@ def put(path: Path, content: str) -> Path:
 
 
 def read(*arguments: Any, **options: Any) -> list[Run]:
-    return read_runs([str(argument) for argument in arguments], **options)
+    return read_runs(find([str(argument) for argument in arguments]), **options)
 
 
-def read_one(folder: Path | str, **arguments: Any) -> Run:
-    (run,) = read_runs([str(folder)], **arguments)
+def read_one(folder: Path | str, **options: Any) -> Run:
+    (run,) = read(folder, **options)
     return run
 
 
@@ -101,10 +103,10 @@ def said(runs: list[Run]) -> list[tuple[str, int]]:
     return [(run.method_key, run.seed) for run in runs]
 
 
-def made(runs: list[Run], name: str, **options: Any) -> list[dict[str, Any]]:
+def made(runs: list[Run], name: str, smooth: int | None = None, baseline: str = "") -> list[dict[str, Any]]:
     """The rows of a table by their columns; those of results with what details and sets say of the same rows."""
     rows: dict[Any, dict[str, Any]] = {}
-    for table in tables.tables(runs, **options):
+    for table in tables.tables(Comparison(runs, baseline), smooth):
         if table.name in ((name, "details", "sets") if name == "results" else (name,)):
             for number, row in enumerate(table.rows):
                 key = (row[0], row[1]) if name == "results" else number
@@ -114,12 +116,11 @@ def made(runs: list[Run], name: str, **options: Any) -> list[dict[str, Any]]:
 
 def foot(runs: list[Run]) -> str:
     """The sentences below all tables."""
-    return " ".join(sentence for table in tables.tables(runs) for sentence in table.foot)
+    return " ".join(sentence for table in tables.tables(Comparison(runs)) for sentence in table.foot)
 
 
 def looked_at(runs: list[Run]) -> dict[str, list[str]]:
-    groups = tables.validated(runs)
-    return verdict.look_at(runs, groups, labels.titles(setting for setting, _ in groups))
+    return verdict.look_at(Comparison(runs))
 
 
 def report(*arguments: Any, out: Path, **options: Any) -> list[str]:

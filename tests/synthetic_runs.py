@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from vlnorm_verl.methods import METHODS
+
 SAMPLE = Path(__file__).parent / "report_samples" / "aggregation-countdown-tiny-256-vl_norm-seed0"
 SEEDS, VALIDATIONS, RESPONSES, SEED_SD = 3, 20, 8, 0.06
 
@@ -43,16 +45,15 @@ EFFECTS: dict[Place, dict[str, float]] = {
     },
 }
 MATH = {"aime2024": 1, "amc": 3, "math500": 8, "minerva": 4}  # parts of the problems of Math, in sixteenths
-ODD = {  # (family, length, method, seed) -> what became of the run
-    ("aggregation", "3072", "dr_grpo", 2): "unfinished",
-    ("dapo", "3072", "soft_punishment", 1): "unfinished",
-    ("aggregation", "3072", "dapo_norm", 0): "resumed",
-    ("aggregation", "8192", "dr_grpo_norm", 1): "nan",
-    ("aggregation", "8192", "dr_grpo_norm", 2): "empty",
-    ("dapo", "3072", "overlong_filtering", 1): "absent",
-    ("dapo", "3072", "overlong_filtering", 2): "absent",
+ODD = {  # (setting, method, seed) -> what became of the run
+    (Place("aggregation", "countdown", "3072"), "dr_grpo", 2): "unfinished",
+    (Place("dapo", "countdown", "3072"), "soft_punishment", 1): "unfinished",
+    (Place("aggregation", "countdown", "3072"), "dapo_norm", 0): "resumed",
+    (Place("aggregation", "countdown", "8192"), "dr_grpo_norm", 1): "nan",
+    (Place("aggregation", "countdown", "8192"), "dr_grpo_norm", 2): "empty",
+    (Place("dapo", "countdown", "3072"), "overlong_filtering", 1): "absent",
+    (Place("dapo", "countdown", "3072"), "overlong_filtering", 2): "absent",
 }
-MODES = {"grpo_norm": "grpo_norm", "dapo_norm": "dapo_norm", "dr_grpo_norm": "dr_grpo_norm"}
 VERBOSITY = {"vl_norm": 0.7, "grpo_norm": 0.5, "dapo_norm": 1.0, "dapo": 1.0}  # how far lengths grow
 
 
@@ -87,7 +88,7 @@ def write(out: Path, steps: int = 1000, problems: int = 64) -> dict[str, Path]:
     for number, (place, method, seed) in enumerate(
         (place, method, seed) for place, effects in EFFECTS.items() for method in effects for seed in range(SEEDS)
     ):
-        odd = ODD.get((place.family, place.length, method, seed), "") if place.task != "math" else ""
+        odd = ODD.get((place, method, seed), "")
         if odd == "absent":
             continue
         name = f"{place.family}-{place.task}-3b-{place.length}-{method.replace(':', '-alpha')}-seed{seed}"
@@ -110,10 +111,12 @@ def write(out: Path, steps: int = 1000, problems: int = 64) -> dict[str, Path]:
 def _config(place: Place, method: str, seed: int, steps: int) -> dict[str, Any]:
     config = yaml.safe_load((SAMPLE / "config.yaml").read_text())
     name, _, alpha = method.partition(":")
-    mode = f"vl_norm:{alpha or (0.75 if place.task == 'math' else 1.0)}" if name == "vl_norm" else MODES.get(name, "")
+    mode = name if METHODS[name].is_mode else "token-mean"
+    if name == "vl_norm":
+        mode += f":{alpha or (0.75 if place.task == 'math' else 1.0)}"
     config["recipe"] = {**place._asdict(), "method": name, "model": "3b", "seed": seed}
     actor = config.setdefault("actor_rollout_ref", {}).setdefault("actor", {})
-    actor |= {"loss_agg_mode": mode or "token-mean", "optim": {"lr": 2e-6 if method == "dr_grpo" else 1e-6}}
+    actor |= {"loss_agg_mode": mode, "optim": {"lr": 2e-6 if method == "dr_grpo" else 1e-6}}
     config["trainer"] = {"total_training_steps": steps}
     return dict(config)
 

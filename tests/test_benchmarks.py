@@ -22,7 +22,7 @@ SMALLEST = {
     "cpu_stack.py": "--steps 3 --out {out}",
     "math_rules.py": "tests/data_samples/math500.json",
     "quickstart_seeds.py": "--seeds 2 --steps 1 --out {out}",
-    "report.py": "--runs 4 --steps 50",
+    "report.py": "--steps 20 --problems 16",
     "rewards.py": "--answers 4 --rounds 1 --hostile 4",
     "rollout_agreement.py": "--prompts 2",
     "update_cost.py": "--rounds 2 --responses 8 --micro 8 --length 32 --matrix 8 64 --out {out}/cost.json",

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,10 @@ from tests.report_runs import (
     dump_line,
     foot,
     line,
+    looked_at,
     made,
     put,
+    random_dump,
     read,
     read_one,
     record,
@@ -35,6 +40,7 @@ from tests.report_runs import (
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import UserError
 from vlnorm_verl.report import measures, paper, tables
+from vlnorm_verl.report.groups import Comparison
 from vlnorm_verl.report.identity import Setting
 
 NAME = "aggregation-countdown-tiny-256"
@@ -181,7 +187,22 @@ def test_a_run_without_any_validation_is_left_out_of_the_tables(tmp_path: Path) 
     (folder / "metrics-000.jsonl").write_text(record(1, **{"actor__grad_norm": 1.0}))
     run = read_one(folder)
     assert "no validation" in run.notes
-    assert [table.name for table in tables.tables([run])] == ["inputs"]
+    assert [table.name for table in tables.tables(Comparison([run]))] == ["inputs"]
+
+
+def test_a_run_with_dumps_and_no_records_is_in_every_part_of_the_report(tmp_path: Path) -> None:
+    bare, dump = write_run(tmp_path, "vl_norm:0.5", curve={10: 0.9}), random_dump(1, 0.9)
+    (bare / "metrics-000.jsonl").write_text("")
+    lines = [dump_line(problem, right, validation_set="set") for problem, found in dump.items() for right in found]
+    put(bare / "validation" / "10.jsonl", "".join(lines))
+    write_run(tmp_path, "dapo_norm", dumps={10: random_dump(2, 0.3)})
+    said = report(tmp_path, out=tmp_path / "out")
+    assert ": VL Norm (α = 0.5) 0." in said[0]
+    assert "the only method" not in said[0]
+    assert "over DAPO Norm" in said[0]
+    assert [row["method"] for row in table_of(tmp_path / "out", "results")] == ["DAPO Norm", "VL Norm (α = 0.5)"]
+    runs = read(tmp_path / "vl_norm-0.5-0", tmp_path / "dapo_norm-0")
+    assert looked_at(runs)["No metrics, only validation dumps"] == ["vl_norm-0.5-0"]
 
 
 def test_accuracies_that_are_not_avg_at_8_are_not_called_so(tmp_path: Path) -> None:
@@ -310,6 +331,9 @@ def test_other_keys_and_no_vl_norm(tmp_path: Path) -> None:
     assert not {"VL Norm minus this", "Pass@8", "verl's best@8", "model", "length", "task"} & set(ours)
     speed = table_of(tmp_path / "o", "speedup")[0]
     assert (speed["method"], speed["reaches the final accuracy of"], speed["at step"]) == ("mine", "DAPO Norm", "19–20")
+    feet = json.loads((tmp_path / "o" / "tables" / "results.json").read_text())["foot"]
+    assert feet[0].startswith("val/test_score/gsm8k: as it was logged, at the last validation.")
+    assert not any("Pass@8" in sentence or "correct responses" in sentence for sentence in feet)
     assert "mine 6.500" in done.output
     assert "+2.000 over DAPO Norm (no interval)" in done.output
     assert not (tmp_path / "o" / "figures").exists(), "figures are drawn when asked for"
@@ -318,6 +342,7 @@ def test_other_keys_and_no_vl_norm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [(["--metric", "val-core/set/acc/mean@4"], "they log for instance val-core/set/acc/mean@8"),
+     (["--plot", "actor/grad_norm", "--plot", "actor/nrm*"], "--plot actor/nrm*: no run logs it"),
      (["--baseline", "grpo_norm"], "there are dapo_norm"), (["--baseline", "vl_norm:9"], "out of range")],
 )  # fmt: skip
 def test_wrong_keys_and_baselines_are_refused(options: list[str], says: str, tmp_path: Path) -> None:
@@ -326,6 +351,30 @@ def test_wrong_keys_and_baselines_are_refused(options: list[str], says: str, tmp
     assert done.exit_code == 2
     assert says in done.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.timeout(90)
+def test_watch_reports_again_what_has_changed_and_ends_at_an_interrupt(tmp_path: Path) -> None:
+    log = put(tmp_path / "logs" / "token-mean.jsonl", text((0, 20, 0.0)))
+    command = [sys.executable, "-m", "vlnorm_verl", "report", log.parent, "--out", tmp_path / "out", "--watch", "1"]
+
+    def interruptible() -> None:
+        """What a shell starts in the background ignores interrupts, and so do its children."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=interruptible) as process:
+        assert process.stdout is not None
+        try:
+            before = next(line for line in process.stdout if "DAPO Norm 0.400" in line)
+            with open(log, "a") as file:
+                file.write(text((21, 30, 0.0)))
+            after = next(line for line in process.stdout if "DAPO Norm 0." in line)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    assert "step 20" in before
+    assert "DAPO Norm 0.450, the only method (Avg@8, 1 seed, step 30)" in after
 
 
 @pytest.mark.parametrize(

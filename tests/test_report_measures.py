@@ -236,6 +236,7 @@ def test_the_papers_count_and_first_hit_against_first_hit(tmp_path: Path) -> Non
     assert np.isnan(row["raw: last step / first hit"].low)
     assert row["paper's first hit"] == "375 (2.67×) [paper, Fig. 2]"
     assert row["seeds reached"] == "1 of 1"
+    assert row["smoothed: steps"] == 750, "three validations of the one that is validated the least often"
 
 
 def test_smoothing_treats_both_curves_and_the_target_alike(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ goes on. The browser test needs Chromium and Playwright (`pip install playwright
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -14,14 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib.image import imread
+from rich.console import Console
 
-from tests.report_runs import line, looked_at, put, read, report, table_of, text, write_run
+from tests.report_runs import line, looked_at, put, random_dump, read, report, table_of, text, write_run
 from tests.synthetic_runs import EFFECTS, truth, write
 from tests.test_report_files import Page
-from vlnorm_verl.report import charts, configs, labels, plots, svg, tables, verdict
+from vlnorm_verl.methods import METHODS
+from vlnorm_verl.report import build, charts, configs, labels, plots, svg, verdict
 from vlnorm_verl.report.changes import Memo
 from vlnorm_verl.report.estimates import Estimate
+from vlnorm_verl.report.groups import Comparison
 from vlnorm_verl.report.run import Run
 from vlnorm_verl.report.style import use_style
 
@@ -84,7 +89,7 @@ def test_the_verdict_names_the_best_method_and_what_is_established(said: list[st
 def test_what_is_wrong_is_said_with_the_runs_names(runs: list[Run]) -> None:
     odd = looked_at(runs)
     assert odd["Not a finite number any more"][0].startswith("aggregation-countdown-3b-8192-dr_grpo_norm-seed1 (")
-    assert odd["No metrics"] == ["aggregation-countdown-3b-8192-dr_grpo_norm-seed2 (no metrics yet)"]
+    assert odd["Not in the report"] == ["aggregation-countdown-3b-8192-dr_grpo_norm-seed2 (no metrics yet)"]
     assert [which.split(" (")[0][-13:] for which in odd["Not finished"]] == ["dr_grpo-seed2", "ishment-seed1"]
     assert odd["One seed only"] == [f"DAPO + overlong filtering ({DAPO})"]
 
@@ -101,30 +106,26 @@ def test_a_resumed_run_has_the_later_starts_records(runs: list[Run]) -> None:
         (Estimate(0.1, 0.05, 0.2), "established"),
         (Estimate(-0.1, -0.2, -0.05), "established"),
         (Estimate(0.1, -0.05, 0.2), "open"),
-        (Estimate(0.1, 0.05, 0.2, "one seed; at step 4"), "one seed"),
-        (Estimate(0.1, note="1 of 3 seeds: no interval"), "one seed"),
-        (Estimate(0.1, note="not paired"), ""),
-        (None, ""),
+        (Estimate(0.1, 0.05, 0.2).of_one_seed().noted("at step 4"), "one seed"),
+        (Estimate(0.1, note="not paired"), "no interval"),
     ],
 )
-def test_states_of_a_difference(estimate: Estimate | None, state: str) -> None:
-    assert verdict.state_of(estimate) == state
+def test_states_of_a_difference(estimate: Estimate, state: str) -> None:
+    assert estimate.state == state
 
 
 def test_a_method_that_is_behind_where_both_were_is_not_established(tmp_path: Path) -> None:
     for seed in range(3):
         put(tmp_path / f"vl_norm_s{seed}.jsonl", text((0, 20, 0.1 + seed / 1000)))
         put(tmp_path / f"token-mean_s{seed}.jsonl", text((0, 60, 0.0)))
-    (found,) = verdict.verdicts(
-        tables.validated(read(tmp_path)), {next(iter(tables.validated(read(tmp_path))))[0]: "t"}
-    )
+    (found,) = verdict.verdicts(Comparison(read(tmp_path)))
     assert (found.best, found.over[0].behind, found.sure) == ("DAPO Norm", True, False)
     assert "(at step 20)" in found.over[0].difference
+    assert not verdict.Over("another", "established", "−10.1 points", behind=True).established
 
 
 def test_what_configurations_differ_in(runs: list[Run]) -> None:
-    groups = tables.validated(runs)
-    found = configs.differing(groups, labels.titles(setting for setting, _ in groups), "t")
+    found = configs.differing(Comparison(runs), "t")
     assert found is not None
     rows = [row for row in found.rows if str(row[0]).startswith("Math")]
     assert [row[1] for row in rows] == ["actor_rollout_ref.actor.optim.lr"]
@@ -145,8 +146,7 @@ def test_a_mean_is_over_the_seeds_that_have_not_ended() -> None:
 def test_long_series_are_means_of_neighbouring_steps_and_know_their_clock(tmp_path: Path) -> None:
     more = {"perf/total_num_tokens": 10.0, "perf/time_per_step": 36.0}
     put(tmp_path / "vl_norm.jsonl", "".join(line(step, **more, **{"x/y": float(step)}) for step in range(1001)))
-    groups = tables.validated(read(tmp_path))
-    _, rest = charts.charts(groups, {setting: "t" for setting, _ in groups}, plots=["x/*"])
+    _, rest = charts.charts(Comparison(read(tmp_path)), plots=["x/y"])
     (training,) = (chart for of in rest.values() for chart in of)
     (panel,) = (panel for panel in training.panels if panel.title == "x/y")
     (series,) = panel.series
@@ -158,11 +158,69 @@ def test_long_series_are_means_of_neighbouring_steps_and_know_their_clock(tmp_pa
     assert series.hours[-1] == pytest.approx(10.0)
 
 
+@pytest.mark.parametrize(("steps", "smooth", "window"), [(100, 1, 1), (100, None, 3), (100, 7, 7), (1000, 1, 5)])
+def test_smoothing_of_one_step_is_none(steps: int, smooth: int | None, window: int, tmp_path: Path) -> None:
+    put(tmp_path / "vl_norm.jsonl", text((0, steps, 0.0)))
+    (accuracy,), rest = charts.charts(Comparison(read(tmp_path)), smooth)
+    (training,) = (chart for of in rest.values() for chart in of)
+    assert {panel.smooth for panel in training.panels} == {window}
+    assert {panel.smooth for panel in accuracy.panels} == {1}
+    assert ("trailing mean" in training.caption) == (window not in (1, 5))
+
+
+def test_further_metrics_keep_the_reports_headings_and_say_what_is_left_out(tmp_path: Path) -> None:
+    more = {f"timing_s/{index}": 1.0 for index in range(30)}
+    put(tmp_path / "vl_norm.jsonl", "".join(line(step, **more) for step in range(21)))
+    runs = read(tmp_path)
+    _, rest = charts.charts(Comparison(runs), None, charts.plotted(runs, ["actor/grad_norm", "timing_s/*"]))
+    (training,) = (chart for of in rest.values() for chart in of)
+    titles = [panel.title for panel in training.panels]
+    assert titles[0] == charts.TRAINING["actor/grad_norm"]
+    assert len(titles) == 1 + charts.MOST_PLOTTED
+    assert training.caption.endswith(f"{charts.MOST_PLOTTED} metrics of these and {30 - charts.MOST_PLOTTED} more.")
+
+
+def test_the_clock_of_a_far_step_counts_the_gap_as_mean_steps(tmp_path: Path) -> None:
+    steps = (0, 1, 10, 10**12)
+    put(tmp_path / "vl_norm.jsonl", "".join(line(s, **{"perf/total_num_tokens": 10.0}) for s in steps))
+    (accuracy,), _ = charts.charts(Comparison(read(tmp_path)))
+    (series,) = accuracy.panels[0].series
+    assert series.tokens is not None
+    assert series.tokens.tolist() == [0.0, 100.0, 1e13]
+
+
+def test_a_panel_says_whose_last_step_it_means(tmp_path: Path) -> None:
+    put(tmp_path / "vl_norm.jsonl", text((0, 100, 0.1)))
+    put(tmp_path / "token-mean.jsonl", text((0, 100, 0.0)))
+    _, rest = charts.charts(Comparison(read(tmp_path)))
+    (panel,) = next(chart for of in rest.values() for chart in of if chart.name.startswith("reached")).panels
+    assert "sooner than DAPO Norm's last step; DAPO Norm itself at 90–100." in panel.note
+
+
+def test_a_difference_of_nothing_has_no_sign() -> None:
+    assert [labels.points(value, True) for value in (0.046, 0.0001, -0.0001, -0.02)] == ["+4.6", "0.0", "0.0", "−2.0"]
+    assert [labels.points(value, False) for value in (0.046, -0.0001)] == ["+0.046", "0.000"]
+
+
 def test_colours_mean_one_thing_on_a_page() -> None:
     found = labels.looks(["dapo", "dapo_norm", "vl_norm:1", "vl_norm:0.5", "vl_norm:0", "mine", "grpo_norm"])
     assert len({look.color for look in found.values()}) == len(found)
     assert found["vl_norm:1"].color == "#D55E00"
     assert len({found[key].dash for key in ("vl_norm:1", "vl_norm:0.5", "vl_norm:0")}) == 3
+
+
+def test_every_line_is_seen_on_a_dark_page() -> None:
+    """WCAG 2.2, 1.4.11: a contrast of 3 with what is around."""
+
+    def luminance(color: str) -> float:
+        parts = np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+        return float(
+            [0.2126, 0.7152, 0.0722] @ np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        )
+
+    keys = [*METHODS, *(f"vl_norm:{alpha}" for alpha in range(4)), "mine", "yours"]
+    for look in labels.looks(keys).values():
+        assert (luminance(look.dark) + 0.05) / (luminance("#16181b") + 0.05) > 3, look
 
 
 def test_an_axis_of_differences_is_not_ruled_by_the_widest_interval() -> None:
@@ -181,7 +239,7 @@ def test_figures_on_request_have_the_pages_lines(folder: Path, tmp_path: Path) -
     names = {file.stem for file in (tmp_path / "figures").glob("*.png")}
     assert {"differences", "accuracy", "training-dapo-countdown-3b-3072", "reached-dapo-countdown-3b-3072"} <= names
     assert imread(tmp_path / "figures" / "differences.png").std() > 0.01
-    series = [charts.Series("vl_norm:1", 0, np.array([1.0, 2.0]), np.array([0.25, 0.75]))]
+    series = [charts.Series("vl_norm:1", np.array([1.0, 2.0]), np.array([0.25, 0.75]))]
     with use_style():
         _, axes = plt.subplots()
         plots._panel(axes, charts.Panel("p", series), labels.looks(["vl_norm:1"]))
@@ -219,6 +277,37 @@ def test_nothing_is_done_again_for_the_same_inputs(tmp_path: Path) -> None:
     page.write_text("mine")
     report(tmp_path / "runs", out=tmp_path / "out", baseline="vl_norm")
     assert "<html" in page.read_text()
+    page.unlink()
+    report(tmp_path / "runs", out=tmp_path / "out", baseline="vl_norm")
+    assert "<html" in page.read_text()
+
+
+def test_nothing_is_done_again_where_the_dumps_are_elsewhere(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs", dumps={10: random_dump(1, 0.5)})
+    dumps = (run / "validation").rename(tmp_path / "dumps")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["trainer"]["validation_data_dir"] = str(dumps)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    first = report(tmp_path / "runs", out=tmp_path / "out")
+    assert "[" in first[0], "there is an interval, so the dumps were found"
+    page = tmp_path / "out" / "report.html"
+    page.write_text("mine")
+    assert report(tmp_path / "runs", out=tmp_path / "out") == first
+    assert page.read_text() == "mine"
+    (dumps / "10.jsonl").write_text("")
+    report(tmp_path / "runs", out=tmp_path / "out")
+    assert "<html" in page.read_text()
+
+
+def test_tables_are_printed_once_while_nothing_changes(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", curve={1: 0.5, 2: 0.6})
+    request = build.Request((str(tmp_path / "runs"),), tmp_path / "out", verbose=True)
+    memo, console = Memo(), Console(file=io.StringIO(), width=200)
+    for _ in range(2):
+        build.build(request, console, memo)
+    assert console.file.getvalue().count("What was read") == 1  # type: ignore[attr-defined]
+    build.build(request, console)
+    assert console.file.getvalue().count("What was read") == 2  # type: ignore[attr-defined]
 
 
 def test_only_logs_that_have_changed_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +378,18 @@ def test_a_reader_toggles_hovers_changes_x_and_zooms(
     assert chart.locator("text.x").all_text_contents() == before
     page.get_by_label("log y").check()
     assert errors == []
+
+
+@pytest.mark.slow
+def test_what_is_printed_is_what_was_chosen(browser: object, folder: Path, said: list[str]) -> None:
+    page = browser.new_page()  # type: ignore[attr-defined]
+    page.goto(f"file://{folder}/out/report.html")
+    page.get_by_label("VL Norm (α = 1)", exact=True).uncheck()
+    place = page.get_by_label("VL Norm (α = 1)", exact=True).get_attribute("value")
+    assert page.locator(f"details svg.panel g.m{place}:not(.mark)").count() > 0, "nobody has seen these yet"
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator(f"svg.panel g.m{place}:not(.mark)").count() == 0
+    assert page.locator("details:not(.example):not([open])").count() == 0
 
 
 @pytest.mark.slow

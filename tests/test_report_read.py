@@ -16,7 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.report_runs import KEY, accuracy, dump_line, line, put, read, read_one, record, said, text, write_run
+from tests.report_runs import (
+    KEY,
+    accuracy,
+    dump_line,
+    line,
+    looked_at,
+    put,
+    read,
+    read_one,
+    record,
+    said,
+    text,
+    write_run,
+)
 from vlnorm_verl.files import UserError
 from vlnorm_verl.report import dumps, groups, measures
 from vlnorm_verl.report.run import value_at
@@ -224,6 +237,8 @@ def test_one_run_by_three_loggers_is_one_run(tracked: Path) -> None:
     """verl's file logger kept only the last start."""
     runs = read(tracked / "resumed")
     assert [(run.method_key, run.seed) for run in runs if len(run.steps)] == [("vl_norm:1", 7), ("vl_norm:1", 8)]
+    assert len(looked_at(runs)["Not in the report"]) == 4
+    assert all(", by another logger)" in which for which in looked_at(runs)["Not in the report"])
     assert sum("by another logger: left out" in " ".join(run.notes) for run in runs) == len(runs) - 2 == 4
 
 

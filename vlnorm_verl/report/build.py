@@ -16,7 +16,7 @@ import datetime
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,9 +27,10 @@ from vlnorm_verl import methods
 from vlnorm_verl.files import UserError, write_json
 from vlnorm_verl.report import labels
 from vlnorm_verl.report.changes import Memo, fingerprint
-from vlnorm_verl.report.charts import Chart, charts
+from vlnorm_verl.report.charts import Chart, charts, plotted
 from vlnorm_verl.report.examples import examples
-from vlnorm_verl.report.groups import Groups, grouped, only, ordered, with_validation
+from vlnorm_verl.report.find import find
+from vlnorm_verl.report.groups import Comparison, by_setting
 from vlnorm_verl.report.identity import Setting, parse_method
 from vlnorm_verl.report.page import Examples, Fold, Lead, Part, write_page
 from vlnorm_verl.report.plots import plots
@@ -49,7 +50,8 @@ class Request:
     """What is asked for.
 
     arguments: RUN or label=RUN, each a run or a folder that holds runs.
-    smooth: steps of the trailing mean of curves and of the speed-up, 1 for none; None for three validations.
+    smooth: steps of the trailing mean of training metrics and of the smoothed speed-up, 1 for none; None for 2% of a
+    run and for three validations.
     metric: what the accuracy is, instead of verl's mean@n. baseline: what others are compared with, instead of VL Norm.
     plots: further metrics to draw, as patterns. figures: whether PNG and SVG files are wanted. verbose: print tables.
     """
@@ -65,7 +67,7 @@ class Request:
 
 
 class _Written(msgspec.Struct):
-    """What an earlier report left: its files, of which inputs, folders of dumps among these, and what it said."""
+    """What an earlier report left: its files, of which inputs, folders of dumps outside runs, and what it said."""
 
     files: list[str]
     inputs: str = ""
@@ -76,31 +78,44 @@ class _Written(msgspec.Struct):
 def build(request: Request, console: Console | None = None, memo: Memo | None = None) -> list[str]:
     """Write the report, unless one of the same inputs is there; what it says first, as lines of text.
 
-    memo: of an earlier call; logs that have not changed since are not read again.
+    memo: of an earlier call; logs that have not changed since are not read again, nor the same tables printed.
 
     Raises:
         UserError: a wrong request, which no run found is.
     """
-    console = console or Console()
+    console, memo = console or Console(), memo or Memo()
     if request.smooth is not None and request.smooth < 1:
         raise UserError(f"--smooth {request.smooth}: accepted are whole numbers from 1 (no smoothing)")
     with _folder(request.out):
         earlier, options = _earlier(request.out), asdict(request) | {"verbose": False}
-        inputs = fingerprint([*request.arguments], options, earlier.dumps)
-        if earlier.inputs == inputs and not request.verbose:
+        sources = find([*request.arguments])
+        inputs = fingerprint(sources, options, earlier.dumps)
+        there = earlier.inputs == inputs and all((request.out / name).is_file() for name in earlier.files)
+        if there and (memo.inputs == inputs or not request.verbose):
             return earlier.said
-        runs = read_runs([*request.arguments], request.out, metric=request.metric, memo=memo)
-        baseline = _method_key(request.baseline, runs)
-    made = tables(runs, request.smooth, baseline)
+        runs = read_runs(sources, request.out, request.metric, memo)
+        dumps = _outside(runs)
+        if dumps != earlier.dumps:  # what is in them has to be among the inputs before it is read
+            inputs = fingerprint(sources, options, dumps)
+            runs = read_runs(sources, request.out, request.metric, memo)
+        compared = Comparison(runs, _method_key(request.baseline, runs))
+        asked = plotted(runs, request.plots)
+    made = tables(compared, request.smooth)
     with console.status("drawing …"):
-        said, files = _write(request, runs, made, baseline)
+        said, files = _write(request, compared, made, asked)
     for name in set(earlier.files) - set(files):
         (request.out / name).unlink(missing_ok=True)
-    dumps = sorted({str(file.parent) for run in runs for file in run.dumps.values()})
     write_json(request.out / WRITTEN, {"files": files, "inputs": inputs, "dumps": dumps, "said": said})
+    memo.inputs = inputs
     for table in made if request.verbose else ():
         print_table(table, console)
     return said
+
+
+def _outside(runs: Sequence[Run]) -> list[str]:
+    """The folders of dumps that are not in the folders of their runs."""
+    files = ((run, file) for run in runs for file in run.dumps.values())
+    return sorted({str(file.parent) for run, file in files if file.parent != run.folder / "validation"})
 
 
 def watch(request: Request, seconds: float, console: Console) -> None:
@@ -147,7 +162,7 @@ def _method_key(baseline: str, runs: list[Run]) -> str:
     if not baseline:
         return ""
     key = methods.join(*parse_method(baseline, "--baseline"))
-    known = {run.method_key for run in runs if len(run.steps)}
+    known = {run.method_key for run in runs if not run.left_out}
     if key not in known:
         raise UserError(f"--baseline {baseline}: no run of that method; there are {', '.join(sorted(known))}")
     return key
@@ -159,27 +174,32 @@ def _earlier(out: Path) -> _Written:
     return _Written([])
 
 
-def _write(request: Request, runs: list[Run], made: list[Table], baseline: str) -> tuple[list[str], list[str]]:
+def _write(
+    request: Request, compared: Comparison, made: list[Table], plots_asked: Sequence[str]
+) -> tuple[list[str], list[str]]:
     """Writes all files; (what is said on the terminal, the files)."""
-    out, groups = request.out, ordered(grouped([run for run in runs if len(run.steps)]))
-    titles = labels.titles(setting for setting, _ in groups)
-    accuracy, drawn = charts(groups, titles, request.smooth, baseline, request.plots)
-    looks = labels.looks(key for _, key in groups)
-    found = verdicts(groups, titles)
-    several, odd = several_at_once(found), look_at(runs, groups, titles)
+    out = request.out
+    accuracy, drawn = charts(compared, request.smooth, plots_asked)
+    looks = labels.looks(group.key for group in compared.groups)
+    found = verdicts(compared)
+    several, odd = several_at_once(found), look_at(compared)
     write_tables(made, out / "tables")
     named = {table.name: table for table in made}
     pictures: list[Figure] = []
     if request.figures:
-        flat = [*([accuracy] if accuracy.panels else []), *(chart for of in drawn.values() for chart in of)]
-        pictures = [*plots(flat, looks, named.get("results"))]
+        of_settings = [
+            replace(chart, title=f"{compared.titles[setting]}: {chart.title}")
+            for setting, of in drawn.items()
+            for chart in of
+        ]
+        pictures = [*plots([*accuracy, *of_settings], looks, named.get("results"))]
         write_figures(pictures, out / "figures")
-    files = [f"tables/{table.name}.{ending}" for table in made for ending in FORMATS]
+    files = ["report.html", *(f"tables/{table.name}.{ending}" for table in made for ending in FORMATS)]
     files += [f"figures/{figure.name}.{ending}" for figure in pictures for ending in ("png", "svg")]
-    origin = f"{len(runs)} runs, read on {datetime.date.today()} by vlnorm-verl {version('vlnorm-verl')}."
+    origin = f"{len(compared.runs)} runs, read on {datetime.date.today()} by vlnorm-verl {version('vlnorm-verl')}."
     page = out / "report.html"
     lead = Lead(found, several, odd, looks)
-    write_page(page, "Report on runs of verl", [origin], _parts(groups, titles, accuracy, drawn, named), lead)
+    write_page(page, "Report on runs of verl", [origin], _parts(compared, accuracy, drawn, named), lead)
     said = [verdict.sentence() for verdict in found] or ["No validation in these runs: nothing can be compared."]
     said += [f"Look at: {what}: {shortened(which)}." for what, which in odd.items()]
     said += [several] if several else []
@@ -187,21 +207,17 @@ def _write(request: Request, runs: list[Run], made: list[Table], baseline: str) 
 
 
 def _parts(
-    groups: Groups,
-    titles: dict[Setting, str],
-    accuracy: Chart,
-    drawn: dict[Setting, list[Chart]],
-    named: dict[str, Table],
+    compared: Comparison, accuracy: list[Chart], drawn: dict[Setting, list[Chart]], named: dict[str, Table]
 ) -> list[Part]:
     """Results, accuracy curves, and all else folded, by setting."""
-    parts: list[Part] = [named["results"]] if "results" in named else []
-    parts += [accuracy] if accuracy.panels else []
-    for setting, title in titles.items():
+    parts: list[Part] = [*([named["results"]] if "results" in named else []), *accuracy]
+    validated = by_setting(compared.validated)
+    for setting, title in compared.titles.items():
         inside: list[Part] = [*drawn[setting]]
-        for (_, key), runs in only(groups, setting).items():
-            label, (where, responses) = methods.label_of(key, setting.family), examples(with_validation(runs))
+        for group, runs in validated.get(setting, {}).items():
+            where, responses = examples(runs)
             if responses:
-                inside.append(Fold(f"Responses of {label}", [Examples(label, where, responses)]))
+                inside.append(Fold(f"Responses of {group.label}", [Examples(group.label, where, responses)]))
         parts += [Fold(title, inside)] if inside else []
     for name in ("speedup", "details", "sets", "settings", "inputs"):
         parts += [Fold(named[name].title, [named[name]])] if name in named else []

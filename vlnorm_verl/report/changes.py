@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlnorm_verl.report.find import find
+from vlnorm_verl.report.find import Source
 
 T = TypeVar("T")
 Stamp = tuple[tuple[str, int, int], ...]
@@ -24,9 +24,13 @@ def stamp(files: Iterable[Path]) -> Stamp:
 
 
 class Memo:
-    """What was made of files, as long as these do not change; of each set of files the last only."""
+    """What was made of files, as long as these do not change; of each set of files the last only.
+
+    inputs: fingerprint of what the last report was made of.
+    """
 
     def __init__(self) -> None:
+        self.inputs = ""
         self._known: dict[tuple[str, ...], tuple[Stamp, Any, list[str]]] = {}
 
     def of(self, files: Sequence[Path], notes: list[str], make: Callable[[list[str]], T]) -> T:
@@ -40,18 +44,14 @@ class Memo:
         return known[1]
 
 
-def fingerprint(arguments: list[str], options: object, dumps: Iterable[str] = ()) -> str:
+def fingerprint(sources: Sequence[Source], options: object, dumps: Iterable[str] = ()) -> str:
     """Of all that a report is made of: logs, configurations, dumps, what was asked for, and this package.
 
-    dumps: folders of dumps beside those of the runs' own.
-
-    Raises:
-        UserError: see `find.find`.
+    dumps: folders of dumps that are not in the runs' own.
     """
-    sources = find(arguments)
     folders = dict.fromkeys([*(source.folder / "validation" for source in sources), *map(Path, dumps)])
     files = [file for source in sources for file in source.files]
     files += [source.folder / name for source in sources for name in ("config.yaml", ".hydra/config.yaml")]
     files += [file for folder in folders for file in sorted(folder.glob("*.jsonl"))]
-    said = repr((version("vlnorm-verl"), arguments, options, [source.folder for source in sources], stamp(files)))
+    said = repr((version("vlnorm-verl"), options, [source.folder for source in sources], stamp(files)))
     return hashlib.blake2b(said.encode(errors="replace"), digest_size=16).hexdigest()

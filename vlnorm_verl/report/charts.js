@@ -76,13 +76,13 @@
 
   function lines(panel, chosen) {
     const methods = new Map();
-    for (const [method, seed, xs, values] of panel.series) {
+    for (const [method, xs, values] of panel.series) {
       const x = data.x[xs][chosen.axis], steps = data.x[xs][0];
       if (!chosen.methods.has(method) || !x) continue;
       const window = chosen.smooth === "" ? panel.smooth : +chosen.smooth;
       const y = window > 1 ? trailing(steps, values, window) : values;
       if (!methods.has(method)) methods.set(method, []);
-      methods.get(method).push({ seed, steps, x, y });
+      methods.get(method).push({ steps, x, y });
     }
     return [...methods].map(([method, seeds]) => ({ method, seeds, ...meanOf(seeds) }));
   }
@@ -226,6 +226,10 @@
   tools.addEventListener("input", (event) => { if (event.target.name === "x") zoomed.clear(); redraw(); });
   tools.addEventListener("submit", (event) => event.preventDefault());
   tools.elements.reset.addEventListener("click", () => { zoomed.clear(); redraw(); });
-  addEventListener("beforeprint", () => { for (const fold of document.querySelectorAll("details:not(.example)")) fold.open = true; });
+  addEventListener("beforeprint", () => {
+    for (const fold of document.querySelectorAll("details:not(.example)")) fold.open = true;
+    stale.forEach(draw);
+    stale.clear();
+  });
   tools.hidden = false;
 })();

@@ -6,7 +6,8 @@
 | reached-SETTING  | setting with a pair  | the paper's Figure 2: one panel a pair, who is when at the other's end  |
 | training-SETTING | setting              | reward, entropy, lengths, gradient norm, the aggregation's own metrics  |
 
-A series of more than POINTS steps is drawn by as many means of neighbouring steps.
+A training metric of more than POINTS steps is drawn by as many means of neighbouring steps. A curve of accuracies is
+drawn as it is, and never smoothed.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlnorm_verl.methods import label_of
+from vlnorm_verl.files import UserError
 from vlnorm_verl.report import measures
-from vlnorm_verl.report.first_hit import speed_up
-from vlnorm_verl.report.groups import Groups, only, pairs_of, with_validation
+from vlnorm_verl.report.groups import Comparison, Groups, Pair, by_setting
 from vlnorm_verl.report.identity import Setting
 from vlnorm_verl.report.labels import accuracy_label, file_name
+from vlnorm_verl.report.read import nearest
 from vlnorm_verl.report.run import Run
-from vlnorm_verl.report.verdict import bracket, times_sooner
 
 POINTS = 200
 TRAINING = {
@@ -47,7 +47,6 @@ class Series(NamedTuple):
     """One seed of a method. steps, values: [T]; tokens, hours: [T] that training had taken, None where not known."""
 
     key: str
-    seed: int
     steps: np.ndarray
     values: np.ndarray
     tokens: np.ndarray | None = None
@@ -95,103 +94,117 @@ class Mean(NamedTuple):
     whole: int
 
 
-def charts(
-    groups: Groups, titles: dict[Setting, str], smooth: int | None = None, baseline: str = "", plots: Sequence[str] = ()
-) -> tuple[Chart, dict[Setting, list[Chart]]]:
-    """(accuracy, {setting: its other charts}); a chart may be without a panel.
+def plotted(runs: Sequence[Run], patterns: Sequence[str]) -> list[str]:
+    """The metrics that `--plot` asks for ("timing_s/*"), in its order, without those that are drawn anyway.
 
-    smooth: steps of the trailing mean of training metrics, if that is more than 2% of them.
-    plots: further metrics, as patterns ("timing_s/*").
+    Raises:
+        UserError: no run has a metric of a pattern.
     """
-    accuracy, rest = [], {}
-    for setting, title in titles.items():
-        of = {key: runs for (_, key), runs in only(groups, setting).items()}
-        if series := _accuracy(of):
-            accuracy.append(Panel(f"{title}: {accuracy_label([run for runs in of.values() for run in runs])}", series))
-        made = (_reached(setting, title, groups, baseline), _training(setting, title, of, smooth, plots))
-        rest[setting] = [chart for chart in made if chart.panels]
+    logged = sorted({key for run in runs for key in run.metrics})
+    found = {pattern: fnmatch.filter(logged, pattern) for pattern in patterns}
+    for pattern, metrics in found.items():
+        if not metrics:
+            raise UserError(f"--plot {pattern}: no run logs it; they log for instance {nearest(pattern, runs)}")
+    return [key for key in dict.fromkeys(key for metrics in found.values() for key in metrics) if key not in TRAINING]
+
+
+def charts(
+    compared: Comparison, smooth: int | None = None, plots: Sequence[str] = ()
+) -> tuple[list[Chart], dict[Setting, list[Chart]]]:
+    """(accuracy, {setting: its other charts}); no chart is without a panel.
+
+    smooth: steps of the trailing mean of training metrics, 1 for none; None for 2% of them.
+    plots: further metrics.
+    """
+    panels = []
+    for setting, groups in by_setting(compared.validated).items():
+        if series := _accuracy(groups):
+            label = accuracy_label([run for runs in groups.values() for run in runs])
+            panels.append(Panel(f"{compared.titles[setting]}: {label}", series))
     caption = (
         "On validation prompts. Line: mean of the seeds; band: from the lowest to the highest seed. Thin line, after a "
         "seed's end: the mean of the others."
     )
-    return Chart("accuracy", "Accuracy over training", caption, accuracy), rest
+    accuracy = Chart("accuracy", "Accuracy over training", caption, panels)
+    rest = {
+        setting: [_reached(setting, compared), _training(setting, groups, smooth, plots)]
+        for setting, groups in by_setting(compared.groups).items()
+    }
+    return [accuracy] * bool(panels), {setting: [chart for chart in of if chart.panels] for setting, of in rest.items()}
 
 
-def _accuracy(methods: dict[str, list[Run]]) -> list[Series]:
+def _accuracy(groups: Groups) -> list[Series]:
     return [
-        Series(key, run.seed, *curve, *_clock(run, curve[0]))
-        for key, runs in methods.items()
+        Series(group.key, *curve, *_clock(run, curve[0]))
+        for group, runs in groups.items()
         for run in runs
         if len((curve := measures.accuracy_curve(run))[0])
     ]
 
 
-def _reached(setting: Setting, title: str, groups: Groups, baseline: str) -> Chart:
-    panels = []
-    for pair in pairs_of(only(groups, setting), baseline):
-        runs, others = (with_validation(groups[group]) for group in pair)
-        hits = speed_up(runs, others, 1)
-        if hits is None or not hits.pairs:
-            continue
-        name, other = (label_of(key, setting.family) for _, key in pair)
-        there = bracket(hits.before, hits.first, hits.late)
-        own = bracket(hits.reference_before, hits.reference_first, hits.reference_late)
-        marks = [Mark(pair[1][1], hits.reference_first, own, False)]
-        marks += [Mark(pair[0][1], hits.first, there, True)] if hits.first is not None else []
-        times = f", {by_last} sooner than its last step" if (by_last := times_sooner(hits)) else ""
-        words = f"{name} is there at step {there}{times}" if there else f"{name} has not reached it"
-        panels.append(
-            Panel(
-                f"{name} against {other}",
-                _accuracy({pair[0][1]: runs, pair[1][1]: others}),
-                target=hits.target,
-                marks=tuple(marks),
-                note=f"{words}; {other} itself at {own}. {hits.note}".strip(),
-            )
-        )
+def _reached(setting: Setting, compared: Comparison) -> Chart:
+    pairs = [pair for pair in compared.pairs if pair.higher.setting == setting and pair.hits.pairs]
     caption = (
-        "The paper's Figure 2. Dashed: the final accuracy of the lower one. Filled mark: where the higher one is first "
-        "at it; open mark: where the lower one itself was, since curves are flat at the end and its last step flatters "
-        "whoever is compared with it. Each seed's own curve is read, and the mean over seeds marked."
+        "The paper's Figure 2. Dashed: the final accuracy of the lower one. Filled mark: where the higher one first "
+        "reaches it; open mark: where the lower one itself first did, since curves are flat at the end and its last "
+        "step flatters whoever is compared with it. Each seed's own curve is read, and the mean over seeds marked."
     )
-    return Chart(file_name("reached", *setting), f"{title}: who is when at whose final accuracy", caption, panels)
+    panels = [_pair(pair, {group: compared.validated[group] for group in pair[:2]}) for pair in pairs]
+    return Chart(
+        file_name("reached", *setting),
+        "When the higher one reaches the final accuracy of the lower one",
+        caption,
+        panels,
+    )
 
 
-def _training(
-    setting: Setting, title: str, methods: dict[str, list[Run]], smooth: int | None, plots: Sequence[str]
-) -> Chart:
-    every = [run for runs in methods.values() for run in runs]
+def _pair(pair: Pair, groups: Groups) -> Panel:
+    hits, name, other = pair.hits, pair.higher.label, pair.lower.label
+    marks = [Mark(pair.lower.key, hits.reference_first, hits.reference_hit, False)]
+    marks += [Mark(pair.higher.key, hits.first, hits.hit, True)] if hits.first is not None else []
+    times = f", {hits.times_sooner} sooner than {other}'s last step" if hits.times_sooner else ""
+    words = f"{name} reaches it at step {hits.hit}{times}" if hits.hit else f"{name} has not reached it"
+    notes = f" ({hits.note})" if hits.note else ""
+    return Panel(
+        f"{name} against {other}",
+        _accuracy(groups),
+        target=hits.target,
+        marks=tuple(marks),
+        note=f"{words}; {other} itself at {hits.reference_hit}{notes}.",
+    )
+
+
+def _training(setting: Setting, groups: Groups, smooth: int | None, plots: Sequence[str]) -> Chart:
+    every = [run for runs in groups.values() for run in runs]
     longest = max((len(run.steps) for run in every), default=0)
     width = max(1, math.ceil(max((run.steps[-1] for run in every if len(run.steps)), default=1) / POINTS))
-    window = max(1, round(max(smooth or 3, math.ceil(longest / 50)) / width)) * width
-    logged = sorted({key for run in every for key in run.metrics})
-    asked = [key for pattern in plots for key in fnmatch.filter(logged, pattern)]
+    window = max(1, round((smooth or max(3, math.ceil(longest / 50))) / width)) * width
+    asked = [key for key in plots if any(key in run.metrics for run in every)]
     panels = []
     for metric, heading in (TRAINING | {key: key for key in asked[:MOST_PLOTTED]}).items():
         series = [
             binned
-            for key, runs in methods.items()
+            for group, runs in groups.items()
             for run in runs
-            if (binned := _binned(key, run, metric, width)) is not None
+            if (binned := _binned(group.key, run, metric, width)) is not None
         ]
         panels += [Panel(heading, series, window)] if series else []
+    mean = f"trailing mean of {window} steps, then " if window > width else ""
     caption = (
-        f"As verl logs it at each step{f', in means of {width} steps' if width > 1 else ''}. Line: trailing mean of "
-        f"{window} steps, then mean over the seeds; band: from the lowest to the highest smoothed seed. Entropy: "
-        "divided by the sum of the tokens' weights, since verl aggregates it as the loss; a method whose sum is not "
-        "known is left out. A gradient norm has the scale of the method's weights. √(A/H): coefficient of variation of "
-        "DAPO's or Dr. GRPO's gradient over that of α = 1, if variance is proportional to length."
+        f"As verl logs it at each step{f', in means of {width} steps' if width > 1 else ''}. Line: {mean}mean over the "
+        f"seeds; band: from the lowest to the highest {'smoothed ' if mean else ''}seed. Entropy: divided by the sum "
+        "of the tokens' weights, since verl aggregates it as the loss; a method whose sum is not known is left out. A "
+        "gradient norm has the scale of the method's weights. √(A/H): coefficient of variation of DAPO's or Dr. GRPO's "
+        "gradient over that of α = 1, if variance is proportional to length."
     )
-    return Chart(file_name("training", *setting), f"{title}: training", caption, panels)
-
-
-def _metric(run: Run, metric: str) -> np.ndarray | None:
-    return measures.entropy_per_token(run) if metric == "actor/entropy" else run.metrics.get(metric)
+    if len(asked) > MOST_PLOTTED:
+        caption += f" --plot asked for {MOST_PLOTTED} metrics of these and {len(asked) - MOST_PLOTTED} more."
+    return Chart(file_name("training", *setting), "Training", caption, panels)
 
 
 def _binned(key: str, run: Run, metric: str, width: int) -> Series | None:
     """A metric's means over bins of `width` steps, at the bins' middles; None where the run has no value of it."""
-    values = _metric(run, metric)
+    values = measures.entropy_per_token(run) if metric == "actor/entropy" else run.metrics.get(metric)
     has = np.isfinite(values) & (run.steps > 0) if values is not None else np.zeros(0, dtype=bool)
     if values is None or not has.any():
         return None
@@ -200,22 +213,21 @@ def _binned(key: str, run: Run, metric: str, width: int) -> Series | None:
     means = np.bincount(index, values[has]) / np.bincount(index)
     last = np.searchsorted(bins, each, side="right") - 1  # the clock stands as at the last step of the bin
     clock = [None if of is None else of[last] for of in _clock(run, run.steps[has])]
-    return Series(key, run.seed, each * width + (width + 1) / 2, means, *clock)
+    return Series(key, each * width + (width + 1) / 2, means, *clock)
 
 
 def _clock(run: Run, steps: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """(tokens, hours) that training had taken at these of its steps; a step without a record counts as the mean one."""
+    """(tokens, hours) that training had taken at these steps; a step without a record counts as the mean one."""
     found: list[np.ndarray | None] = []
     for metric, unit in (("perf/total_num_tokens", 1.0), ("perf/time_per_step", 3600.0)):
-        each = run.metrics.get(metric)
-        if each is None or run.late_start is not None:
+        each = run.metrics.get(metric, np.full(run.steps.shape, math.nan))
+        known = np.isfinite(each) & (run.steps > 0)
+        if run.late_start is not None or not known.any():
             found.append(None)
             continue
-        of_step = np.full(int(run.steps[-1]) + 1, np.nanmean(each))
-        known = np.isfinite(each)
-        of_step[run.steps[known]] = each[known]
-        of_step[0] = 0.0
-        found.append(np.cumsum(of_step)[steps] / unit)
+        sums = np.concatenate([[0.0], np.cumsum(each[known])])
+        records = np.searchsorted(run.steps[known], steps, side="right")
+        found.append((sums[records] + (steps - records) * each[known].mean()) / unit)
     return found[0], found[1]
 
 

@@ -34,8 +34,9 @@ def report(
         int | None,
         typer.Option(
             min=1,
-            help="Steps of the trailing mean of curves and of the speed-up; 1 for none.",
-            show_default="three validations",
+            help="Steps of the trailing mean of training curves and of the smoothed speed-up, 1 for none; curves of "
+            "accuracies are never smoothed.",
+            show_default="2% of the run; of the speed-up three validations",
         ),
     ] = None,
     figures: Annotated[bool, typer.Option("--figures", help="Also draw PNG and SVG files; takes longer.")] = False,

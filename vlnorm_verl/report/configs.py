@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from vlnorm_verl.methods import label_of
-from vlnorm_verl.report.groups import Groups, only
-from vlnorm_verl.report.identity import Setting
+from vlnorm_verl.report.groups import Comparison, by_setting
 from vlnorm_verl.report.table import Table
 
 # What makes a run the one it is (method, seed, names, folders, the machine) differs in every run.
@@ -26,15 +24,12 @@ def flat(node: Any, prefix: str = "") -> dict[str, str]:
     return {key: value for name in node for key, value in flat(node[name], f"{prefix}.{name}".strip(".")).items()}
 
 
-def differing(groups: Groups, titles: dict[Setting, str], title: str) -> Table | None:
+def differing(compared: Comparison, title: str) -> Table | None:
     """One row a key in which runs of one setting differ: each value with the methods, or seeds of one, that have it."""
     rows: list[list[Any]] = []
-    for setting in titles:
+    for setting, groups in by_setting(compared.groups).items():
         configs = [
-            (label_of(key, setting.family), run.seed, flat(run.config))
-            for (_, key), runs in only(groups, setting).items()
-            for run in runs
-            if run.config
+            (group.label, run.seed, flat(run.config)) for group, runs in groups.items() for run in runs if run.config
         ]
         keys = dict.fromkeys(key for _, _, config in configs for key in config if not EXPECTED.fullmatch(key))
         for key in keys:
@@ -42,9 +37,8 @@ def differing(groups: Groups, titles: dict[Setting, str], title: str) -> Table |
             for label, seed, config in configs:
                 having.setdefault(config.get(key, "not there"), {}).setdefault(label, []).append(seed)
             if len(having) > 1:
-                rows.append(
-                    [titles[setting], key, "; ".join(_said(value, of, configs) for value, of in having.items())]
-                )
+                said = "; ".join(_said(value, of, configs) for value, of in having.items())
+                rows.append([compared.titles[setting], key, said])
     if not rows:
         return None
     more = [f"{len(rows) - MOST} more keys differ."] if len(rows) > MOST else []

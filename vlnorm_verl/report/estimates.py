@@ -32,7 +32,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import nan
+from math import isfinite, nan
 
 import numpy as np
 
@@ -44,12 +44,28 @@ TAIL = (1 - LEVEL) / 2
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95% interval; `low` and `high` are NaN where there is none. `note`: e.g. "one seed"."""
+    """A value with its 95% interval; `low` and `high` are NaN where there is none.
+
+    note: what to know of it. one_seed: whether it says nothing of how seeds vary.
+    """
 
     value: float
     low: float = nan
     high: float = nan
     note: str = ""
+    one_seed: bool = False
+
+    @property
+    def state(self) -> str:
+        """Of a difference: "established" (the interval does not reach 0), "open", "one seed" or "no interval"."""
+        if self.one_seed:
+            return "one seed"
+        if not isfinite(self.low):
+            return "no interval"
+        return "established" if self.low > 0 or self.high < 0 else "open"
+
+    def of_one_seed(self) -> Estimate:
+        return replace(self, note="; ".join(filter(None, ("one seed", self.note))), one_seed=True)
 
     def noted(self, *notes: str) -> Estimate:
         """With these notes behind its own."""
@@ -111,7 +127,8 @@ def pass_at_k(n: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
 
 def mean(scores: Scores) -> Estimate:
     """Mean over problems and seeds, in [0, 1]."""
-    return _interval(scores.values, scores.sizes, "one seed" if len(scores.seeds) == 1 else "", rate=True)
+    estimate = _interval(scores.values, scores.sizes, rate=True)
+    return estimate.of_one_seed() if len(scores.seeds) == 1 else estimate
 
 
 def difference(a: Scores, b: Scores) -> Estimate:
@@ -125,12 +142,9 @@ def difference(a: Scores, b: Scores) -> Estimate:
         ValueError: no problem in common.
     """
     a, b = _on_common_problems(a, b)
-    note = "one seed" if 1 in (len(a.seeds), len(b.seeds)) else ""
-    if a.seeds == b.seeds:
-        return _interval(a.values - b.values, a.sizes, note, rate=False)
-    if note:
-        return _interval((a.values.mean(0) - b.values.mean(0))[None], a.sizes, note, rate=False)
-    return _unpaired(a, b)
+    if 1 in (len(a.seeds), len(b.seeds)):
+        return _interval((a.values.mean(0) - b.values.mean(0))[None], a.sizes, rate=False).of_one_seed()
+    return _interval(a.values - b.values, a.sizes, rate=False) if a.seeds == b.seeds else _unpaired(a, b)
 
 
 def mean_over_own_problems(tables: Sequence[Scores]) -> Estimate:
@@ -163,7 +177,7 @@ def _nested(values: list[np.ndarray], sizes: list[tuple[int, ...]], rate: bool) 
             return Estimate(value, *_all_alike(value, min(map(len, values))), note)
         return Estimate(value, note=note).noted("the same in every problem")
     low, high = _wilson(value, half) if rate else (value - half, value + half)
-    return _cut(value, low, high, note, rate)
+    return _cut(value, low, high, rate).noted(note)
 
 
 def over_seeds(values: Sequence[float], low: float = -np.inf, high: float = np.inf) -> Estimate:
@@ -171,7 +185,7 @@ def over_seeds(values: Sequence[float], low: float = -np.inf, high: float = np.i
     numbers = np.asarray(values, dtype=np.float64)
     value = float(numbers.mean())
     if len(numbers) < 2:
-        return Estimate(value, note="one seed")
+        return Estimate(value).of_one_seed()
     if np.ptp(numbers) == 0:
         return Estimate(value, note="the same in every seed")
     half = float(t_half_width(numbers))
@@ -210,9 +224,9 @@ def rank_correlation(steps: np.ndarray, values: np.ndarray, sizes: tuple[int, ..
         return Estimate(nan, note="constant")
     spread = float(np.nanstd(_kendall(resampled_means(values, sizes))))
     if not spread > 1e-9:
-        return Estimate(value, note="one seed; the same in every resample")
+        return Estimate(value, note="the same in every resample").of_one_seed()
     half = float(norm.isf(TAIL)) * spread
-    return Estimate(value, max(-1.0, value - half), min(1.0, value + half), "one seed")
+    return Estimate(value, max(-1.0, value - half), min(1.0, value + half)).of_one_seed()
 
 
 def _kendall(curves: np.ndarray) -> np.ndarray:
@@ -250,19 +264,19 @@ def resampled_means(values: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     return np.asarray(resampling_counts(sizes) @ values.T.astype(np.float32) / values.shape[1], dtype=np.float64)
 
 
-def _interval(values: np.ndarray, sizes: tuple[int, ...], note: str, rate: bool) -> Estimate:
+def _interval(values: np.ndarray, sizes: tuple[int, ...], rate: bool) -> Estimate:
     """Of the mean of values [S, P]: rates in [0, 1], or differences of rates in [−1, 1]."""
     value = float(values.mean())
     if min(sizes) < 2:
-        return Estimate(value, note=note).noted("a set of one problem")
+        return Estimate(value, note="a set of one problem")
     if np.ptp(values) == 0:
         if rate and value in (0.0, 1.0):
-            return Estimate(value, *_all_alike(value, values.shape[1]), note)
-        return Estimate(value, note=note).noted("the same in every problem")
+            return Estimate(value, *_all_alike(value, values.shape[1]))
+        return Estimate(value, note="the same in every problem")
     if len(values) > 1:
         half = _half_width(values.mean(0), [values], sizes)
         low, high = _wilson(value, half) if rate else (value - half, value + half)
-        return _cut(value, low, high, note, rate)
+        return _cut(value, low, high, rate)
     variance, freedom = _over_problems(values[0], sizes)
     tail = expanded_tail(freedom)
     means = resampled_means(values, sizes)[:, 0]
@@ -270,11 +284,11 @@ def _interval(values: np.ndarray, sizes: tuple[int, ...], note: str, rate: bool)
     if rate:
         ends = _wilson(value, t_quantile(freedom) * variance**0.5)
         low, high = min(low, ends[0]), max(high, ends[1])
-    return _cut(value, low, high, note, rate)
+    return _cut(value, low, high, rate)
 
 
-def _cut(value: float, low: float, high: float, note: str, rate: bool) -> Estimate:
-    return Estimate(value, max(0.0 if rate else -1.0, float(low)), min(1.0, float(high)), note)
+def _cut(value: float, low: float, high: float, rate: bool) -> Estimate:
+    return Estimate(value, max(0.0 if rate else -1.0, float(low)), min(1.0, float(high)))
 
 
 def t_quantile(freedom: float) -> float:
@@ -336,7 +350,7 @@ def _unpaired(a: Scores, b: Scores) -> Estimate:
     if min(a.sizes) < 2:
         return Estimate(value, note="a set of one problem")
     half = _half_width(paired, [a.values, b.values], a.sizes)
-    return _cut(value, value - half, value + half, "", rate=False)
+    return _cut(value, value - half, value + half, rate=False)
 
 
 def _all_alike(value: float, trials: int) -> tuple[float, float]:

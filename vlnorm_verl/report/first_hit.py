@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import nan
+from dataclasses import dataclass, replace
+from math import isfinite, nan
 
 import numpy as np
 
@@ -105,6 +105,31 @@ class SpeedUp:
     late: bool  # whether `first`, and below whether `reference_first`, is the latest that it can have been
     reference_late: bool
 
+    @property
+    def hit(self) -> str:
+        """The validations that the first hit is between, whole steps: "325–350"; "" where there is none."""
+        return _between(self.before, self.first, self.late)
+
+    @property
+    def reference_hit(self) -> str:
+        return _between(self.reference_before, self.reference_first, self.reference_late)
+
+    @property
+    def times_sooner(self) -> str:
+        """The reference's last step over `hit`: "2.86–3.08×"; "" where it is not known."""
+        if self.first is None or self.by_last is None or self.late:
+            return ""
+        low = f"{self.reference_last / self.first:.2f}"
+        return f"{low}–{self.reference_last / self.before:.2f}×" if self.before else f"{low}× or more"
+
+
+def _between(before: float | None, first: float | None, late: bool) -> str:
+    if first is None or not isfinite(first):
+        return ""
+    if late or before is None:
+        return f"at or before {first:.0f}"
+    return f"{before:.0f}–{first:.0f}" if round(before) < round(first) else f"{first:.0f}"
+
 
 def speed_up(runs: Sequence[Run], reference: Sequence[Run], smooth: int) -> SpeedUp | None:
     """Ratios are geometric means over seeds, with a t interval of their logarithms where every seed reached.
@@ -180,4 +205,4 @@ def _ratio(ratios: list[float], seeds: int, which: str) -> Estimate | None:
     value = float(np.exp(logarithm.value))
     if len(ratios) < seeds:
         return Estimate(value, note=f"of the {'seed' if len(ratios) == 1 else f'{len(ratios)} seeds'} {which}")
-    return Estimate(value, float(np.exp(logarithm.low)), float(np.exp(logarithm.high)), logarithm.note)
+    return replace(logarithm, value=value, low=float(np.exp(logarithm.low)), high=float(np.exp(logarithm.high)))

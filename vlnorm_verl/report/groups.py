@@ -2,79 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from math import isnan
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from math import inf, isnan
+from typing import NamedTuple
 
-from vlnorm_verl.methods import alpha_of, place_of
-from vlnorm_verl.report import paper
+from vlnorm_verl.methods import alpha_of, label_of, place_of
+from vlnorm_verl.report import labels, paper
+from vlnorm_verl.report.estimates import Estimate
+from vlnorm_verl.report.first_hit import SpeedUp, speed_up
 from vlnorm_verl.report.identity import Setting
 from vlnorm_verl.report.measures import final_accuracy, validated_steps
 from vlnorm_verl.report.run import Run
 
-Group = tuple[Setting, str]  # and a method's key
+
+class Group(NamedTuple):
+    """What the seeds of a row share. key: of the method."""
+
+    setting: Setting
+    key: str
+
+    @property
+    def label(self) -> str:
+        return label_of(self.key, self.setting.family)
+
+
 Groups = dict[Group, list[Run]]
 
 
+class Pair(NamedTuple):
+    """Two methods of a setting. hits: when the higher one is at the final accuracy of the lower one, seed by seed."""
+
+    higher: Group
+    lower: Group
+    hits: SpeedUp
+
+
+class Comparison:
+    """What verdicts, tables and charts of one report are of, worked out once.
+
+    runs: all that were read. baseline: key of the method that others are compared with, instead of VL Norm.
+    groups: runs that are not left out, those without a validation too; titles: what their settings are called.
+    """
+
+    def __init__(self, runs: Sequence[Run], baseline: str = "") -> None:
+        self.runs, self.baseline = runs, baseline
+        self.groups = grouped(runs)
+        self.titles = labels.titles(setting for setting, _ in self.groups)
+
+    @cached_property
+    def validated(self) -> Groups:
+        """Only the runs with a validation: one that has just begun says nothing of its final accuracy."""
+        validated = {group: [run for run in runs if validated_steps(run)] for group, runs in self.groups.items()}
+        return {group: runs for group, runs in validated.items() if runs}
+
+    @cached_property
+    def finals(self) -> dict[Group, Estimate | None]:
+        return {group: final_accuracy(runs) for group, runs in self.validated.items()}
+
+    @cached_property
+    def references(self) -> dict[Setting, Group]:
+        """{setting: what its others are compared with}, of the settings that have it."""
+        found = []
+        for setting, groups in by_setting(self.validated).items():
+            key = self.baseline or main_vl_norm(setting, [group.key for group in groups])
+            found += [group for group in groups if group.key == key]
+        return {group.setting: group for group in found}
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """Each method of a setting with its reference, where steps can be compared."""
+        found = []
+        for group in self.validated:
+            main = self.references.get(group.setting)
+            if main is None or main == group:
+                continue
+            higher, lower = sorted((main, group), key=self._final, reverse=True)
+            hits = speed_up(self.validated[higher], self.validated[lower], 1)
+            found += [Pair(higher, lower, hits)] if hits is not None else []
+        return found
+
+    def _final(self, group: Group) -> float:
+        final = self.finals[group]
+        return -inf if final is None or isnan(final.value) else final.value
+
+
 def grouped(runs: Sequence[Run]) -> Groups:
-    """{(setting, method_key): its runs by seed}, in the order of the first run of each.
+    """{group: its runs by seed}, in the order of the tables, of the runs that are not left out.
 
     Of two runs with the same seed the one with more steps is taken, since they are one sample; see `doubles`.
     """
     groups: dict[Group, dict[int, Run]] = {}
     for run in runs:
-        seeds = groups.setdefault((run.setting, run.method_key), {})
+        if run.left_out:
+            continue
+        seeds = groups.setdefault(Group(run.setting, run.method_key), {})
         if run.seed not in seeds or len(run.steps) > len(seeds[run.seed].steps):
             seeds[run.seed] = run
-    return {group: [seeds[seed] for seed in sorted(seeds)] for group, seeds in groups.items()}
+    return {group: [groups[group][seed] for seed in sorted(groups[group])] for group in sorted(groups, key=_place)}
 
 
-def doubles(runs: Sequence[Run]) -> list[Run]:
-    """The runs that `grouped` leaves out."""
-    kept = {id(run) for group in grouped(runs).values() for run in group}
-    return [run for run in runs if id(run) not in kept]
+def _place(group: Group) -> tuple[object, ...]:
+    (family, task, model, length), key = group
+    by_number = (0, int(length), "") if length.isdigit() else (1, 0, length)
+    return family, task, model, by_number, place_of(key), alpha_of(key) or 0.0, key
 
 
-def with_validation(runs: Sequence[Run]) -> list[Run]:
-    """A run that has just begun says nothing of its final accuracy."""
-    return [run for run in runs if validated_steps(run)]
+def doubles(runs: Sequence[Run], groups: Groups) -> list[Run]:
+    """The runs of a seed that another run has, too."""
+    kept = {id(run) for of in groups.values() for run in of}
+    return [run for run in runs if not run.left_out and id(run) not in kept]
 
 
-def ordered(groups: Groups) -> Groups:
-    def key(group: Group) -> tuple[object, ...]:
-        (family, task, model, length), method_key = group
-        by_number = (0, int(length), "") if length.isdigit() else (1, 0, length)
-        return family, task, model, by_number, place_of(method_key), alpha_of(method_key) or 0.0, method_key
-
-    return {group: groups[group] for group in sorted(groups, key=key)}
-
-
-def where(groups: Groups, condition: Callable[[Setting, str], bool]) -> Groups:
-    """Those whose setting and method's key meet the condition."""
-    return {group: runs for group, runs in groups.items() if condition(*group)}
-
-
-def only(groups: Groups, setting: Setting) -> Groups:
-    return where(groups, lambda of_group, _: of_group == setting)
-
-
-def reference(groups: Groups, setting: Setting, baseline: str = "") -> Group | None:
-    """What the others of a setting are compared with: the baseline asked for, else VL Norm."""
-    keys = [key for _, key in only(groups, setting)]
-    key = main_vl_norm(setting, keys) if not baseline else baseline if baseline in keys else None
-    return None if key is None else (setting, key)
-
-
-def pairs_of(groups: Groups, baseline: str = "") -> list[tuple[Group, Group]]:
-    """Each method of a setting with its reference, the one with the higher final accuracy first."""
-    pairs = []
-    for setting in dict.fromkeys(setting for setting, _ in groups):
-        main = reference(groups, setting, baseline)
-        for other in only(groups, setting) if main else ():
-            if main is not None and other != main:
-                finals = [final_accuracy(with_validation(groups[group])) for group in (main, other)]
-                values = [-1.0 if final is None or isnan(final.value) else final.value for final in finals]
-                pairs.append((main, other) if values[0] >= values[1] else (other, main))
-    return pairs
+def by_setting(groups: Groups) -> dict[Setting, Groups]:
+    """The groups of each setting."""
+    found: dict[Setting, Groups] = {}
+    for group, runs in groups.items():
+        found.setdefault(group.setting, {})[group] = runs
+    return found
 
 
 def main_vl_norm(setting: Setting, method_keys: Iterable[str]) -> str | None:

@@ -10,17 +10,22 @@ from vlnorm_verl.methods import OTHER_COLORS, alpha_of, is_vl_norm, label_of, me
 from vlnorm_verl.report import measures
 from vlnorm_verl.report.identity import Setting
 from vlnorm_verl.report.run import Run
+from vlnorm_verl.report.table import number
 
 TASKS = {"countdown": "CountDown", "math": "Math"}
 FAMILIES = {"aggregation": "aggregation only", "dapo": "full DAPO"}
 DASHES = {"-": "", "--": "7 3", "-.": "7 3 2 3", ":": "2 3"}
 ALPHA_DASHES = ("4 2", "9 3", "2 2", "9 3 2 3")
-TOO_DARK = 60  # of 255: such a colour is not seen on a dark page
+TOO_DARK = 75  # of 255: such a colour is not seen on a dark page
 
 
 class Look(NamedTuple):
-    """color: "#RRGGBB" on white; dark: on a dark page; dash: SVG's stroke-dasharray, "" for a solid line."""
+    """color: "#RRGGBB" on white; dark: on a dark page; dash: SVG's stroke-dasharray, "" for a solid line.
 
+    place: of the method on its page, which its class in HTML is named by: 3 is "m3".
+    """
+
+    place: int
     label: str
     color: str
     dark: str
@@ -46,8 +51,8 @@ def looks(keys: Iterable[str]) -> dict[str, Look]:
         dash = DASHES.get(line, "") if isinstance(line, str) else " ".join(map(str, line[1]))
         if is_vl_norm(key) and not first:
             dash = ALPHA_DASHES[len(found) % len(ALPHA_DASHES)]
-        found[key] = Look(label_of(key), color, _lighter(color), dash)
-    return {key: found[key] for key in sorted(found, key=order)}
+        found[key] = Look(0, label_of(key), color, _lighter(color), dash)
+    return {key: found[key]._replace(place=place) for place, key in enumerate(sorted(found, key=order))}
 
 
 def _lighter(color: str) -> str:
@@ -88,5 +93,4 @@ def accuracy_label(runs: Sequence[Run]) -> str:
 
 def points(value: float, is_rate: bool, sign: bool = True) -> str:
     """A difference: of rates in points, "+4.6"; of another metric as it is, "−0.012"."""
-    text = f"{100 * value if is_rate else value:{'+' if sign else ''}.{1 if is_rate else 3}f}"
-    return text.replace("-", "−")
+    return number(100 * value, 1, sign) if is_rate else number(value, 3, sign)

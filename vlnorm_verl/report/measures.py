@@ -268,7 +268,7 @@ def difference(runs: Sequence[Run], reference: Sequence[Run]) -> Estimate | None
         return None
     if estimate is None:
         return None
-    return (replace(estimate, low=nan, high=nan) if lone else estimate).noted(*notes)
+    return (replace(estimate, low=nan, high=nan, one_seed=True) if lone else estimate).noted(*notes)
 
 
 def _difference_at(runs: Sequence[Run], reference: Sequence[Run], step: int) -> Estimate | None:
@@ -349,15 +349,15 @@ def monotonicity(runs: Sequence[Run]) -> Estimate | None:
     correlations = [float(kendalltau(steps, np.round(values, 9)).statistic) for steps, values in curves]
     if not np.isfinite(correlations).all():
         return None
-    one_seed = "one seed" if len(runs) == 1 else ""
     if min(len(steps) for steps, _ in curves) < 3:
-        return Estimate(float(np.mean(correlations)), note=one_seed).noted("two validations")
+        estimate = Estimate(float(np.mean(correlations)), note="two validations")
+        return estimate.of_one_seed() if len(runs) == 1 else estimate
     if len(runs) > 1:
         return over_seeds(correlations, -1.0, 1.0)
     steps = curves[0][0]
     table = _over_steps(runs[0], steps)
     if isinstance(table, str):
-        return Estimate(correlations[0], note=one_seed).noted(table)
+        return Estimate(correlations[0], note=table).of_one_seed()
     return replace(rank_correlation(steps, *table), value=correlations[0])
 
 

@@ -28,7 +28,8 @@ FOLDER = Path(__file__).parent
 
 @dataclass
 class Lead:
-    """What a report begins with. looks: the page's methods; several: on several comparisons at once."""
+    """What a report begins with. looks: the page's methods, in the order of their places; several: on several
+    comparisons at once."""
 
     verdicts: Sequence[Verdict]
     several: str
@@ -52,8 +53,8 @@ class Examples(NamedTuple):
     responses: list[Example]
 
 
-Part = Table | Figure | Chart | Fold | Examples | str
-KINDS = {str: "heading", Table: "table", Figure: "figure", Chart: "chart", Fold: "fold", Examples: "examples"}
+Part = Table | Figure | Chart | Fold | Examples
+KINDS = {Table: "table", Figure: "figure", Chart: "chart", Fold: "fold", Examples: "examples"}
 
 
 def write_page(path: Path, title: str, intro: list[str], parts: Sequence[Part], lead: Lead | None = None) -> None:
@@ -63,20 +64,13 @@ def write_page(path: Path, title: str, intro: list[str], parts: Sequence[Part], 
 
     Args:
         title, intro: the heading, and paragraphs below it.
-        parts: in order; a str is a heading, under which the contents list what follows it.
+        parts: in order.
         lead: what a report begins with; charts need its looks.
     """
     page = _Page(lead or Lead((), "", {}, {}))
     shown = [page.entry(part) for part in parts]
-    contents: list[dict[str, Any]] = []
-    for entry in shown:
-        of = {"title": entry["title"], "anchor": entry["anchor"], "parts": []}
-        if entry["kind"] == "heading" or not contents or not contents[-1]["heading"]:
-            contents.append(of | {"heading": entry["kind"] == "heading"})
-        else:
-            contents[-1]["parts"].append(of)
     script = (FOLDER / "charts.js").read_text() if page.charts else ""
-    data = json.dumps(svg.data(page.charts, page.keys, page.lead.looks), separators=(",", ":"), ensure_ascii=False)
+    data = json.dumps(svg.data(page.charts, page.lead.looks), separators=(",", ":"), ensure_ascii=False)
     text = _template().render(
         title=title,
         intro=intro,
@@ -84,7 +78,6 @@ def write_page(path: Path, title: str, intro: list[str], parts: Sequence[Part], 
         look_at={what: shortened(which) for what, which in page.lead.look_at.items()},
         frame=svg.FRAME,
         looks=list(page.lead.looks.values()) if page.charts else [],
-        contents=contents,
         parts=shown,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -101,14 +94,10 @@ class _Page:
     anchors: set[str] = field(default_factory=set)
     charts: list[Chart] = field(default_factory=list)
 
-    @property
-    def keys(self) -> list[str]:
-        return list(self.lead.looks)
-
-    def entry(self, part: Part) -> dict[str, Any]:
-        title = part if isinstance(part, str) else part.title
-        anchor = self._anchor(getattr(part, "name", title))
-        entry: dict[str, Any] = {"kind": KINDS[type(part)], "title": title, "anchor": anchor}
+    def entry(self, part: Part, alone: bool = False) -> dict[str, Any]:
+        """alone: whether a fold has nothing else in it, so that its title stands above this already."""
+        anchor = "" if alone else self._anchor(getattr(part, "name", part.title))
+        entry: dict[str, Any] = {"kind": KINDS[type(part)], "title": part.title, "anchor": anchor}
         if isinstance(part, Table):
             entry |= self._table(part)
         elif isinstance(part, Figure):
@@ -116,36 +105,24 @@ class _Page:
         elif isinstance(part, Chart):
             self.charts.append(part)
             panels = [
-                {"title": shown.title, "svg": svg.panel(shown, self.keys, self.lead.looks), "note": shown.note}
+                {"title": shown.title, "svg": svg.panel(shown, self.lead.looks), "note": shown.note}
                 for shown in part.panels
             ]
             entry |= {"panels": panels, "caption": part.caption}
         elif isinstance(part, Fold):
-            entry["parts"] = [self.entry(inner) for inner in part.parts]
+            alone = len(part.parts) == 1 and not isinstance(part.parts[0], Fold)
+            entry["parts"] = [self.entry(inner, alone) for inner in part.parts]
         elif isinstance(part, Examples):
             entry |= {"where": part.where, "responses": part.responses}
         return entry
 
     def _table(self, table: Table) -> dict[str, Any]:
         layout = layout_of(table)
-        drawn = next((at for at, column in enumerate(layout.columns) if column == table.forest), None)
-        reach = svg.reach_of([row[drawn].cell for row in layout.cells]) if drawn is not None else 0.0
+        drawn = [row[table.columns.index(table.forest)] for row in table.rows] if table.forest in table.columns else []
+        reach = svg.reach_of(drawn)
         columns = [
-            {"title": column, "numeric": numeric, "drawn": at == drawn, "axis": ""}
-            for at, (column, numeric) in enumerate(zip(layout.columns, layout.numeric, strict=True))
-        ]
-        if drawn is not None:
-            columns[drawn]["axis"] = svg.difference_axis(reach)
-        rows = [
-            [
-                {
-                    "shown": cell._replace(numeric=numeric),
-                    "drawn": at == drawn,
-                    "svg": svg.difference(cell.cell, reach) if at == drawn else "",
-                }
-                for at, (cell, numeric) in enumerate(zip(row, layout.numeric, strict=True))
-            ]
-            for row in layout.cells
+            {"title": column, "class": "drawn" if column == table.forest else "number" if numeric else ""}
+            for column, numeric in zip(layout.columns, layout.numeric, strict=True)
         ]
         texts = {ending: make(table).encode(errors="replace") for ending, make in FORMATS.items()}
         files = {
@@ -155,7 +132,9 @@ class _Page:
         return {
             "name": table.name,
             "columns": columns,
-            "rows": rows,
+            "rows": layout.cells,
+            "axis": svg.difference_axis(reach),
+            "differences": [svg.difference(cell, reach) for cell in drawn],
             "grouped": table.grouped,
             "notes": layout.notes.items(),
             "foot": table.foot,

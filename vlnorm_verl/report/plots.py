@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from vlnorm_verl.report.labels import Look
 from vlnorm_verl.report.style import Figure, figure_text, render, use_style
 from vlnorm_verl.report.svg import reach_of
 from vlnorm_verl.report.table import Table
-from vlnorm_verl.report.verdict import state_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,18 +93,16 @@ def _differences(results: Table) -> Figure:
 
     at = results.columns.index(results.forest)
     rows = [(str(row[0]), str(row[1]), row[at]) for row in results.rows]
-    drawn = [(*row[:2], row[2]) for row in rows if isinstance(row[2], Estimate) and isfinite(row[2].value)]
+    drawn = [(*row[:2], row[2]) for row in rows if isinstance(row[2], Estimate) and math.isfinite(row[2].value)]
     settings = list(dict.fromkeys(setting for setting, _, _ in drawn))
     heights = [drawn_at + 1.4 * settings.index(row[0]) for drawn_at, row in enumerate(drawn)]
     figure, axes = plt.subplots(figsize=(7.2, 1.4 + 0.28 * (len(drawn) + 1.4 * len(settings))))
     for height, (_, _, difference) in zip(heights, drawn, strict=True):
-        state = state_of(difference)
-        color = "black" if state in ("established", "open") else "#9A9A9A"
+        color = "black" if difference.state in ("established", "open") else "#9A9A9A"
         ends = np.array([[difference.value - difference.low], [difference.high - difference.value]])
-        face = "white" if state == "open" else color
-        axes.errorbar(
-            difference.value, height, xerr=ends if state else None, fmt="o", color=color, markerfacecolor=face
-        )
+        face = "white" if difference.state == "open" else color
+        xerr = ends if math.isfinite(difference.low) else None
+        axes.errorbar(difference.value, height, xerr=xerr, fmt="o", color=color, markerfacecolor=face)
     for setting in settings:
         top = min(height for height, row in zip(heights, drawn, strict=True) if row[0] == setting)
         axes.text(0.0, top - 0.95, figure_text(setting), transform=axes.get_yaxis_transform(), fontweight="bold")

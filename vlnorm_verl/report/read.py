@@ -28,7 +28,7 @@ from rich.progress import track
 from vlnorm_verl.files import UserError
 from vlnorm_verl.report.changes import Memo
 from vlnorm_verl.report.dumps import CACHE_FILE, DumpCache, attach_validations
-from vlnorm_verl.report.find import ACCEPTED, Source, find
+from vlnorm_verl.report.find import ACCEPTED, Source
 from vlnorm_verl.report.identity import UNKNOWN_SEED, Identity, identify, settle
 from vlnorm_verl.report.names import shortest
 from vlnorm_verl.report.run import VALIDATION_METRIC, Run, logged_accuracies
@@ -61,33 +61,35 @@ class _Log:
 
 
 def read_runs(
-    arguments: list[str],
-    cache_folder: Path | None = None,
-    console: Console | None = None,
-    metric: str = "",
-    memo: Memo | None = None,
+    sources: Sequence[Source], cache_folder: Path | None = None, metric: str = "", memo: Memo | None = None
 ) -> list[Run]:
-    """All runs at and below the arguments. A run without metrics has no steps and a note.
+    """All runs of what `find` has found. One without metrics and dumps, or that is a copy, is `left_out`.
 
     cache_folder: counts of validation dumps are kept here and read again only where a dump has changed.
     metric: what the accuracy is, instead of verl's mean@n of the validation sets.
     memo: of an earlier call; logs that have not changed since are not read again.
 
     Raises:
-        UserError: a path does not exist, nothing there is a run, no run has the metric, or a library is missing.
+        UserError: no run has the metric, or a library is missing.
     """
     memo = memo or Memo()
-    logs = _joined([_read(source, memo) for source in find(arguments)])
+    logs = _joined([_read(source, memo) for source in sources])
     settle([log.identity for log in logs], [bool(log.source.label) for log in logs])
     runs = [_run(log, name, metric, memo) for log, name in zip(logs, _names(logs), strict=True)]
     _leave_out_copies(runs, logs)
     if metric and not any(metric in run.metrics for run in runs):
-        known = {key for run in runs for key in run.metrics}
-        nearest = difflib.get_close_matches(metric, known, n=3, cutoff=0.4) or sorted(known)[:3]
-        raise UserError(f"--metric {metric}: no run logs it; they log for instance {', '.join(nearest) or 'nothing'}")
-    _attach_dumps(runs, [_dumps(run, log) for run, log in zip(runs, logs, strict=True)], cache_folder, console)
+        raise UserError(f"--metric {metric}: no run logs it; they log for instance {nearest(metric, runs)}")
+    _attach_dumps(runs, [_dumps(run, log) for run, log in zip(runs, logs, strict=True)], cache_folder)
+    for run, log in zip(runs, logs, strict=True):
+        _note_missing(run, log)
     _number_seeds(runs)
     return runs
+
+
+def nearest(metric: str, runs: Sequence[Run]) -> str:
+    """Names of metrics that these runs have, for a message on one that they have not."""
+    known = {key for run in runs for key in run.metrics}
+    return ", ".join(difflib.get_close_matches(metric, known, n=3, cutoff=0.4) or sorted(known)[:3]) or "nothing"
 
 
 def _read(source: Source, memo: Memo) -> _Log:
@@ -163,10 +165,6 @@ def _run(log: _Log, name: str, metric: str, memo: Memo) -> Run:
         metric=metric,
         ended=ended,
     )
-    if log.source.kind == "empty":
-        run.notes.append("no metrics yet" if any(run.setting) else f"no run there; accepted: {ACCEPTED}")
-    elif not len(steps):
-        run.notes.append("no step in its metrics")
     if (late := run.late_start) is not None:
         run.notes.append(f"its log begins at step {late}: what was before is not known")
     distances = np.diff(steps)
@@ -185,7 +183,8 @@ def _leave_out_copies(runs: Sequence[Run], logs: Sequence[_Log]) -> None:
     for run, log in sorted(zip(runs, logs, strict=True), key=lambda pair: (pair[0].named, -len(pair[0].steps))):
         copied = [other for other, of in kept if of.source.kind != log.source.kind and _same_values(run, other)]
         if copied:
-            run.notes.append(f"the same values as {copied[0].name}, by another logger: left out")
+            run.left_out = f"the same values as {copied[0].name}, by another logger"
+            run.notes.append(f"{run.left_out}: left out")
             run.steps, run.metrics, run.ended = run.steps[:0], {}, {}
         kept.append((run, log))
 
@@ -203,7 +202,7 @@ def _dumps(run: Run, log: _Log) -> dict[int, Path]:
     folder = log.source.folder / "validation"
     if not folder.is_dir() and run.validation_folder:
         folder = Path(run.validation_folder)
-    if log.source.shared or not run.method or not folder.is_dir():
+    if run.left_out or log.source.shared or not run.method or not folder.is_dir():
         return {}
     files = {int(file.stem): file for file in folder.glob("*.jsonl") if file.stem.isdecimal()}
     last = int(run.steps[-1]) if len(run.steps) else max(files, default=0)
@@ -212,20 +211,17 @@ def _dumps(run: Run, log: _Log) -> dict[int, Path]:
     return {step: file for step, file in files.items() if step <= last}
 
 
-def _attach_dumps(
-    runs: Sequence[Run], dumps: Sequence[dict[int, Path]], cache_folder: Path | None, console: Console | None
-) -> None:
+def _attach_dumps(runs: Sequence[Run], dumps: Sequence[dict[int, Path]], cache_folder: Path | None) -> None:
     """Count the dumps that are not counted yet, with a progress bar, and give them to their runs."""
     cache = DumpCache(cache_folder / CACHE_FILE if cache_folder else None)
     counted = {file: known for files in dumps for file in files.values() if (known := cache.get(file))}
     new = [file for files in dumps for file in files.values() if file not in counted]
-    for file in track(new, "reading validation dumps", console=console or Console(stderr=True), transient=True):
+    for file in track(new, "reading validation dumps", console=Console(stderr=True), transient=True):
         counted[file] = cache.read(file)
     cache.save()
     for run, files in zip(runs, dumps, strict=True):
         run.dumps = files
         attach_validations(run, {step: counted[file] for step, file in files.items()})
-        _note_missing(run, set(files))
 
 
 def _number_seeds(runs: Sequence[Run]) -> None:
@@ -234,24 +230,29 @@ def _number_seeds(runs: Sequence[Run]) -> None:
     for run in runs:
         taken.setdefault((run.setting, run.method_key), set()).add(run.seed)
     for run in runs:
-        if run.seed == UNKNOWN_SEED and (len(run.steps) or run.validations):
+        if run.seed == UNKNOWN_SEED and not run.left_out:
             seeds = taken[run.setting, run.method_key]
             run.seed = next(seed for seed in range(len(seeds) + 1) if seed not in seeds)
             seeds.add(run.seed)
             run.notes.append(f"its seed is not known: counted as seed {run.seed}")
 
 
-def _note_missing(run: Run, dumped: set[int]) -> None:
+def _note_missing(run: Run, log: _Log) -> None:
+    if run.left_out:
+        return
     if not len(run.steps):
+        empty = "no metrics yet" if any(run.setting) else f"no run there; accepted: {ACCEPTED}"
+        run.notes.append(empty if log.source.kind == "empty" else "no step in its metrics")
+        run.left_out = "" if run.validations else run.notes[-1]
         return
     accuracies = logged_accuracies(run)
     if not accuracies and not run.validations:
         others = [key for key in run.metrics if key.startswith(("val", "test", "eval", "critic/score/mean"))][:NOTED]
         hint = f" ({', '.join(others)}: --metric takes any)" if others and not run.metric else ""
         run.notes.append(f"no {run.metric or 'validation'}{hint}")
-    elif not dumped:
+    elif not run.dumps:
         run.notes.append("no validation dumps: no intervals over problems")
     else:
         validated = {int(step) for acc in accuracies.values() for step in run.steps[np.isfinite(acc.values)]}
-        if missing := sorted(validated - dumped):
+        if missing := sorted(validated - run.dumps.keys()):
             run.notes.append(f"no validation dump of steps {', '.join(map(str, missing))}")

@@ -42,6 +42,7 @@ class Run(Identity):
     dumps: step -> file of every validation response.
     metric: what the accuracy is, if not verl's mean@n of the validation sets.
     ended: metric -> the step from which on it was logged, but not as a finite number.
+    left_out: why it is not in the report; "" if it is.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Run(Identity):
     dumps: dict[int, Path] = field(default_factory=dict)
     metric: str = ""
     ended: dict[str, int] = field(default_factory=dict)
+    left_out: str = ""
 
     @property
     def late_start(self) -> int | None:

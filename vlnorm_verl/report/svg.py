@@ -15,7 +15,6 @@ import numpy as np
 from vlnorm_verl.report.charts import Chart, Mean, Panel, by_method, ticks, y_range
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.labels import Look
-from vlnorm_verl.report.verdict import state_of
 
 WIDTH, HEIGHT = 420, 240
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 8, 36
@@ -29,8 +28,8 @@ def plain(number: float) -> str:
     return f"{number:.6g}".replace("-", "−")
 
 
-def panel(shown: Panel, keys: Sequence[str], looks: dict[str, Look]) -> str:
-    """One panel over steps. keys: the page's methods, whose places are their classes."""
+def panel(shown: Panel, looks: dict[str, Look]) -> str:
+    """One panel over steps."""
     means = by_method(shown.series, shown.smooth)
     low, high = y_range(shown, means.values())
     last = max((float(series.steps[-1]) for series in shown.series if len(series.steps)), default=1.0) or 1.0
@@ -44,14 +43,14 @@ def panel(shown: Panel, keys: Sequence[str], looks: dict[str, Look]) -> str:
     grid = [_tick_y(y(tick), plain(tick)) for tick in ticks(low, high)]
     grid += [_tick_x(x(tick), plain(tick)) for tick in ticks(0.0, last)]
     grid.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}">step</text>')
-    drawn = [_method(keys.index(key), looks[key], mean, shown, key, x, y) for key, mean in means.items()][::-1]
+    drawn = [_method(looks[key], mean, shown, key, x, y) for key, mean in means.items()][::-1]
     if shown.target is not None:
         drawn.insert(0, f'<path class="target" d="M{LEFT},{y(shown.target):.1f}H{WIDTH - RIGHT}"/>')
         for mark in shown.marks:
             at_x, at_y = x(mark.step), y(shown.target)
             side = "end" if at_x > 0.8 * WIDTH else "start"
             drawn.append(
-                f'<g class="m{keys.index(mark.key)} mark{" filled" if mark.filled else ""}">'
+                f'<g class="m{looks[mark.key].place} mark{" filled" if mark.filled else ""}">'
                 f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="{5 if mark.filled else 7}"/>'
                 f'<text x="{at_x:.1f}" y="{at_y + (-9 if mark.filled else 20):.1f}" text-anchor="{side}">'
                 f"{escape(mark.label)}</text></g>"
@@ -73,12 +72,12 @@ def _tick_y(at: float, text: str) -> str:
     return f'<path d="M{LEFT},{at:.1f}H{WIDTH - RIGHT}"/><text class="y" x="{LEFT - 6}" y="{at + 4:.1f}">{text}</text>'
 
 
-def _method(place: int, look: Look, mean: Mean, shown: Panel, key: str, x: Any, y: Any) -> str:
+def _method(look: Look, mean: Mean, shown: Panel, key: str, x: Any, y: Any) -> str:
     """Band, line, and thin line after a seed's end; the seeds where they have no step in common."""
     dash = f' stroke-dasharray="{look.dash}"' if look.dash else ""
     if not len(mean.steps):
         seeds = [(x(of.steps), y(of.values)) for of in shown.series if of.key == key]
-        return f'<g class="m{place}">{"".join(_path(*seed, "thin") for seed in seeds)}</g>'
+        return f'<g class="m{look.place}">{"".join(_path(*seed, "thin") for seed in seeds)}</g>'
     kept = np.unique(np.linspace(0, len(mean.steps) - 1, min(DRAWN, len(mean.steps))).round().astype(int))
     steps, of_line, low, high = (x(mean.steps[kept]), *(y(of[kept]) for of in (mean.mean, mean.low, mean.high)))
     parts = []
@@ -90,7 +89,7 @@ def _method(place: int, look: Look, mean: Mean, shown: Panel, key: str, x: Any, 
     if whole == 1:
         parts.append(f'<circle cx="{steps[0]:.1f}" cy="{of_line[0]:.1f}" r="3.5"/>')
     parts.append(_path(steps[:whole], of_line[:whole], "line", dash))
-    return f'<g class="m{place}">{"".join(parts)}</g>'
+    return f'<g class="m{look.place}">{"".join(parts)}</g>'
 
 
 def _path(x: np.ndarray, y: np.ndarray, kind: str, more: str = "") -> str:
@@ -101,7 +100,7 @@ def _path(x: np.ndarray, y: np.ndarray, kind: str, more: str = "") -> str:
 # -------------------------------------------------------------------------------------------------- what the script has
 
 
-def data(charts: Sequence[Chart], keys: Sequence[str], looks: dict[str, Look]) -> dict[str, Any]:
+def data(charts: Sequence[Chart], looks: dict[str, Look]) -> dict[str, Any]:
     """What charts.js draws: the panels in their order on the page; x: [steps, tokens, hours] of several series."""
     axes: dict[bytes, int] = {}
     x: list[list[Any]] = []
@@ -114,11 +113,11 @@ def data(charts: Sequence[Chart], keys: Sequence[str], looks: dict[str, Look]) -
             if key not in axes:
                 axes[key] = len(x)
                 x.append([None if array is None else _short(array) for array in arrays])
-            series.append([keys.index(of.key), of.seed, axes[key], _short(of.values)])
-        marks = [[keys.index(mark.key), mark.step, mark.label, mark.filled] for mark in shown.marks]
+            series.append([looks[of.key].place, axes[key], _short(of.values)])
+        marks = [[looks[mark.key].place, mark.step, mark.label, mark.filled] for mark in shown.marks]
         panels.append({"smooth": shown.smooth, "target": shown.target, "marks": marks, "series": series})
     frame = [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM]
-    methods = [{"label": looks[key].label, "dash": looks[key].dash} for key in keys]
+    methods = [{"label": look.label, "dash": look.dash} for look in looks.values()]
     return {"frame": frame, "methods": methods, "x": x, "panels": panels}
 
 
@@ -146,12 +145,11 @@ def difference(cell: Any, reach: float) -> str:
     def at(value: float) -> str:
         return f"{50 + 50 * max(-1.0, min(1.0, value / reach)):.1f}%"
 
-    state = state_of(cell) or "none"
     line = ""
     if isfinite(cell.low):
         line = f'<line class="interval" x1="{at(cell.low)}" x2="{at(cell.high)}" y1="9" y2="9"/>'
     return (
-        f'<svg class="difference {state.replace(" ", "-")}" role="img" aria-label="{state}">'
+        f'<svg class="difference {cell.state.replace(" ", "-")}" role="img" aria-label="{cell.state}">'
         f'<line class="zero" x1="50%" x2="50%" y1="0" y2="18"/>{line}'
         f'<circle cx="{at(cell.value)}" cy="9" r="4.5"/></svg>'
     )

@@ -67,14 +67,12 @@ class Table:
 
 
 class Shown(NamedTuple):
-    """A cell as every writer shows it. `mark` is the letter of its note, `cell` what it is of."""
+    """A cell as every writer shows it. `mark` is the letter of its note."""
 
     text: str
     interval: str = ""
     mark: str = ""
-    numeric: bool = False
     bold: bool = False
-    cell: Cell = None
 
 
 @dataclass
@@ -87,16 +85,17 @@ class Layout:
     notes: dict[str, str]
 
 
-def _number(value: float, digits: int) -> str:
+def number(value: float, digits: int, sign: bool = False) -> str:
+    """ "−0.020"; with a sign "+0.020"."""
     if isinstance(value, Integral):
         return str(int(value)).replace("-", "−")
     if math.isnan(value):
         return ABSENT
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    text = f"{value:.{digits}f}"
+    text = f"{value:{'+' if sign else ''}.{digits}f}"
     # A difference of −0.0004 isn't "−0.000".
-    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
 def _letters(index: int) -> str:
@@ -109,15 +108,15 @@ def layout_of(table: Table) -> Layout:
 
     def show(cell: Cell, digits: int) -> Shown:
         if cell is None:
-            return Shown(ABSENT, numeric=True)
+            return Shown(ABSENT)
         if isinstance(cell, Estimate):
             interval = ""
             if not (math.isnan(cell.low) or math.isnan(cell.high)):
-                interval = f"[{_number(cell.low, digits)}, {_number(cell.high, digits)}]"
+                interval = f"[{number(cell.low, digits)}, {number(cell.high, digits)}]"
             mark = marks.setdefault(cell.note, _letters(len(marks))) if cell.note else ""
-            return Shown(_number(cell.value, digits), interval, mark, numeric=True, cell=cell)
+            return Shown(number(cell.value, digits), interval, mark)
         if isinstance(cell, Real):
-            return Shown(_number(cell, digits), numeric=True)
+            return Shown(number(cell, digits))
         return Shown(one_line(str(cell)))
 
     kept = [index for index, column in enumerate(table.columns) if column not in table.hidden]
@@ -127,10 +126,10 @@ def layout_of(table: Table) -> Layout:
     numeric = [any(isinstance(row[index], (Real, Estimate)) for row in table.rows) for index in kept]
     cells: list[list[Shown]] = []
     above: Cell = None
-    for number, row in enumerate(table.rows):
+    for place, row in enumerate(table.rows):
         shown = [show(row[index], of) for index, of in zip(kept, digits, strict=True)]
-        cells.append([one._replace(bold=number in table.bold) for one in shown])
+        cells.append([one._replace(bold=place in table.bold) for one in shown])
         if table.grouped and row[0] == above:
-            cells[-1][0] = Shown("")
+            cells[-1][0] = cells[-1][0]._replace(text="")
         above = row[0]
     return Layout(columns, cells, numeric, {mark: note for note, mark in marks.items()})
