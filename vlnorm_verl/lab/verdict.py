@@ -7,13 +7,13 @@ import math
 from vlnorm_verl.lab.aggregations import ALPHAS, LARGE_SHARE, Tradeoff
 from vlnorm_verl.lab.analysis import Analysis
 from vlnorm_verl.report.estimates import Estimate
-from vlnorm_verl.report.table import _number
+from vlnorm_verl.report.table import number
 
 
 def interval(estimate: Estimate) -> str:
-    value = _number(estimate.value, 2) if math.isfinite(estimate.value) else "unknown"
+    value = number(estimate.value, 2) if math.isfinite(estimate.value) else "unknown"
     if math.isfinite(estimate.low):
-        return f"{value} [{_number(estimate.low, 2)}, {_number(estimate.high, 2)}]"
+        return f"{value} [{number(estimate.low, 2)}, {number(estimate.high, 2)}]"
     reason = estimate.note if value == "unknown" else f"no interval: {estimate.note}"
     return f"{value} ({reason})" if estimate.note else value
 
