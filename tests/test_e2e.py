@@ -110,9 +110,8 @@ def test_the_mode_is_at_work(run: tuple[Path, str]) -> None:
 
 def test_rollout_and_actor_agree(run: tuple[Path, str]) -> None:
     for record in read_metrics(run[0])[1:]:
-        assert (
-            record["data"]["training/rollout_probs_diff_max"] < 1e-4
-        )  # 3e-5 was the most in 180 steps; a wrong temperature gives 0.1
+        # 3e-5 was the most in 180 steps; a wrong temperature gives 0.1.
+        assert record["data"]["training/rollout_probs_diff_max"] < 1e-4
 
 
 def test_it_is_validated_before_and_after(run: tuple[Path, str]) -> None:
@@ -273,7 +272,7 @@ def test_two_ranks(tmp_path: Path, data: Path) -> None:
     lengths = [min(len(row["output"].removesuffix(".")) + 1, 256) for row in dumped(folder, "rollouts", 1)]
     assert len(lengths) == 128
     assert first["actor/vl_norm/length_harmonic_mean"] == pytest.approx(statistics.harmonic_mean(lengths), rel=1e-6)
-    assert first["training/rollout_probs_diff_max"] < 1e-5
+    assert first["training/rollout_probs_diff_max"] < 1e-4
 
 
 @pytest.mark.slow
