@@ -39,6 +39,12 @@ def weights(mode: str, lengths: torch.Tensor) -> torch.Tensor:
     return response_weights(aggregation, lengths, mini_batch_sum(aggregation, lengths), M)
 
 
+def test_the_floor_of_the_study_is_that_of_the_page() -> None:
+    block = re.search(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block
+    assert block[1] in (DOCS.parent / "benchmarks" / "study" / "floor.py").read_text(encoding="utf-8")
+
+
 @pytest.mark.usefixtures("pages")
 def test_the_floor_is_vl_norm_above_it_and_dr_grpo_norm_below() -> None:
     long, short = torch.tensor([32, 50, 700]), torch.tensor([1, 8, 31, 32])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import pytest
 
 from benchmarks.study import analyse, design, effects, record
 from benchmarks.study.design import METHODS, Run
+from vlnorm_verl import registry
 from vlnorm_verl.files import UserError, write_json
 from vlnorm_verl.runs.check import validate
 from vlnorm_verl.runs.config import compose
@@ -44,7 +46,7 @@ def blocks(generator: np.random.Generator, weighting: float, scale: float, sd: f
 
 def test_the_runs_are_those_of_the_design() -> None:
     runs = design.runs()
-    assert Counter(run.part for run in runs) == {"pilots": 4, "main": 60, "rates": 16, "eps": 4, "long": 5}
+    assert Counter(run.part for run in runs) == {"pilots": 4, "main": 60, "rates": 16, "eps": 4, "long": 5, "floor": 4}
     assert len({run.name for run in runs}) == len(runs)
     main = [run for run in runs if run.part == "main"]
     assert set(Counter((run.method, run.warm_start) for run in main).values()) == {4}
@@ -55,12 +57,12 @@ def test_the_runs_are_those_of_the_design() -> None:
     assert not {run.block for run in runs if run.part == "pilots"} & {run.block for run in main}
 
 
-def test_verl_is_given_what_the_design_says() -> None:
+def test_verl_is_given_what_the_design_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the keys: an override of one that nobody reads would be refused by `compose`."""
     modes, runs = {}, [replace(run, length=384) for run in design.runs() if run.block == 0]
     # Each method once, and each part.
     for run in {
-        run.method: run for part in ("main", "long", "rates", "eps") for run in runs if run.part == part
+        run.method: run for part in ("main", "long", "rates", "eps", "floor") for run in runs if run.part == part
     }.values():
         model = record.ROOT / "vlnorm_verl" / "tasks" / "tiny" / "weights"
         config = compose(ROOT / "recipes" / "config", run.overrides(Path("/f"), Path("/d"), model, Path("/h")))
@@ -72,13 +74,16 @@ def test_verl_is_given_what_the_design_says() -> None:
         assert (actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n, config.recipe.folder) == (64, "/f")
         assert config.actor_rollout_ref.model.path == str(model)
         modes[run.method] = (actor.loss_agg_mode, actor.loss_scale_factor)
-    validate(config)
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    runpy.run_path(str(ROOT / "benchmarks" / "study" / "floor.py"))
+    validate(config)  # the last one, whose mode that file has
     assert modes == {
         "grpo_norm": ("seq-mean-token-mean", None),
         "dapo_norm": ("token-mean", None),
         "dr_grpo_norm": ("seq-mean-token-sum-norm", 384),
         "vl_norm:1": ("vl_norm:1.0", 384),
         "vl_norm:0.75": ("vl_norm:0.75", 384),
+        "floor_norm:32": ("floor_norm:32", 384),
     }
 
 
@@ -182,7 +187,7 @@ def write_study(folder: Path, weighting: float, without: str = "") -> None:
     for run in design.runs():
         if run.name == without:
             continue
-        level = 0.5 + 0.01 * (run.block % 3) + weighting * WEIGHT[run.method]
+        level = 0.5 + 0.01 * (run.block % 3) + weighting * WEIGHT.get(run.method, WEIGHT["vl_norm:1"])
         columns = {name: np.full(run.steps, 0.1) for name in [*record.COLUMNS, "length_harmonic"]}
         columns["accuracy"] = level + generator.normal(0, 0.02, run.steps)
         columns["length_mean"] = np.full(run.steps, 100.0)

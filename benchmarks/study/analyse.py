@@ -20,7 +20,7 @@ from rich.console import Console
 from scipy.stats import levene
 
 from benchmarks.study import effects
-from benchmarks.study.design import FACTORIAL, HELD_OUT, METHODS, PARTS, STEPS, WARM_STARTS, runs
+from benchmarks.study.design import FACTORIAL, FLOOR, HELD_OUT, METHODS, PARTS, STEPS, WARM_STARTS, runs
 from benchmarks.study.effects import DAPO, VL, Blocks, bootstrap
 from benchmarks.study.record import RECORDS, read_records
 from vlnorm_verl import files
@@ -116,14 +116,14 @@ def warm_starts(main: dict[str, Records], y: Blocks) -> Table:
 
 
 def side_runs(records: Records, main: dict[str, Records]) -> Table:
-    """Each setting of the other parts, beside the main runs of the same method and blocks."""
+    """Each setting of the other parts, beside main's runs of the same method and blocks; the floor beside VL Norm's."""
     rows: list[list[Cell]] = []
     settings = dict[tuple[Any, ...], list[dict[str, Any]]]()
     for record in sorted((r for r in records if r["part"] != "main"), key=lambda r: [*PARTS].index(r["part"])):
         keys = ("part", "method", "length", "rate", "eps", "steps", "jobs")
         settings.setdefault(tuple(record[key] for key in keys), []).append(record)
     for (part, method, length, rate, eps, steps, jobs), of in settings.items():
-        usual = {record["block"]: record for record in main[method]}
+        usual = {record["block"]: record for record in main.get(method, main[VL])}
         gaps = [values([r, usual[r["block"]]], "accuracy") for r in of if part != "pilots" and r["block"] in usual]
         setting: list[Cell] = [part, label_of(method), str(length), f"{rate:g}", f"{eps:g}", f"{steps} × {len(of)}"]
         gap = over_seeds([float(a - b) for a, b in gaps]) if gaps else None
@@ -132,7 +132,8 @@ def side_runs(records: Records, main: dict[str, Records]) -> Table:
         rows.append([*row, end(of, "length_mean"), end(of, "cut"), jobs, first])
     columns = ["part", "method", "longest", "lr", "ε", "steps × runs", "accuracy, steps 1–60", "minus main's"]
     columns += [f"last {LAST} steps", "held-out Avg@8", "A", "cut", "at a time", "seconds, steps 1–20"]
-    return Table("side", "The other runs", columns, rows, digits_of={"A": 0, columns[-1]: 0})
+    foot = [f"Minus main's: of the same blocks and the same method; of {FLOOR} minus {label_of(VL)}."]
+    return Table("side", "The other runs", columns, rows, foot, digits_of={"A": 0, columns[-1]: 0})
 
 
 def conditions(records: Records, replaced: Records) -> Table:

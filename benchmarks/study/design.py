@@ -19,12 +19,14 @@ BLOCKS, WARM_STARTS, STEPS = 12, (1, 2, 3), 60  # a warm start's number is its s
 RATE, EPS = 2e-4, 1e-8
 FACTORIAL = ("grpo_norm", "dapo_norm", "dr_grpo_norm", "vl_norm:1")
 METHODS = (*FACTORIAL, "vl_norm:0.75")
+FLOOR = "floor_norm:32"  # a loss_agg_mode of benchmarks/study/floor.py
 PARTS = {
     "pilots": "the longest response; one run at a time or two",
     "main": "12 blocks of the five methods",
     "rates": "half and twice the learning rate, the four methods of the 2 × 2 design",
     "eps": "VL Norm with a larger ε of Adam",
     "long": "150 steps",
+    "floor": "1/max(L, 32) instead of VL Norm's 1/L, exploratory",
 }
 HELD_OUT = 512  # problems of the validation at the end; the first 128 are the quickstart's
 
@@ -54,10 +56,12 @@ class Run:
 
     def overrides(self, folder: Path, data: Path, model: Path, held_out: Path) -> list[str]:
         """What `vlnorm-verl launch` is given: the quickstart's recipe, validated once at the end, no checkpoint."""
-        method, alpha = split(self.method)
+        method, alpha = split("vl_norm:1" if self.method == FLOOR else self.method)
+        mode = [f"actor_rollout_ref.actor.loss_agg_mode='{FLOOR}'"] if self.method == FLOOR else []
         return [
             *("family=quickstart", "task=countdown", "length=8192", "model=tiny", f"method={method}"),
             *([] if alpha is None else [f"recipe.alpha={alpha}"]),
+            *mode,
             *(f"recipe.steps={self.steps}", f"recipe.seed={self.block}", f"recipe.tiny_length='{self.length}'"),
             *(f"recipe.folder={folder}", f"recipe.data={data}", f"data.val_files={held_out}"),
             f"actor_rollout_ref.model.path={model}",
@@ -77,7 +81,8 @@ def runs() -> list[Run]:
     for block in first[:2]:
         found += shuffled([Run("rates", m, block, rate=rate) for rate in (RATE / 2, RATE * 2) for m in FACTORIAL])
     found += [Run("eps", vl, block, eps=6e-6) for block in first]
-    return found + shuffled([Run("long", method, first[0], steps=150) for method in METHODS])
+    found += shuffled([Run("long", method, first[0], steps=150) for method in METHODS])
+    return found + [Run("floor", FLOOR, block) for block in first]
 
 
 def shuffled(block: list[Run]) -> list[Run]:

@@ -105,12 +105,19 @@ class Study:
         """
         self.work.mkdir(parents=True, exist_ok=True)
         cores, processes = sorted(os.sched_getaffinity(0)), {}
+        # Every process of a run imports floor.py, which only adds a mode.
+        modules = {"PYTHONPATH": str(ROOT), "VERL_USE_EXTERNAL_MODULES": "benchmarks.study.floor"}
         for index, (name, command) in enumerate(commands.items()):
             share = ",".join(map(str, cores[index % len(cores) :: len(commands)]))
             limits = ["setpriv", "--pdeathsig", "TERM", "taskset", "-c", share, sys.executable]
             with open(self.work / f"{name}.log", "ab") as log:
                 processes[name] = subprocess.Popen(
-                    [*limits, *command], stdout=log, stderr=log, cwd=ROOT, start_new_session=True
+                    [*limits, *command],
+                    stdout=log,
+                    stderr=log,
+                    cwd=ROOT,
+                    env=os.environ | modules,
+                    start_new_session=True,
                 )
         begun = time.monotonic()
         try:
