@@ -28,12 +28,12 @@ PARTS = {
     "long": "150 steps",
     "floor": "1/max(L, 32) instead of VL Norm's 1/L, exploratory",
 }
-HELD_OUT = 512  # problems of the validation at the end; the first 128 are the quickstart's
+HELD_OUT = 512  # problems; the first 128 are the quickstart's
 
 
 @dataclass(frozen=True)
 class Run:
-    """length: tokens. jobs: runs at a time. The block is the seed."""
+    """length: tokens. jobs: runs at a time. problems: of the validation at the end. The block is the seed."""
 
     part: str
     method: str
@@ -43,6 +43,7 @@ class Run:
     rate: float = RATE
     eps: float = EPS
     jobs: int = JOBS
+    problems: int = HELD_OUT
 
     @property
     def name(self) -> str:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from benchmarks.origin import ROOT, commit, machine
-from benchmarks.study.design import HELD_OUT, Run
+from benchmarks.study.design import Run
 from vlnorm_verl.files import UserError, write_json
 from vlnorm_verl.report.dumps import count
 from vlnorm_verl.runs.process import read_metrics
@@ -84,8 +84,10 @@ def write_record(records: Path, run: Run, folder: Path, model: Path, begun: Mome
     assert run.length
     steps, notes = [record for record in read_metrics(folder) if REWARD in record["data"]], list[str]()
     (counts,) = count(folder / "validation" / f"{run.steps}.jsonl", notes).values()
-    if [record["step"] for record in steps] != [*range(1, run.steps + 1)] or counts.n != [8] * HELD_OUT:
-        raise UserError(f"{folder}: there are not {run.steps} steps and {HELD_OUT} × 8 responses {'; '.join(notes)}")
+    if [record["step"] for record in steps] != [*range(1, run.steps + 1)] or counts.n != [8] * run.problems:
+        raise UserError(
+            f"{folder}: there are not {run.steps} steps and {run.problems} × 8 responses {'; '.join(notes)}"
+        )
     columns = {name: [record["data"][key] for record in steps] for name, key in COLUMNS.items()}
     dumps = [folder / "rollouts" / f"{record['step']}.jsonl" for record in steps]
     columns["length_harmonic"] = [harmonic_length(dump, run.length) for dump in dumps]

@@ -4,7 +4,7 @@
     python -m benchmarks.study.run --part pilots    first; then set LENGTH and JOBS in design.py and commit that
     python -m benchmarks.study.run --hours 2.4      all that is left, as far as it can end within 2.4 hours
     python -m benchmarks.study.run --again NAME     a run that another job disturbed, anew; the first stays in replaced/
-    python -m benchmarks.study.run --try DIR        three steps of four prompts a run, all in DIR: does it work here?
+    python -m benchmarks.study.run --try DIR        three steps of four prompts a run, 16 held-out ones, all in DIR
 
 Each run is one `vlnorm-verl launch`. A finished one is a file of docs/results/study (record.py), which is all that
 analyse.py needs; what else runs wrote, and the warm starts, are in --work. Ctrl-C and SIGTERM end what runs in order,
@@ -30,7 +30,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.study.design import HELD_OUT, PARTS, Run, runs
+from benchmarks.study.design import PARTS, Run, runs
 from benchmarks.study.record import RECORDS, ROOT, Load, read_records, write_record, write_warm_start
 from vlnorm_verl.files import UserError, locked, whole
 from vlnorm_verl.runs.process import raise_on_stop, read_metrics
@@ -61,10 +61,11 @@ class Study:
     def run(self, left: list[Run], deadline: float) -> bool:
         """Whether none failed. The second that fails ends it; no run begins that would end after the deadline."""
         self.make_warm_starts(sorted({run.warm_start for run in left}))
-        held_out, failed = self.work / "data" / f"held-out-{HELD_OUT}.parquet", 0
+        (problems,), failed = {run.problems for run in left}, 0
+        held_out = self.work / "data" / f"held-out-{problems}.parquet"
         if not held_out.exists():
             with whole(held_out) as temporary:
-                write_parquet(rows(HELD_OUT, 0, "test"), temporary)
+                write_parquet(rows(problems, 0, "test"), temporary)
         for batch in batches(left):
             if time.time() + max(seconds_of(run, read_records(self.records)) for run in batch) > deadline:
                 break
@@ -191,7 +192,7 @@ def main(
     deadline, records, every_run = time.time() + hours * 3600, RECORDS, runs()
     if attempt:
         work, records = attempt / "work", attempt / "records"
-        every_run = [replace(run, steps=3, length=run.length or 256) for run in every_run]
+        every_run = [replace(run, steps=3, length=run.length or 256, problems=16) for run in every_run]
     study, well = Study(work.resolve(), records, attempt is not None, Load()), True
     try:
         if unknown := {*(part or [])} - {*PARTS}:
