@@ -165,6 +165,7 @@ def test_the_recipe_refuses_a_folder_without_a_checkpoint(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_recipe_measures_before_and_after_a_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     trained = subprocess.run(
