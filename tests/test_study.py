@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -24,8 +23,9 @@ import numpy as np
 import pytest
 
 from benchmarks.study import analyse, design, effects, record
+from benchmarks.study import run as study
 from benchmarks.study.design import METHODS, Run
-from vlnorm_verl import registry
+from tests import warm
 from vlnorm_verl.files import UserError, write_json
 from vlnorm_verl.runs.check import validate
 from vlnorm_verl.runs.config import compose
@@ -57,12 +57,12 @@ def test_the_runs_are_those_of_the_design() -> None:
     assert not {run.block for run in runs if run.part == "pilots"} & {run.block for run in main}
 
 
-def test_verl_is_given_what_the_design_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verl_is_given_what_the_design_says() -> None:
     """Also the keys: an override of one that nobody reads would be refused by `compose`."""
     modes, runs = {}, [replace(run, length=384) for run in design.runs() if run.block == 0]
     # Each method once, and each part.
     for run in {
-        run.method: run for part in ("main", "long", "rates", "eps", "floor") for run in runs if run.part == part
+        run.method: run for part in ("floor", "main", "long", "rates", "eps") for run in runs if run.part == part
     }.values():
         model = record.ROOT / "vlnorm_verl" / "tasks" / "tiny" / "weights"
         config = compose(ROOT / "recipes" / "config", run.overrides(Path("/f"), Path("/d"), model, Path("/h")))
@@ -74,9 +74,7 @@ def test_verl_is_given_what_the_design_says(monkeypatch: pytest.MonkeyPatch) -> 
         assert (actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n, config.recipe.folder) == (64, "/f")
         assert config.actor_rollout_ref.model.path == str(model)
         modes[run.method] = (actor.loss_agg_mode, actor.loss_scale_factor)
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-    runpy.run_path(str(ROOT / "benchmarks" / "study" / "floor.py"))
-    validate(config)  # the last one, whose mode that file has
+    validate(config)
     assert modes == {
         "grpo_norm": ("seq-mean-token-mean", None),
         "dapo_norm": ("token-mean", None),
@@ -85,6 +83,15 @@ def test_verl_is_given_what_the_design_says(monkeypatch: pytest.MonkeyPatch) -> 
         "vl_norm:0.75": ("vl_norm:0.75", 384),
         "floor_norm:32": ("floor_norm:32", 384),
     }
+
+
+def test_a_run_of_the_floor_is_valid_where_the_study_starts_it(tmp_path: Path) -> None:
+    """In a process that knows the mode by the study's variables alone."""
+    weights = record.ROOT / "vlnorm_verl" / "tasks" / "tiny" / "weights"
+    floor = next(replace(run, length=256) for run in design.runs() if run.method == design.FLOOR)
+    given = floor.overrides(tmp_path / "run", tmp_path, weights, tmp_path / "held-out")
+    done = warm.python("-m", "vlnorm_verl", "launch", *given, "--dry-run", **study.VARIABLES)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 # ------------------------------------------------------------------------------------------------------------ effects

@@ -97,7 +97,6 @@ def write_record(records: Path, run: Run, folder: Path, model: Path, begun: Mome
         **asdict(run),
         "warm_start": run.warm_start,
         "warm_start_sha256": content_sha256(model / "model.safetensors"),
-    } | {
         "began": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime(begun.time)),
         "seconds": round(seconds, 1),
         "others_cores": round((ended.others - begun.others) / seconds, 3),

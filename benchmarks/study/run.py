@@ -43,6 +43,8 @@ FIRST_GUESS = 8.0  # seconds a step, before any run is measured
 TRIAL = ["data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.rollout.n=4"]
 TRIAL += ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8"]
 TRIAL += ["actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16"]
+# Every process of a run imports floor.py, which only adds a mode.
+VARIABLES = {"PYTHONPATH": str(ROOT), "VERL_USE_EXTERNAL_MODULES": "benchmarks.study.floor"}
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -106,8 +108,6 @@ class Study:
         """
         self.work.mkdir(parents=True, exist_ok=True)
         cores, processes = sorted(os.sched_getaffinity(0)), {}
-        # Every process of a run imports floor.py, which only adds a mode.
-        modules = {"PYTHONPATH": str(ROOT), "VERL_USE_EXTERNAL_MODULES": "benchmarks.study.floor"}
         for index, (name, command) in enumerate(commands.items()):
             share = ",".join(map(str, cores[index % len(cores) :: len(commands)]))
             limits = ["setpriv", "--pdeathsig", "TERM", "taskset", "-c", share, sys.executable]
@@ -117,7 +117,7 @@ class Study:
                     stdout=log,
                     stderr=log,
                     cwd=ROOT,
-                    env=os.environ | modules,
+                    env=os.environ | VARIABLES,
                     start_new_session=True,
                 )
         begun = time.monotonic()
