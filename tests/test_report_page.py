@@ -225,7 +225,7 @@ def test_every_line_is_seen_on_a_dark_page() -> None:
 
 def test_an_axis_of_differences_is_not_ruled_by_the_widest_interval() -> None:
     cells = [Estimate(0.02, 0.01, 0.03), Estimate(0.03, -0.5, 0.56)]
-    assert svg.reach_of(cells) == pytest.approx(1.08 * 0.09)
+    assert svg.axis_limit(cells) == pytest.approx(1.08 * 0.09)
     drawn = svg.difference(cells[0], 0.1)
     assert 'class="difference established"' in drawn
     assert 'x1="55.0%" x2="65.0%"' in drawn

@@ -119,7 +119,7 @@ class _Page:
     def _table(self, table: Table) -> dict[str, Any]:
         layout = layout_of(table)
         drawn = [row[table.columns.index(table.forest)] for row in table.rows] if table.forest in table.columns else []
-        reach = svg.reach_of(drawn)
+        limit = svg.axis_limit(drawn)
         columns = [
             {"title": column, "class": "drawn" if column == table.forest else "number" if numeric else ""}
             for column, numeric in zip(layout.columns, layout.numeric, strict=True)
@@ -133,8 +133,8 @@ class _Page:
             "name": table.name,
             "columns": columns,
             "rows": layout.cells,
-            "axis": svg.difference_axis(reach),
-            "differences": [svg.difference(cell, reach) for cell in drawn],
+            "axis": svg.difference_axis(limit),
+            "differences": [svg.difference(cell, limit) for cell in drawn],
             "grouped": table.grouped,
             "notes": layout.notes.items(),
             "foot": table.foot,

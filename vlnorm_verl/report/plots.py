@@ -13,7 +13,7 @@ from vlnorm_verl.report.charts import Chart, Panel, by_method, y_range
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.labels import Look
 from vlnorm_verl.report.style import Figure, figure_text, render, use_style
-from vlnorm_verl.report.svg import reach_of
+from vlnorm_verl.report.svg import axis_limit
 from vlnorm_verl.report.table import Table
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ def _differences(results: Table) -> Figure:
     axes.axvline(0, color="#777777", linewidth=0.9, linestyle=":")
     axes.set_yticks(heights, [figure_text(method) for _, method, _ in drawn])
     axes.set_ylim(max(heights, default=0) + 0.8, -1.8)
-    reach = reach_of([difference for _, _, difference in drawn])
-    axes.set_xlim(-reach, reach)
+    limit = axis_limit([difference for _, _, difference in drawn])
+    axes.set_xlim(-limit, limit)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(figure_text(results.forest))
     caption = "95% intervals. Filled: the interval does not reach 0; hollow: open; grey: one seed or no interval."

@@ -129,7 +129,7 @@ def _short(array: np.ndarray) -> list[float | int]:
 # ---------------------------------------------------------------------------------------------------------- differences
 
 
-def reach_of(cells: Sequence[Any]) -> float:
+def axis_limit(cells: Sequence[Any]) -> float:
     """How far from 0 an axis of differences goes: all values, and of wide intervals at most thrice the largest."""
     found = [cell for cell in cells if isinstance(cell, Estimate) and isfinite(cell.value)]
     values = max((abs(cell.value) for cell in found), default=0.0)
@@ -137,13 +137,13 @@ def reach_of(cells: Sequence[Any]) -> float:
     return 1.08 * (min(ends, 3 * values) if values else ends) or 1.08 * values or 1.0
 
 
-def difference(cell: Any, reach: float) -> str:
-    """A difference and its interval on an axis from −reach to reach, as wide as the page has room."""
+def difference(cell: Any, limit: float) -> str:
+    """A difference and its interval on an axis from −limit to limit, as wide as the page has room."""
     if not isinstance(cell, Estimate) or not isfinite(cell.value):
         return ""
 
     def at(value: float) -> str:
-        return f"{50 + 50 * max(-1.0, min(1.0, value / reach)):.1f}%"
+        return f"{50 + 50 * max(-1.0, min(1.0, value / limit)):.1f}%"
 
     line = ""
     if isfinite(cell.low):
@@ -155,10 +155,10 @@ def difference(cell: Any, reach: float) -> str:
     )
 
 
-def difference_axis(reach: float) -> str:
+def difference_axis(limit: float) -> str:
     """The axis of those differences: 0 and both ends."""
-    half = next(iter([*ticks(0.0, reach, 3)][-1:]), reach)
+    half = next(iter([*ticks(0.0, limit, 3)][-1:]), limit)
     marks = "".join(
-        f'<text x="{50 + 50 * value / reach:.1f}%" y="11">{plain(value)}</text>' for value in (-half, 0.0, half)
+        f'<text x="{50 + 50 * value / limit:.1f}%" y="11">{plain(value)}</text>' for value in (-half, 0.0, half)
     )
     return f'<svg class="difference axis" aria-hidden="true">{marks}</svg>'
