@@ -294,15 +294,15 @@ def judge_exactness(rows: list[dict[str, Any]], bound: float) -> Exactness:
     bad += [row for row in empty if not row["norm"] == row["error"] == 0]
     bad += [row for row in honest if not (row["error"] <= bound and row["norm"] > 1e-3)]
     worst = max((row["error"] for row in honest), key=lambda error: error if error == error else float("inf"))
-    return Exactness(bad, len(honest), worst, min(row["error"] for row in wrong))
+    return Exactness(bad, len(honest), worst, min((row["error"] for row in wrong), default=float("nan")))
 
 
-def feature_is_good(row: dict[str, Any]) -> bool:
+def feature_is_good(row: dict[str, Any], bound: float = TOLERANCE["float64"]) -> bool:
     """row: what tests.engine.features writes."""
     if row["kind"] != row["expected"]:
         return False
     if row["kind"] == "exact":
-        return row["error"] <= TOLERANCE["float64"] and row["wrong"] > 0.1
+        return row["error"] <= bound and row["norm"] > 1e-3 and row["wrong"] > 0.1
     return row["kind"] == "absent" or bool(row["at_config"])
 
 

@@ -294,7 +294,6 @@ def test_two_steps(name: str, tmp_path: Path) -> None:
         assert 0 < data["actor/grad_norm"] < math.inf
         if trainer.logs_entropy:  # by the driver, over the whole rollout batch; nats a token
             assert 0 < data["actor/entropy"] / token_weight < math.log(len(VOCABULARY))
-        print("DIFF", trainer.synced, number, data.get("training/rollout_probs_diff_max"))
         if number in trainer.synced:
             assert data["training/rollout_probs_diff_max"] < SYNCED
 

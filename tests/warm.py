@@ -70,6 +70,7 @@ def _server() -> Any:
         command, cwd=REPOSITORY, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     atexit.register(_end, server)
+    _line(server, 600)  # its imports are done
     return server
 
 
@@ -95,6 +96,7 @@ def serve() -> None:
         except Exception:  # not every release of verl comes with all of them; a program that needs it will say so
             continue
     gc.freeze()  # else a collection in a fork would copy all pages
+    print("ready", file=replies, flush=True)
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

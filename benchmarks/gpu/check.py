@@ -338,7 +338,8 @@ def main(
         for part in parts(group, device):
             if not only or any(name in part.name for name in only):
                 check.run(part)
-        print(f"\n{(out / f'{group}.md').read_text()}", flush=True)
+        if check.done:
+            print(f"\n{(out / f'{group}.md').read_text()}", flush=True)
         ends += [row["status"] for row in check.done]
     if write:
         write_page(write, out)

@@ -176,32 +176,6 @@ def loss_function(case: Case, mode: str, *, checked: bool = True) -> Callable[..
 
 
 @contextlib.contextmanager
-def recording(engine: Any) -> Iterator[list[tuple[torch.Tensor, int]]]:
-    """The whole gradient of what is trained and the number of all-to-alls until then, of each optimizer step."""
-    steps: list[tuple[torch.Tensor, int]] = []
-    optimizer_step, all_to_all = engine.optimizer_step, torch.distributed.all_to_all
-    all_to_alls = 0
-
-    def counting_all_to_all(*args: Any, **kwargs: Any) -> Any:
-        nonlocal all_to_alls
-        all_to_alls += 1
-        return all_to_all(*args, **kwargs)
-
-    def recording_step() -> Any:
-        norm = optimizer_step()
-        trained = [p for p in engine.module.parameters() if p.requires_grad]
-        steps.append((torch.cat([p.grad.full_tensor().flatten() for p in trained]).cpu(), all_to_alls))
-        return norm
-
-    engine.optimizer_step, torch.distributed.all_to_all = recording_step, counting_all_to_all
-    try:
-        yield steps
-    finally:
-        torch.distributed.all_to_all = all_to_all
-        del engine.optimizer_step
-
-
-@contextlib.contextmanager
 def without_chance() -> Iterator[None]:
     """clip_cov draws its tokens by torch.randperm (trainer/ppo/core_algos.py:1823): always the same ones."""
     randperm = torch.randperm
@@ -230,9 +204,9 @@ class Bench:
     def train(self, case: Case, loss: Callable[..., Any], data: TensorDict) -> list[tuple[torch.Tensor, int]]:
         worker = self.worker(case.worker)
         worker.set_loss_fn(loss)
-        with recording(worker.engine) as steps, without_chance():
+        with verl_side.recording(worker.engine, "all_to_all") as steps, without_chance():
             worker.train_mini_batch(data)
-        return steps
+        return [(gradient, all_to_alls) for gradient, _, all_to_alls in steps]
 
     def scenario(self, case: Case, **settings: Any) -> Scenario:
         values: dict[str, Any] = {"micro": case.micro, "tokens": case.tokens, "mini": ROWS} | settings

@@ -28,11 +28,6 @@ def takes_nested_data() -> bool:
     return importlib.util.find_spec("verl.trainer.ppo.padding_utils") is not None
 
 
-def has_token_sum() -> bool:
-    """verl's mode token-sum came with 0.9.0."""
-    return not needed()
-
-
 def prepare() -> None:
     """After `import verl`: FSDP engines for the device type cpu, and the few functions of torch.cuda that they call."""
     from verl.workers.engine.base import EngineRegistry

@@ -4,7 +4,7 @@ Transformers' model on one unpadded response at a time, on the engine's device, 
 weights by numpy from paper §1.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ class Scenario:
     masked: tuple[int, ...] = ()
     rejected: tuple[int, ...] = ()  # no response_mask, but a loss_mask: what verl's rollout correction leaves
     sabotage: str = ""
-    tags: list[str] = field(default_factory=list)
 
 
 def weights(mode: str, lengths: np.ndarray) -> np.ndarray:

@@ -166,8 +166,8 @@ def run_stock(rank: int, args: argparse.Namespace) -> None:
     _, rows, worker, mine = start_rank(rank, args)
     results = []
     for mode in STOCK_MODES:
-        if mode == "token-sum" and not older_verl.has_token_sum():
-            continue
+        if mode == "token-sum" and older_verl.needed():
+            continue  # it came with 0.9.0
         scenario = Scenario("stock", mode, micro=4, masked=(1, 4, 15), entropy_coeff=0.1, kl_coef=0.2)
         scenario.padded = not older_verl.takes_nested_data()
         with recording(worker.engine) as steps:

@@ -12,6 +12,7 @@ from tensordict import TensorDict
 
 from tests.engine import older_verl, ranks
 from tests.engine.batch import CLIP_C, CLIP_HIGH, CLIP_LOW, LENGTHS, PROMPT, ROWS, M
+from tests.engine.engine_parts import hf_model_config
 from tests.engine.reference import Rows, Scenario, make_model, make_rows
 
 
@@ -39,7 +40,10 @@ def make_data(rows: Rows, scenario: Scenario, mine: range) -> TensorDict:
     row_id = torch.tensor(list(mine))
     if scenario.padded:
         pad = functools.partial(torch.nn.functional.pad, mode="constant", value=0)
-        right = lambda t: pad(t, (0, scenario.width - len(t)))  # noqa: E731
+
+        def right(values: torch.Tensor) -> torch.Tensor:
+            return pad(values, (0, scenario.width - len(values)))
+
         # Prompts are padded on the left by one token, so that there is something to strip.
         ids = torch.stack([pad(right(rows.ids[i][PROMPT:]), (PROMPT + 1, 0)) for i in mine])
         for row, i in enumerate(mine):
@@ -98,7 +102,7 @@ def actor_config(scenario: Scenario) -> Any:
 
 def make_worker(folder: str, dtype: str) -> Any:
     from verl.trainer.config import CheckpointConfig
-    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, TrainingWorkerConfig
     from verl.workers.engine_workers import TrainingWorker
 
     precision = {"float32": "fp32", "float64": "fp64", "bfloat16": "fp32"}[dtype]
@@ -108,13 +112,7 @@ def make_worker(folder: str, dtype: str) -> Any:
     worker = TrainingWorker(
         TrainingWorkerConfig(
             model_type="language_model",
-            model_config=HFModelConfig(
-                path=folder,
-                load_tokenizer=False,
-                use_remove_padding=False,
-                enable_gradient_checkpointing=False,
-                override_config={"attn_implementation": "sdpa"},
-            ),
+            model_config=hf_model_config(folder),
             engine_config=FSDPEngineConfig(
                 strategy="fsdp2",
                 model_dtype=precision,
@@ -190,33 +188,38 @@ def train(worker: Any, scenario: Scenario, data: TensorDict) -> dict[str, float]
 
 
 @contextlib.contextmanager
-def recording(engine: Any) -> Iterator[list[tuple[torch.Tensor, list[int], int]]]:
-    """The whole gradient, this rank's rows and the number of all-reduces until then, of each optimizer step."""
+def recording(engine: Any, collective: str = "all_reduce") -> Iterator[list[tuple[torch.Tensor, list[int], int]]]:
+    """Of each optimizer step the gradient of all that is trained, this rank's rows, and how often until then a function
+    of torch.distributed was called."""
     steps: list[tuple[torch.Tensor, list[int], int]] = []
     rows: list[list[int]] = []
-    train_batch, optimizer_step, all_reduce = engine.train_batch, engine.optimizer_step, torch.distributed.all_reduce
-    all_reduces = 0
+    train_batch, optimizer_step = engine.train_batch, engine.optimizer_step
+    function, calls = getattr(torch.distributed, collective), 0
 
-    def counting_all_reduce(*args: Any, **kwargs: Any) -> Any:
-        nonlocal all_reduces
-        all_reduces += 1
-        return all_reduce(*args, **kwargs)
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return function(*args, **kwargs)
 
     def recording_train_batch(data: TensorDict, loss_function: Callable) -> Any:
-        rows.append(data["row_id"].tolist())
+        ids = data.get("row_id", None)  # features.py leaves them out
+        rows.append([] if ids is None else ids.tolist())
         return train_batch(data, loss_function)
 
     def recording_step() -> Any:
         norm = optimizer_step()
-        gradient = torch.cat([p.grad.full_tensor().flatten() for p in engine.module.parameters()])
-        steps.append((gradient.cpu(), rows[-1], all_reduces))
+        trained = [p for p in engine.module.parameters() if p.requires_grad]
+        gradient = torch.cat([p.grad.full_tensor().flatten() for p in trained])
+        steps.append((gradient.cpu(), rows[-1], calls))
         return norm
 
     engine.train_batch, engine.optimizer_step = recording_train_batch, recording_step
-    torch.distributed.all_reduce = counting_all_reduce
-    yield steps
-    torch.distributed.all_reduce = all_reduce
-    del engine.train_batch, engine.optimizer_step
+    setattr(torch.distributed, collective, counting)
+    try:
+        yield steps
+    finally:
+        setattr(torch.distributed, collective, function)
+        del engine.train_batch, engine.optimizer_step
 
 
 @contextlib.contextmanager
