@@ -12,10 +12,10 @@ the ratios are of one run.
 import contextlib
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -87,12 +87,13 @@ def vllm_alone(model: Path) -> float:
 def in_turns(rounds: int, against: Path, out: Path, arguments: list[str]) -> dict[str, list[dict[str, float]]]:
     """The medians of each round, by checkout: this file's work with the package that is there."""
     found: dict[str, list[dict[str, float]]] = {"before": [], "now": []}
-    for _ in range(rounds):
+    for turn in range(rounds):
         for name, root in (("before", against), ("now", Path(__file__).parent.parent)):
             environment = {**os.environ, "PYTHONPATH": str(root.resolve())}
-            command = [sys.executable, __file__, "--out", str(out / name), *arguments]
+            folder = out / f"{name}-{turn}"
+            command = [sys.executable, __file__, "--out", str(folder), *arguments]
             subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
-            found[name].append(json.loads((out / name / "seconds.json").read_text()))
+            found[name].append(json.loads((folder / "seconds.json").read_text()))
     return found
 
 
@@ -102,10 +103,14 @@ def main(
     ranks: Annotated[int, typer.Option(min=1, help="Data-parallel ranks.")] = 1,
     against: Annotated[Path | None, typer.Option(help="Another checkout of this project, to take turns with.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of turns, with --against.")] = 3,
-    out: Annotated[Path, typer.Option(help="Folder of the run; emptied first.")] = Path("runs/benchmark"),
+    out: Annotated[Path | None, typer.Option(help="A new folder for the run. Default: one that is removed.")] = None,
 ) -> None:
     """Train a random 1.1 M model for a few steps and print where the seconds go."""
     console = Console()
+    temporary = tempfile.TemporaryDirectory()
+    out = out or Path(temporary.name) / "out"
+    if out.exists():
+        raise typer.BadParameter(f"--out {out}: is there already")
     if against is not None:
         arguments = ["--steps", str(steps), "--ranks", str(ranks), *(overrides or [])]
         with console.status("training in turns …"):
@@ -119,7 +124,6 @@ def main(
             table.add_row(name, f"{statistics.median(before):.2f}", f"{statistics.median(now):.2f}", ratios)
         console.print(table)
         return
-    shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     parameters = random_model(out / "model")
     changed = {

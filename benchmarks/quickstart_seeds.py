@@ -109,6 +109,8 @@ def main(
     runs = [out / f"seed{seed}" for seed in range(seeds)]
     for seed, folder in enumerate(runs):
         if not (folder / "summary.json").exists():
+            if folder.exists():
+                raise typer.BadParameter(f"{folder} has a run that was stopped, so its time is not known: remove it")
             given = [f"recipe.seed={seed}", f"recipe.steps={steps}", f"recipe.folder={folder.resolve()}"]
             begin = time.monotonic()
             if code := subprocess.call(["bash", str(ROOT / "recipes" / "quickstart.sh"), *given]):

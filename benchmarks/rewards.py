@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -102,22 +102,6 @@ def hostile_run(title: str, responses: list[str], threads: int, judge: Callable[
     console.print(table)
 
 
-def validation_run() -> None:
-    """verl's validation metrics of 128 prompts x 8 responses, with and without a number per outcome class."""
-    from verl.trainer.ppo.metric_utils import process_validation_metrics
-
-    rng = random.Random(0)
-    uids = [str(i // 8) for i in range(1024)]
-    keys: dict[str, list[Any]] = {key: [float(rng.random() < 0.5) for _ in uids] for key in ("reward", "score", "acc")}
-    table = Table("numeric keys", "seconds", title="verl's process_validation_metrics, 128 prompts x 8")
-    for more in (0, len(countdown.OUTCOMES)):
-        infos = keys | {f"outcome/{i}": keys["acc"] for i in range(more)}
-        start = time.perf_counter()
-        process_validation_metrics(["task"] * len(uids), uids, infos)
-        table.add_row(str(len(infos)), f"{time.perf_counter() - start:.1f}")
-    console.print(table)
-
-
 def main(
     answers: Annotated[int, typer.Option(min=1, help="Responses of each kind to score.")] = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the median is printed.")] = 5,
@@ -173,7 +157,6 @@ def main(
         hostile_run(title, texts, cpus, lambda response: math_reward.judge(response, "7", pool))
         pool.close()
 
-    validation_run()
 
 
 if __name__ == "__main__":

@@ -91,8 +91,7 @@ TEST_SECONDS, PART_SECONDS = 120, 1800
 HEAD = """# Releases of verl
 
 Written by `bash recipes/test_releases.sh`, and copied: `cp .releases/table.md docs/results/releases.md`.
-Run on: {machine}. Seeds are fixed in the programs. *Exact*, *refused*,
-*absent*: as in [support](../support.md); each row of `tests/engine/features.py` counts once for each mode.
+Run on: {machine}. Seeds are fixed in the programs. *Exact*, *refused*, *absent*: as in [support](../support.md).
 
 """
 # After the tests, since importing verl before them could hide what they are about.

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 # "{out}" is a folder of the test's.
 SMALLEST = {
     "coverage.py": "--draws 10 --only monotonicity",
-    "cpu_stack.py": "--steps 3 --out {out}",
+    "cpu_stack.py": "--steps 3 --out {out}/new",
     "math_rules.py": "tests/data_samples/math500.json",
     "quickstart_seeds.py": "--seeds 2 --steps 1 --out {out}",
     "report.py": "--steps 20 --problems 16",

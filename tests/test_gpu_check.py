@@ -192,12 +192,20 @@ def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
         (["engine"], "torch sees no GPU"),
         (["page"], "--write docs/results/gpu.md"),
         (["everything"], "'engine', 'stack', 'all', 'page'"),
+        (["--device", "cpu", "--write", "docs/results/gpu.md"], "only tries the check"),
+        (["--device", "cpu", "--write", "README.md"], "a page with the line"),
     ],
 )
 def test_what_cannot_be_done_is_said(arguments: list[str], says: str, tmp_path: Path) -> None:
     done = script(*arguments, "--out", str(tmp_path), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert says in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_a_check_of_which_nothing_ran_fails(tmp_path: Path) -> None:
+    (tmp_path / "engine.md").write_text("of an earlier check")
+    done = script("--device", "cpu", "--only", "nothing", "--out", str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 @pytest.mark.parametrize(

@@ -296,17 +296,27 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_page(page: Path, folder: Path) -> None:
-    """Replace what stands below the page's mark by the tables of the results in `folder`.
+def head_of(page: Path) -> str:
+    """What stands above the page's mark.
 
     Raises:
-        typer.BadParameter: no such page, no mark in it, or results that are not of a GPU.
+        typer.BadParameter: no such page, or no mark in it.
     """
     head, mark, _ = page.read_text().partition(MARK) if page.exists() else ("", "", "")
     if not mark:
         raise typer.BadParameter(
             f"--write {page}: a page with the line {MARK.strip()!r} is needed; docs/results/gpu.md"
         )
+    return head
+
+
+def write_page(page: Path, folder: Path) -> None:
+    """Replace what stands below the page's mark by the tables of the results in `folder`.
+
+    Raises:
+        typer.BadParameter: no such page, no mark in it, or results that are not of a GPU.
+    """
+    head = head_of(page)
     found = [json.loads(file.read_text()) for group in GROUPS if (file := folder / f"{group}.json").exists()]
     if any(results["device"] != "cuda" for results in found):
         raise typer.BadParameter(f"--write {page}: the results in --out {folder} are not of a GPU")
@@ -326,6 +336,10 @@ def main(
     """Check the method on one GPU. Exits with 1 if a part failed or missed its bound, or none ran."""
     if what == "page" and not write:
         raise typer.BadParameter("page: --write PAGE says which, for instance --write docs/results/gpu.md")
+    if write:
+        head_of(write)  # before minutes of a GPU
+        if device == "cpu":
+            raise typer.BadParameter("--write: the page is of GPUs, and --device cpu only tries the check")
     card = "" if what == "page" else card_of(device)
     out.mkdir(parents=True, exist_ok=True)
     # Nothing of the check is downloaded.
