@@ -158,6 +158,5 @@ def main(
         pool.close()
 
 
-
 if __name__ == "__main__":
     typer.run(main)
