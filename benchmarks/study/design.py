@@ -13,8 +13,8 @@ from pathlib import Path
 
 from vlnorm_verl.methods import split
 
-LENGTH: int | None = None  # tokens, the longest response: 256 or 384, set after the pilots and before the first block
-JOBS = 1  # runs at a time, which share the cores; by the pilots, too
+LENGTH = 384  # tokens, the longest response; by the pilots
+JOBS = 1  # runs at a time, which share the cores; by the pilots
 BLOCKS, WARM_STARTS, STEPS = 12, (1, 2, 3), 60  # a warm start's number is its seed; the package ships number 1
 RATE, EPS = 2e-4, 1e-8
 FACTORIAL = ("grpo_norm", "dapo_norm", "dr_grpo_norm", "vl_norm:1")
