@@ -75,7 +75,7 @@ CURVE = np.linspace(0, 0.4, 9)  # log-odds gained over nine validations
 def curve(count: int, seeds: int, rate: float, spread: float) -> Estimate:
     log_odds = problems(count, rate)
     values = np.array([answers(log_odds + gain, 1, 0.0)[0] / N for gain in CURVE])
-    return rank_correlation(np.arange(len(CURVE)), values, (count,))
+    return rank_correlation(values.mean(1), values, (count,))
 
 
 def truth_of(kind: str, count: int, rate: float, spread: float) -> float:

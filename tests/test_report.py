@@ -1,7 +1,7 @@
 """The command `vlnorm-verl report` and its tables, from what real runs of verl wrote (tests/report_samples).
 
 Expected numbers are counted here by other means. Not covered here: how tables and figures look
-(tests/test_report_files.py, tests/test_report_figures.py), coverage of intervals (tests/test_estimates.py).
+(tests/test_report_files.py, tests/test_report_page.py), coverage of intervals (tests/test_estimates.py).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.report_runs import (
+    KEY,
     SAMPLES,
     accuracy,
     dump_line,
@@ -212,9 +213,10 @@ def test_accuracies_that_are_not_avg_at_8_are_not_called_so(tmp_path: Path) -> N
     (row,) = made([run := read_one(folder)], "results")
     assert row["Avg@1"].value == 0.25
     assert row["verl's best@8"] == 0.75
-    assert "Not Avg@8 of verl's acc: vl_norm-1.0-0: mean@1 of reward." in foot([run])
+    assert "Not Avg@8 of verl's acc: mean@1 of reward (all runs)." in foot([run])
     eight = read_one(write_run(tmp_path / "8", "dapo_norm", curve={10: 0.5}))
     assert "Avg@k" in made([run, eight], "results")[0]
+    assert "Not Avg@8 of verl's acc: mean@1 of reward (vl_norm-1.0-0)." in foot([run, eight])
     assert "Not Avg@8" not in foot([eight])
 
 
@@ -272,6 +274,11 @@ def test_dumps_that_do_not_say_the_set_leave_verls_numbers_without_intervals(tmp
     assert "there is no weighted average" in foot([run])
 
 
+def test_there_is_no_table_of_nothing_but_methods(tmp_path: Path) -> None:
+    run = read_one(write_run(tmp_path, curve={1: 0.5}, recipe={"length": "8192"}))
+    assert [table.name for table in tables.tables(Comparison([run]))] == ["results", "inputs"]
+
+
 # ------------------------------------------------------------------------------------------------------------ the paper
 
 
@@ -295,9 +302,10 @@ def test_the_papers_values_are_given_to_their_setting_only() -> None:
 
 
 def test_the_foot_says_where_the_papers_values_were_read_and_what_concerns_its_rows(tmp_path: Path) -> None:
-    three = read_one(write_run(tmp_path / "3b", "grpo_norm", curve={10: 0.5}))
-    seven = read_one(write_run(tmp_path / "7b", curve={10: 0.5}, recipe={"model": "7b"}))
-    tiny = read_one(write_run(tmp_path / "tiny", curve={10: 0.5}, recipe={"model": "tiny"}))
+    curve = {0: 0.1, 10: 0.5}
+    three = read_one(write_run(tmp_path / "3b", "grpo_norm", curve=curve))
+    seven = read_one(write_run(tmp_path / "7b", curve=curve, recipe={"model": "7b"}))
+    tiny = read_one(write_run(tmp_path / "tiny", curve=curve, recipe={"model": "tiny"}))
     texts = [foot([run]) for run in (three, seven, tiny)]
     assert ["CountDown 7B: in the paper's table GRPO Norm" in text for text in texts] == [False, True, False]
     assert ["entropy under VL Norm: between 0.1 and 0.2" in text for text in texts] == [False, True, False]
@@ -337,6 +345,15 @@ def test_other_keys_and_no_vl_norm(tmp_path: Path) -> None:
     assert "mine 6.500" in done.output
     assert "+2.000 over DAPO Norm (no interval)" in done.output
     assert not (tmp_path / "o" / "figures").exists(), "figures are drawn when asked for"
+
+
+def test_another_metric_is_the_average_that_its_dumps_agree_with(tmp_path: Path) -> None:
+    folder, metric = write_run(tmp_path, dumps={10: random_dump(1, 0.5)}), "val/test_score/gsm8k"
+    log = folder / "metrics-000.jsonl"
+    log.write_text(log.read_text().replace(KEY, metric))
+    runs = read(folder, metric=metric)
+    assert np.isfinite(made(runs, "results")[0]["Avg@8"].low)
+    assert f"Not Avg@8 of verl's acc: mean@8 of {metric} (all runs)." in foot(runs)
 
 
 @pytest.mark.parametrize(
@@ -391,11 +408,10 @@ def test_what_is_no_run_is_refused_in_one_message(
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_options_are_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for out, smooth, says in (("out", 0, "--smooth 0: accepted are"), ("file", 1, "/file: is a file; accepted is")):
-        with pytest.raises(UserError, match=says):
-            report(SAMPLES, out=tmp_path / out, smooth=smooth)
+    with pytest.raises(UserError, match="/file: is a file; accepted is"):
+        report(SAMPLES, out=tmp_path / "file")
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nothing can be made")
@@ -412,6 +428,16 @@ def test_a_broken_record_of_what_was_written_is_none(content: str, tmp_path: Pat
     (tmp_path / "out" / ".written.json").write_text(content, encoding="latin-1")
     report(folder, out=tmp_path / "out")
     assert "tables/results.csv" in json.loads((tmp_path / "out" / ".written.json").read_text())["files"]
+
+
+def test_a_record_of_what_was_written_removes_nothing_elsewhere(tmp_path: Path) -> None:
+    """The folder may be somebody else's."""
+    folder, theirs = write_run(tmp_path / "a", curve={1: 0.5, 2: 0.6}), ["../thesis.tex", "tables/..", "tables/old.csv"]
+    thesis, old = (put(tmp_path / "out" / name, "") for name in theirs[::2])
+    put(tmp_path / "out" / ".written.json", json.dumps({"files": [*theirs, str(thesis)]}))
+    report(folder, out=tmp_path / "out")
+    assert thesis.exists()
+    assert not old.exists()
 
 
 def test_a_second_report_removes_what_it_has_no_runs_for(tmp_path: Path) -> None:

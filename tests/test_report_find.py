@@ -45,6 +45,14 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     assert sorted(said(found)) == [("again", 0), ("dapo_norm", 1)]
 
 
+def test_a_link_to_nothing_is_no_log_and_no_dump(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", curve={10: 0.5}, dumps={10: {"p": [1, 0], "q": [1, 0]}})
+    (folder / "validation" / "5.jsonl").symlink_to(tmp_path / "gone")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x.wandb").symlink_to(tmp_path / "gone")
+    assert [*read_one(tmp_path).validations] == [10]
+
+
 @pytest.mark.parametrize("start", ["\n", "\ufeff", "\ufeff\n\n", 'p": 3}}\n', "nothing\n" * 9])
 def test_a_file_is_found_whatever_its_first_lines_are(start: str, tmp_path: Path) -> None:
     put(tmp_path / "run.jsonl", start + text((0, 40, 0.0)))
@@ -92,6 +100,7 @@ def test_a_label_is_the_method_and_several_seeds_are_counted(tmp_path: Path) -> 
     assert row["Avg@8"].value == pytest.approx(0.6)
     assert row["seeds"] == 2
     assert read(f"vl_norm:0.5={tmp_path}/x.jsonl")[0].method_key == "vl_norm:0.5"
+    assert sorted(said(read(tmp_path, f"vl_norm:0.5@3={tmp_path}/x.jsonl"))) == [("vl_norm:0.5", 3), ("y", 0)]
 
 
 def test_a_label_with_a_seed(tmp_path: Path) -> None:
@@ -162,6 +171,17 @@ def test_a_plain_run_of_verl_with_hydras_configuration(tmp_path: Path) -> None:
     assert (run.method_key, run.seed, run.planned_steps) == ("grpo_norm", 4, 50)
     assert run.setting == Setting(model="Qwen2.5-3B", length="512")
     assert [row["step"] for row in made([run], "results")] == ["7 of 50"]
+
+
+@pytest.mark.parametrize(("whole", "method"), [(True, "grpo_norm"), (False, "vl_norm:1")])
+def test_a_configuration_that_is_cut_is_said(whole: bool, method: str, tmp_path: Path) -> None:
+    put(tmp_path / "vl_norm.jsonl", text((0, 10, 0.0)))
+    content = "actor_rollout_ref: {actor: {loss_agg_mode: seq-mean-token-mean}}"
+    put(tmp_path / "config.yaml", content[:-1])
+    put(tmp_path / ".hydra" / "config.yaml", content if whole else content[:-1])
+    run = read_one(tmp_path)
+    assert run.method_key == method
+    assert [" is no YAML (" in note for note in run.notes].count(True) == 2 - whole
 
 
 def test_the_mode_that_was_trained_decides_over_the_recipes_alpha(tmp_path: Path) -> None:

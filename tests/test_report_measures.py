@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.report_runs import KEY, accuracy, foot, looked_at, made, put, random_dump, read, read_one, text, write_run
-from vlnorm_verl.report import first_hit, groups, measures
+from vlnorm_verl.report import first_hit, groups, measures, verdict
 from vlnorm_verl.report.identity import Setting
 from vlnorm_verl.report.run import Run
 
@@ -162,9 +162,11 @@ def test_a_difference_is_of_the_seeds_that_were_validated_at_its_step(tmp_path: 
 
 def test_without_a_step_in_common_there_is_no_difference(tmp_path: Path) -> None:
     folders = [write_run(tmp_path, curve={10: 0.5}), write_run(tmp_path, "grpo_norm", curve={15: 0.5})]
-    grpo, _ = made(read(*folders), "results")
+    grpo, _ = made(runs := read(*folders), "results")
     assert np.isnan(grpo["VL Norm minus this"].value)
     assert grpo["VL Norm minus this"].note == "no validated step in common"
+    (found,) = verdict.verdicts(groups.Comparison(runs))
+    assert found.over[0].words == "no validated step in common with VL Norm (α = 1)"
 
 
 def test_the_vl_norm_that_others_are_compared_with() -> None:
@@ -214,6 +216,22 @@ def test_a_monotonicity_without_an_interval_says_why(dumps: dict[int, list[int]]
     found = measures.monotonicity([read_one(write_run(tmp_path, dumps=named))])
     assert found.value > 0
     assert (np.isnan(found.low), found.note) == (True, note)
+
+
+@pytest.mark.parametrize("shared", [2, 24])
+def test_a_monotonicity_with_an_interval_lies_in_it(shared: int, tmp_path: Path) -> None:
+    """verl draws 16 other problems for each validation: accuracy rises by these, and falls on the shared ones."""
+    rising = {0: [0] * 8, 1: [0, 1] * 4, 2: [1] * 8}
+    dumps = {
+        step: random_dump(step, 0.6 - step / 10, shared) | {f"{step} {i}": responses for i in range(16)}
+        for step, responses in rising.items()
+    }
+    found = measures.monotonicity([read_one(write_run(tmp_path, dumps=dumps))])
+    assert found.value == 1
+    if shared == 24:
+        assert found.low < 1 == found.high
+    else:
+        assert (np.isnan(found.low), found.note) == (True, "one seed; other problems in each validation")
 
 
 # ----------------------------------------------------------------------------------------------------------- first hits
@@ -311,9 +329,12 @@ def test_an_unfinished_run_is_neither_a_target_nor_out_of_reach(tmp_path: Path) 
 def test_a_target_that_was_met_before_training_gives_no_ratio(tmp_path: Path) -> None:
     run = read_one(write_run(tmp_path, curve={0: 0.5, 10: 0.6}))
     reference = read_one(write_run(tmp_path, "dapo_norm", curve={0: 0.5, 10: 0.4}, planned=10))
-    found = first_hit.speed_up([run], [reference], 1)
-    assert found.by_last is None
-    assert found.note == "the target was met before training"
+    # Differences of cumulated sums give its last value as 0.30000000000000004.
+    back = read_one(write_run(tmp_path / "back", "dapo_norm", curve={0: 0.3, 10: 0.7, 20: 0.3}, planned=20))
+    low = read_one(write_run(tmp_path / "low", curve={0: 0.2, 10: 0.6}))
+    for found in (first_hit.speed_up([run], [reference], 1), first_hit.speed_up([low], [back], 1)):
+        assert found.by_last is None
+        assert found.note == "the target was met before training"
 
 
 def test_a_log_whose_beginning_is_lost_has_no_ratio(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tests.report_runs import line, looked_at, put, random_dump, read, report, t
 from tests.synthetic_runs import EFFECTS, truth, write
 from tests.test_report_files import Page
 from vlnorm_verl.methods import METHODS
-from vlnorm_verl.report import build, charts, configs, labels, plots, svg, verdict
+from vlnorm_verl.report import build, changes, charts, configs, labels, plots, svg, tables, verdict
 from vlnorm_verl.report.changes import Memo
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.groups import Comparison
@@ -94,6 +94,14 @@ def test_what_is_wrong_is_said_with_the_runs_names(runs: list[Run]) -> None:
     assert odd["One seed only"] == [f"DAPO + overlong filtering ({DAPO})"]
 
 
+def test_a_metric_that_ended_is_said_of_its_own_run(tmp_path: Path) -> None:
+    for name, last in (("a", "NaN"), ("b", "0.5")):
+        end = line(21).replace('"actor/grad_norm": 0.5', f'"actor/grad_norm": {last}')
+        put(tmp_path / f"{name}.jsonl", text((0, 20, 0.0)) + end)
+    odd = looked_at(read(f"mine={tmp_path}/a.jsonl", f"mine={tmp_path}/b.jsonl"))
+    assert odd["Not a finite number any more"] == ["mine/a (actor/grad_norm, from step 21 on)"]
+
+
 def test_a_resumed_run_has_the_later_starts_records(runs: list[Run]) -> None:
     (resumed,) = (run for run in runs if run.name == "aggregation-countdown-3b-3072-dapo_norm-seed0")
     assert resumed.steps.tolist() == list(range(STEPS + 1))
@@ -119,9 +127,17 @@ def test_a_method_that_is_behind_where_both_were_is_not_established(tmp_path: Pa
         put(tmp_path / f"vl_norm_s{seed}.jsonl", text((0, 20, 0.1 + seed / 1000)))
         put(tmp_path / f"token-mean_s{seed}.jsonl", text((0, 60, 0.0)))
     (found,) = verdict.verdicts(Comparison(read(tmp_path)))
-    assert (found.best, found.over[0].behind, found.sure) == ("DAPO Norm", True, False)
+    assert (found.best, found.over[0].relation, found.sure) == ("DAPO Norm", "behind", False)
     assert "(at step 20)" in found.over[0].difference
-    assert not verdict.Over("another", "established", "−10.1 points", behind=True).established
+    assert not verdict.Over("another", "established", "−10.1 points", "behind").established
+
+
+def test_of_equal_methods_the_bold_one_is_the_verdicts(tmp_path: Path) -> None:
+    for name in ("vl_norm", "token-mean"):
+        put(tmp_path / f"{name}.jsonl", text((0, 20, 0.0)))
+    compared = Comparison(read(tmp_path))
+    results, (found,) = tables.tables(compared)[0], verdict.verdicts(compared)
+    assert [results.rows[index][1] for index in results.bold] == [found.best]
 
 
 def test_what_configurations_differ_in(runs: list[Run]) -> None:
@@ -130,6 +146,16 @@ def test_what_configurations_differ_in(runs: list[Run]) -> None:
     rows = [row for row in found.rows if str(row[0]).startswith("Math")]
     assert [row[1] for row in rows] == ["actor_rollout_ref.actor.optim.lr"]
     assert str(rows[0][2]).endswith("2e-06: Dr. GRPO")
+
+
+def test_long_values_are_compared_whole(tmp_path: Path) -> None:
+    for method in ("vl_norm", "dapo_norm"):
+        config = write_run(tmp_path, method, curve={1: 0.5}) / "config.yaml"
+        config.write_text(f"{config.read_text()}data: {{prompt: {'x' * 100} {method}}}\n")
+    found = configs.differing(Comparison(read(tmp_path)), "t")
+    assert found is not None
+    assert [row[1] for row in found.rows] == ["data.prompt"]
+    assert str(found.rows[0][2]).startswith(f"{'x' * (configs.LONGEST - 1)}…: ")
 
 
 # -------------------------------------------------------------------------------------------------------------- charts
@@ -226,10 +252,17 @@ def test_every_line_is_seen_on_a_dark_page() -> None:
 def test_an_axis_of_differences_is_not_ruled_by_the_widest_interval() -> None:
     cells = [Estimate(0.02, 0.01, 0.03), Estimate(0.03, -0.5, 0.56)]
     assert svg.axis_limit(cells) == pytest.approx(1.08 * 0.09)
+    assert svg.axis_limit([Estimate(0.5), Estimate(0.01, 0.0, 0.02)]) == pytest.approx(1.08 * 0.5)
     drawn = svg.difference(cells[0], 0.1)
     assert 'class="difference established"' in drawn
     assert 'x1="55.0%" x2="65.0%"' in drawn
     assert svg.difference(None, 0.1) == ""
+
+
+def test_settings_have_figures_of_their_own_in_the_folder() -> None:
+    names = [labels.file_name("training", "", task) for task in ("数学", "物理", "../../x", "..", "a b/\0\ud800")]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"training[\w.-]+", name) for name in names)
 
 
 def test_figures_on_request_have_the_pages_lines(folder: Path, tmp_path: Path) -> None:
@@ -295,6 +328,19 @@ def test_nothing_is_done_again_where_the_dumps_are_elsewhere(tmp_path: Path) -> 
     assert report(tmp_path / "runs", out=tmp_path / "out") == first
     assert page.read_text() == "mine"
     (dumps / "10.jsonl").write_text("")
+    report(tmp_path / "runs", out=tmp_path / "out")
+    assert "<html" in page.read_text()
+
+
+def test_a_report_of_another_version_of_the_package_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "runs", curve={1: 0.5, 2: 0.6})
+    module = put(tmp_path / "package" / "report" / "tables.py", "")
+    monkeypatch.setattr(changes, "__file__", str(module))
+    report(tmp_path / "runs", out=tmp_path / "out")
+    page = put(tmp_path / "out" / "report.html", "old")
+    module.write_text("# new")
     report(tmp_path / "runs", out=tmp_path / "out")
     assert "<html" in page.read_text()
 

@@ -48,13 +48,13 @@ def test_a_cut_last_line_and_a_corrupt_line_are_named_and_left_out(tmp_path: Pat
     assert "metrics-000.jsonl: line 2 corrupt, left out" in run.notes
 
 
-def test_bytes_that_are_no_text_are_a_corrupt_line(tmp_path: Path) -> None:
+def test_bytes_that_are_no_text_and_a_step_that_is_none_are_corrupt_lines(tmp_path: Path) -> None:
     folder = write_run(tmp_path, curve={0: 0.1})
     with open(folder / "metrics-000.jsonl", "ab") as file:
-        file.write(b"\0\0\xff\xfe\n" + record(1, loss=1.0).encode())
+        file.write(b"\0\0\xff\xfe\n" + record(1, loss=1.0).encode() + record(2**63, loss=1.0).encode())
     run = read_one(folder)
     assert run.steps.tolist() == [0, 1]
-    assert "metrics-000.jsonl: line 2 corrupt, left out" in run.notes
+    assert "metrics-000.jsonl: 2 lines 2, 4 corrupt, left out" in run.notes
 
 
 def test_a_whole_last_line_without_its_newline_counts(tmp_path: Path) -> None:
@@ -268,15 +268,6 @@ def test_a_file_that_only_has_the_name_of_wandbs_is_refused(tmp_path: Path) -> N
         read(put(tmp_path / "bad.wandb", "something else"))
 
 
-@pytest.mark.parametrize("library", ["tensorboard", "wandb"])
-def test_a_missing_library_is_named(tracked: Path, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in [m for m in sys.modules if m.split(".")[0] == library] + [library]:
-        monkeypatch.setitem(sys.modules, module, None)
-    (folder,) = (tracked / "wide").glob(f"{library}*")
-    with pytest.raises(UserError, match=f"pip install {library}"):
-        read(folder)
-
-
 # ---------------------------------------------------------------------------------------------------------------- dumps
 
 
@@ -285,13 +276,13 @@ def test_acc_counts_before_score_and_booleans_count(tmp_path: Path) -> None:
     lines = [dump_line("p", 1, acc=0.0), dump_line("p", 1, acc=True), dump_line("q", 1, acc=None), dump_line("q", 0)]
     file.write_text("".join(lines))
     found = dumps.count(file, [])[""]
-    assert (found.n, found.correct) == ([2, 2], [1.0, 1.0])
+    assert (found.n.tolist(), found.correct.tolist()) == ([2, 2], [1, 1])
 
 
 def test_equal_prompts_with_other_answers_are_other_problems(tmp_path: Path) -> None:
     file = tmp_path / "0.jsonl"
     file.write_text(dump_line("p", 1, gts={"a": 1}) + dump_line("p", 1, gts={"a": 2}) + dump_line("p", 0, gts={"a": 1}))
-    assert sorted(dumps.count(file, [])[""].n) == [1, 2]
+    assert sorted(dumps.count(file, [])[""].n.tolist()) == [1, 2]
 
 
 @pytest.mark.parametrize(

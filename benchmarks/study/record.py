@@ -84,7 +84,7 @@ def write_record(records: Path, run: Run, folder: Path, model: Path, begun: Mome
     assert run.length
     steps, notes = [record for record in read_metrics(folder) if REWARD in record["data"]], list[str]()
     (counts,) = count(folder / "validation" / f"{run.steps}.jsonl", notes).values()
-    if [record["step"] for record in steps] != [*range(1, run.steps + 1)] or counts.n != [8] * run.problems:
+    if [record["step"] for record in steps] != [*range(1, run.steps + 1)] or counts.n.tolist() != [8] * run.problems:
         raise UserError(
             f"{folder}: there are not {run.steps} steps and {run.problems} × 8 responses {'; '.join(notes)}"
         )

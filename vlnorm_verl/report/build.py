@@ -1,12 +1,9 @@
 """`vlnorm-verl report`: reads runs, says what they show, and writes it.
 
-The parts are the modules beside this one. What is written to DIR:
+The parts are the modules beside this one. What is written beside what cli.py names:
 
-    report.html                   everything in one file that needs no network
-    tables/                       NAME.md, NAME.csv, NAME.json, NAME.tex
-    figures/                      NAME.png, NAME.svg, when asked for
-    .validation-counts.msgpack    what a second report reads instead of the dumps
-    .written.json                 what a second report replaces, and of which inputs this one is
+    .validation-counts-N.msgpack    what a second report reads instead of the dumps
+    .written.json                   what a second report replaces, and of which inputs this one is
 """
 
 from __future__ import annotations
@@ -14,16 +11,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
 
-from vlnorm_verl import methods
+from vlnorm_verl import __version__, methods
 from vlnorm_verl.files import UserError, write_json
 from vlnorm_verl.report import labels
 from vlnorm_verl.report.changes import Memo, fingerprint
@@ -81,11 +78,9 @@ def build(request: Request, console: Console | None = None, memo: Memo | None = 
     memo: of an earlier call; logs that have not changed since are not read again, nor the same tables printed.
 
     Raises:
-        UserError: a wrong request, which no run found is.
+        UserError: a wrong request, also where no run is found.
     """
     console, memo = console or Console(), memo or Memo()
-    if request.smooth is not None and request.smooth < 1:
-        raise UserError(f"--smooth {request.smooth}: accepted are whole numbers from 1 (no smoothing)")
     with _folder(request.out):
         earlier, options = _earlier(request.out), asdict(request) | {"verbose": False}
         sources = find([*request.arguments])
@@ -100,11 +95,12 @@ def build(request: Request, console: Console | None = None, memo: Memo | None = 
             runs = read_runs(sources, request.out, request.metric, memo)
         compared = Comparison(runs, _method_key(request.baseline, runs))
         asked = plotted(runs, request.plots)
-    made = tables(compared, request.smooth)
-    with console.status("drawing …"):
+    with console.status("computing and drawing …"):
+        made = tables(compared, request.smooth)
         said, files = _write(request, compared, made, asked)
     for name in set(earlier.files) - set(files):
-        (request.out / name).unlink(missing_ok=True)
+        if re.fullmatch(r"(tables|figures)/\w[^/]*", name):  # the record may have come with the folder
+            (request.out / name).unlink(missing_ok=True)
     write_json(request.out / WRITTEN, {"files": files, "inputs": inputs, "dumps": dumps, "said": said})
     memo.inputs = inputs
     for table in made if request.verbose else ():
@@ -189,14 +185,14 @@ def _write(
     if request.figures:
         of_settings = [
             replace(chart, title=f"{compared.titles[setting]}: {chart.title}")
-            for setting, of in drawn.items()
-            for chart in of
+            for setting, others in drawn.items()
+            for chart in others
         ]
         pictures = [*plots([*accuracy, *of_settings], looks, named.get("results"))]
         write_figures(pictures, out / "figures")
     files = ["report.html", *(f"tables/{table.name}.{ending}" for table in made for ending in FORMATS)]
     files += [f"figures/{figure.name}.{ending}" for figure in pictures for ending in ("png", "svg")]
-    origin = f"{len(compared.runs)} runs, read on {datetime.date.today()} by vlnorm-verl {version('vlnorm-verl')}."
+    origin = f"{len(compared.runs)} runs, read on {datetime.date.today()} by vlnorm-verl {__version__}."
     page = out / "report.html"
     lead = Lead(found, several, odd, looks)
     write_page(page, "Report on runs of verl", [origin], _parts(compared, accuracy, drawn, named), lead)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,5 +52,7 @@ def fingerprint(sources: Sequence[Source], options: object, dumps: Iterable[str]
     files = [file for source in sources for file in source.files]
     files += [source.folder / name for source in sources for name in ("config.yaml", ".hydra/config.yaml")]
     files += [file for folder in folders for file in sorted(folder.glob("*.jsonl"))]
-    said = repr((version("vlnorm-verl"), options, [source.folder for source in sources], stamp(files)))
+    package = Path(__file__).parents[1]
+    files += sorted([*package.glob("*.py"), *package.glob("report/*.*"), *package.glob("runs/*.py")])
+    said = repr((options, [source.folder for source in sources], stamp(files)))
     return hashlib.blake2b(said.encode(errors="replace"), digest_size=16).hexdigest()

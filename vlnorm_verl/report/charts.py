@@ -22,7 +22,7 @@ import numpy as np
 
 from vlnorm_verl.files import UserError
 from vlnorm_verl.report import measures
-from vlnorm_verl.report.groups import Comparison, Groups, Pair, by_setting
+from vlnorm_verl.report.groups import Comparison, Groups, Pair, by_setting, runs_of
 from vlnorm_verl.report.identity import Setting
 from vlnorm_verl.report.labels import accuracy_label, file_name
 from vlnorm_verl.report.read import nearest
@@ -119,7 +119,7 @@ def charts(
     panels = []
     for setting, groups in by_setting(compared.validated).items():
         if series := _accuracy(groups):
-            label = accuracy_label([run for runs in groups.values() for run in runs])
+            label = accuracy_label(runs_of(groups))
             panels.append(Panel(f"{compared.titles[setting]}: {label}", series))
     caption = (
         "On validation prompts. Line: mean of the seeds; band: from the lowest to the highest seed. Thin line, after a "
@@ -130,7 +130,8 @@ def charts(
         setting: [_reached(setting, compared), _training(setting, groups, smooth, plots)]
         for setting, groups in by_setting(compared.groups).items()
     }
-    return [accuracy] * bool(panels), {setting: [chart for chart in of if chart.panels] for setting, of in rest.items()}
+    others = {setting: [chart for chart in drawn if chart.panels] for setting, drawn in rest.items()}
+    return [accuracy] if panels else [], others
 
 
 def _accuracy(groups: Groups) -> list[Series]:
@@ -149,7 +150,7 @@ def _reached(setting: Setting, compared: Comparison) -> Chart:
         "reaches it; open mark: where the lower one itself first did, since curves are flat at the end and its last "
         "step flatters whoever is compared with it. Each seed's own curve is read, and the mean over seeds marked."
     )
-    panels = [_pair(pair, {group: compared.validated[group] for group in pair[:2]}) for pair in pairs]
+    panels = [_pair(pair, {group: compared.validated[group] for group in (pair.higher, pair.lower)}) for pair in pairs]
     return Chart(
         file_name("reached", *setting),
         "When the higher one reaches the final accuracy of the lower one",
@@ -175,7 +176,7 @@ def _pair(pair: Pair, groups: Groups) -> Panel:
 
 
 def _training(setting: Setting, groups: Groups, smooth: int | None, plots: Sequence[str]) -> Chart:
-    every = [run for runs in groups.values() for run in runs]
+    every = runs_of(groups)
     longest = max((len(run.steps) for run in every), default=0)
     width = max(1, math.ceil(max((run.steps[-1] for run in every if len(run.steps)), default=1) / POINTS))
     window = max(1, round((smooth or max(3, math.ceil(longest / 50))) / width)) * width
@@ -212,7 +213,7 @@ def _binned(key: str, run: Run, metric: str, width: int) -> Series | None:
     each, index = np.unique(bins, return_inverse=True)
     means = np.bincount(index, values[has]) / np.bincount(index)
     last = np.searchsorted(bins, each, side="right") - 1  # the clock stands as at the last step of the bin
-    clock = [None if of is None else of[last] for of in _clock(run, run.steps[has])]
+    clock = [None if taken is None else taken[last] for taken in _clock(run, run.steps[has])]
     return Series(key, each * width + (width + 1) / 2, means, *clock)
 
 
@@ -237,9 +238,9 @@ def _clock(run: Run, steps: np.ndarray) -> tuple[np.ndarray | None, np.ndarray |
 def by_method(series: Iterable[Series], smooth: int = 1) -> dict[str, Mean]:
     """The mean and the range of each method's seeds, each smoothed before."""
     methods: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for of in series:
-        values = measures.trailing_mean(of.steps, of.values, smooth) if smooth > 1 else of.values
-        methods.setdefault(of.key, []).append((of.steps, values))
+    for seed in series:
+        values = measures.trailing_mean(seed.steps, seed.values, smooth) if smooth > 1 else seed.values
+        methods.setdefault(seed.key, []).append((seed.steps, values))
     return {key: mean_of(seeds) for key, seeds in methods.items()}
 
 

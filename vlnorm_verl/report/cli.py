@@ -69,7 +69,7 @@ def report(
     figures/NAME.{png,svg}. The counts of validation dumps are kept there, so that the next report reads only those that
     changed; where nothing has changed at all, the report that is there stands.
 
-    Exit code 0, or 2 for a wrong request, which no run found is.
+    Exit code 0; 2 for a wrong request, also where no run is found.
     """
     extras.require("report")
     from rich.console import Console

@@ -19,8 +19,7 @@ LONGEST, MOST = 80, 200  # characters of a value; rows
 def flat(node: Any, prefix: str = "") -> dict[str, str]:
     """{dotted key: value as text} of a configuration."""
     if not isinstance(node, dict):
-        text = str(node)
-        return {prefix: text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"}
+        return {prefix: str(node)}
     return {key: value for name in node for key, value in flat(node[name], f"{prefix}.{name}".strip(".")).items()}
 
 
@@ -37,7 +36,7 @@ def differing(compared: Comparison, title: str) -> Table | None:
             for label, seed, config in configs:
                 having.setdefault(config.get(key, "not there"), {}).setdefault(label, []).append(seed)
             if len(having) > 1:
-                said = "; ".join(_said(value, of, configs) for value, of in having.items())
+                said = "; ".join(_said(value, seeds, configs) for value, seeds in having.items())
                 rows.append([compared.titles[setting], key, said])
     if not rows:
         return None
@@ -51,4 +50,5 @@ def _said(value: str, having: dict[str, list[int]], configs: list[tuple[str, int
     for label, seeds in having.items():
         whole = len(seeds) == sum(other == label for other, _, _ in configs)
         words.append(label if whole else f"{label} seed {', '.join(map(str, sorted(seeds)))}")
-    return f"{value}: {', '.join(words)}"
+    shown = value if len(value) <= LONGEST else f"{value[: LONGEST - 1]}…"
+    return f"{shown}: {', '.join(words)}"

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from vlnorm_verl.files import write
 from vlnorm_verl.report.run import Run, Validation, logged_accuracies, value_at
 from vlnorm_verl.runs.records import Lines
 
-CACHE_FILE = ".validation-counts.msgpack"
-CACHE_FORMAT = 4
+CACHE_FILE = ".validation-counts-5.msgpack"  # another number for another format
 
 
 class _Response(msgspec.Struct):
@@ -49,68 +51,39 @@ def scored(response: Any) -> float | None:
     return _number(response.score if response.acc is None else response.acc)
 
 
-class Counts(msgspec.Struct):
-    """One validation set of one dump, as `Validation` has it, in types that msgpack has."""
-
-    problems: list[str]
-    n: list[int]
-    correct: list[float]
-    binary: bool
-
-    def validation(self) -> Validation:
-        correct = np.array(self.correct)
-        return Validation(
-            problems=self.problems,
-            n=np.array(self.n, dtype=np.int64),
-            correct=correct.astype(np.int64) if self.binary else correct,
-            binary=self.binary,
-        )
-
-
 class Dump(msgspec.Struct):
     size: int
     mtime: int
-    sets: dict[str, Counts]  # by validation set, "" if the dump does not say
+    sets: dict[str, Validation]  # by validation set, "" if the dump does not say
     notes: list[str]
 
 
-class _Content(msgspec.Struct):
-    format: int
-    dumps: dict[str, Dump]
-
-
-class DumpCache:
-    """Counts of validation dumps, kept by path, size and time of change. A file of another format is made anew."""
-
-    def __init__(self, path: Path | None):
-        self.path = path
-        self.dumps: dict[str, Dump] = {}
-        self.changed = False
-        with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
-            content = msgspec.msgpack.decode(path.read_bytes() if path else b"", type=_Content)
-            self.dumps = content.dumps if content.format == CACHE_FORMAT else {}
-
-    def get(self, path: Path) -> Dump | None:
-        known, stat = self.dumps.get(str(path.resolve())), path.stat()
-        return known if known and (known.size, known.mtime) == (stat.st_size, stat.st_mtime_ns) else None
-
-    def read(self, path: Path) -> Dump:
-        """Count it again, whatever is known."""
-        stat = path.stat()  # before reading: a dump that grows meanwhile is read again the next time
+def read_dumps(files: Iterable[Path], cache: Path | None) -> dict[Path, Dump]:
+    """The counts of dumps; those that the file `cache` has of the same size and time of change are not read again."""
+    known: dict[str, Dump] = {}
+    with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
+        content = cache.read_bytes() if cache else b""
+        known = msgspec.msgpack.decode(content, type=dict[str, Dump], dec_hook=lambda _, numbers: np.array(numbers))
+    names = {file: str(file.resolve()) for file in files}
+    # Before reading: a dump that grows meanwhile is read again the next time.
+    stats = {file: ((stat := file.stat()).st_size, stat.st_mtime_ns) for file in names}
+    new = [
+        file
+        for file, name in names.items()
+        if name not in known or (known[name].size, known[name].mtime) != stats[file]
+    ]
+    for file in track(new, "reading validation dumps", console=Console(stderr=True), transient=True):
         notes: list[str] = []
-        dump = self.dumps[str(path.resolve())] = Dump(stat.st_size, stat.st_mtime_ns, count(path, notes), notes)
-        self.changed = True
-        return dump
-
-    def save(self) -> None:
-        if self.path and self.changed:
-            write(self.path, msgspec.msgpack.encode(_Content(CACHE_FORMAT, self.dumps)))
+        known[names[file]] = Dump(*stats[file], count(file, notes), notes)
+    if cache and new:
+        write(cache, msgspec.msgpack.encode(known, enc_hook=np.ndarray.tolist))
+    return {file: known[name] for file, name in names.items()}
 
 
 _RESPONSE = msgspec.json.Decoder(_Response)
 
 
-def count(path: Path, notes: list[str]) -> dict[str, Counts]:
+def count(path: Path, notes: list[str]) -> dict[str, Validation]:
     """{validation set, "" if the dump does not say: its counts}.
 
     Problems are in the order of their identity.
@@ -127,15 +100,14 @@ def count(path: Path, notes: list[str]) -> dict[str, Counts]:
         scores.setdefault(name, {}).setdefault(problem, []).append(score)
     if unscored:
         notes.append(f"{path.name}: {unscored} responses without a score, left out")
-    return {
-        name: Counts(
-            problems=sorted(problems),
-            n=[len(problems[problem]) for problem in sorted(problems)],
-            correct=[sum(problems[problem]) for problem in sorted(problems)],
-            binary=all(score in (0, 1) for of_problem in problems.values() for score in of_problem),
-        )
-        for name, problems in scores.items()
-    }
+    found = {}
+    for name, by_problem in scores.items():
+        problems = sorted(by_problem)
+        correct = np.array([sum(by_problem[problem]) for problem in problems])
+        binary = all(score in (0, 1) for of_problem in by_problem.values() for score in of_problem)
+        n = np.array([len(by_problem[problem]) for problem in problems])
+        found[name] = Validation(problems, n, correct.astype(np.int64) if binary else correct, binary)
+    return found
 
 
 def attach_validations(run: Run, dumps: dict[int, Dump]) -> None:
@@ -143,11 +115,11 @@ def attach_validations(run: Run, dumps: dict[int, Dump]) -> None:
     named = logged_accuracies(run)
     unnamed = False
     for step, dump in sorted(dumps.items()):
-        for name, counts in dump.sets.items():
+        for name, validation in dump.sets.items():
             if not name and len(named) != 1:
                 unnamed = True
             elif not run.metric or not name or name in named:  # else of an accuracy that was not asked for
-                run.validations.setdefault(step, {})[name or next(iter(named))] = counts.validation()
+                run.validations.setdefault(step, {})[name or next(iter(named))] = validation
         run.notes += dump.notes
     if unnamed:
         run.notes.append(

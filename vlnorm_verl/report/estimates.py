@@ -40,6 +40,7 @@ LEVEL = 0.95
 RESAMPLES = 10_000  # the ends of the interval then have a Monte-Carlo error of 3% of its half width
 RESAMPLING_SEED = 0
 TAIL = (1 - LEVEL) / 2
+NOTHING = 1e-9  # a half width or a spread below it is rounding
 
 
 @dataclass(frozen=True)
@@ -87,35 +88,13 @@ class Scores:
     sizes: tuple[int, ...]
     seeds: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        if self.values.shape != (len(self.seeds), len(self.problems)) or sum(self.sizes) != len(self.problems):
-            raise ValueError(
-                f"values {self.values.shape} do not fit {len(self.seeds)} seeds, {len(self.problems)} problems in sets "
-                f"of {self.sizes}"
-            )
-
-
-# ------------------------------------------------------------------------------------------------- scores of problems
-
-
-def average(n: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """Share of correct responses of each problem [P]; its mean is Avg@n."""
-    return np.asarray(correct / n, dtype=np.float64)
-
 
 def pass_at_k(n: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
     """Unbiased chance that one of k responses is correct, 1 − C(n−c, k) / C(n, k), of each problem [P].
 
-    As a product of k factors, so that no binomial coefficient has to be held.
-
-    Raises:
-        ValueError: k < 1, a problem with fewer than k responses, or counts that are none.
+    As a product of k factors, so that no binomial coefficient has to be held. n ≥ k ≥ 1 and whole correct responses are
+    the caller's to see to.
     """
-    n, correct = np.asarray(n), np.asarray(correct)
-    if k < 1 or (n < k).any():
-        raise ValueError(f"Pass@{k} needs at least {max(k, 1)} responses of each problem; there are {int(n.min())}")
-    if (correct != np.floor(correct)).any() or (correct < 0).any() or (correct > n).any():
-        raise ValueError("Pass@k needs counts of correct responses between 0 and n; these scores are graded")
     failing = np.ones(n.shape)
     for i in range(k):
         failing *= np.maximum(n - correct - i, 0) / (n - i)
@@ -127,7 +106,7 @@ def pass_at_k(n: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
 
 def mean(scores: Scores) -> Estimate:
     """Mean over problems and seeds, in [0, 1]."""
-    estimate = _interval(scores.values, scores.sizes, rate=True)
+    estimate = _interval([scores.values], scores.sizes, rate=True)
     return estimate.of_one_seed() if len(scores.seeds) == 1 else estimate
 
 
@@ -143,8 +122,9 @@ def difference(a: Scores, b: Scores) -> Estimate:
     """
     a, b = _on_common_problems(a, b)
     if 1 in (len(a.seeds), len(b.seeds)):
-        return _interval((a.values.mean(0) - b.values.mean(0))[None], a.sizes, rate=False).of_one_seed()
-    return _interval(a.values - b.values, a.sizes, rate=False) if a.seeds == b.seeds else _unpaired(a, b)
+        return _interval([(a.values.mean(0) - b.values.mean(0))[None]], a.sizes, rate=False).of_one_seed()
+    samples = [a.values - b.values] if a.seeds == b.seeds else [a.values, b.values]
+    return _interval(samples, a.sizes, rate=False)
 
 
 def mean_over_own_problems(tables: Sequence[Scores]) -> Estimate:
@@ -172,12 +152,7 @@ def _nested(values: list[np.ndarray], sizes: list[tuple[int, ...]], rate: bool) 
     of_problems = sum(variance for variance, _ in within) / count**2
     quantile = t_quantile(sum(freedom for _, freedom in within))
     half = max(float(t_half_width(means)), quantile * of_problems**0.5)
-    if half == 0:
-        if rate and value in (0.0, 1.0):
-            return Estimate(value, *_all_alike(value, min(map(len, values))), note)
-        return Estimate(value, note=note).noted("the same in every problem")
-    low, high = _wilson(value, half) if rate else (value - half, value + half)
-    return _cut(value, low, high, rate).noted(note)
+    return _around(value, half, min(map(len, values)), rate).noted(note)
 
 
 def over_seeds(values: Sequence[float], low: float = -np.inf, high: float = np.inf) -> Estimate:
@@ -204,44 +179,48 @@ def t_half_width(values: np.ndarray) -> np.ndarray:
     return np.asarray(t.isf(TAIL, count - 1) * spread / np.sqrt(count))
 
 
-def rank_correlation(steps: np.ndarray, values: np.ndarray, sizes: tuple[int, ...]) -> Estimate:
-    """Kendall's τ-b between step and mean score of one run, interval over problems.
+def rank_correlation(curve: np.ndarray, values: np.ndarray, sizes: tuple[int, ...]) -> Estimate:
+    """Kendall's τ-b between the order of validations and the score of one run, interval over problems.
 
     The bootstrap gives the standard error only, and the interval is normal around τ: a resampled curve is noisier than
     the measured one, so its τ lies lower on average and percentiles would too.
 
     Args:
-        steps: [T] of the validations.
+        curve: [T] mean score of each validation, which may be of more problems than `values`.
         values: [T, P] score of each problem at each.
         sizes: as in Scores.
     """
-    from scipy.stats import kendalltau, norm
+    from scipy.stats import norm
 
-    if len(steps) < 2:
-        return Estimate(nan, note="one validation")
-    value = float(kendalltau(steps, values.mean(1)).statistic)
-    if not np.isfinite(value):
+    value = float(kendall(curve[None])[0])
+    if not isfinite(value):
         return Estimate(nan, note="constant")
-    spread = float(np.nanstd(_kendall(resampled_means(values, sizes))))
-    if not spread > 1e-9:
+    resampled = kendall(resampled_means(values, sizes))
+    resampled = resampled[np.isfinite(resampled)]
+    spread = float(resampled.std()) if len(resampled) else 0.0
+    if spread < NOTHING:
         return Estimate(value, note="the same in every resample").of_one_seed()
     half = float(norm.isf(TAIL)) * spread
     return Estimate(value, max(-1.0, value - half), min(1.0, value + half)).of_one_seed()
 
 
-def _kendall(curves: np.ndarray) -> np.ndarray:
-    """τ-b [B] of curves [B, T] against their order, which has no ties; NaN for a constant curve."""
+def kendall(curves: np.ndarray) -> np.ndarray:
+    """τ-b [B] of curves [B, T] against their order, which has no ties; NaN for a constant curve.
+
+    Values that are equal but for their last bits are ties.
+    """
     length = curves.shape[1]
     concordant, untied = np.zeros(len(curves)), np.zeros(len(curves))
     for lag in range(1, length):
-        signs = np.sign(np.round(curves[:, lag:] - curves[:, :-lag], 9))
-        concordant += signs.sum(1)
-        untied += np.abs(signs).sum(1)
+        rise = curves[:, lag:] - curves[:, :-lag]
+        up, down = (rise > 5e-10).sum(1), (rise < -5e-10).sum(1)
+        concordant += up - down
+        untied += up + down
     with np.errstate(invalid="ignore"):
         return np.asarray(concordant / np.sqrt(untied * (length * (length - 1) / 2)))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)  # 40 kB a problem each; Math has four sets
 def resampling_counts(sizes: tuple[int, ...]) -> np.ndarray:
     """How often each resample has each problem, float32 [RESAMPLES, P]; one table for all runs on these problems.
 
@@ -251,10 +230,10 @@ def resampling_counts(sizes: tuple[int, ...]) -> np.ndarray:
     counts: np.ndarray = np.empty((RESAMPLES, sum(sizes)), dtype=np.float32)
     start = 0
     for size in sizes:
-        drawn = generator.integers(size, size=(RESAMPLES, size))
-        drawn += np.arange(RESAMPLES)[:, None] * size
-        block = np.bincount(drawn.ravel(), minlength=RESAMPLES * size).reshape(RESAMPLES, size)
-        counts[:, start : start + size] = block
+        # In parts, since all that is drawn would take 160 kB a problem.
+        for block in np.split(counts[:, start : start + size], RESAMPLES // 500):
+            drawn = generator.integers(size, size=block.shape) + np.arange(len(block))[:, None] * size
+            block[:] = np.bincount(drawn.ravel(), minlength=block.size).reshape(block.shape)
         start += size
     return counts
 
@@ -264,26 +243,41 @@ def resampled_means(values: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     return np.asarray(resampling_counts(sizes) @ values.T.astype(np.float32) / values.shape[1], dtype=np.float64)
 
 
-def _interval(values: np.ndarray, sizes: tuple[int, ...], rate: bool) -> Estimate:
-    """Of the mean of values [S, P]: rates in [0, 1], or differences of rates in [−1, 1]."""
-    value = float(values.mean())
+def _interval(samples: list[np.ndarray], sizes: tuple[int, ...], rate: bool) -> Estimate:
+    """Of the mean of a sample [S, P], or of the first's minus the second's, whose seeds are independent of the first's.
+
+    rate: whether it lies in [0, 1], else in [−1, 1].
+    """
+    first, *others = samples
+    value = float(first.mean() - sum(other.mean() for other in others))
+    of_problems = first.mean(0) - sum(other.mean(0) for other in others)
     if min(sizes) < 2:
         return Estimate(value, note="a set of one problem")
-    if np.ptp(values) == 0:
-        if rate and value in (0.0, 1.0):
-            return Estimate(value, *_all_alike(value, values.shape[1]))
-        return Estimate(value, note="the same in every problem")
-    if len(values) > 1:
-        half = _half_width(values.mean(0), [values], sizes)
-        low, high = _wilson(value, half) if rate else (value - half, value + half)
-        return _cut(value, low, high, rate)
-    variance, freedom = _over_problems(values[0], sizes)
+    variance, freedom = _over_problems(of_problems, sizes)
+    quantile = t_quantile(freedom)
+    half = quantile * variance**0.5
+    if several := len(first) > 1:
+        rest = sum(_rest(values, sizes) for values in samples)
+        of_seeds = sum(float(t_half_width(values.mean(1))) ** 2 for values in samples)
+        half = max(half, (of_seeds + quantile**2 * max(0.0, variance - rest)) ** 0.5)
+    estimate = _around(value, half, len(of_problems), rate)
+    if several or half < NOTHING:
+        return estimate
+    means = resampled_means(of_problems[None], sizes)[:, 0]
     tail = expanded_tail(freedom)
-    means = resampled_means(values, sizes)[:, 0]
     low, high = float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
     if rate:
-        ends = _wilson(value, t_quantile(freedom) * variance**0.5)
-        low, high = min(low, ends[0]), max(high, ends[1])
+        low, high = min(low, estimate.low), max(high, estimate.high)
+    return _cut(value, low, high, rate)
+
+
+def _around(value: float, half: float, trials: int, rate: bool) -> Estimate:
+    """value ± half, of a rate in Wilson's form; without an interval where nothing varies, unless all is 0 or all 1."""
+    if half < NOTHING:
+        if rate and value in (0.0, 1.0):
+            return Estimate(value, *_all_alike(value, trials))
+        return Estimate(value, note="the same in every problem")
+    low, high = _wilson(value, half) if rate else (value - half, value + half)
     return _cut(value, low, high, rate)
 
 
@@ -332,25 +326,6 @@ def _rest(values: np.ndarray, sizes: tuple[int, ...]) -> float:
         size = block.shape[1]
         total += float((rest**2).sum()) / ((seeds - 1) * (size - 1)) * size / (seeds * problems**2)
     return total
-
-
-def _half_width(of_problems: np.ndarray, samples: list[np.ndarray], sizes: tuple[int, ...]) -> float:
-    """of_problems: [P] whose mean is the estimate; samples: [S, P] each, with seeds independent of each other's."""
-    variance, freedom = _over_problems(of_problems, sizes)
-    rest = sum(_rest(values, sizes) for values in samples)
-    of_seeds = sum(float(t_half_width(values.mean(1))) ** 2 for values in samples)
-    quantile = t_quantile(freedom) ** 2
-    return float(np.sqrt(max(quantile * variance, of_seeds + quantile * max(0.0, variance - rest))))
-
-
-def _unpaired(a: Scores, b: Scores) -> Estimate:
-    """Difference over the same problems, other seeds."""
-    paired = a.values.mean(0) - b.values.mean(0)
-    value = float(paired.mean())
-    if min(a.sizes) < 2:
-        return Estimate(value, note="a set of one problem")
-    half = _half_width(paired, [a.values, b.values], a.sizes)
-    return _cut(value, value - half, value + half, rate=False)
 
 
 def _all_alike(value: float, trials: int) -> tuple[float, float]:

@@ -43,7 +43,7 @@ class Source:
 
     names: of the file, if it is the run's own, and of the folders up to ABOVE the argument, nearest first.
     below: how many of the names are below the argument. common: those that all sources have.
-    label, seed: of label@seed=RUN; `alone`: RUN is this run only, so the label is its method whatever else says.
+    label, seed: of label@seed=RUN. alone: RUN holds one run, whose method the label is, also against its configuration.
     shared: other runs' metrics are in the folder too, so its configuration and dumps may be another's.
     """
 
@@ -75,6 +75,8 @@ def split_label(argument: str) -> tuple[str, int | None, Path]:
 def find(arguments: list[str]) -> list[Source]:
     """The runs at and below each RUN, label=RUN or label@seed=RUN, each once, sorted by path within an argument.
 
+    Of several labels of one run the first counts.
+
     Raises:
         UserError: a path does not exist, a seed is none or is of several runs, or there is no run at all.
     """
@@ -88,7 +90,8 @@ def find(arguments: list[str]) -> list[Source]:
             raise UserError(f"RUN {argument}: a seed is of one run, and there are {len(sources)} in {path}")
         for source in sources:
             key = source.kind, (source.files[0] if source.files and not _many(source) else source.folder).resolve()
-            sources_by_file.setdefault(key, replace(source, label=label, seed=seed, alone=len(sources) == 1))
+            if key not in sources_by_file or (label and not sources_by_file[key].label):
+                sources_by_file[key] = replace(source, label=label, seed=seed, alone=len(sources) == 1)
     if all(source.kind == "empty" and not _has_configuration(source.folder) for source in sources_by_file.values()):
         raise UserError(
             f"RUN {' '.join(arguments)}: no run there. Looked for metrics-NNN.jsonl or another *.jsonl of verl's file "
@@ -104,14 +107,14 @@ def _many(source: Source) -> bool:
 
 
 def _source(kind: str, folder: Path, argument: Path, files: list[Path] | None = None, own: str = "") -> Source:
-    """own: the file's name, where it is the run's."""
+    """own: the file's stem, where the file and not its folder is the run."""
     inside = folder.relative_to(argument).parts if folder.is_relative_to(argument) else ()
-    typed = [part for part in argument.parts if part not in ("..", argument.anchor)] or [argument.resolve().name]
+    parts = [part for part in argument.parts if part not in ("..", argument.anchor)] or [argument.resolve().name]
     if own and folder == argument.parent:  # the argument is this file
-        typed[-1] = own
+        parts[-1] = own
     elif own:
         inside = (*inside, own)
-    names = (*reversed(inside), *reversed(typed[-1 - ABOVE :]))
+    names = (*reversed(inside), *reversed(parts[-1 - ABOVE :]))
     return Source(kind, folder, tuple(files or ()), names, len(inside))
 
 
@@ -160,7 +163,7 @@ def _sources(folder: Path, names: list[str], argument: Path) -> Iterator[Source]
     if events := _events(folder, names):
         yield _source("tensorboard", folder, argument, events)
     for n in names:
-        if n.endswith(".wandb"):
+        if n.endswith(".wandb") and (folder / n).is_file():
             yield _source("wandb", folder, argument, [folder / n])
     if not events and _has_configuration(folder):
         yield _source("empty", folder, argument)

@@ -22,9 +22,14 @@ def smoothing(runs: Iterable[Run], asked: int | None) -> int:
     return asked or int(np.ceil(3 * max(gaps, default=1.0)))
 
 
+def _at(values: np.ndarray, target: float) -> np.ndarray:
+    """Whether each is at the target or above, as far as rounding and tensorboard's float32 tell."""
+    return np.asarray(values >= target - 1e-7)
+
+
 def first_hit(steps: np.ndarray, values: np.ndarray, target: float) -> int | None:
     """First step at which the curve is at the target or above; None if it never is."""
-    reached = np.flatnonzero(values >= target - 1e-7)  # equal as far as tensorboard's float32 tells
+    reached = np.flatnonzero(_at(values, target))
     return int(steps[reached[0]]) if len(reached) else None
 
 
@@ -62,7 +67,7 @@ def first_hits(run: Run, reference: Run, smooth: int) -> FirstHits | None:
     )
     target = float(reference_values[-1])
     begun, reference_begun = steps > 0, reference_steps > 0
-    starts = [*values[~begun], *reference_values[~reference_begun]]
+    starts = np.concatenate([values[~begun], reference_values[~reference_begun]])
     reference_first = first_hit(reference_steps[reference_begun], reference_values[reference_begun], target)
     assert reference_first is not None  # its last value is the target
     first = first_hit(steps[begun], values[begun], target)
@@ -74,7 +79,7 @@ def first_hits(run: Run, reference: Run, smooth: int) -> FirstHits | None:
         before=_before(steps, first),
         reference_before=_before(reference_steps, reference_first),
         last=int(steps[-1]),
-        above_start=all(start < target for start in starts),
+        above_start=not _at(starts, target).any(),
         late=run.late_start is not None,
         reference_late=reference.late_start is not None,
     )

@@ -63,11 +63,12 @@ class Comparison:
     @cached_property
     def references(self) -> dict[Setting, Group]:
         """{setting: what its others are compared with}, of the settings that have it."""
-        found = []
+        found = {}
         for setting, groups in by_setting(self.validated).items():
-            key = self.baseline or main_vl_norm(setting, [group.key for group in groups])
-            found += [group for group in groups if group.key == key]
-        return {group.setting: group for group in found}
+            key = self.baseline or main_vl_norm(setting, [group.key for group in groups]) or ""
+            if (reference := Group(setting, key)) in groups:
+                found[setting] = reference
+        return found
 
     @cached_property
     def pairs(self) -> list[Pair]:
@@ -110,8 +111,12 @@ def _place(group: Group) -> tuple[object, ...]:
 
 def doubles(runs: Sequence[Run], groups: Groups) -> list[Run]:
     """The runs of a seed that another run has, too."""
-    kept = {id(run) for of in groups.values() for run in of}
+    kept = set(map(id, runs_of(groups)))
     return [run for run in runs if not run.left_out and id(run) not in kept]
+
+
+def runs_of(groups: Groups) -> list[Run]:
+    return [run for runs in groups.values() for run in runs]
 
 
 def by_setting(groups: Groups) -> dict[Setting, Groups]:

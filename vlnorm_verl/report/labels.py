@@ -61,16 +61,13 @@ def _lighter(color: str) -> str:
     return "#" + "".join(f"{round(part + (225 - part) * 0.6 if dark else part):02X}" for part in parts)
 
 
-def setting_title(setting: Setting) -> str:
-    task = TASKS.get(setting.task, setting.task)
-    model = setting.model.upper() if setting.model[:1].isdigit() else setting.model
-    return ", ".join(filter(None, (task, model, f"{setting.length} tokens" if setting.length else "")))
-
-
 def titles(settings: Iterable[Setting]) -> dict[Setting, str]:
     """{setting: its title}, with the family where two would be called the same."""
     settings = list(dict.fromkeys(settings))
-    plain = [setting_title(setting) for setting in settings]
+    plain = []
+    for _, task, model, length in settings:
+        parts = TASKS.get(task, task), model.upper() if model[:1].isdigit() else model, length and f"{length} tokens"
+        plain.append(", ".join(filter(None, parts)))
     return {
         setting: ", ".join(filter(None, (title, FAMILIES.get(setting.family, setting.family))))
         if plain.count(title) > 1
@@ -80,7 +77,8 @@ def titles(settings: Iterable[Setting]) -> dict[Setting, str]:
 
 
 def file_name(what: str, *parts: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(filter(None, (what, *parts)))).rstrip("-")
+    """A file stem: letters of any language, digits, ".", "_" and "-"."""
+    return re.sub(r"[^\w.-]+", "-", "-".join(filter(None, (what, *parts)))).rstrip("-")
 
 
 def accuracy_label(runs: Sequence[Run]) -> str:

@@ -12,35 +12,33 @@ covered: when one method reaches another's accuracy (first_hit.py).
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import nan
-from typing import NamedTuple
 
 import numpy as np
 
 from vlnorm_verl.methods import MEAN_OVER_TOKENS, SUM_OVER_M, method_of
 from vlnorm_verl.report import estimates
-from vlnorm_verl.report.estimates import Estimate, Scores, average, over_seeds, pass_at_k, rank_correlation
+from vlnorm_verl.report.estimates import Estimate, Scores, kendall, over_seeds, pass_at_k, rank_correlation
 from vlnorm_verl.report.run import Logged, Run, Validation, logged_accuracies, value_at
 
 K = 8  # of Pass@k, the paper's
 
 
-class Measure(NamedTuple):
-    """What a problem scores. score: responses [P], correct [P] -> score [P].
-
-    least: responses without which it is not defined. binary: whether it is of scores of 0 and 1 only.
-    """
-
-    score: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    least: int
-    binary: bool
+Score = Callable[[Validation], dict[str, float]]  # what each problem scores
 
 
-AVERAGE = Measure(average, 1, binary=False)
-PASS = Measure(functools.partial(pass_at_k, k=K), K, binary=True)
+def averages(validation: Validation) -> dict[str, float]:
+    """The share of correct responses; its mean is Avg@n."""
+    return dict(zip(validation.problems, (validation.correct / validation.n).tolist(), strict=True))
+
+
+def passes(validation: Validation) -> dict[str, float]:
+    """Unbiased Pass@K of the problems with K responses; of none where scores are not 0 and 1."""
+    kept = np.flatnonzero(validation.binary & (validation.n >= K))
+    values = pass_at_k(validation.n[kept], validation.correct[kept], K)
+    return dict(zip([validation.problems[index] for index in kept], values.tolist(), strict=True))
 
 
 def of_seed(runs: Sequence[Run], seed: int) -> Run | None:
@@ -100,7 +98,7 @@ def _accuracy_at(run: Run, logged: dict[str, Logged], step: int, name: str) -> f
     if name in logged and (value := value_at(run, logged[name].values, step)) is not None:
         return value
     validation = run.validations.get(step, {}).get(name)
-    return nan if validation is None else float(average(validation.n, validation.correct).mean())
+    return nan if validation is None else float((validation.correct / validation.n).mean())
 
 
 def entropy_per_token(run: Run) -> np.ndarray | None:
@@ -156,49 +154,36 @@ def common_step(runs: Sequence[Run], reference: Sequence[Run]) -> int | None:
     return max(steps & other, default=None)
 
 
-def scores(runs: Sequence[Run], step: int, measure: Measure = AVERAGE, name: str | None = None) -> Scores | None:
+def scores(runs: Sequence[Run], step: int, score: Score = averages, name: str | None = None) -> Scores | None:
     """Of each run's validation at a step, on the problems that all runs have.
 
     None if a run has no dump of it, or if less than half of a run's problems are in all (verl draws another part of the
-    validation set for each seed if data.val_max_samples is less than all). Problems for which the measure is not
-    defined (Pass@8 of seven responses) are left out.
-
-    Raises:
-        ValueError: the measure is defined for none of them.
+    validation set for each seed if data.val_max_samples is less than all). Problems without a score (Pass@8 of seven
+    responses) are left out; None if that is all of them.
     """
     names = validation_sets(runs) if name is None else [name]
-    if not runs or not names:
-        return None
     dumped = [run.validations.get(step, {}) for run in runs]
-    if any(name not in sets for sets in dumped for name in names):
+    if not runs or not names or any(name not in sets for sets in dumped for name in names):
         return None
+    found = _on_shared_problems(dumped, names, score)
+    return None if found is None else Scores(*found, tuple(run.seed for run in runs))
+
+
+def _on_shared_problems(
+    dumped: Sequence[dict[str, Validation]], names: Sequence[str], score: Score
+) -> tuple[np.ndarray, tuple[str, ...], tuple[int, ...]] | None:
+    """(scores [R, P], problems, sizes of the sets) of R validations; None if less than half of one's are in all."""
     problems: list[str] = []
     sizes, blocks = [], []
     for name in names:
-        tables = [_by_problem(sets[name], measure) for sets in dumped]
-        shared, block = _shared(tables)
-        if 2 * len(shared) < max(map(len, tables)):
+        tables = [score(sets[name]) for sets in dumped]
+        shared = sorted(set.intersection(*map(set, tables)))
+        if not shared or 2 * len(shared) < max(map(len, tables)):
             return None
         problems += [f"{name}/{problem}" for problem in shared]
         sizes.append(len(shared))
-        blocks.append(block)
-    return Scores(np.concatenate(blocks, axis=1), tuple(problems), tuple(sizes), tuple(run.seed for run in runs))
-
-
-def _by_problem(validation: Validation, measure: Measure) -> dict[str, float]:
-    if measure.binary and not validation.binary:
-        raise ValueError("needs scores of 0 and 1")
-    enough = validation.n >= measure.least
-    if not enough.any():
-        raise ValueError(f"needs {measure.least} responses of a problem")
-    problems = [problem for problem, keep in zip(validation.problems, enough, strict=True) if keep]
-    return dict(zip(problems, measure.score(validation.n[enough], validation.correct[enough]).tolist(), strict=True))
-
-
-def _shared(tables: Sequence[dict[str, float]]) -> tuple[list[str], np.ndarray]:
-    """The P problems that all tables have, sorted, and their scores [tables, P]."""
-    problems = sorted(set.intersection(*map(set, tables)))
-    return problems, np.array([[table[problem] for problem in problems] for table in tables])
+        blocks.append([[table[problem] for problem in shared] for table in tables])
+    return np.concatenate(blocks, axis=1), tuple(problems), tuple(sizes)
 
 
 def final_accuracy(runs: Sequence[Run], name: str | None = None) -> Estimate | None:
@@ -210,7 +195,7 @@ def final_accuracy(runs: Sequence[Run], name: str | None = None) -> Estimate | N
 def accuracy_at(runs: Sequence[Run], step: int, name: str | None = None) -> Estimate | None:
     """The same at a step, of the runs that were validated there."""
     runs = at_step(runs, step)
-    if (estimate := _over_problems(runs, step, AVERAGE, name)) is not None:
+    if (estimate := _over_problems(runs, step, averages, name)) is not None:
         return estimate
     curves = [accuracy_curve(run, name) for run in runs]
     values = [float(accuracies[steps == step][0]) for steps, accuracies in curves if step in steps]
@@ -224,17 +209,14 @@ def accuracy_at(runs: Sequence[Run], step: int, name: str | None = None) -> Esti
 def final_pass(runs: Sequence[Run]) -> Estimate | None:
     """Unbiased Pass@8 of the last validation; None without dumps of 0/1 scores and eight responses."""
     step = final_step(runs)
-    try:
-        return None if step is None else _over_problems(at_step(runs, step), step, PASS)
-    except ValueError:
-        return None
+    return None if step is None else _over_problems(at_step(runs, step), step, passes)
 
 
-def _over_problems(runs: Sequence[Run], step: int, measure: Measure, name: str | None = None) -> Estimate | None:
+def _over_problems(runs: Sequence[Run], step: int, score: Score, name: str | None = None) -> Estimate | None:
     """Over problems, and seeds where there are several; None if a run has no dump of the step."""
-    table = scores(runs, step, measure, name)
+    table = scores(runs, step, score, name)
     if table is None:
-        tables = [of_run for run in runs if (of_run := scores([run], step, measure, name)) is not None]
+        tables = [of_run for run in runs if (of_run := scores([run], step, score, name)) is not None]
         return estimates.mean_over_own_problems(tables) if len(tables) == len(runs) > 1 else None
     names = validation_sets(runs) if name is None else [name]
     most = sum(max(set_sizes(run).get(name, 0) for run in runs) for name in names)
@@ -246,9 +228,9 @@ def difference(runs: Sequence[Run], reference: Sequence[Run]) -> Estimate | None
     """Accuracy of `runs` minus that of `reference` at the last step that both have; None without accuracies there.
 
     Paired as far as there are dumps of the same problems; else the plain difference, without an interval. Seeds that
-    both have are the ones compared, if there are several or no others. The note names the step where it is not the last
-    of both, and how many seeds it is of where that is not all. One seed in common where there are more: all seeds, if
-    both sides have several; else that seed, without an interval, which would be of problems only.
+    both have are compared, unless that is one of several: then all seeds of both where each has several, else that one
+    seed without an interval (it would be of problems only). The note names the step where it is not both's last, and
+    how many seeds where not all.
     """
     step = common_step(runs, reference)
     if step is None:
@@ -327,11 +309,14 @@ def is_rate(runs: Sequence[Run]) -> bool:
 
 
 def accuracies_of(runs: Sequence[Run]) -> tuple[set[str], set[int]]:
-    """What the runs' accuracies are means of: variables of the reward, and numbers of responses to a problem."""
+    """What the runs' accuracies are means of: variables of the reward, and numbers of responses to a problem.
+
+    That number is 0 of another metric without dumps.
+    """
     logged = [accuracy for run in runs for accuracy in logged_accuracies(run).values()]
     dumped = [validation for run in runs for sets in run.validations.values() for validation in sets.values()]
     counts = {accuracy.n for accuracy in logged} | {int(counts.n.max()) for counts in dumped if len(counts.n)}
-    return {accuracy.variable for accuracy in logged}, counts
+    return {accuracy.variable for accuracy in logged}, (counts - {0}) or counts
 
 
 def monotonicity(runs: Sequence[Run]) -> Estimate | None:
@@ -339,14 +324,11 @@ def monotonicity(runs: Sequence[Run]) -> Estimate | None:
 
     Interval: over seeds; for one seed over problems; none with two validations, where τ is −1 or 1 whatever they are.
     """
-    from scipy.stats import kendalltau
-
     runs = final_runs(runs)
     curves = [accuracy_curve(run) for run in runs]
     if not curves or any(len(steps) < 2 for steps, _ in curves):
         return None
-    # Rounded, so that accuracies that are equal but for their last bit are ties.
-    correlations = [float(kendalltau(steps, np.round(values, 9)).statistic) for steps, values in curves]
+    correlations = [float(kendall(values[None])[0]) for _, values in curves]
     if not np.isfinite(correlations).all():
         return None
     if min(len(steps) for steps, _ in curves) < 3:
@@ -354,24 +336,21 @@ def monotonicity(runs: Sequence[Run]) -> Estimate | None:
         return estimate.of_one_seed() if len(runs) == 1 else estimate
     if len(runs) > 1:
         return over_seeds(correlations, -1.0, 1.0)
-    steps = curves[0][0]
+    steps, curve = curves[0]
     table = _over_steps(runs[0], steps)
     if isinstance(table, str):
         return Estimate(correlations[0], note=table).of_one_seed()
-    return replace(rank_correlation(steps, *table), value=correlations[0])
+    return rank_correlation(curve, *table)
 
 
 def _over_steps(run: Run, steps: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]] | str:
     """(scores [T, P] of the problems that every validation has, sizes of the sets), or why there is no such table."""
     names = validation_sets([run])
-    if any(name not in run.validations.get(int(step), {}) for step in steps for name in names):
+    dumped = [run.validations.get(int(step), {}) for step in steps]
+    if any(name not in sets for sets in dumped for name in names):
         return "no dumps" if not run.validations else "not every validation has a dump"
-    blocks, sizes = [], []
-    for name in names:
-        tables = [_by_problem(run.validations[int(step)][name], AVERAGE) for step in steps]
-        shared, block = _shared(tables)
-        if len(shared) < 2:
-            return "a set of one problem" if max(map(len, tables)) == 1 else "other problems in each validation"
-        blocks.append(block)
-        sizes.append(len(shared))
-    return np.concatenate(blocks, axis=1), tuple(sizes)
+    found = _on_shared_problems(dumped, names, averages)
+    if found is None:
+        return "other problems in each validation"
+    values, _, sizes = found
+    return "a set of one problem" if min(sizes) < 2 else (values, sizes)

@@ -54,7 +54,6 @@ class Examples(NamedTuple):
 
 
 Part = Table | Figure | Chart | Fold | Examples
-KINDS = {Table: "table", Figure: "figure", Chart: "chart", Fold: "fold", Examples: "examples"}
 
 
 def write_page(path: Path, title: str, intro: list[str], parts: Sequence[Part], lead: Lead | None = None) -> None:
@@ -97,23 +96,23 @@ class _Page:
     def entry(self, part: Part, alone: bool = False) -> dict[str, Any]:
         """alone: whether a fold has nothing else in it, so that its title stands above this already."""
         anchor = "" if alone else self._anchor(getattr(part, "name", part.title))
-        entry: dict[str, Any] = {"kind": KINDS[type(part)], "title": part.title, "anchor": anchor}
+        entry: dict[str, Any] = {"title": part.title, "anchor": anchor}
         if isinstance(part, Table):
-            entry |= self._table(part)
+            entry |= {"kind": "table", **self._table(part)}
         elif isinstance(part, Figure):
-            entry |= {"source": _data_address(part), "caption": part.caption}
+            entry |= {"kind": "figure", "source": _data_address(part), "caption": part.caption}
         elif isinstance(part, Chart):
             self.charts.append(part)
             panels = [
                 {"title": shown.title, "svg": svg.panel(shown, self.lead.looks), "note": shown.note}
                 for shown in part.panels
             ]
-            entry |= {"panels": panels, "caption": part.caption}
+            entry |= {"kind": "chart", "panels": panels, "caption": part.caption}
         elif isinstance(part, Fold):
             alone = len(part.parts) == 1 and not isinstance(part.parts[0], Fold)
-            entry["parts"] = [self.entry(inner, alone) for inner in part.parts]
-        elif isinstance(part, Examples):
-            entry |= {"where": part.where, "responses": part.responses}
+            entry |= {"kind": "fold", "parts": [self.entry(inner, alone) for inner in part.parts]}
+        else:
+            entry |= {"kind": "examples", "where": part.where, "responses": part.responses}
         return entry
 
     def _table(self, table: Table) -> dict[str, Any]:

@@ -35,14 +35,8 @@ class Known:
 
 @functools.cache
 def _content() -> dict[str, Any]:
-    content = yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text())
-    assert isinstance(content, dict)
-    return content
-
-
-@functools.cache
-def values() -> list[Known]:
-    return [Known(**entry) for entry in _content()["values"]]
+    content: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text())
+    return content | {"values": [Known(**entry) for entry in content["values"]]}
 
 
 def alpha(task: str) -> float | None:
@@ -66,7 +60,7 @@ def known(setting: Setting, method_key: str, metric: str) -> Known | None:
     method, number = split(method_key)
     if number not in (None, alpha(setting.task)):
         return None
-    matching = (value for value in values() if (value.metric, value.method) == (metric, method))
+    matching = (value for value in _content()["values"] if (value.metric, value.method) == (metric, method))
     return next((value for value in matching if value.is_of(setting)), None)
 
 
@@ -90,7 +84,7 @@ def remarks(rows: Iterable[tuple[Setting, str]]) -> list[str]:
     rows = [row for row in rows if covers(row[0])]
     return [
         f"{value.item}: {value.value} [{value.label}; {value.source}]."
-        for value in values()
+        for value in _content()["values"]
         if value.metric == "remark"
         and any(value.is_of(setting) and key.startswith(value.method) for setting, key in rows)
     ]

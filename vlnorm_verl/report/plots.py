@@ -58,11 +58,11 @@ def _line(key: str, look: Look) -> dict[str, Any]:
 
 def _panel(axes: Axes, panel: Panel, looks: dict[str, Look]) -> list[str]:
     means = by_method(panel.series, panel.smooth)
-    for key, mean in [*means.items()][::-1]:
+    for key, mean in reversed(means.items()):
         line = _line(key, looks[key])
         thin: dict[str, Any] = {"color": looks[key].color, "linewidth": 0.8}
         if not len(mean.steps):
-            for series in (of for of in panel.series if of.key == key):
+            for series in (seed for seed in panel.series if seed.key == key):
                 axes.plot(series.steps, series.values, **thin)
             continue
         axes.fill_between(mean.steps, mean.low, mean.high, color=looks[key].color, alpha=0.16, linewidth=0)
@@ -113,5 +113,4 @@ def _differences(results: Table) -> Figure:
     axes.set_xlim(-limit, limit)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(figure_text(results.forest))
-    caption = "95% intervals. Filled: the interval does not reach 0; hollow: open; grey: one seed or no interval."
-    return render(figure, "differences", results.forest, caption)
+    return render(figure, "differences", results.forest, "")

@@ -18,16 +18,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from vlnorm_verl.files import UserError
 from vlnorm_verl.report.changes import Memo
-from vlnorm_verl.report.dumps import CACHE_FILE, DumpCache, attach_validations
+from vlnorm_verl.report.dumps import CACHE_FILE, attach_validations, read_dumps
 from vlnorm_verl.report.find import ACCEPTED, Source
 from vlnorm_verl.report.identity import UNKNOWN_SEED, Identity, identify, settle
 from vlnorm_verl.report.names import shortest
@@ -70,7 +69,7 @@ def read_runs(
     memo: of an earlier call; logs that have not changed since are not read again.
 
     Raises:
-        UserError: no run has the metric, or a library is missing.
+        UserError: no run has the metric.
     """
     memo = memo or Memo()
     logs = _joined([_read(source, memo) for source in sources])
@@ -79,8 +78,12 @@ def read_runs(
     _leave_out_copies(runs, logs)
     if metric and not any(metric in run.metrics for run in runs):
         raise UserError(f"--metric {metric}: no run logs it; they log for instance {nearest(metric, runs)}")
-    _attach_dumps(runs, [_dumps(run, log) for run, log in zip(runs, logs, strict=True)], cache_folder)
     for run, log in zip(runs, logs, strict=True):
+        run.dumps = _dumps(run, log)
+    files = [file for run in runs for file in run.dumps.values()]
+    counted = read_dumps(files, cache_folder / CACHE_FILE if cache_folder else None)
+    for run, log in zip(runs, logs, strict=True):
+        attach_validations(run, {step: counted[file] for step, file in run.dumps.items()})
         _note_missing(run, log)
     _number_seeds(runs)
     return runs
@@ -98,12 +101,21 @@ def _read(source: Source, memo: Memo) -> _Log:
         wandb = memo.of(source.files, notes, lambda notes: read_wandb(source.files[0], notes))
         identity = identify(source, wandb.config, wandb.name)
         config = {key: value for key, value in wandb.config.items() if key != "trainer"}
-        return _Log(source, identity, [*wandb.starts], _first(wandb.starts), notes, wandb.began, config, wandb.run)
+        return _Log(
+            source,
+            identity,
+            starts=[*wandb.starts],
+            first=_first(wandb.starts),
+            notes=notes,
+            began=wandb.began,
+            config=config,
+            run=wandb.run,
+        )
     if source.kind == "tensorboard":
         starts = memo.of(source.files, notes, lambda notes: read_tensorboard(source.files, notes))
-        return _Log(source, identify(source), [*starts], _first(starts), notes)
+        return _Log(source, identify(source), starts=[*starts], first=_first(starts), notes=notes)
     first = next((record.step for file in source.files for record in Lines(file, RECORD, [])), 0)
-    return _Log(source, identify(source), [*source.files], first)
+    return _Log(source, identify(source), starts=[*source.files], first=first)
 
 
 def _first(starts: Sequence[Start]) -> int:
@@ -134,13 +146,16 @@ def _goes_on(log: _Log, run: _Log) -> bool:
 
 def _names(logs: Sequence[_Log]) -> list[str]:
     """What each run is called: its label, or as much of its path as tells it from the others."""
-    paths = shortest([log.identity.names for log in logs])
-    return [
-        (label + ("" if log.source.seed is None else f"@{log.source.seed}") if log.source.alone else f"{label}/{path}")
-        if (label := log.source.label)
-        else path
-        for log, path in zip(logs, paths, strict=True)
-    ]
+    names, labels = [], [(log.source.label, log.source.seed) for log in logs]
+    for log, path in zip(logs, shortest([log.identity.names for log in logs]), strict=True):
+        label, seed = log.source.label, log.source.seed
+        if not label:
+            names.append(path)
+        elif not log.source.alone or labels.count((label, seed)) > 1:
+            names.append(f"{label}/{path}")
+        else:
+            names.append(label if seed is None else f"{label}@{seed}")
+    return names
 
 
 def _run(log: _Log, name: str, metric: str, memo: Memo) -> Run:
@@ -148,10 +163,10 @@ def _run(log: _Log, name: str, metric: str, memo: Memo) -> Run:
     notes = [*log.identity.notes, *log.notes]
 
     def read(notes: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, int]]:
-        starts = (start for of in log.starts for start in ([of] if isinstance(of, Start) else read_starts([of], notes)))
-        return columns(join(starts, notes))
+        starts = ([start] if isinstance(start, Start) else read_starts([start], notes) for start in log.starts)
+        return columns(join(chain.from_iterable(starts), notes))
 
-    files = [of for of in log.starts if isinstance(of, Path)]
+    files = [start for start in log.starts if isinstance(start, Path)]
     # What a tracker has logged is in memory already.
     steps, metrics, ended = memo.of(files, notes, read) if len(files) == len(log.starts) > 0 else read(notes)
     # What was never a number is not worth a word, except for an accuracy.
@@ -181,7 +196,7 @@ def _leave_out_copies(runs: Sequence[Run], logs: Sequence[_Log]) -> None:
     """verl logs to several loggers at once: of the same values by two of them, those with a configuration are kept."""
     kept: list[tuple[Run, _Log]] = []
     for run, log in sorted(zip(runs, logs, strict=True), key=lambda pair: (pair[0].named, -len(pair[0].steps))):
-        copied = [other for other, of in kept if of.source.kind != log.source.kind and _same_values(run, other)]
+        copied = [other for other, its in kept if its.source.kind != log.source.kind and _same_values(run, other)]
         if copied:
             run.left_out = f"the same values as {copied[0].name}, by another logger"
             run.notes.append(f"{run.left_out}: left out")
@@ -204,24 +219,11 @@ def _dumps(run: Run, log: _Log) -> dict[int, Path]:
         folder = Path(run.validation_folder)
     if run.left_out or log.source.shared or not run.method or not folder.is_dir():
         return {}
-    files = {int(file.stem): file for file in folder.glob("*.jsonl") if file.stem.isdecimal()}
+    files = {int(file.stem): file for file in folder.glob("*.jsonl") if file.stem.isdecimal() and file.is_file()}
     last = int(run.steps[-1]) if len(run.steps) else max(files, default=0)
     if beyond := sorted(step for step in files if step > last):
         run.notes.append(f"validation dumps of steps {', '.join(map(str, beyond))}, after its last record, left out")
     return {step: file for step, file in files.items() if step <= last}
-
-
-def _attach_dumps(runs: Sequence[Run], dumps: Sequence[dict[int, Path]], cache_folder: Path | None) -> None:
-    """Count the dumps that are not counted yet, with a progress bar, and give them to their runs."""
-    cache = DumpCache(cache_folder / CACHE_FILE if cache_folder else None)
-    counted = {file: known for files in dumps for file in files.values() if (known := cache.get(file))}
-    new = [file for files in dumps for file in files.values() if file not in counted]
-    for file in track(new, "reading validation dumps", console=Console(stderr=True), transient=True):
-        counted[file] = cache.read(file)
-    cache.save()
-    for run, files in zip(runs, dumps, strict=True):
-        run.dumps = files
-        attach_validations(run, {step: counted[file] for step, file in files.items()})
 
 
 def _number_seeds(runs: Sequence[Run]) -> None:

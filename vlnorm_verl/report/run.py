@@ -69,9 +69,9 @@ class Run(Identity):
 
 
 class Logged(NamedTuple):
-    """verl's mean@n of one validation set: of which variable of the reward, of how many responses, values [T].
+    """verl's mean@n of one validation set, values [T]: the mean of a variable of the reward (acc) over n responses.
 
-    Of another metric: its name, 0 responses.
+    n is 0, and variable the metric's name, where `--metric` asks for another.
     """
 
     variable: str

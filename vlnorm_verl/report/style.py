@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlnorm_verl.files import write
-from vlnorm_verl.report.table import check_name, one_line
+from vlnorm_verl.report.table import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -51,9 +51,6 @@ class Figure:
     caption: str
     png: bytes
     svg: str
-
-    def __post_init__(self) -> None:
-        check_name(self.name)
 
 
 @contextmanager

@@ -76,10 +76,10 @@ def _method(look: Look, mean: Mean, shown: Panel, key: str, x: Any, y: Any) -> s
     """Band, line, and thin line after a seed's end; the seeds where they have no step in common."""
     dash = f' stroke-dasharray="{look.dash}"' if look.dash else ""
     if not len(mean.steps):
-        seeds = [(x(of.steps), y(of.values)) for of in shown.series if of.key == key]
+        seeds = [(x(series.steps), y(series.values)) for series in shown.series if series.key == key]
         return f'<g class="m{look.place}">{"".join(_path(*seed, "thin") for seed in seeds)}</g>'
     kept = np.unique(np.linspace(0, len(mean.steps) - 1, min(DRAWN, len(mean.steps))).round().astype(int))
-    steps, of_line, low, high = (x(mean.steps[kept]), *(y(of[kept]) for of in (mean.mean, mean.low, mean.high)))
+    steps, of_line, low, high = (x(mean.steps[kept]), *(y(line[kept]) for line in (mean.mean, mean.low, mean.high)))
     parts = []
     if (mean.high > mean.low).any():
         parts.append(_path(np.append(steps, steps[::-1]), np.append(high, low[::-1]), "band"))
@@ -105,15 +105,15 @@ def data(charts: Sequence[Chart], looks: dict[str, Look]) -> dict[str, Any]:
     axes: dict[bytes, int] = {}
     x: list[list[Any]] = []
     panels = []
-    for shown in (of for chart in charts for of in chart.panels):
+    for shown in (panel for chart in charts for panel in chart.panels):
         series = []
-        for of in shown.series:
-            arrays = (of.steps, of.tokens, of.hours)
+        for seed in shown.series:
+            arrays = (seed.steps, seed.tokens, seed.hours)
             key = b"".join(b"-" if array is None else np.asarray(array, dtype=np.float64).tobytes() for array in arrays)
             if key not in axes:
                 axes[key] = len(x)
                 x.append([None if array is None else _short(array) for array in arrays])
-            series.append([looks[of.key].place, axes[key], _short(of.values)])
+            series.append([looks[seed.key].place, axes[key], _short(seed.values)])
         marks = [[looks[mark.key].place, mark.step, mark.label, mark.filled] for mark in shown.marks]
         panels.append({"smooth": shown.smooth, "target": shown.target, "marks": marks, "series": series})
     frame = [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM]
@@ -134,7 +134,7 @@ def axis_limit(cells: Sequence[Any]) -> float:
     found = [cell for cell in cells if isinstance(cell, Estimate) and isfinite(cell.value)]
     values = max((abs(cell.value) for cell in found), default=0.0)
     ends = max((abs(end) for cell in found for end in (cell.low, cell.high) if isfinite(end)), default=0.0)
-    return 1.08 * (min(ends, 3 * values) if values else ends) or 1.08 * values or 1.0
+    return 1.08 * max(values, min(ends, 3 * values) if values else ends) or 1.0
 
 
 def difference(cell: Any, limit: float) -> str:
@@ -157,7 +157,7 @@ def difference(cell: Any, limit: float) -> str:
 
 def difference_axis(limit: float) -> str:
     """The axis of those differences: 0 and both ends."""
-    half = next(iter([*ticks(0.0, limit, 3)][-1:]), limit)
+    half = [*ticks(0.0, limit, 3)][-1]
     marks = "".join(
         f'<text x="{50 + 50 * value / limit:.1f}%" y="11">{plain(value)}</text>' for value in (-half, 0.0, half)
     )

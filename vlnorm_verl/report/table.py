@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import unicodedata
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -13,17 +12,11 @@ from vlnorm_verl.report.estimates import Estimate
 
 Cell = str | int | float | Estimate | None
 ABSENT = "–"
-FILE_STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def one_line(text: str) -> str:
     """Without line breaks, control characters and marks that turn the direction of what follows."""
     return "".join(c for c in " ".join(text.split()) if unicodedata.category(c) not in ("Cc", "Cf"))
-
-
-def check_name(name: str) -> None:
-    if not FILE_STEM.fullmatch(name):
-        raise ValueError(f"name={name!r} is no file stem. Accepted: letters, digits, '.', '_' and '-'.")
 
 
 @dataclass
@@ -44,7 +37,7 @@ class Table:
         forest: heading of the column of differences that a page draws, too.
 
     Raises:
-        ValueError: `name` is no file stem, or a row hasn't one cell for each column.
+        ValueError: a row hasn't one cell for each column.
     """
 
     name: str
@@ -60,7 +53,6 @@ class Table:
     forest: str = ""
 
     def __post_init__(self) -> None:
-        check_name(self.name)
         for index, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ValueError(f"table {self.name!r}, row {index}: {len(row)} cells for {len(self.columns)} columns.")
@@ -127,7 +119,7 @@ def layout_of(table: Table) -> Layout:
     cells: list[list[Shown]] = []
     above: Cell = None
     for place, row in enumerate(table.rows):
-        shown = [show(row[index], of) for index, of in zip(kept, digits, strict=True)]
+        shown = [show(row[index], decimals) for index, decimals in zip(kept, digits, strict=True)]
         cells.append([one._replace(bold=place in table.bold) for one in shown])
         if table.grouped and row[0] == above:
             cells[-1][0] = cells[-1][0]._replace(text="")

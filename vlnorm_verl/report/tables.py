@@ -23,12 +23,12 @@ from vlnorm_verl.report import measures, paper
 from vlnorm_verl.report.configs import differing
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.first_hit import SpeedUp, smoothing, speed_up
-from vlnorm_verl.report.groups import Comparison, Group, Groups, by_setting, doubles
+from vlnorm_verl.report.groups import Comparison, Group, Groups, by_setting, doubles, runs_of
 from vlnorm_verl.report.identity import UNKNOWN_SEED, Setting
 from vlnorm_verl.report.table import Cell, Table
-from vlnorm_verl.report.verdict import step_of
+from vlnorm_verl.report.verdict import shortened, step_of
 
-Row = dict[str, Cell]  # heading -> cell; the rows of a table have the same headings
+Row = dict[str, Cell]  # heading -> cell
 
 TITLES = {
     "results": "Results",
@@ -69,17 +69,18 @@ def tables(compared: Comparison, smooth: int | None = None) -> list[Table]:
 
 
 def _table(name: str, rows: list[Row], foot: list[str], hidden: Sequence[str] = (), **options: object) -> Table | None:
-    """Without the columns in which no row says anything; None without a row."""
+    """Without the columns in which no row says anything; None without a row, or if only setting and method are left."""
 
     def says(cell: Cell) -> bool:
         if isinstance(cell, Estimate):
             return bool(cell.note) or not isnan(cell.value)
         return cell not in (None, "", paper.NOT_FOUND)
 
-    columns = [heading for heading in (rows[0] if rows else ()) if any(says(row[heading]) for row in rows)]
-    if not columns:
+    headings = dict.fromkeys(heading for row in rows for heading in row)
+    columns = [heading for heading in headings if any(says(row.get(heading)) for row in rows)]
+    if len(columns) < 3:
         return None
-    cells = [[row[heading] for heading in columns] for row in rows]
+    cells = [[row.get(heading) for heading in columns] for row in rows]
     hidden = [column for column in hidden if column in columns]
     return Table(name, TITLES[name], columns, cells, foot, hidden=tuple(hidden), grouped=True, **options)  # type: ignore[arg-type]
 
@@ -95,7 +96,7 @@ def difference_heading(baseline: str) -> str:
 
 def _accuracy(groups: Groups) -> tuple[str, str]:
     """(what the accuracy is called, what it is)."""
-    runs = [run for of in groups.values() for run in of]
+    runs = runs_of(groups)
     return measures.accuracy_name(runs), ACCURACY if measures.is_rate(runs) else LOGGED
 
 
@@ -130,8 +131,8 @@ def _best(compared: Comparison) -> frozenset[int]:
     settings: dict[Setting, list[tuple[float, int]]] = {}
     for index, (group, final) in enumerate(compared.finals.items()):
         if final is not None and not isnan(final.value):
-            settings.setdefault(group.setting, []).append((final.value, index))
-    return frozenset(max(of)[1] for of in settings.values() if len(of) > 1)
+            settings.setdefault(group.setting, []).append((final.value, -index))  # of equal ones the first
+    return frozenset(-max(rows)[1] for rows in settings.values() if len(rows) > 1)
 
 
 def _difference(compared: Comparison, group: Group) -> Cell:
@@ -165,7 +166,7 @@ def _at_different_steps(compared: Comparison) -> list[str]:
         compared.titles[setting]: sorted({measures.final_step(runs) or 0 for runs in groups.values()})
         for setting, groups in by_setting(compared.validated).items()
     }
-    uneven = [f"{title} ({', '.join(map(str, of))})" for title, of in steps.items() if len(of) > 1]
+    uneven = [f"{title} ({', '.join(map(str, at))})" for title, at in steps.items() if len(at) > 1]
     return (
         [f"Rows stand at different steps, and a difference is at the last that both have: {'; '.join(uneven)}."]
         if uneven
@@ -175,15 +176,16 @@ def _at_different_steps(compared: Comparison) -> list[str]:
 
 def _other_accuracies(groups: Groups) -> list[str]:
     """A sentence where a run's accuracies are not means of eight responses' `acc`."""
-    others = []
-    for run in (run for runs in groups.values() for run in runs):
+    runs, others = runs_of(groups), dict[str, list[str]]()
+    for run in runs:
         variables, counts = measures.accuracies_of([run])
         if not counts <= {0} and (variables - {"acc"} or counts != {measures.K}):
             what = f" of {', '.join(sorted(variables))}" if variables - {"acc"} else ""
-            others.append(f"{run.name}: mean@{', '.join(map(str, sorted(counts)))}{what}")
+            others.setdefault(f"mean@{', '.join(map(str, sorted(counts)))}{what}", []).append(run.name)
     if not others:
         return []
-    return [f"Not Avg@8 of verl's acc: {'; '.join(others)}. Pass@8 is over the problems that have eight responses."]
+    said = [f"{what} ({'all runs' if len(names) == len(runs) else shortened(names)})" for what, names in others.items()]
+    return [f"Not Avg@8 of verl's acc: {'; '.join(said)}. Pass@8 is over the problems that have eight responses."]
 
 
 def _details(compared: Comparison) -> Table | None:
@@ -192,12 +194,9 @@ def _details(compared: Comparison) -> Table | None:
     for group, runs in groups.items():
         row = _start(compared, group)
         row |= {"monotonicity": measures.monotonicity(runs), "verl's best@8": measures.own_best(runs)}
-        row |= {heading: None for headings in OF_PAPER.values() for heading in headings.values()}
         for metric, heading in OF_PAPER.get(group.setting.family, {}).items():
             row[heading] = None if other_metric else paper.cell(*group, metric)
         rows.append(row)
-    if not rows or all(cell is None for row in rows for cell in list(row.values())[2:]):
-        return None
     foot = [
         "Monotonicity: Kendall's τ-b between step and accuracy over a run's validations. This definition is ours; the "
         "paper's was not found. It punishes a plateau: a method that is at its best early and stays there is lower "
@@ -211,7 +210,7 @@ def _details(compared: Comparison) -> Table | None:
 
 
 def _sets(compared: Comparison) -> Table | None:
-    groups = {group: of for group, of in compared.validated.items() if len(measures.validation_sets(of)) > 1}
+    groups = {group: runs for group, runs in compared.validated.items() if len(measures.validation_sets(runs)) > 1}
     names = {name for runs in groups.values() for name in measures.validation_sets(runs)}
     rows: list[Row] = []
     for group, runs in groups.items():
@@ -220,7 +219,7 @@ def _sets(compared: Comparison) -> Table | None:
             row[MATH_SETS.get(name, name)] = measures.final_accuracy(runs, name)
         rows.append(row)
     foot = [": ".join(_accuracy(groups))]
-    if any(len(measures.set_sizes(run)) < len(measures.validation_sets([run])) for of in groups.values() for run in of):
+    if any(len(measures.set_sizes(run)) < len(measures.validation_sets([run])) for run in runs_of(groups)):
         foot.append(
             "Where no dump that can be used says which validation set a response is of, each set's number is verl's "
             "own, without an interval over problems, and there is no weighted average."
@@ -235,8 +234,7 @@ def _speed_up(compared: Comparison, smooth: int | None) -> Table | None:
     rows: list[Row] = []
     hidden: dict[str, None] = {}
     for higher, lower, raw in compared.pairs:
-        of_setting = by_setting(compared.validated)[higher.setting].values()
-        window = smoothing((run for runs in of_setting for run in runs), smooth)
+        window = smoothing(runs_of(by_setting(compared.validated)[higher.setting]), smooth)
         smoothed = speed_up(compared.validated[higher], compared.validated[lower], window)
         assert smoothed is not None  # there is one where there is the raw one
         row = _start(compared, higher) | {
@@ -285,7 +283,7 @@ def _first(hits: SpeedUp) -> str:
 def _papers_first_hit(group: Group, other: Group) -> Cell:
     """ "375 (2.67×) [paper, Fig. 2]": when VL Norm reaches DAPO's final accuracy, and the paper's count of it."""
     hit, ratio = (paper.known(*group, metric) for metric in ("first_hit", "speed_up"))
-    if hit is None or ratio is None or other[1] != "dapo":
+    if hit is None or ratio is None or other.key != "dapo":
         return None
     return f"{hit.value} ({ratio.value}×) [{hit.label}]"
 

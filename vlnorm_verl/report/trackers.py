@@ -14,16 +14,10 @@ from vlnorm_verl.runs.records import Start, decode, starts_of
 
 
 def read_tensorboard(files: Iterable[Path], notes: list[str]) -> list[Start]:
-    """The starts in tensorboard's event files, in the order of their first event.
+    """The starts in tensorboard's event files, in the order of their first event."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
 
-    Raises:
-        UserError: tensorboard is not installed.
-    """
-    try:
-        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-        from tensorboard.util.tensor_util import make_ndarray
-    except ImportError:
-        raise UserError(f"{next(iter(files))}: reading it needs tensorboard: pip install tensorboard") from None
     by_time: list[tuple[float, list[Start]]] = []
     for file in files:
         rows: list[tuple[int, dict[str, Any]]] = []
@@ -61,13 +55,11 @@ def read_wandb(file: Path, notes: list[str]) -> Wandb:
     protobuf messages, which wandb's own generated classes (`wandb.proto`, private) decode.
 
     Raises:
-        UserError: wandb is not installed, or the file is not one of wandb's.
+        UserError: the file is not one of wandb's.
     """
-    try:
-        from google.protobuf.message import DecodeError
-        from wandb.proto import wandb_internal_pb2
-    except ImportError:
-        raise UserError(f"{file}: reading it needs wandb: pip install wandb") from None
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
     content = file.read_bytes()
     if content[:4] != b":W&B"[: len(content)]:
         raise UserError(f"{file}: not a file of wandb")
@@ -115,7 +107,8 @@ def _json(text: bytes) -> Any:
 
 
 def _leveldb_log(content: bytes, notes: list[str], name: str) -> Iterator[bytes]:
-    block, position, parts = 32768, 7, b""
+    block, position = 32768, 7
+    parts: list[bytes] = []
     while position + 7 <= len(content):
         left = block - position % block
         if left < 7:  # too short for a record's header: filled with zeros
@@ -130,6 +123,8 @@ def _leveldb_log(content: bytes, notes: list[str], name: str) -> Iterator[bytes]
         if len(data) < length or kind not in (1, 2, 3, 4):
             notes.append(f"{name}: the end is cut, left out")
             return
-        parts = data if kind in (1, 2) else parts + data  # full, first, middle, last
+        if kind in (1, 2):  # full, first, middle, last
+            parts.clear()
+        parts.append(data)
         if kind in (1, 4):
-            yield parts
+            yield b"".join(parts)

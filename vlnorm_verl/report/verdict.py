@@ -13,7 +13,7 @@ from math import isfinite, nan
 from vlnorm_verl.report import measures
 from vlnorm_verl.report.estimates import LEVEL, Estimate
 from vlnorm_verl.report.first_hit import speed_up
-from vlnorm_verl.report.groups import Comparison, Group, Groups, by_setting, doubles
+from vlnorm_verl.report.groups import Comparison, Group, Groups, by_setting, doubles, runs_of
 from vlnorm_verl.report.labels import accuracy_label, points
 from vlnorm_verl.report.run import VALIDATION_METRIC, Run
 from vlnorm_verl.report.table import number
@@ -26,23 +26,24 @@ NAMED = 8  # runs that are named one by one
 class Over:
     """The best method over another one. difference: best minus that one, as it is written; state: as an Estimate's.
 
-    behind: at the last step that both have, which may be earlier than the best one's last.
+    relation: "over"; "behind" at the last step that both have, which may be earlier than the best one's last; "with"
+    where the difference is no number but why there is none.
     """
 
     method: str
     state: str
     difference: str
-    behind: bool
+    relation: str
 
     @property
     def established(self) -> bool:
-        return self.state == "established" and not self.behind
+        return self.state == "established" and self.relation == "over"
 
     @property
     def words(self) -> str:
-        """ "+4.6 [−0.3, 9.5] points over DAPO Norm (open)"."""
-        state = f" ({self.state})" if self.state != "established" else ""
-        return f"{self.difference} {'behind' if self.behind else 'over'} {self.method}{state}"
+        """ "+4.6 [−0.3, 9.5] points over DAPO Norm (open)", "no validated step in common with DAPO Norm"."""
+        state = "" if self.state == "established" or self.relation == "with" else f" ({self.state})"
+        return f"{self.difference} {self.relation} {self.method}{state}"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Verdict:
     @property
     def shown(self) -> str:
         """Its accuracy with the interval."""
-        numbers = [number(of, 3) for of in (self.value.value, self.value.low, self.value.high)]
+        numbers = [number(value, 3) for value in (self.value.value, self.value.low, self.value.high)]
         return numbers[0] + (f" [{numbers[1]}, {numbers[2]}]" if isfinite(self.value.low) else "")
 
     def sentence(self) -> str:
@@ -102,15 +103,19 @@ def _verdict(groups: Groups, finals: dict[Group, Estimate | None], title: str) -
     is_rate = measures.is_rate(groups[best])
     over = []
     for other in others:
-        difference = measures.difference(groups[best], groups[other]) or Estimate(nan)
+        difference = measures.difference(groups[best], groups[other]) or Estimate(nan, note="no comparison")
+        if not isfinite(difference.value):
+            over.append(Over(other.label, difference.state, difference.note, "with"))
+            continue
         text = points(difference.value, is_rate)
         if isfinite(difference.low):
             text += f" [{points(difference.low, is_rate, False)}, {points(difference.high, is_rate, False)}]"
         text += " points" if is_rate else ""
-        where = [note for note in difference.note.split("; ") if note.startswith("at step")]
-        text += f" ({where[0]})" if where else ""
-        over.append(Over(other.label, difference.state, text, difference.value < 0))
-    nearest = next((other for other, of in zip(others, over, strict=True) if of.established), None)
+        step = measures.common_step(groups[best], groups[other])
+        if {step} != {measures.final_step(groups[best]), measures.final_step(groups[other])}:
+            text += f" (at step {step})"
+        over.append(Over(other.label, difference.state, text, "behind" if difference.value < 0 else "over"))
+    nearest = next((other for other, found in zip(others, over, strict=True) if found.established), None)
     count = len(measures.final_runs(groups[best]))
     return Verdict(
         title=title,
@@ -152,19 +157,13 @@ def several_at_once(found: Sequence[Verdict]) -> str:
 
 def look_at(compared: Comparison) -> dict[str, list[str]]:
     """What is wrong with the runs: {what: which}, the gravest first."""
-    runs, every = compared.runs, [run for of in compared.groups.values() for run in of]
-    validated = [run for of in compared.validated.values() for run in of]
+    runs, every, validated = compared.runs, runs_of(compared.groups), runs_of(compared.validated)
     behind = [
         run
-        for of in compared.validated.values()
-        for run in of
-        if (measures.final_step([run]) or 0) < (measures.final_step(of) or 0)
+        for seeds in compared.validated.values()
+        for run in seeds
+        if (measures.final_step([run]) or 0) < (measures.final_step(seeds) or 0)
     ]
-    not_numbers = {
-        run.name: [key for key in run.ended if not run.metric or key == run.metric] or [*run.ended]
-        for run in runs
-        if run.ended
-    }
     found = {
         "Accuracy is not a number any more": [
             f"{run.name} (from step {step} on)"
@@ -173,9 +172,9 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
             if key == run.metric or (not run.metric and VALIDATION_METRIC.fullmatch(key))
         ],
         "Not a finite number any more": [
-            f"{run.name} ({', '.join(keys[:2])}{' …' if len(keys) > 2 else ''}, from step {min(run.ended.values())} on)"
+            f"{run.name} ({', '.join(keys[:2])}{' …' if len(keys) > 2 else ''}, from step {run.ended[keys[0]]} on)"
             for run in runs
-            if (keys := not_numbers.get(run.name))
+            if (keys := sorted(run.ended, key=run.ended.__getitem__))
         ],
         "Not in the report": [f"{run.name} ({run.left_out})" for run in runs if run.left_out],
         "No metrics, only validation dumps": [run.name for run in every if not len(run.steps)],
@@ -191,15 +190,15 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
         "Left out, another run has the same seed": [run.name for run in doubles(runs, compared.groups)],
         "One seed only": [
             f"{group.label} ({compared.titles[group.setting]})"
-            for group, of in compared.validated.items()
-            if len(measures.final_runs(of)) == 1
+            for group, seeds in compared.validated.items()
+            if len(measures.final_runs(seeds)) == 1
         ],
         "No validation dumps, so no interval over problems": [run.name for run in validated if not run.validations],
     }
     return {what: which for what, which in found.items() if which}
 
 
-def shortened(which: Sequence[str], named: int = NAMED) -> str:
+def shortened(which: Sequence[str]) -> str:
     """The first of them, and how many more."""
-    more = f" and {len(which) - named} more" if len(which) > named else ""
-    return ", ".join(which[:named]) + more
+    more = f" and {len(which) - NAMED} more" if len(which) > NAMED else ""
+    return ", ".join(which[:NAMED]) + more

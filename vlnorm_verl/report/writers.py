@@ -18,14 +18,16 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table as RichTable
+from rich.text import Text
 
 from vlnorm_verl.files import write
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.table import Cell, Shown, Table, layout_of, one_line
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def write_tables(tables: Iterable[Table], out: Path) -> None:
@@ -191,10 +193,6 @@ FORMATS: dict[str, Callable[[Table], str]] = {"csv": to_csv, "md": to_markdown, 
 
 def print_table(table: Table, console: Console) -> None:
     """The table, its notes and its feet on a terminal; one that is wider than the terminal as a list of its rows."""
-    from rich.measure import Measurement
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
     layout = layout_of(table)
 
     def text(shown: Shown) -> Text:

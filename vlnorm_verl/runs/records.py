@@ -30,7 +30,7 @@ Records = dict[int, dict[str, Any]]
 class LoggedStep(msgspec.Struct):
     """A line of verl's file logger."""
 
-    step: Annotated[int, msgspec.Meta(ge=0)]
+    step: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
     data: dict[str, Any]
 
 
