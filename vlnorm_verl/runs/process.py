@@ -27,7 +27,7 @@ from vlnorm_verl.runs.records import read_records
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_SECONDS = 20.0  # for verl and Ray to end by themselves before they are killed
 
-Record = dict[str, Any]  # {"step": int, "data": {metric: number}} as verl writes it
+Record = dict[str, Any]  # {"step": int, "data": {metric: number, or None where it is not finite}} as verl writes it
 
 
 def raise_on_stop() -> None:
