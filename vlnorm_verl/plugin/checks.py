@@ -216,7 +216,7 @@ def check_overlong_filtering(config: Any) -> None:
 
     get_adv_estimator_fn(overlong.ESTIMATOR)  # raises if it could not be registered
     limit, longest = config.algorithm.get(overlong.LENGTH_KEY), whole_number(config, "data.max_response_length")
-    if not isinstance(limit, int) or not 0 < limit <= longest:
+    if type(limit) is not int or not 0 < limit <= longest:  # True is an int, too
         raise ValueError(
             f"algorithm.{overlong.LENGTH_KEY}={limit!r}: algorithm.adv_estimator={overlong.ESTIMATOR} needs the length "
             f"from which a response is overlong, in tokens: 1 to data.max_response_length={longest}, "
