@@ -46,9 +46,11 @@ def with_our_modes(stock: Callable[[Any], None]) -> Callable[[Any], None]:
         check_mode(mode)
         check_scale(self.loss_scale_factor)
         if not is_ours(mode):
-            say_left_to_verl()
-            stock(self)
-            return
+            say(
+                "This verl has loss_agg_mode=vl_norm itself: vlnorm-verl leaves the aggregation to it (there are no "
+                "vl_norm/ metrics then), checks the configuration, and sets loss_scale_factor where it is null."
+            )
+            return stock(self)
         # The stock check of everything else ends with an allow-list of verl's modes, so it is shown one of those.
         object.__setattr__(self, "loss_agg_mode", STOCK_MODES[0])
         try:
@@ -60,11 +62,9 @@ def with_our_modes(stock: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 @functools.cache
-def say_left_to_verl() -> None:
-    logger.warning(
-        "This verl has loss_agg_mode=vl_norm itself: vlnorm-verl leaves the aggregation to it (there are no vl_norm/ "
-        "metrics then), checks the configuration, and sets loss_scale_factor where it is null."
-    )
+def say(text: str) -> None:
+    """A warning, once a process: verl's main_ppo has a configuration checked by validate_config and by run_ppo."""
+    logger.warning(text)
 
 
 def check_config(config: Any) -> None:
@@ -171,11 +171,9 @@ def has_critic(config: Any) -> bool:
 
 def warn_of_untested_release() -> None:
     if verl_version() not in TESTED_RELEASES:
-        logger.warning(
-            "vlnorm-verl has not been tested with verl %s (tested: %s). Every name that it relies on is there; whether "
-            "gradients are exact is not known.",
-            verl_version(),
-            ", ".join(TESTED_RELEASES),
+        say(
+            f"vlnorm-verl has not been tested with verl {verl_version()} (tested: {', '.join(TESTED_RELEASES)}). Every "
+            "name that it relies on is there; whether gradients are exact is not known."
         )
 
 
@@ -198,7 +196,7 @@ def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
         < whole_number(config, "data.train_batch_size")
     )
     if several and not actor.get("shuffle"):
-        logger.warning(
+        say(
             "actor_rollout_ref.actor.shuffle=false with several optimizer mini-batches a rollout batch: verl orders "
             "responses by when they were finished, so each mini-batch holds responses of similar lengths, and "
             "loss_agg_mode=%s has little left to weigh. Set trainer.v1.trainer_mode=sync_whole_groups (verl 0.9's "
