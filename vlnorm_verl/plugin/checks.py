@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -38,11 +39,8 @@ def with_our_modes(stock: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(stock)
     def __post_init__(self: Any) -> None:
         mode = self.loss_agg_mode
-        if not registry.is_registered(mode):
-            if not is_verls(mode):
-                check_mode(mode)
-            stock(self)
-            return
+        if is_verls(mode) and not registry.is_registered(mode):
+            return stock(self)
         check_mode(mode)
         check_scale(self.loss_scale_factor)
         if not is_ours(mode):
@@ -103,7 +101,9 @@ def check_actor(config: Any, actor: Any) -> None:
     warn_of_sorted_mini_batches(actor, config)
     warn_of_untested_release()
     if is_ours(actor.loss_agg_mode):
-        policy_loss.check(actor_config(actor))
+        from verl.utils.config import omega_conf_to_dataclass
+
+        policy_loss.check(omega_conf_to_dataclass(actor))
 
 
 def check_critic(config: Any, critic: Any) -> None:
@@ -122,8 +122,9 @@ def check_mode(mode: object, key: str = MODE_KEY) -> None:
 
 def check_scale(scale: object, key: str = SCALE_KEY) -> None:
     """Raises ValueError unless M is a positive number, or None for the default."""
-    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if scale is not None and not (number and 0 < scale < float("inf")):  # type: ignore[operator]
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise ValueError(
             f"{key}={scale!r}: M must be a positive number of tokens; leave it null for data.max_response_length"
         )
@@ -148,17 +149,6 @@ def whole_number(config: Any, key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{key}={value!r}: a whole number is needed")
     return value
-
-
-def actor_config(actor: Any) -> Any:
-    """The ActorConfig of a run's config. Not every trainer makes one before Ray starts, and Hydra wraps its errors."""
-    from verl.utils.config import omega_conf_to_dataclass
-
-    stock = actor.copy()
-    stock.loss_agg_mode = STOCK_MODES[0]
-    made = omega_conf_to_dataclass(stock)
-    object.__setattr__(made, "loss_agg_mode", actor.loss_agg_mode)
-    return made
 
 
 def has_critic(config: Any) -> bool:
@@ -199,10 +189,10 @@ def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
         say(
             "actor_rollout_ref.actor.shuffle=false with several optimizer mini-batches a rollout batch: verl orders "
             "responses by when they were finished, so each mini-batch holds responses of similar lengths, and "
-            "loss_agg_mode=%s has little left to weigh. Set trainer.v1.trainer_mode=sync_whole_groups (verl 0.9's "
-            "synchronous trainer) for mini-batches of whole prompt groups in random order, as the paper has them, or "
-            "with any trainer actor_rollout_ref.actor.shuffle=true for single responses drawn at random.",
-            actor.loss_agg_mode,
+            f"loss_agg_mode={actor.loss_agg_mode} has little left to weigh. Set trainer.v1.trainer_mode="
+            "sync_whole_groups (verl 0.9's synchronous trainer) for mini-batches of whole prompt groups in random "
+            "order, as the paper has them, or with any trainer actor_rollout_ref.actor.shuffle=true for single "
+            "responses drawn at random."
         )
 
 
