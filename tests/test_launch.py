@@ -418,6 +418,7 @@ def test_a_ray_jobs_own_configuration_is_kept(monkeypatch: pytest.MonkeyPatch) -
     assert (job["metadata"], job["runtime_env"]["working_dir"]) == ({"a": "b"}, "gcs://x.zip")
     assert job["runtime_env"]["env_vars"]["WANDB_API_KEY"] == "the job's"
 
+    (tmp_path / ".netrc").write_bytes("machine x login Müller".encode("latin-1"))
 
 def test_a_missing_login_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -140,11 +140,9 @@ def quiet() -> Iterator[IO[str]]:
 
 def gpu_problems() -> list[machine.Defect]:
     """What a run on GPUs would fail for in this environment, on this machine."""
-    environment = machine.this_environment()
-    problems = [machine.Defect(f"{environment.prefix} {reason}", machine.INSTALL_GPU) for reason in environment.lacks()]
-    problems += filter(
-        None, (machine.flash_attention_problem(), machine.driver_problem(environment.cuda or machine.WHEELS_CUDA))
-    )
+    problems = machine.environment_problems(on_cpu=False, flash_attention=True)
+    if problem := machine.driver_problem(machine.this_environment().cuda or machine.WHEELS_CUDA):
+        problems.append(problem)
     return problems + machine.tight(Path("runs"))
 
 

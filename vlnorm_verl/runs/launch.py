@@ -178,12 +178,8 @@ def prepare_environment(recipes: Path, config: DictConfig) -> str:
         machine.Elsewhere: another one can.
         UserError: VERL_PLATFORM says something else.
     """
-    on_cpu, unfit = is_cpu(config), ""
-    try:
-        machine.require_environment(on_cpu, recipes.resolve().parent)
-    except machine.Unfit as error:
-        unfit = str(error)
-    if on_cpu:
+    unfit = machine.require_environment(is_cpu(config), recipes.resolve().parent)
+    if is_cpu(config):
         os.environ.update(cpu.cpu_environment())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # verl's engines that are not installed
