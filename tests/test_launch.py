@@ -245,6 +245,7 @@ def test_a_dry_run_shows_value_source_and_command(tmp_path: Path) -> None:
     (mode,) = [line for line in lines if line.startswith("actor_rollout_ref.actor.loss_agg_mode=")]
     assert all(part in mode for part in ("=vl_norm:0.5  # method/vl_norm.yaml", "paper:"))
     assert any(line.startswith('trainer.logger=["console", "file"]  # config/common.yaml:') for line in lines)
+    assert any(line.startswith("cost, worked out on paper") for line in lines)
     assert lines[-1].endswith(": valid")
 
 
@@ -263,19 +264,12 @@ def test_the_command_of_a_dry_run_trains_what_the_launcher_would(
     assert configs.flatten(by_hand) == configs.flatten(complete(Request(RECIPES, overrides)))
 
 
-def test_a_narrow_terminal_cuts_no_key() -> None:
-    console = terminal(record=True, width=60, file=io.StringIO(), force_terminal=True)
-    assert launch.launch(Request(RECIPES, [], dry_run=True), console) == 0
-    table = console.export_text().split("note: ")[0]
-    cells = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
-    assert "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu" in "".join(cells)
-    assert "…" not in table
-
-
-def test_a_dry_run_names_what_does_nothing(tmp_path: Path) -> None:
-    lines = dry_run(f"recipe.root={tmp_path}", "actor_rollout_ref.actor.grad_clip=0.5")
+def test_a_dry_run_names_what_does_nothing_and_no_cost_of_another_model(tmp_path: Path) -> None:
+    another = "actor_rollout_ref.model.path=Qwen/Qwen2.5-32B"
+    lines = dry_run(f"recipe.root={tmp_path}", "actor_rollout_ref.actor.grad_clip=0.5", another)
     (note,) = [line for line in lines if "does nothing" in line]
     assert "actor_rollout_ref.actor.grad_clip" in note
+    assert not [line for line in lines if line.startswith("cost")]
 
 
 def test_a_folder_without_the_recipes_is_refused(tmp_path: Path) -> None:
