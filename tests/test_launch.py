@@ -358,7 +358,8 @@ def test_a_ray_job_is_the_same_command_with_this_project_sent_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
-    request = Request(RECIPES, ["method=dr_grpo", "trainer.nnodes=2", f"recipe.root={tmp_path}/runs"], smoke=True)
+    given = ["method=dr_grpo", "trainer.nnodes=2", f"recipe.root={tmp_path}/runs"]
+    request = Request(RECIPES, given, smoke=True, report=True)
     config = complete(request)
     command = clusters.submit_command(RECIPES, launch.again(request, config), config, tmp_path / "runtime_env.yaml")
     assert "--address=http://head:8265" in command
@@ -367,7 +368,7 @@ def test_a_ray_job_is_the_same_command_with_this_project_sent_along(
     assert all(name.startswith("/") for name in clusters.NOT_SHIPPED)  # /data, and not vlnorm_verl/tasks
     entry = command[command.index("--") + 1 :]
     assert entry[:6] == ["python", "-m", "vlnorm_verl", "launch", "--recipes", "recipes"]
-    assert {"--smoke", "method=dr_grpo", "trainer.nnodes=2", f"recipe.root={tmp_path}/runs"} <= set(entry)
+    assert {"--smoke", "--report", *given} <= set(entry)
     assert shlex.split(shlex.join(entry)) == entry
 
 
@@ -430,6 +431,11 @@ def test_a_missing_login_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_where_is_one_of_two() -> None:
     assert "--on lsf: accepted are slurm and kubernetes" in refused(Request(RECIPES, on="lsf"))
+
+
+def test_slurm_needs_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "--on slurm: no sbatch here" in refused(Request(RECIPES, on="slurm"))
 
 
 def test_a_wrong_request_is_one_message_and_exit_code_2() -> None:

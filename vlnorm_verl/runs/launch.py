@@ -101,6 +101,8 @@ def launch(request: Request, console: Console | None = None) -> int:
     if request.dry_run:
         show(request, config, changed, console, unfit)
         return 0
+        if not shutil.which("sbatch"):
+            raise UserError("--on slurm: no sbatch here; start it on a login node of the cluster")
     arguments = again(request, config)
     if request.on == "kubernetes":
         print(clusters.rayjob(request.recipes, arguments, config))
@@ -198,6 +200,7 @@ def cannot_run(config: DictConfig) -> str:
         cuda = machine.this_environment().cuda or machine.WHEELS_CUDA
         problems.append(machine.driver_problem(cuda, config.trainer.n_gpus_per_node))
     return "\n".join(str(problem) for problem in problems if problem)
+    flags += ["--report"] if request.report else []
 
 
 def again(request: Request, config: DictConfig) -> list[str]:
