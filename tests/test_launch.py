@@ -211,7 +211,7 @@ def test_a_run_with_values_that_are_not_finite_has_a_summary() -> None:
                 "method=grpo_norm",
                 "actor_rollout_ref.actor.loss_scale_factor='3072'",
             ],
-            "loss_scale_factor='3072' with",
+            "loss_scale_factor='3072': M must be",
         ),
         (["trainer.nnodes=two"], "trainer.nnodes='two': accepted is a number, as in trainer.nnodes=1"),
         (["recipe.steps=[3]"], "recipe.steps=[3]: accepted is a number"),
