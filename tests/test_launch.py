@@ -273,7 +273,7 @@ def test_a_dry_run_names_what_does_nothing_and_no_cost_of_another_model(tmp_path
 
 
 def test_a_folder_without_the_recipes_is_refused(tmp_path: Path) -> None:
-    for arguments in (["launch", "--dry-run"], ["reproduce", "--list"], ["reproduce", "--values"]):
+    for arguments in (["launch", "--dry-run"], ["reproduce", "--list"]):
         result = CliRunner().invoke(app, [*arguments, "--recipes", str(tmp_path / "recipes")])
         assert result.exit_code == 2
         # A terminal that is called dumb is 80 columns wide whatever COLUMNS says: the words, without the box's breaks.
