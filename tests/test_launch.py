@@ -48,7 +48,7 @@ def composed(tmp_path: Path, *overrides: str, **request: Any) -> DictConfig:
 
 
 def complete(request: Request) -> DictConfig:
-    asked = configs.compose(request.config_folder, request.overrides)
+    asked = configs.compose(request.recipes / "config", request.overrides)
     return configs.with_settings(asked, launch.settings(request, asked, launch.folder_of(request, asked)))
 
 
@@ -413,12 +413,12 @@ def test_a_ray_jobs_own_configuration_is_kept(monkeypatch: pytest.MonkeyPatch) -
     assert (job["metadata"], job["runtime_env"]["working_dir"]) == ({"a": "b"}, "gcs://x.zip")
     assert job["runtime_env"]["env_vars"]["WANDB_API_KEY"] == "the job's"
 
-    (tmp_path / ".netrc").write_bytes("machine x login Müller".encode("latin-1"))
 
 def test_a_missing_login_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "SWANLAB_API_KEY", "SWANLAB_MODE"):
         monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".netrc").write_bytes("machine x login Müller".encode("latin-1"))
     assert machine.missing_logins(["console", "file", "mlflow"]) == []
     (problem,) = machine.missing_logins(["file", "wandb"])
     assert problem == "logger wandb needs WANDB_API_KEY (or WANDB_MODE=offline|disabled, or its login in ~/.netrc)"
