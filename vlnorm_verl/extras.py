@@ -8,15 +8,7 @@ from vlnorm_verl.files import UserError
 
 # What the code of an extra imports, beside what verl itself requires, which is always there.
 MODULES = {
-    "recipes": (
-        "cachetools",
-        "fastapi",
-        "huggingface_hub",
-        "msgspec",
-        "psutil",
-        "transfer_queue",
-        "uvicorn",
-    ),
+    "recipes": ("cachetools", "fastapi", "huggingface_hub", "msgspec", "psutil", "transfer_queue", "uvicorn"),
     "report": ("jinja2", "matplotlib", "msgspec", "scipy"),
     "lab": ("jinja2", "matplotlib", "msgspec", "scipy"),
     "math": ("sympy",),

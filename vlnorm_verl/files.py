@@ -44,8 +44,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """What two settings differ in, as `key: 1 there, 2 asked for`; compared as JSON would read them again."""
-    plain = [json.loads(json.dumps(settings, default=str)) for settings in (there, asked)]
-    before, now = plain
+    before, now = (json.loads(json.dumps(settings, default=str)) for settings in (there, asked))
     return [
         f"{key}: {_shown(before, key)} there, {_shown(now, key)} asked for"
         for key in sorted(before.keys() | now.keys())

@@ -108,10 +108,6 @@ def this_environment() -> Environment:
     )
 
 
-class Unfit(RuntimeError):
-    """No environment here can do the run; the message says why each cannot, and how to make one."""
-
-
 class Elsewhere(Exception):
     """Another environment of the project can do the run, and the one of this process cannot."""
 
@@ -120,16 +116,15 @@ class Elsewhere(Exception):
         self.python = environment.python
 
 
-def require_environment(on_cpu: bool, project: Path) -> Environment:
-    """The environment of this process, if a run can use it.
+def require_environment(on_cpu: bool, project: Path) -> str:
+    """Why no environment here can do a run, each one's reasons and how to make one; "" if this process's can.
 
     Raises:
         Elsewhere: it cannot, but .venv-gpu or .venv of the project can.
-        Unfit: none can.
     """
     here = this_environment()
     if not (lacks := here.lacks(on_cpu)):
-        return here
+        return ""
     run = f"This run is on {'the CPU' if on_cpu else 'GPUs'}"
     reasons = [f"{here.prefix} {' and '.join(lacks)}"]
     for folder in ENVIRONMENTS:
@@ -147,7 +142,7 @@ def require_environment(on_cpu: bool, project: Path) -> Environment:
     how = (
         f"{INSTALL_CPU} makes one that can" if on_cpu else f"{INSTALL_GPU} makes one that can (for the CPU: model=tiny)"
     )
-    raise Unfit(f"{run}, and no environment here can do it: {'; '.join(reasons)}. {how}")
+    return f"{run}, and no environment here can do it: {'; '.join(reasons)}. {how}"
 
 
 # --------------------------------------------------------------------------------------------------------- machine
@@ -201,11 +196,11 @@ def flash_attention_problem() -> Defect | None:
     return None
 
 
-def environment_problems(on_cpu: bool, flash_attention: bool) -> list[str]:
+def environment_problems(on_cpu: bool, flash_attention: bool) -> list[Defect]:
     """What this process's environment lacks for a run, which may want verl's default attention."""
-    here = this_environment()
-    problems = [f"{here.prefix} {reason}" for reason in here.lacks(on_cpu)]
-    return problems + ([str(problem)] if flash_attention and (problem := flash_attention_problem()) else [])
+    here, mend = this_environment(), INSTALL_CPU if on_cpu else INSTALL_GPU
+    problems = [Defect(f"{here.prefix} {reason}", mend) for reason in here.lacks(on_cpu)]
+    return problems + ([problem] if flash_attention and (problem := flash_attention_problem()) else [])
 
 
 def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Defect]:
@@ -236,11 +231,10 @@ def missing_logins(loggers: list[str]) -> list[str]:
     """What a logger of the run lacks in this process, each as a message."""
     problems = []
     for logger, (key, mode, enough, file) in LOGINS.items():
+        if logger not in loggers or os.environ.get(key) or os.environ.get(mode) in enough:
+            continue
         login = Path(file).expanduser()
-        known = (
-            os.environ.get(key) or os.environ.get(mode) in enough or (login.exists() and logger in login.read_text())
-        )
-        if logger in loggers and not known:
+        if not login.is_file() or logger not in login.read_text(errors="replace"):
             problems.append(f"logger {logger} needs {key} (or {mode}={'|'.join(enough)}, or its login in {file})")
     return problems
 

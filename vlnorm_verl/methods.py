@@ -60,9 +60,9 @@ OF_VERL = {row.verl: row.name for row in METHODS.values() if row.verl}
 MODES = (*(row.name for row in METHODS.values() if row.is_mode), *OF_VERL, "seq-mean-token-sum")
 
 # For methods that are not above: Paul Tol's muted scheme without what resembles those colours.
-OTHER_COLORS = ("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#661100", "#888888")
-OTHER_LINES = ((0, (5, 1)), (0, (1, 1)), (0, (5, 2, 1, 2)), (0, (8, 2)))
-OTHER_MARKERS = ("P", "X", "<", ">", "p", "h", "*")
+OTHER_COLORS = ("#332288", "#44AA99", "#AA4499", "#661100", "#888888")
+OTHER_LINES = ((0, (1, 1)), (0, (5, 2, 1, 2)))
+OTHER_MARKERS = ("<", ">", "p", "h", "*")
 
 
 def split(key: str) -> tuple[str, float | None]:
@@ -113,7 +113,7 @@ def label_of(key: str, family: str = "") -> str:
 
 def place_of(key: str) -> int:
     """Where the method stands among the others; unknown ones are last."""
-    names = [*METHODS]
+    names = list(METHODS)
     name = split(key)[0]
     return names.index(name) if name in METHODS else len(names)
 

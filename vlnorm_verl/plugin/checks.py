@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -38,17 +39,16 @@ def with_our_modes(stock: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(stock)
     def __post_init__(self: Any) -> None:
         mode = self.loss_agg_mode
-        if not registry.is_registered(mode):
-            if not is_verls(mode):
-                check_mode(mode)
-            stock(self)
-            return
+        if is_verls(mode) and not registry.is_registered(mode):
+            return stock(self)
         check_mode(mode)
         check_scale(self.loss_scale_factor)
         if not is_ours(mode):
-            say_left_to_verl()
-            stock(self)
-            return
+            say(
+                "This verl has loss_agg_mode=vl_norm itself: vlnorm-verl leaves the aggregation to it (there are no "
+                "vl_norm/ metrics then), checks the configuration, and sets loss_scale_factor where it is null."
+            )
+            return stock(self)
         # The stock check of everything else ends with an allow-list of verl's modes, so it is shown one of those.
         object.__setattr__(self, "loss_agg_mode", STOCK_MODES[0])
         try:
@@ -60,11 +60,9 @@ def with_our_modes(stock: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 @functools.cache
-def say_left_to_verl() -> None:
-    logger.warning(
-        "This verl has loss_agg_mode=vl_norm itself: vlnorm-verl leaves the aggregation to it (there are no vl_norm/ "
-        "metrics then), checks the configuration, and sets loss_scale_factor where it is null."
-    )
+def say(text: str) -> None:
+    """A warning, once a process: verl's main_ppo has a configuration checked by validate_config and by run_ppo."""
+    logger.warning(text)
 
 
 def check_config(config: Any) -> None:
@@ -103,7 +101,9 @@ def check_actor(config: Any, actor: Any) -> None:
     warn_of_sorted_mini_batches(actor, config)
     warn_of_untested_release()
     if is_ours(actor.loss_agg_mode):
-        policy_loss.check(actor_config(actor))
+        from verl.utils.config import omega_conf_to_dataclass
+
+        policy_loss.check(omega_conf_to_dataclass(actor))
 
 
 def check_critic(config: Any, critic: Any) -> None:
@@ -122,8 +122,9 @@ def check_mode(mode: object, key: str = MODE_KEY) -> None:
 
 def check_scale(scale: object, key: str = SCALE_KEY) -> None:
     """Raises ValueError unless M is a positive number, or None for the default."""
-    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if scale is not None and not (number and 0 < scale < float("inf")):  # type: ignore[operator]
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise ValueError(
             f"{key}={scale!r}: M must be a positive number of tokens; leave it null for data.max_response_length"
         )
@@ -150,17 +151,6 @@ def whole_number(config: Any, key: str) -> int:
     return value
 
 
-def actor_config(actor: Any) -> Any:
-    """The ActorConfig of a run's config. Not every trainer makes one before Ray starts, and Hydra wraps its errors."""
-    from verl.utils.config import omega_conf_to_dataclass
-
-    stock = actor.copy()
-    stock.loss_agg_mode = STOCK_MODES[0]
-    made = omega_conf_to_dataclass(stock)
-    object.__setattr__(made, "loss_agg_mode", actor.loss_agg_mode)
-    return made
-
-
 def has_critic(config: Any) -> bool:
     from verl.trainer.ppo.utils import need_critic
 
@@ -171,11 +161,9 @@ def has_critic(config: Any) -> bool:
 
 def warn_of_untested_release() -> None:
     if verl_version() not in TESTED_RELEASES:
-        logger.warning(
-            "vlnorm-verl has not been tested with verl %s (tested: %s). Every name that it relies on is there; whether "
-            "gradients are exact is not known.",
-            verl_version(),
-            ", ".join(TESTED_RELEASES),
+        say(
+            f"vlnorm-verl has not been tested with verl {verl_version()} (tested: {', '.join(TESTED_RELEASES)}). Every "
+            "name that it relies on is there; whether gradients are exact is not known."
         )
 
 
@@ -198,13 +186,13 @@ def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
         < whole_number(config, "data.train_batch_size")
     )
     if several and not actor.get("shuffle"):
-        logger.warning(
+        say(
             "actor_rollout_ref.actor.shuffle=false with several optimizer mini-batches a rollout batch: verl orders "
             "responses by when they were finished, so each mini-batch holds responses of similar lengths, and "
-            "loss_agg_mode=%s has little left to weigh. Set trainer.v1.trainer_mode=sync_whole_groups (verl 0.9's "
-            "synchronous trainer) for mini-batches of whole prompt groups in random order, as the paper has them, or "
-            "with any trainer actor_rollout_ref.actor.shuffle=true for single responses drawn at random.",
-            actor.loss_agg_mode,
+            f"loss_agg_mode={actor.loss_agg_mode} has little left to weigh. Set trainer.v1.trainer_mode="
+            "sync_whole_groups (verl 0.9's synchronous trainer) for mini-batches of whole prompt groups in random "
+            "order, as the paper has them, or with any trainer actor_rollout_ref.actor.shuffle=true for single "
+            "responses drawn at random."
         )
 
 
@@ -216,7 +204,7 @@ def check_overlong_filtering(config: Any) -> None:
 
     get_adv_estimator_fn(overlong.ESTIMATOR)  # raises if it could not be registered
     limit, longest = config.algorithm.get(overlong.LENGTH_KEY), whole_number(config, "data.max_response_length")
-    if not isinstance(limit, int) or not 0 < limit <= longest:
+    if type(limit) is not int or not 0 < limit <= longest:  # True is an int, too
         raise ValueError(
             f"algorithm.{overlong.LENGTH_KEY}={limit!r}: algorithm.adv_estimator={overlong.ESTIMATOR} needs the length "
             f"from which a response is overlong, in tokens: 1 to data.max_response_length={longest}, "

@@ -41,10 +41,12 @@ def extended_agg_loss(stock: Callable[..., torch.Tensor]) -> Callable[..., torch
             return mini_batch.aggregate(loss_mat, loss_mask, dp_size, scale)
         differentiated = torch.is_grad_enabled() and loss_mat.requires_grad
         if mini_batch is None and not differentiated and dp_size in (None, 1):
-            # verl's agg_loss takes the width of the batch for M too where it is not given.
-            return aggregate_whole_batch(
-                loss_mat, loss_mask, loss_agg_mode, loss_mask.shape[-1] if scale is None else scale
-            )
+            # A metric such as the trainers' actor/entropy: this batch is the whole one, so its sum is the sum.
+            method = registry.parse_mode(loss_agg_mode)
+            total = aggregation.mini_batch_sum(method, aggregation.response_lengths(loss_mask))
+            if scale is None:
+                scale = loss_mask.shape[-1]  # as in verl's agg_loss
+            return aggregation.aggregate(loss_mat, loss_mask, method, total, scale)
         raise RuntimeError(
             f"loss_agg_mode={loss_agg_mode!r} was asked for outside of an optimizer mini-batch of this mode: the "
             "weights need a sum over the whole mini-batch, and a micro-batch does not have it. Train through "
@@ -53,13 +55,6 @@ def extended_agg_loss(stock: Callable[..., torch.Tensor]) -> Callable[..., torch
         )
 
     return agg_loss
-
-
-def aggregate_whole_batch(loss_mat: torch.Tensor, loss_mask: torch.Tensor, mode: str, scale: float) -> torch.Tensor:
-    """For metrics such as the trainers' actor/entropy: the batch given is the whole one, so its sum is the sum."""
-    method = registry.parse_mode(mode)
-    total = aggregation.mini_batch_sum(method, aggregation.response_lengths(loss_mask))
-    return aggregation.aggregate(loss_mat, loss_mask, method, total, scale)
 
 
 def with_mini_batch(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -100,23 +100,10 @@ def lacking() -> list[str]:
     needed = dict.fromkeys(name.module for name in names.NAMES if name.needed)
     for module_name in needed:
         try:
-            module = importlib.import_module(module_name)
+            importlib.import_module(module_name)
         except ImportError as error:
             _outcome[module_name] = f"{module_name} ({error})"
-        else:
-            if module_name in _outcome and _is_reloaded(module):
-                _apply(module)
-    not_patched = [f"{module_name} not patched" for module_name in needed if module_name not in _outcome]
-    return [reason for name in needed if (reason := _outcome.get(name))] + not_patched
-
-
-def _is_reloaded(module: types.ModuleType) -> bool:
-    """Whether functions that were wrapped are again as the module's own file has them."""
-    if _outcome[module.__name__] is not None:
-        return False
-    wrapped = [name for module_name, name in _wrappers if module_name == module.__name__]
-    codes = [getattr(functools.reduce(getattr, name.split("."), module), "__code__", None) for name in wrapped]
-    return any(code and code.co_filename == module.__file__ for code in codes)
+    return [reason for name in needed if (reason := _outcome.get(name, f"{name} not patched"))]
 
 
 def require_installed(mode: object) -> None:

@@ -11,13 +11,7 @@ from dataclasses import dataclass
 
 MODE_KEY = "actor_rollout_ref.actor.loss_agg_mode"
 SCALE_KEY = "actor_rollout_ref.actor.loss_scale_factor"
-STOCK_MODES = (
-    "token-mean",
-    "token-sum",
-    "seq-mean-token-sum",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum-norm",
-)
+STOCK_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 # Releases that the exactness tests were run on (recipes/test_releases.sh). Others are tried, with a warning.
 TESTED_RELEASES = ("0.7.1", "0.8.0", "0.9.0", "0.9.1")
 
@@ -35,12 +29,8 @@ class VerlName:
 
 
 CORE_ALGOS = "verl.trainer.ppo.core_algos"
-_ENGINE, _METRIC, _CONFIG, _V1 = (
-    "verl.workers.engine.base",
-    "verl.utils.metric",
-    "verl.utils.config",
-    "verl.trainer.ppo.v1",
-)
+_ENGINE, _V1 = "verl.workers.engine.base", "verl.trainer.ppo.v1"
+_METRIC, _CONFIG = "verl.utils.metric", "verl.utils.config"
 _BATCH = ("data", "loss_function")
 _OVERLONG = "overlong filtering: verl's GRPO advantages, and how long each response is"
 

@@ -69,9 +69,10 @@ def check(actor: Any) -> None:
             "it takes tokens out of a response inside each micro-batch, after the mini-batch's lengths were summed",
         )
     if name in POLICY_LOSS_REGISTRY and (reason := problem(name, actor)):
+        accepted = [other for other in sorted(POLICY_LOSS_REGISTRY) if problem(other, actor) is None]
         raise ValueError(
             f"actor_rollout_ref.actor.policy_loss.loss_mode={name!r} cannot be used with "
-            f"{MODE_KEY}={actor.loss_agg_mode!r}: {reason}. Accepted: {', '.join(accepted(actor))}."
+            f"{MODE_KEY}={actor.loss_agg_mode!r}: {reason}. Accepted: {', '.join(accepted)}."
         )
 
 
@@ -83,13 +84,6 @@ def check_rejection(mode: str, rollout_rs: Any, section: str, why: str) -> None:
             f"{MODE_KEY}={mode!r}: {why}. Accepted: rollout_rs=null, or bypass_mode=false (tokens are taken out "
             "before)."
         )
-
-
-def accepted(actor: Any) -> list[str]:
-    """The registered policy losses that aggregate by the mode of an ActorConfig, with its settings; sorted."""
-    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
-
-    return [name for name in sorted(POLICY_LOSS_REGISTRY) if problem(name, actor) is None]
 
 
 def problem(name: str, actor: Any) -> str | None:

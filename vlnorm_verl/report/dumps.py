@@ -20,7 +20,7 @@ from rich.progress import track
 
 from vlnorm_verl.files import write
 from vlnorm_verl.report.run import Run, Validation, logged_accuracies, value_at
-from vlnorm_verl.runs.records import Lines
+from vlnorm_verl.runs.records import read_lines
 
 CACHE_FILE = ".validation-counts-5.msgpack"  # another number for another format
 
@@ -90,7 +90,7 @@ def count(path: Path, notes: list[str]) -> dict[str, Validation]:
     """
     scores: dict[str, dict[str, list[float]]] = {}  # of each problem's responses, by validation set
     unscored = 0
-    for response in Lines(path, _RESPONSE, notes):
+    for response in read_lines(path, _RESPONSE, notes):
         score = scored(response)
         if score is None:
             unscored += 1

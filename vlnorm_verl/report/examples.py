@@ -10,7 +10,7 @@ import msgspec
 from vlnorm_verl.report.dumps import scored
 from vlnorm_verl.report.measures import final_step
 from vlnorm_verl.report.run import Run
-from vlnorm_verl.runs.records import Lines
+from vlnorm_verl.runs.records import read_lines
 
 EACH = 5  # right ones, and wrong ones
 LONGEST = 1200  # characters of a prompt and of a response; the middle of a longer one is left out
@@ -45,7 +45,7 @@ def examples(runs: Sequence[Run]) -> tuple[str, list[Example]]:
     if run is None or step is None:
         return "", []
     found: dict[bool, dict[str, Example]] = {True: {}, False: {}}
-    for line in Lines(run.dumps[step], _TEXTS, []):
+    for line in read_lines(run.dumps[step], _TEXTS, []):
         score = scored(line)
         if score not in (0.0, 1.0):
             continue

@@ -32,7 +32,7 @@ from vlnorm_verl.report.identity import UNKNOWN_SEED, Identity, identify, settle
 from vlnorm_verl.report.names import shortest
 from vlnorm_verl.report.run import VALIDATION_METRIC, Run, logged_accuracies
 from vlnorm_verl.report.trackers import read_tensorboard, read_wandb
-from vlnorm_verl.runs.records import NOTED, RECORD, Lines, Start, columns, join, read_starts
+from vlnorm_verl.runs.records import NOTED, RECORD, Start, columns, join, read_lines, read_starts
 
 
 @dataclass
@@ -114,7 +114,7 @@ def _read(source: Source, memo: Memo) -> _Log:
     if source.kind == "tensorboard":
         starts = memo.of(source.files, notes, lambda notes: read_tensorboard(source.files, notes))
         return _Log(source, identify(source), starts=[*starts], first=_first(starts), notes=notes)
-    first = next((record.step for file in source.files for record in Lines(file, RECORD, [])), 0)
+    first = next((record.step for file in source.files for record in read_lines(file, RECORD, [])), 0)
     return _Log(source, identify(source), starts=[*source.files], first=first)
 
 

@@ -7,7 +7,6 @@ import functools
 import importlib
 import inspect
 import io
-import math
 import re
 import warnings
 from pathlib import Path
@@ -39,21 +38,22 @@ def validate(config: DictConfig) -> None:
         from verl.utils.tracking import Tracking
 
     from vlnorm_verl.paper import whole_groups
-    from vlnorm_verl.plugin import STOCK_MODES
+    from vlnorm_verl.plugin.checks import check_scale
     from vlnorm_verl.registry import vl_norm
 
     actor = config.actor_rollout_ref.actor
-    sums_by_m = actor.loss_agg_mode not in STOCK_MODES or actor.loss_agg_mode == "seq-mean-token-sum-norm"
-    length = actor.loss_scale_factor
-    if sums_by_m and (isinstance(length, bool) or not isinstance(length, int | float) or not 0 < length < math.inf):
+    needs_m = actor.loss_agg_mode == "seq-mean-token-sum-norm"  # of verl's own modes; the plugin checks ours
+    if needs_m and actor.loss_scale_factor is None:
         raise UserError(
-            f"actor_rollout_ref.actor.loss_scale_factor={length!r} with loss_agg_mode={actor.loss_agg_mode!r}: give M, "
-            "a number of tokens above 0. verl's null takes each micro-batch's own width"
+            f"actor_rollout_ref.actor.loss_scale_factor=None with loss_agg_mode={actor.loss_agg_mode!r}: give M, a "
+            "number of tokens above 0. verl's null takes each micro-batch's own width"
         )
     config = config.copy()  # verl and the plugin fill in values
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # engines that are not installed, a critic that is not wanted
+            if needs_m:
+                check_scale(actor.loss_scale_factor)
             validate_config(config, need_reference_policy(config), need_critic(config))
             for part in ("actor_rollout_ref.rollout", "algorithm.filter_groups"):
                 omega_conf_to_dataclass(OmegaConf.select(config, part))
@@ -134,7 +134,7 @@ def unread_keys(config: DictConfig, keys: list[str]) -> list[str]:
     """
     names = _names_read(config.actor_rollout_ref.actor.strategy.removesuffix("2"))
     unread = [key for key in keys if not HANDED_ON.search(key) and key.rpartition(".")[2] not in names]
-    return [key for key in unread if not _read_by_its_class(config, *key.rpartition(".")[::2])]
+    return [key for key in unread if not _read_by_its_class(config, key)]
 
 
 @functools.cache
@@ -153,7 +153,8 @@ def _names_read(engine: str) -> frozenset[str]:
     return frozenset(names)
 
 
-def _read_by_its_class(config: DictConfig, parent: str, name: str) -> bool:
+def _read_by_its_class(config: DictConfig, key: str) -> bool:
+    parent, _, name = key.rpartition(".")
     target = OmegaConf.select(config, f"{parent}._target_")
     if target is None:
         return False

@@ -119,8 +119,9 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
     Raises:
         UserError: an unknown choice or key, a value that cannot be resolved, or a combination that is no recipe.
     """
-    release = importlib.metadata.version("verl")
-    if release.startswith(("0.7.", "0.8.")):
+    from vlnorm_verl.plugin.releases import before_0_9  # imports torch, which not every command needs
+
+    if before_0_9(release := importlib.metadata.version("verl")):
         raise UserError(
             f"the installed verl is {release}: recipes are written for the V1 trainer of verl 0.9.0 and later. "
             "loss_agg_mode=vl_norm itself works in runs of your own (docs/support.md)"

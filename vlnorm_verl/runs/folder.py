@@ -140,15 +140,17 @@ def begin(config: DictConfig, folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int | None, began: int) -> None:
-    """Of the checkpoints of earlier starts, keep those that are among the `keep` newest whole ones; None keeps all.
+    """Of the checkpoints of earlier starts, keep those that are among the `keep` newest whole ones.
 
+    keep: None and 0 keep all, as in verl.
     began: the step from which the present start goes on. It writes, and removes, later ones only.
     """
-    done = completed_steps(folder)
-    saved = _checkpoints(folder)
-    newest = sorted(step for step, path in saved.items() if step <= done and _whole(path))[-keep:] if keep else saved
+    if not keep:
+        return
+    done, saved = completed_steps(folder), _checkpoints(folder)
+    whole = sorted(step for step, path in saved.items() if step <= done and _whole(path))
     for step, path in saved.items():
-        if step <= began and step not in newest:
+        if step <= began and step not in whole[-keep:]:
             shutil.rmtree(path)
 
 
@@ -161,11 +163,10 @@ def finish(config: DictConfig, folder: Path) -> None:
     if reached < config.trainer.total_training_steps:
         return
     if config.recipe.keep == "model":
-        every = config.trainer.max_actor_ckpt_to_keep is None
-        prune(folder, None if every else 1, completed_steps(folder))
+        prune(folder, config.trainer.max_actor_ckpt_to_keep and 1, completed_steps(folder))
         for file in (folder / "checkpoints").glob("global_step_*/actor/optim_*"):
             file.unlink()
-    (folder / "finished").write_text(f"{config.trainer.total_training_steps}\n")
+    files.write(folder / "finished", f"{config.trainer.total_training_steps}\n")
 
 
 def _tracker(folder: Path) -> Path:

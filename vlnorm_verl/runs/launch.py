@@ -31,7 +31,6 @@ from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
 
 from vlnorm_verl import cpu, files, machine
 from vlnorm_verl.cpu import install
@@ -69,10 +68,6 @@ class Request:
     report: bool = False  # draw the report of the finished run
 
     @property
-    def config_folder(self) -> Path:
-        return self.recipes / "config"
-
-    @property
     def on_cluster(self) -> bool:
         """Whether the trainer finds a Ray cluster where it starts."""
         return bool(self.on or os.environ.get("RAY_ADDRESS"))
@@ -87,7 +82,7 @@ def launch(request: Request, console: Console | None = None) -> int:
     """
     console = console or terminal()
     check_place(request.on)
-    asked = configs.compose(request.config_folder, request.overrides)
+    asked = configs.compose(request.recipes / "config", request.overrides)
     unfit = prepare_environment(request.recipes, asked)
     if request.python:
         if unfit:
@@ -106,6 +101,8 @@ def launch(request: Request, console: Console | None = None) -> int:
         print(clusters.rayjob(request.recipes, arguments, config))
         return 0
     if request.on == "slurm":
+        if not shutil.which("sbatch"):
+            raise UserError("--on slurm: no sbatch here; start it on a login node of the cluster")
         return subprocess.call(clusters.sbatch_command(request.recipes, arguments, config))
     if os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")):
         return clusters.submit(request.recipes, arguments, config, console)
@@ -178,12 +175,8 @@ def prepare_environment(recipes: Path, config: DictConfig) -> str:
         machine.Elsewhere: another one can.
         UserError: VERL_PLATFORM says something else.
     """
-    on_cpu, unfit = is_cpu(config), ""
-    try:
-        machine.require_environment(on_cpu, recipes.resolve().parent)
-    except machine.Unfit as error:
-        unfit = str(error)
-    if on_cpu:
+    unfit = machine.require_environment(is_cpu(config), recipes.resolve().parent)
+    if is_cpu(config):
         os.environ.update(cpu.cpu_environment())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # verl's engines that are not installed
@@ -207,6 +200,7 @@ def cannot_run(config: DictConfig) -> str:
 def again(request: Request, config: DictConfig) -> list[str]:
     """The arguments of this launch for another machine: the same, with the same paths."""
     flags = ["--smoke"] if request.smoke else []
+    flags += ["--report"] if request.report else []
     flags += [f"--logger={','.join(request.loggers)}"] if request.loggers else []
     # A job has a working directory of its own. --on starts in the project's folder, which may lie elsewhere there.
     keys = [] if request.on else ["recipe.root", "recipe.data", *([] if request.smoke else ["recipe.folder"])]
@@ -221,32 +215,24 @@ def trainer_command(config_folder: Path, name: str, overrides: list[str]) -> lis
 
 
 def show(request: Request, config: DictConfig, changed: dict[str, Any], console: Console, unfit: str) -> None:
-    """Every value that differs from verl's default, its source, and the command. In a pipe one value a line."""
-    folder = Path(config.recipe.folder)
-    values = provenance(request.config_folder, config, request.overrides, changed)
-    texts = [v.value if isinstance(v.value, str) else json.dumps(v.value, ensure_ascii=False) for v in values]
-    if console.is_terminal:
-        table = Table(title=config.recipe.name, title_justify="left")
-        for column in ("value", "", "from", "why"):
-            table.add_column(column, overflow="fold")
-        for value, text in zip(values, texts, strict=True):
-            table.add_row(value.key, text, value.place, value.why)
-        console.print(table, soft_wrap=False)
-    else:
-        for value, text in zip(values, texts, strict=True):
-            console.print(f"{value.key}={text}  # {value.place}{': ' if value.why else ''}{value.why}")
+    """Every value that differs from verl's default, its source, and the command."""
+    folder, config_folder = Path(config.recipe.folder), request.recipes / "config"
+    values = provenance(config_folder, config, request.overrides, changed)
+    for value in values:
+        text = value.value if isinstance(value.value, str) else json.dumps(value.value, ensure_ascii=False)
+        console.print(f"{value.key}={text}  # {value.place}{': ' if value.why else ''}{value.why}")
     for key in unread_keys(config, [value.key for value in values]):
         console.print(f"note: {key} does nothing: no code of this run reads it", style="yellow")
     for problem in filter(None, (missing_files(config), unfit)):
         console.print(f"note: {problem}", style="yellow")
-    if cost := resources.cost([config]):
+    if resources.applies_to(request.overrides) and (cost := resources.cost([config])):
         console.print(cost)
     disk = next(path for path in (folder, *folder.parents) if path.exists())
     console.print(f"free disk at {disk}: {shutil.disk_usage(disk).free / resources.GB:.0f} GB")
     if request.on_cluster:
         console.print(f"forwarded to the workers: {', '.join(sorted(clusters.forwarded())) or 'no variable'}")
     overrides = [override("hydra.run.dir", str(folder)), *configs.hydra_overrides(request.overrides, changed)]
-    by_hand = trainer_command(request.config_folder, configs.CONFIG_NAME, overrides)
+    by_hand = trainer_command(config_folder, configs.CONFIG_NAME, overrides)
     console.print(f"command: {shlex.join(by_hand)}")
     console.print("(the same with --cfg job --resolve prints verl's defaults too)")
     console.print(f"{config.recipe.name}: valid", style="green")
@@ -286,10 +272,10 @@ def run_here(request: Request, asked: DictConfig, config: DictConfig, console: C
 
         if request.smoke:
             for _ in range(smoke.STARTS):
-                began = time.monotonic()
+                last_start = time.monotonic()
                 if code := start_once():
                     return code
-            console.print(smoke.table(folder, asked, time.monotonic() - began), soft_wrap=False)
+            console.print(smoke.table(folder, asked, time.monotonic() - last_start), soft_wrap=False)
             shutil.rmtree(folder / "checkpoints")
             return 0
         trained = completed_steps(folder) >= config.trainer.total_training_steps

@@ -68,7 +68,7 @@ def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
         if not problems:
             from vlnorm_verl import machine, plugin
 
-            problems += machine.environment_problems(run["on_cpu"], run["flash_attention"])
+            problems += map(str, machine.environment_problems(run["on_cpu"], run["flash_attention"]))
             problems += machine.missing_logins(run["loggers"])  # verl's driver may be on any node
             try:
                 plugin.require_installed(run["mode"])

@@ -27,7 +27,7 @@ from vlnorm_verl.runs.records import read_records
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_SECONDS = 20.0  # for verl and Ray to end by themselves before they are killed
 
-Record = dict[str, Any]  # {"step": int, "data": {metric: number}} as verl writes it
+Record = dict[str, Any]  # {"step": int, "data": {metric: number, or None where it is not finite}} as verl writes it
 
 
 def raise_on_stop() -> None:
@@ -124,7 +124,8 @@ def last_lines(path: Path, count: int = 40) -> list[str]:
 
 def next_metrics(folder: Path) -> Path:
     """The file for the metrics of the next start: verl's file logger empties the file that it is given."""
-    return folder / f"metrics-{len(list(folder.glob('metrics-*.jsonl'))):03d}.jsonl"
+    numbers = [int(path.stem.removeprefix("metrics-")) for path in folder.glob("metrics-*.jsonl")]
+    return folder / f"metrics-{max(numbers, default=-1) + 1:03d}.jsonl"
 
 
 def read_metrics(folder: Path) -> list[Record]:

@@ -11,6 +11,14 @@ from rich.table import Table
 from vlnorm_verl.runs.process import Record
 
 REWARD, LENGTH = "critic/score/mean", "response_length/mean"
+SHOWN = (  # of a training step
+    ("reward {}", REWARD, ".3f"),
+    ("length {}", LENGTH, "5.1f"),
+    ("H {}", "actor/vl_norm/length_harmonic_mean", ".1f"),
+    ("√(A/H) {}", "actor/vl_norm/variance_ratio", ".2f"),
+    ("grad {}", "actor/grad_norm", ".3f"),
+    ("{} s", "timing_s/step", ".1f"),
+)
 
 
 def terminal(**options: Any) -> Console:
@@ -18,7 +26,7 @@ def terminal(**options: Any) -> Console:
     return Console(markup=False, highlight=False, soft_wrap=True, **options)
 
 
-def validation_accuracies(data: dict[str, float]) -> dict[str, float]:
+def validation_accuracies(data: dict[str, float | None]) -> dict[str, float | None]:
     """Avg@8 (verl's mean@8) of each validation set that this record has, by the set's name."""
     return {
         key.split("/")[1]: value
@@ -27,18 +35,19 @@ def validation_accuracies(data: dict[str, float]) -> dict[str, float]:
     }
 
 
+def text(value: float | None, form: str = ".3f") -> str:
+    """A dash for what was not measured or is no finite number, which verl logs as null."""
+    return "–" if value is None else format(value, form)
+
+
 def progress_line(record: Record, steps: int) -> str | None:
-    """What a person wants to see of one step."""
+    """What a person wants to see of one step, as far as verl has logged it."""
     data, parts = record["data"], []
-    if REWARD in data:
-        parts += [f"reward {data[REWARD]:.3f}", f"length {data[LENGTH]:5.1f}"]
-        if "actor/vl_norm/variance_ratio" in data:
-            parts[-1] += f" (H {data['actor/vl_norm/length_harmonic_mean']:.1f})"
-            parts.append(f"√(A/H) {data['actor/vl_norm/variance_ratio']:.2f}")
-        parts += [f"grad {data['actor/grad_norm']:.3f}", f"{data['timing_s/step']:.1f} s"]
+    if REWARD in data:  # else it is of a validation alone
+        parts = [name.format(text(data[key], form)) for name, key, form in SHOWN if key in data]
     if accuracies := validation_accuracies(data):
         # One set needs no name.
-        named = [f"{f'{name} ' if len(accuracies) > 1 else ''}{value:.3f}" for name, value in accuracies.items()]
+        named = [f"{f'{name} ' if len(accuracies) > 1 else ''}{text(value)}" for name, value in accuracies.items()]
         parts.append(f"validation Avg@8 {', '.join(named)}")
     return f"step {record['step']:3d}/{steps}  " + "  ".join(parts) if parts else None
 
@@ -47,7 +56,7 @@ def summarize(records: list[Record]) -> dict[str, Any]:
     """A run in numbers: {what: (in the beginning, at the end)}, None where it was not measured, and seconds a step.
 
     Avg@8 of each validation set: of the first and the last validation. Reward and length: means over the first and the
-    last 10 steps.
+    last 10 steps, without those that are no finite number.
     """
     steps = [record["data"] for record in records if REWARD in record["data"]]
     validations = [accuracies for record in records if (accuracies := validation_accuracies(record["data"]))]
@@ -56,23 +65,19 @@ def summarize(records: list[Record]) -> dict[str, Any]:
         values = [accuracies[name] for accuracies in validations if name in accuracies]
         summary["accuracy"][name] = (values[0], values[-1] if len(values) > 1 else None)
     for what, key in (("reward", REWARD), ("length", LENGTH)):
-        parts = (steps[:10], steps[-10:])
-        summary[what] = tuple(statistics.fmean(data[key] for data in part) if part else None for part in parts)
+        parts = [[data[key] for data in part if data[key] is not None] for part in (steps[:10], steps[-10:])]
+        summary[what] = tuple(statistics.fmean(part) if part else None for part in parts)
     summary["seconds_per_step"] = statistics.median(data["timing_s/step"] for data in steps) if steps else None
     return summary
 
 
 def summary_table(summary: dict[str, Any], title: str, seconds: float) -> Table:
     """`summarize` as a table. seconds: of the present start, all of it."""
-
-    def text(value: float | None, digits: int = 3) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
-
     table = Table("", "before", "after", title=f"{title}, {summary['steps']} steps")
     for name, (first, last) in summary["accuracy"].items():
         table.add_row(f"Avg@8, {name}", text(first), text(last))
-    for what, name, digits in (("reward", "training reward", 3), ("length", "response length", 1)):
+    for what, name, form in (("reward", "training reward", ".3f"), ("length", "response length", ".1f")):
         first, last = summary[what]
-        table.add_row(f"{name} (first, last 10 steps)", text(first, digits), text(last, digits))
-    table.add_row("seconds: total, a step", text(seconds, 0), text(summary["seconds_per_step"], 1))
+        table.add_row(f"{name} (first, last 10 steps)", text(first, form), text(last, form))
+    table.add_row("seconds: total, a step", text(seconds, ".0f"), text(summary["seconds_per_step"], ".1f"))
     return table

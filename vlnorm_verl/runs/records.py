@@ -52,30 +52,25 @@ def decode(line: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
         return decoder.decode(_NOT_FINITE.sub(lambda m: m[0] if m[0].startswith(b'"') else b"null", line))
 
 
-class Lines:
+def read_lines(path: Path, decoder: msgspec.json.Decoder[Any], notes: list[str]) -> Iterator[Any]:
     """The lines of a JSONL file that decode; what does not is told in `notes`."""
-
-    def __init__(self, path: Path, decoder: msgspec.json.Decoder[Any], notes: list[str]):
-        self.path, self.decoder, self.notes = path, decoder, notes
-
-    def __iter__(self) -> Iterator[Any]:
-        corrupt = []
-        try:
-            with open(self.path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    try:
-                        yield decode(line, self.decoder)
-                    except (msgspec.MsgspecError, UnicodeDecodeError):
-                        if not line.endswith(b"\n"):
-                            self.notes.append(f"{self.path.name}: last line is cut, left out")
-                        elif line.strip(b"\xef\xbb\xbf \t\r\n"):
-                            corrupt.append(number)
-        except OSError as error:
-            self.notes.append(f"{self.path.name}: cannot be read ({error.strerror})")
-        if corrupt:
-            named = ", ".join(map(str, corrupt[:NOTED])) + (" …" if len(corrupt) > NOTED else "")
-            word = "line" if len(corrupt) == 1 else f"{len(corrupt)} lines"
-            self.notes.append(f"{self.path.name}: {word} {named} corrupt, left out")
+    corrupt = []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield decode(line, decoder)
+                except (msgspec.MsgspecError, UnicodeDecodeError):
+                    if not line.endswith(b"\n"):
+                        notes.append(f"{path.name}: last line is cut, left out")
+                    elif line.strip(b"\xef\xbb\xbf \t\r\n"):
+                        corrupt.append(number)
+    except OSError as error:
+        notes.append(f"{path.name}: cannot be read ({error.strerror})")
+    if corrupt:
+        named = ", ".join(map(str, corrupt[:NOTED])) + (" …" if len(corrupt) > NOTED else "")
+        word = "line" if len(corrupt) == 1 else f"{len(corrupt)} lines"
+        notes.append(f"{path.name}: {word} {named} corrupt, left out")
 
 
 @dataclass
@@ -106,7 +101,7 @@ def starts_of(name: str, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Sta
 
 def read_starts(files: Iterable[Path], notes: list[str]) -> list[Start]:
     """The starts in files of verl's file logger, in their order."""
-    rows = {file: ((record.step, record.data) for record in Lines(file, RECORD, notes)) for file in files}
+    rows = {file: ((record.step, record.data) for record in read_lines(file, RECORD, notes)) for file in files}
     return [start for file, of_file in rows.items() for start in starts_of(file.name, of_file)]
 
 

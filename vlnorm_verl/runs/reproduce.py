@@ -183,7 +183,8 @@ def reproduce(
         return 0
     if not check(recipes, runs, console, elsewhere=on, dry_run=dry_run):
         return 1
-    if cost := resources.cost([run.left for run in runs if run.state != "finished"]):
+    left = [run.left for run in runs if run.state != "finished" and resources.applies_to(run.overrides)]
+    if cost := resources.cost(left):
         console.print(cost)
     if dry_run:
         return 0

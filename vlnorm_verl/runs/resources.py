@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 
 from vlnorm_verl.machine import CHECKPOINT_BYTES, PARAMETERS
+from vlnorm_verl.runs.config import parsed
 
 GIB, GB = 2**30, 10**9
 PROMPTS, MICRO_BATCH = 128, 4
@@ -122,6 +123,11 @@ RECIPES = [
     Recipe("dapo_countdown.sh", 3072, 256, 8, True),
     Recipe("dapo_math.sh", 3072, 1024, 8, True),
 ]
+# What is above of a recipe and of its model; a run that is given another one costs something else.
+ASSUMED = {
+    *("actor_rollout_ref.model.path", "actor_rollout_ref.rollout.n"),
+    *("data.train_batch_size", "data.max_prompt_length", "data.max_response_length"),
+}
 # What to change where a recipe does not fit: name, micro-batch, entropy in chunks. The first that fits is printed.
 REMEDIES = [
     ("yes", 4, False),
@@ -214,8 +220,13 @@ def run_hours(model: Model, recipe: Recipe, gpu: Gpu, gpus: int, steps: int) -> 
     return low, high
 
 
+def applies_to(overrides: list[str]) -> bool:
+    """Whether `cost` is that of a run with these overrides."""
+    return not ASSUMED & {given.key_or_group for given in parsed(overrides)}
+
+
 def cost(runs: list[DictConfig]) -> str:
-    """What runs still take: hours on each type of GPU, and disk, as lines of text; nothing for models of one's own.
+    """What runs still take: hours on each type of GPU, and disk, as lines of text; nothing for the tiny model.
 
     runs: `recipe` and `trainer` of each, with the steps that are left as `trainer.total_training_steps`.
     """
