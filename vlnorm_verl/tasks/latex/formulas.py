@@ -38,6 +38,8 @@ _NO_UNITS = word_set(
     "or and not no if when where for mod modulo base except times plus minus over to than unless is are nor but of the"
     " dozen half halves third thirds quarter quarters squared cubed repeating remainder bc bce ad"
 )
+# dx/dt, d^2x/dt^2, ∂²u/∂x∂y, δS/δx, without braces and backslashes; not d/(d+1), d_1/d_2, d/δ
+_DERIVATIVE = re.compile(r"(delta|partial|d(?!elta))(\^\w)?(?![-+_^]).*/(\1(?!elta)[A-Za-z]+(\^\w)?)+")
 _FUNCTION_LETTERS = set("fghFGHP")  # f(x + 1) is a function, k(x + 1) a product, u(t) a function
 _BASES = {
     "two": 2,
@@ -322,10 +324,8 @@ class Formulas(Cursor):
 
     def fraction(self) -> Any:
         start = self.position
-        above, below = self.raw(), self.raw()
-        for d in ("d", "partial"):
-            if above.startswith(d) and below.startswith(d) and len(below) > len(d):
-                return Symbol(f"{above}/{below}")  # a derivative
+        if _DERIVATIVE.fullmatch(name := f"{self.raw()}/{self.raw()}"):
+            return Symbol(name)
         self.position = start
         return self.argument() / self.argument()
 
@@ -364,15 +364,17 @@ class Formulas(Cursor):
     def sum(self, kind: Any) -> Any:
         self.expect("_")
         self.expect("{")
-        name = self.next().text
-        self.indices.add(name)
+        name, outer = self.next().text, self.indices
+        self.indices = outer | {name}
         index = self.symbol(name)
         self.expect("=")
         first = self.additive()
         self.expect("}")
         self.expect("^")
         last = self.exponent()
-        return kind(self.term(), (index, first, last)).doit()
+        term = self.term()
+        self.indices = outer
+        return kind(term, (index, first, last)).doit()
 
     def matrix(self, environment: str) -> Any:
         if not re.fullmatch(r"([pbBvV]|small)?matrix\*?|array", environment):

@@ -245,8 +245,11 @@ def tokens_of(text: str, second: bool = False) -> list[Token]:
 
 
 def _argument(text: str, position: int) -> tuple[str, int]:
-    """What a command applies to, a group or one character, and where it ends."""
-    position += len(text[position:]) - len(text[position:].lstrip())
+    """What a command applies to, a group, a command or one character, and where it ends."""
+    while text[position : position + 1].isspace():
+        position += 1
+    if command := re.compile(r"\\[A-Za-z]+").match(text, position):
+        return command[0], command.end()
     depth = 0
     for end in range(position, len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)
