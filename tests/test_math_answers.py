@@ -65,7 +65,7 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("0.5", "1/2"), (r"\frac{\sqrt2}{4}\cos(t-\pi/4)", r"\frac14(\cos t+\sin t)"),
             (r"\binom{2n}{n}", r"\frac{(2n)!}{n!n!}"), (r"\frac{1}{2n+2}", r"\frac{1}{2(n+1)}"), (r"\ln 8", r"3\ln 2"),
             (r"\frac{d}{d+1}", r"\frac{d}{1+d}"), (r"\frac{d}{\delta}", r"d\delta^{-1}"),
-            (r"\frac{d_1}{d_2}", "d_1/d_2"),
+            (r"\frac{d_1}{d_2}", "d_1/d_2"), (r"\frac{1}{d}", r"\frac{d}{d^2}"),
         ],
         [
             (r"1.6 \times 10^{-19}", r"3.2 \times 10^{-19}"), (r"\frac{1}{20!}", r"\frac{1}{21!}"),
