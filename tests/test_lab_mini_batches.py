@@ -213,12 +213,6 @@ def test_a_replicate_is_the_mini_batch_without_the_block() -> None:
             np.testing.assert_allclose(batches.moments[1 + left_out, k], expected, rtol=1e-9)
 
 
-def test_too_large_mini_batches_are_refused() -> None:
-    pool = pool_of(np.random.default_rng(14), prompts=8)
-    with pytest.raises(ValueError, match="mini-batches of 5 prompts from 8: accepted are 1 to 4"):
-        MiniBatches(pool, COMPARED, 5, M, 0)
-
-
 @pytest.mark.parametrize("beta", [0.5, 1.0, 1.5])
 def test_without_bias_the_best_alpha_is_beta(beta: float) -> None:
     found = []

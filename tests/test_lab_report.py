@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from tests.lab_laws import group, stored
 from vlnorm_verl.cli import app
-from vlnorm_verl.files import UserError, locked
+from vlnorm_verl.files import locked
 from vlnorm_verl.lab import build, mini_batches, verdict
 from vlnorm_verl.lab.aggregations import ALPHAS, NoisyResponse, Tradeoff
 from vlnorm_verl.lab.analysis import Analysis, analyse, of_most_parameters
@@ -106,6 +106,18 @@ def test_several_models_side_by_side(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_no_figures")
+def test_a_folders_name_may_be_any(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "alpha=0.75"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("report"))
+    done = lab("run", MODEL, "--out", copy, "--modules=last-qkv", *FEW)
+    assert done.exit_code == 0, done.output
+    assert {row["model"] for row in read(copy / "report", "summary")} == {"alpha=0.75"}
+    monkeypatch.chdir(folder)
+    assert lab("report", ".", "--out", tmp_path / "out").exit_code == 0
+    assert {row["model"] for row in read(tmp_path / "out", "summary")} == {"tiny"}
+
+
+@pytest.mark.usefixtures("_no_figures")
 def test_gradients_that_are_not_complete_are_left_out(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "lab"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("report"))
@@ -130,6 +142,8 @@ def test_wrong_requests_are_refused(folder: Path, tmp_path: Path) -> None:
         (["run", MODEL, "--out", tmp_path / "x", "--task=countdwn"], "Did you mean 'countdown'?"),
         (["run", MODEL, "--out", tmp_path / "x", "--pool-prompts=3"], "Invalid value for '--pool-prompts'"),
         (["run", MODEL, "--out", tmp_path / "x", "--slope-responses=2"], "Invalid value for '--slope-responses'"),
+        (["run", MODEL, "--out", tmp_path / "x", "--seed=-1"], "Invalid value for '--seed'"),
+        (["report", folder, "--out", tmp_path, "--seed=-1"], "Invalid value for '--seed'"),
     ):
         done = lab(*arguments)
         assert done.exit_code == 2, done.output
@@ -186,10 +200,10 @@ def test_the_recipe_measures_before_and_after_a_run(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ pools that say little
 
 
-def of_pool(mixed: int, reward: float = 0.0, pool: int = 16) -> Analysis:
+def of_pool(mixed: int, reward: float = 0.0) -> Analysis:
     """A pool of which so many groups have rewards that differ; the others have this reward throughout."""
     rng = np.random.default_rng(mixed)
-    groups = [group(rng, "slope", 16) for _ in range(2)] + [group(rng, "pool", 8) for _ in range(pool)]
+    groups = [group(rng, "slope", 16) for _ in range(2)] + [group(rng, "pool", 8) for _ in range(16)]
     for index, of_prompt in enumerate(groups):
         of_prompt.rewards = (
             np.arange(len(of_prompt.lengths)) % 2.0 if index < 2 + mixed else of_prompt.rewards * 0 + reward
@@ -217,18 +231,18 @@ def nothing_known(analysis: Analysis) -> Analysis:
     """With NaN for every number that an analysis can have one for."""
     nan, lost = math.nan, Estimate(math.nan, note=LOST)
 
+    def unknown(value: Any) -> Any:
+        if isinstance(value, Estimate):
+            return lost
+        if isinstance(value, float):
+            return nan
+        if isinstance(value, dict):
+            return dict.fromkeys(value, lost)
+        estimates = isinstance(value, list) and value and isinstance(value[0], Estimate)
+        return [lost] * len(value) if estimates else value
+
     def blank(of: Any) -> Any:
-        changed = {
-            field.name: {Estimate: lost, float: nan}[type(value)]
-            if isinstance(value := getattr(of, field.name), Estimate | float)
-            else [lost] * len(value)
-            if isinstance(value, list) and value and isinstance(value[0], Estimate)
-            else dict.fromkeys(value, lost)
-            if isinstance(value, dict)
-            else value
-            for field in fields(of)
-        }
-        return replace(of, **changed)
+        return replace(of, **{field.name: unknown(getattr(of, field.name)) for field in fields(of)})
 
     return replace(
         analysis,
@@ -363,10 +377,3 @@ def test_everything_of_a_model(little: list[Analysis]) -> None:
     assert analysis.slope is not None
     assert not analysis.slope.score_only
     assert [thirds.where for thirds in analysis.thirds] == ["across prompts", "within prompts"]
-
-
-def test_too_few_prompts_are_refused() -> None:
-    with pytest.raises(UserError, match="--slope-prompts 2, --pool-prompts 3: at least 1 and 4"):
-        of_pool(3, pool=3)
-    with pytest.raises(UserError, match="--slope-prompts 0, --pool-prompts 8: at least 1 and 4"):
-        analyse(stored([group(np.random.default_rng(0), "pool", 4) for _ in range(8)]), "m", "all", mini_batch=320)

@@ -14,8 +14,10 @@ import pytest
 from tests.lab_laws import MU, D, group, holds, rate, stored
 from vlnorm_verl.lab import gram
 from vlnorm_verl.lab.gram import inner_products
+from vlnorm_verl.lab.jackknife import mean_over_prompts
 from vlnorm_verl.lab.slopes import deviations, mean_slopes, slope, unbiased_deviations
 from vlnorm_verl.lab.store import grpo_advantages
+from vlnorm_verl.report.estimates import Estimate
 
 
 def test_products_are_of_the_gradients_with_their_advantages() -> None:
@@ -138,11 +140,16 @@ def test_a_prompt_of_equal_rewards_says_nothing_with_advantages(reward: float) -
     found = slope([equal, differing], "all", slice(None), False, 0)
     assert found is not None
     assert len(found.points) == 1
-    assert found.over_prompts.note == "one prompt"
+    assert found.over_prompts.note == "known for 1 of 1 prompts"
     assert slope([equal], "all", slice(None), False, 0) is None
     scores = slope([equal, differing], "all", slice(None), True, 0)
     assert scores is not None
     assert len(scores.points) == 2
+
+
+def test_prompts_without_a_beta_are_counted() -> None:
+    assert mean_over_prompts(np.array([math.nan] * 15 + [1.5])) == Estimate(1.5, note="known for 1 of 16 prompts")
+    assert mean_over_prompts(np.full(16, math.nan)).note == "known for 0 of 16 prompts"
 
 
 def test_the_slope_of_another_part_is_another() -> None:

@@ -247,15 +247,6 @@ def test_documented_differences(answer: str, numbers: tuple[int, ...], target: i
     assert judge(tagged(answer), Problem(numbers, target)) == why
 
 
-def test_the_tolerance_never_matters_for_numbers_to_100() -> None:
-    """Why exactness changes no verdict there: the nearest miss of four numbers, at a target from 1, is 1/9900 off."""
-    postfix = parse_expression("100 - 1 / 99 / 100")
-    assert postfix is not None
-    value = evaluate(postfix)
-    assert value is not None
-    assert abs(value - 100) == Fraction(1, 9900) > 1e-5
-
-
 # --- hostile text -------------------------------------------------------------------------------------------
 
 
@@ -299,13 +290,6 @@ def test_time_is_linear_in_the_response(unit: str) -> None:
 
     short, long = unit * 20_000, unit * 160_000
     assert best_of_three(long) < 24 * best_of_three(short) + 0.01
-
-
-def test_the_parser_is_linear_too() -> None:
-    for unit in ("(", "-", "1+", "1*-(", ")"):
-        start = time.thread_time()
-        parse_expression(unit * 100_000 + "1")
-        assert time.thread_time() - start < 5
 
 
 def test_the_rewards_import_nothing_heavy() -> None:

@@ -11,7 +11,6 @@ crashed, broken, recycled or orphaned, and that none of these becomes a score; t
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -32,16 +31,8 @@ from tests import hostile
 from tests.test_rewards_countdown import run_manager
 from vlnorm_verl.tasks import math as reward
 from vlnorm_verl.tasks.latex import pool as worker_pool
-from vlnorm_verl.tasks.math import (
-    MAX_ANSWER_LENGTH,
-    OUTCOMES,
-    InfrastructureError,
-    Pool,
-    compute_score,
-    extract_boxed,
-    judge,
-    parse_ground_truth,
-)
+from vlnorm_verl.tasks.latex.pool import InfrastructureError, Pool
+from vlnorm_verl.tasks.math import MAX_ANSWER_LENGTH, OUTCOMES, compute_score, extract_boxed, judge, parse_ground_truth
 
 HANGS = "9^{9^{9^{9}}}"  # one operation in C: no signal handler of Python's interrupts it
 BOMB = "2^{8000000000}"  # an integer of 1 GB
@@ -349,30 +340,15 @@ def test_a_broken_sympy_is_an_error_with_the_remedy(
         run_manager("naive", [override, "+reward.custom_reward_function.reward_kwargs.limit_s=19"], [(boxed("1"), "2")])
 
 
-def test_a_wrong_sympy_is_an_error(
-    new_pool: Callable[..., Pool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that answers without raising, but falsely."""
-    wrong = "import sympy\nsympy.Rational = lambda value, *more: sympy.Integer(len(str(value)))"
-    (tmp_path / "sitecustomize.py").write_text(wrong)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(InfrastructureError, match=r"1/2 is not found equal to 0\.5"):
-        new_pool().compare("1", "2")
-
-
 def test_workers_that_cannot_start_are_an_error(new_pool: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     with pytest.raises(InfrastructureError, match="cannot start a worker"):
         new_pool().compare("1", "2")
 
 
-def test_ray_can_send_the_error() -> None:
-    assert str(pickle.loads(pickle.dumps(InfrastructureError("why")))) == "why"
-
-
 ORPHAN = """
 import sys
-from vlnorm_verl.tasks.math import Pool
+from vlnorm_verl.tasks.latex.pool import Pool
 pool = Pool(limit_s=1, memory_mib=4096)
 pool.compare("1", sys.argv[1])
 sys.stdin.read()
@@ -407,6 +383,14 @@ def test_threads_get_their_own_verdicts(new_pool: Callable[..., Pool]) -> None:
         outcomes = list(threads.map(lambda case: pool.compare(*case), cases))
     assert outcomes == ["correct" if gold == answer else "wrong" for gold, answer in cases]
     assert len(workers_of(pool)) == 2
+
+
+def test_a_forked_process_has_workers_of_its_own() -> None:
+    assert compute_score("any", boxed("1"), "2", limit_s=18)["outcome"] == "wrong"
+    if not (child := os.fork()):
+        os._exit(len(reward._pools))
+    assert os.waitpid(child, 0)[1] == 0
+    assert compute_score("any", boxed("1"), "1.0", limit_s=18)["outcome"] == "correct"
 
 
 def test_one_thread_starts_one_worker(new_pool: Callable[..., Pool]) -> None:

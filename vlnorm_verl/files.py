@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,6 +51,14 @@ def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
+
+
+def require(what: str, chosen: str, accepted: Iterable[str]) -> None:
+    """Raises UserError, with the nearest accepted name, if something else is chosen."""
+    if chosen not in (accepted := list(accepted)):
+        close = difflib.get_close_matches(chosen, accepted, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"{what} is not accepted.{hint} Accepted: {', '.join(accepted)}")
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:

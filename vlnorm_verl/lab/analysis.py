@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import aggregations
 from vlnorm_verl.lab.aggregations import COMPARED, OF_ALPHAS, Comparison, NoisyResponse, Tradeoff
 from vlnorm_verl.lab.gram import Ints, inner_products
@@ -60,20 +59,13 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
     """Everything, of one model's stored gradients.
 
     Args:
+        stored: of at least one prompt with many responses, and four in the pool.
         name, gradients: see `Analysis`.
         mini_batch: responses of the optimizer mini-batch for which an α is wanted.
         seed: of the mini-batches that are drawn and of the bootstrap.
-
-    Raises:
-        UserError: there are no prompts with many responses, or too few in the pool.
     """
     many = [group for group in stored.groups if group.kind == "slope"]
     pool = {number: group for number, group in enumerate(stored.groups) if group.kind == "pool"}
-    if not many or len(pool) < 4:
-        raise UserError(
-            f"--slope-prompts {len(many)}, --pool-prompts {len(pool)}: at least 1 and 4 are needed; the first for how "
-            "variance grows with length, the pool for mini-batches"
-        )
     parts = {"all": slice(0, stored.dimension)} | (stored.parts if len(stored.parts) > 1 else {})
     every = [slope(many, part, at, score_only, seed) for score_only in (True, False) for part, at in parts.items()]
     slopes = [of_part for of_part in every if of_part]

@@ -9,7 +9,7 @@ disk before anything is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -34,22 +34,22 @@ FOLDED = {
 }
 
 
-def build(folders: Sequence[str], out: Path, mini_batch: int, seed: int) -> None:
+def build(folders: Mapping[str, Path], out: Path, mini_batch: int, seed: int) -> None:
     """Analyse the folders of `vlnorm-verl lab run`, and write and print what was found.
 
     Args:
-        folders: paths, or NAME=PATH to show a folder by another name than its own.
+        folders: {name to show: folder}.
         out: where to write.
         mini_batch: responses of the optimizer mini-batch for which an α is wanted.
         seed: of the mini-batches that are drawn and of the bootstrap.
 
     Raises:
-        UserError: a folder without gradients, two of one name, or too few responses to say anything.
+        UserError: a folder without gradients, or with gradients of other rollouts.
     """
     console = Console()
     analyses = []
     with console.status("inner products and resampling …") as status:
-        for name, folder in named(folders).items():
+        for name, folder in folders.items():
             for choice in choices(folder):
                 status.update(f"{name}: gradients of {choice} …")
                 try:
@@ -84,7 +84,7 @@ def write(analyses: Sequence[Analysis], out: Path, console: Console) -> None:
 
 
 def named(folders: Sequence[str]) -> dict[str, Path]:
-    """{name: folder}.
+    """{name: folder} of paths, or NAME=PATH to show a folder by another name than its own.
 
     Raises:
         UserError: a folder that is not there, or a name that stands for two.
@@ -93,7 +93,7 @@ def named(folders: Sequence[str]) -> dict[str, Path]:
     for text in folders:
         name, equals, path = text.partition("=")
         folder = Path(path if equals else text)
-        name = name if equals else folder.name
+        name = name if equals else folder.resolve().name
         if not (folder / store.ROLLOUTS).exists():
             raise UserError(f"{folder} is no folder of `vlnorm-verl lab run`: it has no {store.ROLLOUTS}")
         if name in result:

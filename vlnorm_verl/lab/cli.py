@@ -56,7 +56,7 @@ def run(
         ),
     ] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the prompts and the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompts and the sampling.")] = 0,
     mini_batch: MiniBatch = 320,
     analyse: Annotated[bool, typer.Option("--report/--no-report", help="Also write OUT/report.")] = True,
 ) -> None:
@@ -83,7 +83,7 @@ def run(
             for choice in modules or [gradients.LAST_QKV]:
                 gradients.compute(out, choice, projection, checkpointing)
             if analyse:
-                build([str(out)], out / "report", mini_batch, seed)
+                build({out.resolve().name: out}, out / "report", mini_batch, seed)
     except BlockingIOError:
         raise UserError(f"--out {out}: another `vlnorm-verl lab run` writes into it; take another") from None
 
@@ -93,13 +93,13 @@ def report(
     folders: Annotated[list[str], typer.Argument(help="Folders of `vlnorm-verl lab run`, or NAME=FOLDER.")],
     out: Annotated[Path, typer.Option(file_okay=False, help="Where to write the page, tables and figures.")],
     mini_batch: MiniBatch = 320,
-    seed: Annotated[int, typer.Option(help="Of the mini-batches that are drawn and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the mini-batches that are drawn and of the bootstrap.")] = 0,
 ) -> None:
     """Compare models, such as checkpoints of one run, by their stored gradients.
 
     vlnorm-verl lab report start=lab/start end=lab/step60 --out lab/report
     """
     extras.require("lab")
-    from vlnorm_verl.lab.build import build
+    from vlnorm_verl.lab.build import build, named
 
-    build(folders, out, mini_batch, seed)
+    build(named(folders), out, mini_batch, seed)

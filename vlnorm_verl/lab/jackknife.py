@@ -40,7 +40,8 @@ def lost_in_noise(squared_norm: Estimate, count: int, of: str = "prompts") -> st
     if not truth > 0 or not squared_norm.high > squared_norm.value:
         return LOST
     needed = count * max(1.0, FOUND * (squared_norm.high - squared_norm.value) / truth)
-    rounded = math.ceil(needed / (unit := 10 ** (math.floor(math.log10(needed)) - 1))) * unit
+    unit = 10 ** (math.floor(math.log10(needed)) - 1)  # of two digits
+    rounded = math.ceil(needed / unit) * unit
     return f"{LOST}; {'about' if squared_norm.value > 0 else 'more than'} {rounded:,.0f} {of} would find it"
 
 
@@ -69,11 +70,12 @@ def jackknife(values: Floats, log: bool = False, lost: str = LOST) -> list[Estim
 
 def mean_over_prompts(values: Floats) -> Estimate:
     """Mean of one number a prompt with its t interval; numbers that are not finite are left out."""
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
-        return Estimate(float(values.mean()) if len(values) else math.nan, note="one prompt")
-    half = t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
+    known = values[np.isfinite(values)]
+    mean = float(known.mean()) if len(known) else math.nan
+    if len(known) < 2:
+        return Estimate(mean, note=f"known for {len(known)} of {len(values)} prompts")
+    half = float(t_quantile(len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
+    return Estimate(mean, mean - half, mean + half)
 
 
 def percentiles(values: Floats) -> Estimate:

@@ -40,7 +40,7 @@ def draw_mini_batches(prompts: int, size: int, seed: int) -> Bools:
 
 
 def weights(mode: str, lengths: Ints, members: Bools, scale: float) -> tuple[Floats, Floats]:
-    """M·x_i of each response in each mini-batch, and its term of the mini-batch's sum, float64 [R, N]; 0 for the rest.
+    """M·x_i of each response in each mini-batch, and its summand of the denominator, float64 [R, N]; 0 for the rest.
 
     Args:
         mode: as in verl's config, `vl_norm:0.75`.
@@ -73,16 +73,14 @@ class MiniBatches:
         """
         self.modes, self.pool = list(modes), pool
         prompts = int(pool.prompts.max()) + 1
-        if not 1 <= size <= prompts // 2:
-            raise ValueError(f"mini-batches of {size} prompts from {prompts}: accepted are 1 to {prompts // 2}")
         self.responses = size * len(pool.prompts) / prompts  # of a mini-batch
         self.members = draw_mini_batches(prompts, size, seed)
         of_response = self.members[:, pool.prompts]
-        both = {mode: weights(mode, pool.lengths, of_response, scale) for mode in self.modes}
-        self.x = {mode: x for mode, (x, _) in both.items()}
+        weighted = {mode: weights(mode, pool.lengths, of_response, scale) for mode in self.modes}
+        self.x = {mode: x for mode, (x, _) in weighted.items()}
         self._factor = factor(pool.products)
         self._block = blocks_of(prompts)[pool.prompts]
-        gradients = {mode: self._gradients(x, terms) for mode, (x, terms) in both.items()}
+        gradients = {mode: self._gradients(x, terms) for mode, (x, terms) in weighted.items()}
         # [1 + blocks, modes, 4]: SUM_X … CROSS of everything, then without one block of prompts at a time.
         self.moments = np.stack(
             [
@@ -106,13 +104,12 @@ class MiniBatches:
         whole, total = x @ self._factor, terms.sum(axis=1)
         replicates = [(x.sum(axis=1), whole)]
         for block in np.unique(self._block):
-            at = self._block == block
-            left = total - terms[:, at].sum(axis=1)
-            up = np.divide(total, left, out=np.full_like(left, np.nan), where=left > 1e-9 * total)
-            part = x[:, at]
-            replicates.append(
-                ((x.sum(axis=1) - part.sum(axis=1)) * up, (whole - part @ self._factor[at]) * up[:, None])
-            )
+            in_block = self._block == block
+            left = total - terms[:, in_block].sum(axis=1)
+            made_up = np.divide(total, left, out=np.full_like(left, np.nan), where=left > 1e-9 * total)
+            part = x[:, in_block]
+            sums = x.sum(axis=1) - part.sum(axis=1)
+            replicates.append((sums * made_up, (whole - part @ self._factor[in_block]) * made_up[:, None]))
         return replicates
 
     def row(self, mode: str) -> int:

@@ -123,8 +123,7 @@ def load_config(resolved: str) -> Any:
 
 def load_tokenizer(resolved: str) -> PreTrainedTokenizerBase:
     """Raises as `_loaded`."""
-    tokenizer: PreTrainedTokenizerBase = _loaded("AutoTokenizer", resolved, "has no tokenizer that transformers reads")
-    return tokenizer
+    return _loaded("AutoTokenizer", resolved, "has no tokenizer that transformers reads")
 
 
 def load_model(resolved: str) -> PreTrainedModel:

@@ -89,6 +89,7 @@ def _distinct(names: list[str]) -> list[str]:
 
 def _near(pattern: str, names: list[str]) -> list[str]:
     plain = re.sub(r"\\[a-zA-Z]|[\\^$*+?()\[\]{}|]", "", pattern)
-    whole = {part: name for name in reversed(_distinct(names)) for part in (name, *name.split("."))}
-    hits = difflib.get_close_matches(plain.split(".")[-1], whole, n=_SHOWN, cutoff=0.5)
-    return list(dict.fromkeys(whole[hit] for hit in hits)) or _distinct(names)[:_SHOWN]
+    # Of each name and each part of one, the first such name.
+    name_of = {part: name for name in reversed(_distinct(names)) for part in (name, *name.split("."))}
+    hits = difflib.get_close_matches(plain.split(".")[-1], name_of, n=_SHOWN, cutoff=0.5)
+    return list(dict.fromkeys(name_of[hit] for hit in hits)) or _distinct(names)[:_SHOWN]

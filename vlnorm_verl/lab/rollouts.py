@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from vlnorm_verl.files import UserError
+from vlnorm_verl.files import UserError, require
 from vlnorm_verl.lab import engines, models, store, vllm_engine
 from vlnorm_verl.lab.store import Rollouts
 from vlnorm_verl.lab.tasks import Messages, Task
@@ -75,14 +75,13 @@ def sample(
     Raises:
         UserError: a request that cannot be met, or rollouts of other settings in `out`.
     """
-    if engine not in engines.ENGINES:
-        raise UserError(f"--engine {engine} is not known. Accepted: {', '.join(engines.ENGINES)}")
+    require(f"--engine {engine}", engine, engines.ENGINES)
     if engine == "vllm" and not engines.has_vllm():
         raise UserError("--engine vllm: vLLM is not installed; take --engine transformers")
     if not temperature > 0:
         raise UserError(f"--temperature {temperature:g}: must be above 0")
     kinds = ["slope"] * design.slope_prompts + ["pool"] * design.pool_prompts
-    counts = [design.slope_responses] * design.slope_prompts + [design.pool_responses] * design.pool_prompts
+    counts = [design.slope_responses if kind == "slope" else design.pool_responses for kind in kinds]
     questions = task.questions(len(kinds), seed)
     resolved = models.resolve(model, out)
     tokenizer = models.load_tokenizer(resolved)

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -117,46 +117,30 @@ def grpo_advantages(rewards: np.ndarray) -> np.ndarray:
 
     scores = torch.as_tensor(rewards, dtype=torch.float32)
     mean, std = (scores.mean(), scores.std()) if len(scores) > 1 else (torch.tensor(0.0), torch.tensor(1.0))
-    advantages: np.ndarray = ((scores - mean) / (std + 1e-6)).double().numpy()
-    return advantages
+    return ((scores - mean) / (std + 1e-6)).double().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------- rollouts
 
 
 def read_settings(out: Path) -> dict[str, Any]:
-    """The settings of the sampling.
-
-    Raises:
-        UserError: the folder has no rollouts.
-    """
-    with _open_rollouts(out) as file:
-        settings: dict[str, Any] = json.loads(file.readline())
-    return settings
+    """The settings of the sampling."""
+    with (out / ROLLOUTS).open(encoding="utf-8") as file:
+        return json.loads(file.readline())
 
 
 def read_rollouts(out: Path) -> Iterator[Rollouts]:
-    """One prompt after the other.
-
-    Raises:
-        UserError: the folder has no rollouts.
-    """
-    with _open_rollouts(out) as file:
+    """One prompt after the other."""
+    with (out / ROLLOUTS).open(encoding="utf-8") as file:
         file.readline()
         for line in file:
             yield Rollouts(**json.loads(line))
 
 
-def _open_rollouts(out: Path) -> TextIO:
-    path = out / ROLLOUTS
-    if not path.exists():
-        raise UserError(f"{path} is not there: sample rollouts into {out} first")
-    return path.open(encoding="utf-8")
-
-
 def write_rollouts(out: Path, settings: Mapping[str, Any], groups: Iterable[Rollouts]) -> None:
     """The finished file, whole or not at all."""
-    write(out / ROLLOUTS, "".join(map(_line, (settings, *map(asdict, groups)))))
+    lines = [settings, *(asdict(group) for group in groups)]
+    write(out / ROLLOUTS, "".join(map(_line, lines)))
 
 
 def finished_prompts(out: Path, settings: Mapping[str, Any]) -> dict[int, Rollouts]:
@@ -216,43 +200,34 @@ def load(out: Path, choice: str) -> Stored:
 
     Raises:
         Incomplete: prompts without gradients.
-        UserError: rollouts or gradients are missing or do not belong together, or a reward is not finite.
+        UserError: the gradients are of other rollouts.
     """
     sampled = read_settings(out)
     folder = gradients_folder(out, choice)
-    path = folder / SETTINGS
-    if not path.exists():
-        raise UserError(f"{path} is not there: compute the gradients of {out} first")
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     if settings["rollouts_sha256"] != content_sha256(out / ROLLOUTS):
         raise UserError(f"{folder} has the gradients of other rollouts than {out / ROLLOUTS}: compute them again")
     files = {gradient_path(folder, index): rollouts for index, rollouts in enumerate(read_rollouts(out))}
     if missing := sum(not file.exists() for file in files):
         raise Incomplete(f"{folder} lacks the gradients of {missing} prompts: compute again, which goes on there")
     ends = np.cumsum([0, *settings["parts"].values()]).tolist()
-    dimension = ends[-1]
     groups: list[Group] = []
-    for index, (file, rollouts) in enumerate(files.items()):
-        gradients = np.load(file, mmap_mode="r")
-        if gradients.shape != (len(rollouts.responses), dimension):
-            raise UserError(f"{file} has the shape {gradients.shape}, not {(len(rollouts.responses), dimension)}")
+    for file, rollouts in files.items():
         rewards = np.array(rollouts.rewards, dtype=np.float64)
-        if not np.isfinite(rewards).all():
-            raise UserError(f"{out / ROLLOUTS}: a reward of prompt {index} is not finite; sample again")
         groups.append(
             Group(
                 kind=rollouts.kind,
                 lengths=np.array([len(response) for response in rollouts.responses], dtype=np.int64),
                 rewards=rewards,
                 advantages=grpo_advantages(rewards),
-                score_gradients=gradients,
+                score_gradients=np.load(file, mmap_mode="r"),
                 truncated=np.array(rollouts.truncated, dtype=bool),
             )
         )
     return Stored(
         settings={**sampled, **settings},
         entries=sum(settings["sizes"]),
-        dimension=dimension,
+        dimension=ends[-1],
         parts=dict(zip(settings["parts"], map(slice, ends, ends[1:]), strict=True)),
         groups=groups,
     )

@@ -7,7 +7,6 @@ that are coroutines or models.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
@@ -18,7 +17,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlnorm_verl.files import UserError
+from vlnorm_verl.files import UserError, require
 from vlnorm_verl.tasks.base import content_sha256
 
 REWARDS = {
@@ -60,10 +59,12 @@ class Task:
         """Different problems of the training set, the same for the same seed.
 
         Raises:
-            UserError: there are fewer than `count`, or a row's prompt is not a chat of texts.
+            UserError: there are fewer than `count`, a row's prompt is not a chat of texts, or it has no ground truth.
         """
         if self.data is None:
-            return _tiny_questions(count, seed)
+            from vlnorm_verl.tasks.tiny.data import rows
+
+            return [_question(row, self.data) for row in rows(count, seed, "train")]
         import pyarrow.parquet as pq
 
         table = pq.read_table(self.data)
@@ -106,10 +107,7 @@ def load_task(
     Raises:
         UserError: unknown task, a file that is missing, unreadable or lacks columns, or no such reward.
     """
-    if name not in TASKS:
-        close = difflib.get_close_matches(name.lower(), TASKS, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"--task {name} is not known.{hint} Accepted: {', '.join(TASKS)}")
+    require(f"--task {name}", name, TASKS)
     if (name == "custom") != (reward is not None):
         raise UserError(f"--task {name}, --reward {reward}: --task custom and --reward belong together")
     if name == "tiny" and data is not None:
@@ -143,36 +141,22 @@ def _check_columns(data: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not data.is_file():
-        raise UserError(f"--data {data}: there is no such file")
     try:
         columns = pq.read_schema(data).names
-    except pa.ArrowException as error:
-        raise UserError(f"--data {data} is not a parquet file: {error}") from error
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"--data {data} cannot be read as a parquet file: {error}") from error
     missing = [column for column in COLUMNS if column not in columns]
     if missing:
         raise UserError(f"--data {data} lacks {', '.join(missing)}; it has {', '.join(columns)}")
 
 
-def _tiny_questions(count: int, seed: int) -> list[Question]:
-    from vlnorm_verl.tasks.countdown import ground_truth
-    from vlnorm_verl.tasks.tiny.countdown import DATA_SOURCE, distinct_problems, render_prompt
-
+def _question(row: dict[str, Any], data: Path | None) -> Question:
     try:
-        problems = distinct_problems(count, seed, "train")
-    except UserError as error:
-        raise UserError(f"--task tiny: {error}") from error
-    return [
-        Question([{"role": "user", "content": render_prompt(problem)}], ground_truth(problem), DATA_SOURCE)
-        for problem in problems
-    ]
-
-
-def _question(row: dict[str, Any], data: Path) -> Question:
-    messages = row["prompt"]
-    texts = isinstance(messages, list) and [isinstance(message.get("content"), str) for message in messages]
-    if not texts or not all(texts):
+        if not row["prompt"] or not all(isinstance(message["content"], str) for message in row["prompt"]):
+            raise TypeError
+        return Question(row["prompt"], row["reward_model"]["ground_truth"], row["data_source"], row.get("extra_info"))
+    except (KeyError, TypeError):
         raise UserError(
-            f"--data {data}: `prompt` must be a chat, a list of messages with a text, not {messages!r:.200}"
-        )
-    return Question(messages, row["reward_model"]["ground_truth"], row["data_source"], row.get("extra_info"))
+            f"--data {data}: `prompt` must be a chat, a list of messages with a text, and `reward_model` must have a "
+            f"`ground_truth`, not {row!r:.300}"
+        ) from None

@@ -63,7 +63,6 @@ def responses(resolved: str, request: Request, out: Path, finished: Set[int] = f
             if number not in finished
         ],
     }
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile("w+") as stdin, (out / LOG).open("wb") as log:
         json.dump(asked, stdin)
         stdin.seek(0)

@@ -6,12 +6,11 @@ Nothing here starts Ray or needs a GPU. What verl makes of it: check.py. Where a
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlnorm_verl.files import UserError
+from vlnorm_verl.files import UserError, require
 
 CONFIG_NAME = "recipe"
 LOGGERS = ("console", "file", "wandb", "tensorboard", "trackio", "swanlab", "mlflow")
@@ -100,14 +99,6 @@ def choices(config_folder: Path, overrides: list[str]) -> dict[str, str]:
 def _default_choices(config_folder: Path) -> dict[str, str]:
     defaults = yaml.safe_load((config_folder / f"{CONFIG_NAME}.yaml").read_text())["defaults"]
     return {group: choice for entry in defaults if isinstance(entry, dict) for group, choice in entry.items()}
-
-
-def require(what: str, chosen: str, accepted: Iterable[str]) -> None:
-    """Raises UserError, with the nearest accepted name, if something else is chosen."""
-    if chosen not in (accepted := list(accepted)):
-        close = difflib.get_close_matches(chosen, accepted, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"{what} is not accepted.{hint} Accepted: {', '.join(accepted)}")
 
 
 # -------------------------------------------------------------------------------------------------------- compose

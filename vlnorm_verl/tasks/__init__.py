@@ -6,6 +6,5 @@
     reward.custom_reward_function.path=pkg://vlnorm_verl.tasks.math
 
 Both rewards return ``score`` and ``acc`` (1.0 or 0.0) and ``outcome``, the name of a class in the module's
-``OUTCOMES``. The outcome is one string and not a number per class on purpose: verl bootstraps every numeric key over
-every prompt of a validation, which for six more keys takes three times as long (benchmarks/rewards.py measures it).
+``OUTCOMES``: one string and not a number per class, since verl bootstraps every numeric key (docs/rewards.md).
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,7 +61,8 @@ def countdown(
         if origin is None:
             drawn = (generate.countdown(split, size, seed or 0) for split, size in sizes.items())
             return list(_tracked(chain.from_iterable(drawn), train_rows + test_rows, "generating")), {}
-        raw, details = origin.read(limit=train_rows + test_rows)
+        rows, details = origin.read()
+        raw = list(islice(rows, train_rows + test_rows))
         if len(raw) < train_rows + test_rows:
             asked = f"--train-rows {train_rows} and --test-rows {test_rows}"
             raise UserError(f"{origin.where} has {len(raw)} rows, fewer than {asked} need")

@@ -17,23 +17,14 @@ Source of the rule: the paper's code (`open_reasoner_zero.py` and its server). D
 
 from __future__ import annotations
 
-import atexit
+import os
 import re
-import threading
 from math import isfinite
 from typing import Any
 
-from vlnorm_verl.tasks.latex.pool import (
-    LIMIT_S,
-    MAX_FAILURE_RATE,
-    MEMORY_MIB,
-    OUTCOMES,
-    WORKERS,
-    InfrastructureError,
-    Pool,
-)
+from vlnorm_verl.tasks.latex.pool import LIMIT_S, MAX_FAILURE_RATE, MEMORY_MIB, WORKERS, Pool
 
-__all__ = ["MAX_ANSWER_LENGTH", "OUTCOMES", "InfrastructureError", "Pool", "compute_score", "extract_boxed", "judge"]
+OUTCOMES = ("correct", "wrong", "unparsable", "timeout", "crash", "gold_unparsed")
 
 # Data of the authors' repository (github.com/zerolllin/Delta-L-Normalization, open_reasoner_zero_nochat.py): the whole
 # text that a base model continues. Two details that an editor would "repair", and that change the tokens: the blank
@@ -95,17 +86,12 @@ def read_row(raw: Any) -> tuple[str, str]:
 
 
 _pools: dict[tuple[tuple[str, Any], ...], Pool] = {}
-_pools_lock = threading.Lock()
+os.register_at_fork(after_in_child=_pools.clear)  # a child would read the verdicts of its parent's answers
 
 
 def _pool(**settings: Any) -> Pool:
-    """One pool for each set of settings in this process."""
-    key = tuple(sorted(settings.items()))
-    with _pools_lock:
-        if key not in _pools:
-            _pools[key] = Pool(**settings)
-            atexit.register(_pools[key].close)
-        return _pools[key]
+    """One pool for each set of settings in this process; one that is not used has no workers."""
+    return _pools.setdefault(tuple(sorted(settings.items())), Pool(**settings))
 
 
 def extract_boxed(text: str) -> str | None:

@@ -25,7 +25,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vlnorm_verl.files import UserError
 from vlnorm_verl.tasks.base import content_sha256
@@ -72,24 +72,6 @@ def data_source(name: str) -> str:
     return MATH[name].data_source or name
 
 
-class Origin(Protocol):
-    """A place that rows are read from."""
-
-    @property
-    def where(self) -> str:
-        """For messages."""
-
-    def request(self) -> dict[str, Any]:
-        """What decides the content, for the manifest: its ``kind`` (github, hub or file), and which."""
-
-    def read(self, limit: int | None = None) -> tuple[list[Any], dict[str, Any]]:
-        """The raw rows (the first ``limit``), and what the manifest records besides the request.
-
-        Raises:
-            UserError: it cannot be read; the message says what to do.
-        """
-
-
 @dataclass(frozen=True)
 class LocalFile:
     """A file, or a ``datasets.save_to_disk`` folder."""
@@ -107,8 +89,8 @@ class LocalFile:
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
 
-    def read(self, limit: int | None = None) -> tuple[list[Any], dict[str, Any]]:
-        return read_local(self.path)[:limit], {"path": str(self.path)}
+    def read(self) -> tuple[list[Any], dict[str, Any]]:
+        return read_local(self.path), {"path": str(self.path)}
 
 
 @dataclass(frozen=True)
@@ -128,7 +110,7 @@ class GitFile:
     def request(self) -> dict[str, Any]:
         return {"kind": "github", "repo": self.repo, "commit": self.commit, "path": self.path, "blob": self.blob}
 
-    def read(self, limit: int | None = None) -> tuple[list[Any], dict[str, Any]]:
+    def read(self) -> tuple[list[Any], dict[str, Any]]:
         url = f"{GITHUB}/{self.repo}/{self.commit}/{self.path}"
         other_ways = f"Without GitHub: --repo {self.name}={MATH[self.name].repo} (the hub's wording). {OFFLINE['math']}"
         try:
@@ -144,7 +126,7 @@ class GitFile:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / Path(self.path).name
             copy.write_bytes(content)
-            return read_local(copy)[:limit], {}
+            return read_local(copy), {}
 
 
 GITHUB = "https://raw.githubusercontent.com"
@@ -181,11 +163,10 @@ class Hub:
     def request(self) -> dict[str, Any]:
         return {"kind": "hub", "repo": self.repo, "revision": self.revision}
 
-    def read(self, limit: int | None = None) -> tuple[list[Any], dict[str, Any]]:
+    def read(self) -> tuple[Any, dict[str, Any]]:
         """Everything is read at one commit: a branch that moves between two requests cannot mix two states."""
         import datasets
         from huggingface_hub import HfApi, constants, hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
         if Path(self.repo).exists():  # load_dataset would silently read it, and the manifest would name a commit
             raise UserError(
@@ -194,25 +175,21 @@ class Hub:
         try:
             # First, because it is one request that fails at once, where a download would retry for half a minute.
             commit = HfApi().dataset_info(self.repo, revision=self.revision, timeout=20).sha
-            if self.data_set.file is not None:
-                path = hf_hub_download(self.repo, self.data_set.file, repo_type="dataset", revision=commit)
-                return read_local(Path(path))[:limit], {"commit": commit}
-            table = datasets.load_dataset(self.repo, split=self.data_set.split, revision=commit)
-            return list(table if limit is None else table.select(range(min(limit, len(table))))), {"commit": commit}
-        except UserError:
-            raise
-        except (
-            ValueError,
-            EntryNotFoundError,
-            HfHubHTTPError,
-            datasets.exceptions.DatasetsError,
-            *_network_errors(),
-        ) as error:
-            # The libraries' errors do not tell a repository of another layout from a connection that broke.
+            if self.data_set.file is None:
+                return datasets.load_dataset(self.repo, split=self.data_set.split, revision=commit), {"commit": commit}
+            path = hf_hub_download(self.repo, self.data_set.file, repo_type="dataset", revision=commit)
+        except Exception as error:  # of many types, which do not tell another layout from a connection that broke
             raise UserError(
                 f"cannot read {self.repo} at revision {self.revision} from {constants.ENDPOINT} "
                 f"({_first_line(error)}): check --repo and --revision. {OFFLINE[self.task]}"
             ) from error
+        return read_local(Path(path)), {"commit": commit}
+
+
+# A place that rows are read from. ``where`` is for messages. ``request`` gives what decides the content, for the
+# manifest: its ``kind`` (github, hub or file), and which. ``read`` gives the raw rows, a list or a table, and what the
+# manifest records besides; it raises UserError with what to do.
+Origin = LocalFile | GitFile | Hub
 
 
 def parse_rows(raw_rows: Iterable[Any], read_row: Callable[[Any], Any], where: str) -> list[Any]:
@@ -288,15 +265,6 @@ def find_in_folder(folder: Path, name: str) -> LocalFile:
         if (folder / candidate).exists():
             return LocalFile(folder / candidate)
     raise UserError(f"--from {folder}: no file for the set {name}; looked for {', '.join(candidates)}")
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    """huggingface_hub uses httpx from its version 1 on, before that requests, whose errors are OSErrors."""
-    try:
-        import httpx
-    except ImportError:
-        return (OSError,)
-    return (OSError, httpx.TransportError)
 
 
 def _first_line(error: Exception) -> str:

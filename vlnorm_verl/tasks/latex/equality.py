@@ -75,13 +75,19 @@ class _Comparison:
         if len(gold.values) != len(answer.values):
             return _equal_sets(gold, answer)
         if ":" in kinds and kinds <= {":", "::"}:
-            gold_first, answer_first = gold.values[0], answer.values[0]
-            pairs = zip(gold.values, answer.values, strict=True)
-            return all(self.values(of_gold * answer_first, of_answer * gold_first) for of_gold, of_answer in pairs)
+            return self.proportional(gold.values, answer.values)
         ordered = len(kinds) == 1 or ("" in kinds and not kinds & {":", "::"})
         if ordered or (len(gold.values) > 2 and kinds == {"()", "[]"}):
             return all(map(self.values, gold.values, answer.values))
         return False
+
+    def proportional(self, gold: Sequence[Any], answer: Sequence[Any]) -> bool:
+        """Of ratios. Those whose products agree with every ratio's are none: 0:0, ∞:∞, and of matrices of zeros."""
+        if any(isinstance(term, MatrixBase) or term.has(S.Infinity, S.NegativeInfinity) for term in answer):
+            return False
+        pairs = itertools.combinations(zip(gold, answer, strict=True), 2)
+        zero = all(self.values(S.Zero, term) for term in answer)
+        return not zero and all(self.values(a * d, b * c) for (a, b), (c, d) in pairs)
 
     def unordered(self, gold: Sequence[Any], answer: Sequence[Any]) -> bool:
         same = [[self.values(of_gold, of_answer) for of_answer in answer] for of_gold in gold]
@@ -90,7 +96,7 @@ class _Comparison:
     # --- relations ---
 
     def stated(self, relation: Relation) -> list[Any]:
-        """The values that an equation states: x = 3 states 3, x = 22/7 ≈ 3.14 both, 3 = 2 none."""
+        """The values that an equation states: x = 3 states 3, x = 22/7 ≈ 3.14 both, 100 ≈ 101 the last, 3 = 2 none."""
         if not _EQUATIONS.issuperset(relation.operators):
             return []
         numbers = [side for side in relation.sides if isinstance(side, Expr) and side.is_number]
@@ -103,19 +109,18 @@ class _Comparison:
         *_, before, last = relation.sides
         if last == 0 and isinstance(before, Expr) and before.is_Add:
             return []  # x + y - 1 = 0 says what x and y are, not that anything is 0
-        return [last, before] if relation.operators[-1] == "≈" and before in numbers else [last]
+        both = relation.operators[-1] == "≈" and before in numbers and not _terminates(before)
+        return [last, before] if both else [last]
 
     def relations(self, gold: Relation, answer: Relation) -> bool:
         flipped = Relation(tuple(_FLIPPED[o] for o in reversed(answer.operators)), answer.sides[::-1])
         for other in (answer, flipped):
             if gold.operators == other.operators and all(map(self.values, gold.sides, other.sides)):
                 return True
-        if len(gold.operators) == len(answer.operators) == 1 and gold.operators[0] in (
-            answer.operators[0],
-            flipped.operators[0],
-        ):
+        if len(gold.operators) == 1 and gold.operators in (answer.operators, flipped.operators):
             differences = [r.sides[0] - r.sides[1] for r in (gold, answer) if all(isinstance(s, Expr) for s in r.sides)]
             if len(differences) == 2:
+                # 2x - y + 3 = 0 is y = 2x + 3: the ratio of the differences is a number, which is positive for < and >.
                 if gold.operators[0] == "=":
                     differences = [sympy.fraction(sympy.together(d))[0] for d in differences]
                 factor = sympy.cancel(differences[0] / differences[1])
@@ -218,6 +223,9 @@ def _equal_sets(gold: Any, answer: Any) -> bool:
         return False
     try:
         of_gold, of_answer = _solutions(gold), _solutions(answer)
+        # (3, 2) as an interval, x = 2i and 3 = 2 solved for real numbers, and 1 = 1, say nothing.
+        if {S.EmptySet, S.UniversalSet} & {of_gold, of_answer}:
+            return bool(gold == answer)
         return bool(of_gold == of_answer or of_gold.symmetric_difference(of_answer).is_empty)
     except ERRORS:
         return False  # no sets, or none that sympy can compare

@@ -1,9 +1,12 @@
-r"""The grammar of one value of a Math answer: arithmetic, functions, units, matrices.
+r"""The grammar of Math answers: lists, relations, sets; then one value: arithmetic, functions, units, matrices.
+
+A recursive descent. What it does not know, or is left over at the end, is `Unreadable`: it never takes a part for the
+whole. Decimals are read as exact fractions.
 
 A unit behind a value is dropped, and so are currency and degrees (in a sine they count). What changes the value is not:
 percent and a.m./p.m. are symbols (`MARKERS`), "million" is a factor, an unknown word anywhere else is `Unreadable`.
 
-Not read: integrals, limits, piecewise functions.
+Not read: integrals, limits, piecewise functions, set builders, "…".
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import sympy
-from sympy import Expr, MatrixBase, Rational, S, Symbol
+from sympy import Basic, Expr, MatrixBase, Rational, S, Symbol
 
 from vlnorm_verl.tasks.latex.cursor import END, Cursor
 from vlnorm_verl.tasks.latex.tokens import (
@@ -28,7 +31,7 @@ from vlnorm_verl.tasks.latex.tokens import (
     Token,
     word_set,
 )
-from vlnorm_verl.tasks.latex.values import AM, PERCENT, PM, Base, Items, Unreadable, as_set, operand
+from vlnorm_verl.tasks.latex.values import AM, PERCENT, PM, Base, Items, Relation, Unreadable, as_set, operand, parts
 
 _SETS = {"R": S.Reals, "Z": S.Integers, "N": S.Naturals, "Q": S.Rationals, "C": S.Complexes}
 _CONSTANTS = {"e": S.Exp1, "i": S.ImaginaryUnit, r"\pi": S.Pi}
@@ -38,19 +41,12 @@ _NO_UNITS = word_set(
     "or and not no if when where for mod modulo base except times plus minus over to than unless is are nor but of the"
     " dozen half halves third thirds quarter quarters squared cubed repeating remainder bc bce ad"
 )
+# dx/dt, d^2x/dt^2, ∂²u/∂x∂y, δS/δx, without braces and backslashes; not d/(d+1), d_1/d_2, d/δ
+_DERIVATIVE = re.compile(r"(delta|partial|d(?!elta))(\^\w)?(?![-+_^]).*/\1(?!elta)[A-Za-z]([A-Za-z]|\^\w)*")
 _FUNCTION_LETTERS = set("fghFGHP")  # f(x + 1) is a function, k(x + 1) a product, u(t) a function
 _BASES = {
-    "two": 2,
-    "three": 3,
-    "four": 4,
-    "five": 5,
-    "six": 6,
-    "seven": 7,
-    "eight": 8,
-    "nine": 9,
-    "ten": 10,
-    "twelve": 12,
-}
+    "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12,
+}  # fmt: skip
 _BINOMIALS = {r"\binom", r"\dbinom", r"\tbinom"}
 _VALUES = {*FRACTIONS, *_BINOMIALS, *NAMES, *(rf"\{f}" for f in FUNCTIONS), r"\sqrt", r"\lfloor", r"\lceil", r"\lvert"}
 _VALUES |= {r"\sum", r"\prod", r"\infty"}
@@ -68,12 +64,69 @@ def _apply(name: str, arguments: list[Any]) -> Any:
     return getattr(sympy, {"max": "Max", "min": "Min", "abs": "Abs", "ceil": "ceiling"}.get(name, name))(*arguments)
 
 
-class Formulas(Cursor):
+class Parser(Cursor):
     """Each method reads what its name says from the place where the cursor is, and leaves it behind that."""
 
+    # --- lists, relations, sets ---
+
+    def answer(self) -> Any:
+        values = self.sequence(expand=True)
+        if self.peek() is not END:
+            raise Unreadable(f"{self.peek().text!r}")
+        value = values[0] if len(values) == 1 else Items("or" if self.either else "", tuple(values))
+        if any(isinstance(part, Basic) and part.has(S.NaN, S.ComplexInfinity) for part in parts(value)):
+            raise Unreadable("a division by zero")
+        return value
+
     def sequence(self, expand: bool) -> list[Any]:
-        """Values between brackets: `reading` has their grammar."""
-        raise NotImplementedError
+        r"""Values with commas between them, or lists of such with semicolons. ``expand``: an item with \pm is two."""
+        groups = [self.commas(expand)]
+        while self.accept(";"):
+            groups.append(self.commas(expand))
+        if len(groups) == 1:
+            return groups[0]
+        return [group[0] if len(group) == 1 else Items("", tuple(group)) for group in groups]
+
+    def commas(self, expand: bool) -> list[Any]:
+        values = []
+        while True:
+            start, before = self.position, (self.sign, self.signs)
+            if expand:
+                self.sign, self.signs = 1, False
+            values.append(self.relation())
+            if expand and self.signs:
+                self.position, self.sign = start, -1
+                values.append(self.relation())
+            if expand:
+                self.sign, self.signs = before
+            comma, conjunction = self.accept(","), self.accept("and", "or")
+            if not comma and not conjunction:
+                return values
+            self.either |= conjunction == "or"
+
+    def relation(self) -> Any:
+        self.accept("=", r"\approx", r"\sim")  # "= 5" is 5
+        sides, operators = [self.ratio()], []
+        while symbol := self.accept(*RELATIONS):
+            operators.append(RELATIONS[symbol])
+            sides.append(self.ratio())
+        return Relation(tuple(operators), tuple(sides)) if operators else sides[0]
+
+    def ratio(self) -> Any:
+        terms = [self.union()]
+        last = END
+        while self.accept(":"):
+            last = self.peek()
+            terms.append(operand(self.union()))
+        time = len(terms) == 2 and re.fullmatch("[0-5][0-9]", last.text) and terms[0] in range(25)
+        return Items("::" if time else ":", tuple(terms)) if len(terms) > 1 else terms[0]
+
+    def union(self) -> Any:
+        value = self.additive()
+        while symbol := self.accept(r"\cup", r"\cap", r"\setminus", r"\backslash"):
+            left, right = as_set(value), as_set(self.additive())
+            value = left | right if symbol == r"\cup" else left & right if symbol == r"\cap" else left - right
+        return value
 
     # --- arithmetic ---
 
@@ -322,10 +375,8 @@ class Formulas(Cursor):
 
     def fraction(self) -> Any:
         start = self.position
-        above, below = self.raw(), self.raw()
-        for d in ("d", "partial"):
-            if above.startswith(d) and below.startswith(d) and len(below) > len(d):
-                return Symbol(f"{above}/{below}")  # a derivative
+        if _DERIVATIVE.fullmatch(name := f"{self.raw()}/{self.raw()}"):
+            return Symbol(name)
         self.position = start
         return self.argument() / self.argument()
 
@@ -364,15 +415,17 @@ class Formulas(Cursor):
     def sum(self, kind: Any) -> Any:
         self.expect("_")
         self.expect("{")
-        name = self.next().text
-        self.indices.add(name)
+        name, outer = self.next().text, self.indices
+        self.indices = outer | {name}
         index = self.symbol(name)
         self.expect("=")
         first = self.additive()
         self.expect("}")
         self.expect("^")
         last = self.exponent()
-        return kind(self.term(), (index, first, last)).doit()
+        term = self.term()
+        self.indices = outer
+        return kind(term, (index, first, last)).doit()
 
     def matrix(self, environment: str) -> Any:
         if not re.fullmatch(r"([pbBvV]|small)?matrix\*?|array", environment):

@@ -39,8 +39,6 @@ import psutil
 
 logger = logging.getLogger(__name__)
 
-OUTCOMES = ("correct", "wrong", "unparsable", "timeout", "crash", "gold_unparsed")
-
 LIMIT_S = 5.0  # wall-clock seconds for one answer
 WORKERS = 4  # processes for each process that computes rewards (verl starts reward.num_workers = 8 of those)
 MEMORY_MIB = 512  # address space of a worker; 62 after easy answers
@@ -161,8 +159,7 @@ class _Worker:
                 crashed = -code in _CRASHES
                 raise _WorkerFailure(f"a worker died with exit code {code}", crashed)
             received += part
-        message: dict[str, Any] = json.loads(received)
-        return message
+        return json.loads(received)
 
     def _cpu_seconds(self) -> float:
         try:
@@ -196,15 +193,14 @@ class Pool:
         self.memory_mib = memory_mib
         self.max_failure_rate = max_failure_rate
         # Last in, first out: as long as one worker is enough, the others are not started.
-        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue(workers)
         for _ in range(workers):
             self._slots.put(None)
-        self._size = workers
         self._lock = threading.Lock()
         self._failed: collections.deque[bool] = collections.deque(maxlen=WINDOW)  # of the last attempts
 
     def compare(self, gold: str, answer: str) -> str:
-        """The outcome, one of OUTCOMES.
+        """The outcome, one of `tasks.math.OUTCOMES`.
 
         Raises:
             InfrastructureError: the answer could not be compared, or too many attempts failed lately.
@@ -218,7 +214,8 @@ class Pool:
                 outcome = "timeout"
             except _WorkerFailure as failure:
                 failures.append(failure)
-                if [f.crashed for f in failures[-2:]] != [True, True]:
+                crashed_twice = len(failures) > 1 and failures[-1].crashed and failures[-2].crashed
+                if not crashed_twice:
                     continue
                 del failures[-2:]  # the answer's
                 outcome = "crash"
@@ -229,7 +226,7 @@ class Pool:
 
     def close(self) -> None:
         """End the workers, once no thread uses them."""
-        taken = [self._slots.get() for _ in range(self._size)]
+        taken = [self._slots.get() for _ in range(self._slots.maxsize)]
         for worker in taken:
             if worker is not None:
                 worker.close()

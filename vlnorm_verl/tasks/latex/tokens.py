@@ -74,6 +74,7 @@ _UNITS = word_set(
 _UNITS |= word_set("pct am pm st nd rd th erg pc kpc Mpc AU ly rad cal keV MeV GeV kJ MJ kW MW MHz GHz mA mV kV")
 _PROSE = word_set("not when where for mod than the to of but nor")  # short words that are no product of variables
 
+_GREEK_LETTERS = "pi theta alpha beta lambda phi omega mu sigma Delta Omega"
 # Each replacement stands for every character in front of it.
 _REPLACEMENTS = {
     "−–": "-",
@@ -104,17 +105,7 @@ _REPLACEMENTS = {
     "’′": "'",
     "，": ",",
     "€£¥₹": r"\$",
-    "π": r"\pi ",
-    "θ": r"\theta ",
-    "α": r"\alpha ",
-    "β": r"\beta ",
-    "λ": r"\lambda ",
-    "φ": r"\phi ",
-    "ω": r"\omega ",
-    "μ": r"\mu ",
-    "σ": r"\sigma ",
-    "Δ": r"\Delta ",
-    "Ω": r"\Omega ",
+    **dict(zip("πθαβλφωμσΔΩ", (rf"\{name} " for name in _GREEK_LETTERS.split()), strict=True)),
 }
 _CHARACTERS = str.maketrans(
     {character: replacement for characters, replacement in _REPLACEMENTS.items() for character in characters}
@@ -245,8 +236,11 @@ def tokens_of(text: str, second: bool = False) -> list[Token]:
 
 
 def _argument(text: str, position: int) -> tuple[str, int]:
-    """What a command applies to, a group or one character, and where it ends."""
-    position += len(text[position:]) - len(text[position:].lstrip())
+    """What a command applies to, a group, a command or one character, and where it ends."""
+    while text[position : position + 1].isspace():
+        position += 1
+    if command := re.compile(r"\\[A-Za-z]+").match(text, position):
+        return command[0], command.end()
     depth = 0
     for end in range(position, len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)

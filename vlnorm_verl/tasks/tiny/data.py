@@ -26,15 +26,8 @@ def rows(count: int, seed: int, split: Split, math_set: str = "") -> list[Row]:
     """Rows of the tiny CountDown, or of a Math set, whose ground truth is the target alone."""
     source = sources.data_source(math_set) if math_set else DATA_SOURCE
     return [
-        row(
-            source,
-            render_prompt(problem),
-            str(problem.target) if math_set else ground_truth(problem),
-            split,
-            index,
-            "generated",
-        )
-        for index, problem in enumerate(distinct_problems(count, seed, split))
+        row(source, render_prompt(p), str(p.target) if math_set else ground_truth(p), split, index, "generated")
+        for index, p in enumerate(distinct_problems(count, seed, split))
     ]
 
 
