@@ -39,7 +39,7 @@ class Run:
     method: str
     block: int
     steps: int = STEPS
-    length: int | None = LENGTH
+    length: int = LENGTH
     rate: float = RATE
     eps: float = EPS
     jobs: int = JOBS

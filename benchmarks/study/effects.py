@@ -131,8 +131,11 @@ def speed_ups(curves: Blocks) -> dict[str, list[Estimate]]:
 
     value = ratios(np.arange(blocks))
     drawn = np.array([ratios(c) for c in np.random.default_rng(0).integers(blocks, size=(FITS, blocks))])
-    # NaN, never reached, counts as the end that it would be.
-    ends = ((expanded_tail(blocks - 1), 0.0), (1 - expanded_tail(blocks - 1), np.inf))
-    low, high = (np.quantile(np.nan_to_num(drawn, nan=end), at, axis=0, method="nearest") for at, end in ends)
-    both = {method: zip(value[i], low[i], high[i], strict=True) for i, method in enumerate(curves)}
-    return {method: [Estimate(float(v), float(a), float(b)) for v, a, b in of] for method, of in both.items()}
+    tail = expanded_tail(blocks - 1)
+    # A curve that never reaches TARGET is NaN: 0 at the lower end, ∞ at the upper.
+    low = np.quantile(np.nan_to_num(drawn, nan=0.0), tail, axis=0, method="nearest")
+    high = np.quantile(np.nan_to_num(drawn, nan=np.inf), 1 - tail, axis=0, method="nearest")
+    return {
+        method: [Estimate(float(value[i][k]), float(low[i, k]), float(high[i, k])) for k in (0, 1)]
+        for i, method in enumerate(curves)
+    }

@@ -81,7 +81,6 @@ def write_record(records: Path, run: Run, folder: Path, model: Path, begun: Mome
     Raises:
         UserError: it has not all of its steps, or not all of its held-out responses.
     """
-    assert run.length
     steps, notes = [record for record in read_metrics(folder) if REWARD in record["data"]], list[str]()
     (counts,) = count(folder / "validation" / f"{run.steps}.jsonl", notes).values()
     if [record["step"] for record in steps] != [*range(1, run.steps + 1)] or counts.n.tolist() != [8] * run.problems:

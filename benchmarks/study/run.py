@@ -1,7 +1,6 @@
 """Runs the CPU study, piece by piece: what is finished is not run again.
 
     python -m benchmarks.study.run --status         what is done, what is left, and for how long
-    python -m benchmarks.study.run --part pilots    first; then set LENGTH and JOBS in design.py and commit that
     python -m benchmarks.study.run --hours 2.4      all that is left, as far as it can end within 2.4 hours
     python -m benchmarks.study.run --again NAME     a run that another job disturbed, anew; the first stays in replaced/
     python -m benchmarks.study.run --try DIR        three steps of four prompts a run, 16 held-out ones, all in DIR
@@ -63,7 +62,7 @@ class Study:
     def run(self, left: list[Run], deadline: float) -> bool:
         """Whether none failed. The second that fails ends it; no run begins that would end after the deadline."""
         self.make_warm_starts(sorted({run.warm_start for run in left}))
-        (problems,), failed = {run.problems for run in left}, 0
+        problems, failed = left[0].problems, 0
         held_out = self.work / "data" / f"held-out-{problems}.parquet"
         if not held_out.exists():
             with whole(held_out) as temporary:
@@ -92,7 +91,9 @@ class Study:
         small = ["--steps", "20", "--eval-prompts", "16"] if self.trial else []
         missing = {f".warm-start-{number}": number for number in needed if not self.model(number).exists()}
         command = ["-m", "vlnorm_verl.tasks.tiny.warmstart", *small]
-        commands = {n: [*command, "--seed", str(k), "--out", str(self.work / n)] for n, k in missing.items()}
+        commands = {
+            name: [*command, "--seed", str(number), "--out", str(self.work / name)] for name, number in missing.items()
+        }
         if any(self.together(commands, lambda name: f"{name[1:]} (ten minutes)").values()):
             raise UserError("without its warm start no run begins")
         for name, number in missing.items():
@@ -192,7 +193,7 @@ def main(
     deadline, records, every_run = time.time() + hours * 3600, RECORDS, runs()
     if attempt:
         work, records = attempt / "work", attempt / "records"
-        every_run = [replace(run, steps=3, length=run.length or 256, problems=16) for run in every_run]
+        every_run = [replace(run, steps=3, problems=16) for run in every_run]
     study, well = Study(work.resolve(), records, attempt is not None, Load()), True
     try:
         if unknown := {*(part or [])} - {*PARTS}:
@@ -205,12 +206,8 @@ def main(
         done = {record["name"] for record in read_records(records)}
         left = [run for run in every_run if run.name not in done and (not part or run.part in part)]
         if left and not status:
-            if left[0].length is None:
-                raise UserError(
-                    "LENGTH in benchmarks/study/design.py is not set: after --part pilots, by what they say"
-                )
             raise_on_stop()
-            well = study.run([run for run in left if run.length], deadline)
+            well = study.run(left, deadline)
         show(every_run, records)
     except UserError as error:
         console.print(str(error), style="red")
