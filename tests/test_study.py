@@ -255,13 +255,6 @@ def test_a_record_holds_what_the_run_wrote(tmp_path: Path) -> None:
     fake_run(tmp_path / "run", run)
     load = record.Load()
     begun = load.now()
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
-    try:
-        for _ in range(3):
-            time.sleep(0.4)
-            load.sample()
-    finally:
-        busy.kill()
     record.write_record(tmp_path / "records", run, tmp_path / "run", model, begun, load.now())
     (found,) = record.read_records(tmp_path / "records")
     assert found["columns"]["accuracy"] == [0.01, 0.02, 0.03, 0.04]
@@ -269,10 +262,31 @@ def test_a_record_holds_what_the_run_wrote(tmp_path: Path) -> None:
     scores = analyse.held_out([found])
     assert scores.values.mean() == pytest.approx(np.mean([i % 9 / 8 for i in range(design.HELD_OUT)]))
     assert (found["warm_start"], found["block"], found["rate"]) == (1, 3, 2e-4)
-    assert busy.pid not in load.known  # a child of ours is no other program
     shutil.copy(tmp_path / "run/validation/4.jsonl", tmp_path / "run/validation/5.jsonl")
     with pytest.raises(UserError, match="not 5 steps"):
         record.write_record(tmp_path, replace(run, steps=5), tmp_path / "run", model, begun, load.now())
+
+
+def test_other_programs_are_told_from_what_the_study_starts() -> None:
+    """Also when it has ended, and nobody has waited for it yet: its environment is gone then."""
+    load, busy = record.Load(), [sys.executable, "-c", "while True: pass"]
+    load.sample()
+    child = subprocess.Popen(busy, start_new_session=True)
+    other = subprocess.Popen(busy, start_new_session=True, env={})
+    try:
+        for _ in range(3):
+            time.sleep(0.4)
+            load.sample()
+    finally:
+        child.kill()
+        other.kill()
+    time.sleep(0.1)
+    load.sample()
+    assert child.pid not in load.known
+    assert other.pid in load.known
+    assert load.others > 0.1
+    for process in (child, other):
+        process.wait()
 
 
 def test_a_warm_start_of_other_weights_is_refused(tmp_path: Path) -> None:

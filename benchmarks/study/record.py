@@ -3,7 +3,8 @@
 `columns` has a number for each training step: accuracy (share of right responses), cut (share of the longest possible
 length), grad_norm, ppo_kl, seconds, and of all responses of the step length_mean and length_harmonic, in tokens.
 `held_out` has a digit for each problem: how many of its 8 responses are right, in the order of the problems' hashes.
-`others_cores`, `steal_cores`: cores that other programs, and the host of a virtual machine, took meanwhile.
+`others_cores`, `steal_cores`: cores that other programs, and the host of a virtual machine, took meanwhile; null where
+that was measured wrongly.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ MARK = "VLNORM_STUDY"
 class Load:
     """CPU seconds that processes outside of this program's family have taken between its samples.
 
-    The family has a variable in its environment: Ray's processes and the zygote's leave their parents.
+    The family has a variable in its environment: Ray's processes and the zygote's leave their parents. A process that
+    has ended, but was not yet waited for, has no environment any more.
     """
 
+    family: set[int] = field(default_factory=set)
     known: dict[int, float] = field(default_factory=dict)
     others: float = 0.0
 
@@ -60,7 +63,9 @@ class Load:
         now = {}
         for process in psutil.process_iter(["pid", "environ", "cpu_times"]):
             of, used = process.info, process.info["cpu_times"]
-            if used and of["pid"] != os.getpid() and (of["environ"] or {}).get(MARK) != os.environ[MARK]:
+            if (of["environ"] or {}).get(MARK) == os.environ[MARK]:
+                self.family.add(of["pid"])
+            elif used and of["pid"] not in {os.getpid(), *self.family}:
                 now[of["pid"]] = used.user + used.system
         self.others += sum(max(0.0, used - self.known.get(pid, 0.0)) for pid, used in now.items()) if self.known else 0
         self.known = now

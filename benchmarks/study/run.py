@@ -177,7 +177,7 @@ def show(every_run: list[Run], records: Path) -> None:
         table.add_row(part, what, str(len(of_part)), str(len(of_part) - len(left)), f"{hours:.1f}")
     console.print(table)
     for name, record in known.items():
-        if record["others_cores"] > DISTURBED:
+        if (record["others_cores"] or 0) > DISTURBED:
             console.print(f"{name}: other programs took {record['others_cores']} cores; --again {name} makes it anew")
 
 
