@@ -1,12 +1,9 @@
-r"""The grammar of Math answers: lists, relations, sets; then one value: arithmetic, functions, units, matrices.
-
-A recursive descent. What it does not know, or is left over at the end, is `Unreadable`: it never takes a part for the
-whole. Decimals are read as exact fractions.
+r"""The grammar of one value of a Math answer: arithmetic, functions, units, matrices.
 
 A unit behind a value is dropped, and so are currency and degrees (in a sine they count). What changes the value is not:
 percent and a.m./p.m. are symbols (`MARKERS`), "million" is a factor, an unknown word anywhere else is `Unreadable`.
 
-Not read: integrals, limits, piecewise functions, set builders, "…".
+Not read: integrals, limits, piecewise functions.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import sympy
-from sympy import Basic, Expr, MatrixBase, Rational, S, Symbol
+from sympy import Expr, MatrixBase, Rational, S, Symbol
 
 from vlnorm_verl.tasks.latex.cursor import END, Cursor
 from vlnorm_verl.tasks.latex.tokens import (
@@ -31,7 +28,7 @@ from vlnorm_verl.tasks.latex.tokens import (
     Token,
     word_set,
 )
-from vlnorm_verl.tasks.latex.values import AM, PERCENT, PM, Base, Items, Relation, Unreadable, as_set, operand, parts
+from vlnorm_verl.tasks.latex.values import AM, PERCENT, PM, Base, Items, Unreadable, as_set, operand
 
 _SETS = {"R": S.Reals, "Z": S.Integers, "N": S.Naturals, "Q": S.Rationals, "C": S.Complexes}
 _CONSTANTS = {"e": S.Exp1, "i": S.ImaginaryUnit, r"\pi": S.Pi}
@@ -64,69 +61,12 @@ def _apply(name: str, arguments: list[Any]) -> Any:
     return getattr(sympy, {"max": "Max", "min": "Min", "abs": "Abs", "ceil": "ceiling"}.get(name, name))(*arguments)
 
 
-class Parser(Cursor):
+class Formulas(Cursor):
     """Each method reads what its name says from the place where the cursor is, and leaves it behind that."""
 
-    # --- lists, relations, sets ---
-
-    def answer(self) -> Any:
-        values = self.sequence(expand=True)
-        if self.peek() is not END:
-            raise Unreadable(f"{self.peek().text!r}")
-        value = values[0] if len(values) == 1 else Items("or" if self.either else "", tuple(values))
-        if any(isinstance(part, Basic) and part.has(S.NaN, S.ComplexInfinity) for part in parts(value)):
-            raise Unreadable("a division by zero")
-        return value
-
     def sequence(self, expand: bool) -> list[Any]:
-        r"""Values with commas between them, or lists of such with semicolons. ``expand``: an item with \pm is two."""
-        groups = [self.commas(expand)]
-        while self.accept(";"):
-            groups.append(self.commas(expand))
-        if len(groups) == 1:
-            return groups[0]
-        return [group[0] if len(group) == 1 else Items("", tuple(group)) for group in groups]
-
-    def commas(self, expand: bool) -> list[Any]:
-        values = []
-        while True:
-            start, before = self.position, (self.sign, self.signs)
-            if expand:
-                self.sign, self.signs = 1, False
-            values.append(self.relation())
-            if expand and self.signs:
-                self.position, self.sign = start, -1
-                values.append(self.relation())
-            if expand:
-                self.sign, self.signs = before
-            comma, conjunction = self.accept(","), self.accept("and", "or")
-            if not comma and not conjunction:
-                return values
-            self.either |= conjunction == "or"
-
-    def relation(self) -> Any:
-        self.accept("=", r"\approx", r"\sim")  # "= 5" is 5
-        sides, operators = [self.ratio()], []
-        while symbol := self.accept(*RELATIONS):
-            operators.append(RELATIONS[symbol])
-            sides.append(self.ratio())
-        return Relation(tuple(operators), tuple(sides)) if operators else sides[0]
-
-    def ratio(self) -> Any:
-        terms = [self.union()]
-        last = END
-        while self.accept(":"):
-            last = self.peek()
-            terms.append(operand(self.union()))
-        time = len(terms) == 2 and re.fullmatch("[0-5][0-9]", last.text) and terms[0] in range(25)
-        return Items("::" if time else ":", tuple(terms)) if len(terms) > 1 else terms[0]
-
-    def union(self) -> Any:
-        value = self.additive()
-        while symbol := self.accept(r"\cup", r"\cap", r"\setminus", r"\backslash"):
-            left, right = as_set(value), as_set(self.additive())
-            value = left | right if symbol == r"\cup" else left & right if symbol == r"\cap" else left - right
-        return value
+        """Values between brackets: `reading.Parser` has their grammar."""
+        raise NotImplementedError
 
     # --- arithmetic ---
 
