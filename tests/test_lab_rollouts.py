@@ -121,6 +121,21 @@ def test_auto_takes_transformers_for_a_small_model(capsys: pytest.CaptureFixture
     assert store.read_settings(tmp_path)["engine"] == "transformers"
 
 
+def test_progress_is_seen_in_a_log_file_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shown: list[str] = []
+    keep = store.keep_prompt
+
+    def noting(*arguments: Any) -> None:
+        shown.append(capsys.readouterr().err)
+        keep(*arguments)
+
+    monkeypatch.setattr(store, "keep_prompt", noting)
+    sample(str(WEIGHTS), load_task("tiny"), Design(0, 2, 1, 2), 0, 1.0, 4, "transformers", tmp_path)
+    assert "responses, transformers:   0%" in shown[0]  # while it samples, though stderr is no terminal
+
+
 def test_rollouts_of_other_settings_are_refused(sampled: Path) -> None:
     task = load_task("tiny")
     before = (sampled / store.ROLLOUTS).read_bytes()

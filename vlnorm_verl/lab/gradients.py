@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from tqdm import tqdm
 
 from vlnorm_verl.files import UserError, whole, write_json
 from vlnorm_verl.lab import models, store
@@ -105,12 +105,9 @@ def compute(
     print(f"score gradients of {len(chosen)} parameters, {size:,} entries{fewer}")
     # What is recomputed keeps no keys and values.
     cache = None if checkpointing or not missing else prompt_cache(model, chosen)
-    with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-        bar = progress.add_task("score gradients", total=total, completed=total - left)
+    with tqdm(desc="score gradients", total=total, initial=total - left, mininterval=5) as bar:
         if cache and (why := why_not_shared(model, chosen, cache, next(iter(files.values())), sampled["temperature"])):
-            progress.console.print(
-                f"each prompt is computed for each response: this model cannot share it ({why})", markup=False
-            )
+            bar.write(f"each prompt is computed for each response: this model cannot share it ({why})")
             cache = None
         for file, rollouts in missing.items():
             if cache:
@@ -119,7 +116,7 @@ def compute(
             for row, response in enumerate(rollouts.responses):
                 gradient = score_gradient(model, chosen, rollouts.prompt_ids, response, sampled["temperature"], cache)
                 rows[row] = projected(gradient).cpu().numpy()
-                progress.update(bar, advance=1)
+                bar.update()
             if not np.isfinite(rows).all():
                 raise UserError(f"{file}: a score gradient is not finite; the model overflows in float32")
             with whole(file) as temporary, temporary.open("wb") as opened:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from tqdm import tqdm
 
 from vlnorm_verl.files import UserError, require
 from vlnorm_verl.lab import engines, models, store, vllm_engine
@@ -124,10 +124,8 @@ def sample(
         sampled = vllm_engine.responses(resolved, request, out, finished.keys())
     else:
         sampled = engines.with_transformers(models.load_model(resolved), request, batch_size, finished.keys())
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with closing(sampled), Progress(*columns) as progress:
-        done = sum(counts[number] for number in finished)
-        bar = progress.add_task(f"responses, {engine}", total=sum(counts), completed=done)
+    done = sum(counts[number] for number in finished)
+    with closing(sampled), tqdm(desc=f"responses, {engine}", total=sum(counts), initial=done, mininterval=5) as bar:
         for number, responses in sampled:
             decoded = tokenizer.batch_decode(responses, skip_special_tokens=True)
             finished[number] = Rollouts(
@@ -139,7 +137,7 @@ def sample(
                 truncated=[response[-1] not in ends for response in responses],
             )
             store.keep_prompt(out, number, finished[number])
-            progress.update(bar, advance=len(responses))
+            bar.update(len(responses))
     store.write_rollouts(out, settings, (finished[number] for number in range(len(prompts))))
     (out / store.PARTIAL).unlink()
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from rich.console import Console
-from rich.progress import track
+from tqdm import tqdm
 
 from vlnorm_verl.files import write
 from vlnorm_verl.report.run import Run, Validation, logged_accuracies, value_at
@@ -72,7 +71,7 @@ def read_dumps(files: Iterable[Path], cache: Path | None) -> dict[Path, Dump]:
         for file, name in names.items()
         if name not in known or (known[name].size, known[name].mtime) != stats[file]
     ]
-    for file in track(new, "reading validation dumps", console=Console(stderr=True), transient=True):
+    for file in tqdm(new, desc="reading validation dumps", mininterval=1, leave=False):
         notes: list[str] = []
         known[names[file]] = Dump(*stats[file], count(file, notes), notes)
     if cache and new:

@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
+from tqdm import tqdm
 
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import launch, resources
@@ -235,7 +235,7 @@ def check(recipes: Path, runs: list[PlannedRun], console: Console, elsewhere: st
     """
     problems: dict[str, list[str]] = {}
     missing: dict[str, None] = {}  # as an ordered set
-    for run in track(runs, "checking every run against verl", console=console, transient=True):
+    for run in tqdm(runs, desc="checking every run against verl", mininterval=1, leave=False):
         try:
             config = compose(recipes / "config", run.overrides)
             unfit = launch.prepare_environment(recipes, config)

@@ -203,10 +203,9 @@ def _only_offline(options: dict[str, Any], offline: bool) -> None:
 
 
 def _tracked(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
-    from rich.console import Console
-    from rich.progress import track
+    from tqdm import tqdm
 
-    return track(items, description=label, total=total, console=Console(stderr=True))
+    return tqdm(items, desc=label, total=total, mininterval=1)
 
 
 def _publish(
