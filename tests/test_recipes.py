@@ -471,12 +471,12 @@ def test_dry_run_fails_if_a_run_does() -> None:
     code, output = invoked("fig2", "--dry-run", "trainer.n_gpus_per_node=7")
     assert code == 1
     assert "verl refuses the configuration" in output
-    assert output.splitlines()[-1] == "0 of 2 runs are valid"
+    assert output.strip().splitlines()[-1] == "0 of 2 runs are valid"
     # One that fails among others: only vl_norm refuses this α.
     code, output = invoked("fig2", "--dry-run", "recipe.alpha=9")
     assert code == 1
     assert "0 ≤ α ≤ 2" in output
-    assert output.splitlines()[-1] == "1 of 2 runs are valid"
+    assert output.strip().splitlines()[-1] == "1 of 2 runs are valid"
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def made_of_samples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any
 def test_the_command_writes_and_prints_a_report(made_of_samples: tuple[Path, Any]) -> None:
     out, printed = made_of_samples
     assert printed.exit_code == 0, printed.output
-    assert "VL Norm" in printed.output.strip().splitlines()[0], "the verdict comes first"
+    assert "VL Norm" in printed.stdout.strip().splitlines()[0], "the verdict comes first"
     assert f"page: {out}/report.html" in printed.output
     assert "Avg@8 " not in printed.output, "no table unless asked for"
     assert (out / "report.html").stat().st_size > 10_000

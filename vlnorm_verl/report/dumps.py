@@ -71,7 +71,7 @@ def read_dumps(files: Iterable[Path], cache: Path | None) -> dict[Path, Dump]:
         for file, name in names.items()
         if name not in known or (known[name].size, known[name].mtime) != stats[file]
     ]
-    for file in tqdm(new, desc="reading validation dumps", mininterval=1, leave=False):
+    for file in tqdm(new, desc="reading validation dumps", delay=1, mininterval=1, leave=False):
         notes: list[str] = []
         known[names[file]] = Dump(*stats[file], count(file, notes), notes)
     if cache and new:

@@ -235,7 +235,7 @@ def check(recipes: Path, runs: list[PlannedRun], console: Console, elsewhere: st
     """
     problems: dict[str, list[str]] = {}
     missing: dict[str, None] = {}  # as an ordered set
-    for run in tqdm(runs, desc="checking every run against verl", mininterval=1, leave=False):
+    for run in tqdm(runs, desc="checking every run against verl", delay=1, mininterval=1, leave=False):
         try:
             config = compose(recipes / "config", run.overrides)
             unfit = launch.prepare_environment(recipes, config)

@@ -205,7 +205,7 @@ def _only_offline(options: dict[str, Any], offline: bool) -> None:
 def _tracked(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
     from tqdm import tqdm
 
-    return tqdm(items, desc=label, total=total, mininterval=1)
+    return tqdm(items, desc=label, total=total, delay=1, mininterval=1)
 
 
 def _publish(
