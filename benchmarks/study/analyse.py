@@ -138,7 +138,7 @@ def side_runs(records: Records, main: dict[str, Records]) -> Table:
 
 def conditions(records: Records, replaced: Records) -> Table:
     hours = sum(r["seconds"] / r["jobs"] for r in records) / 3600
-    others = [r["others_cores"] for r in records if r["others_cores"] is not None] or [float("nan")]
+    others = [r["others_cores"] for r in records if r["others_cores"] is not None]
     rows: list[list[Cell]] = [["hours", f"{hours:.1f}, from {min(r['began'] for r in records)}"]]
     for key in ("commit", "machine", "versions"):
         rows.append([key, "; ".join(sorted({record[key] for record in records}))])
