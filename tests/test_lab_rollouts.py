@@ -17,7 +17,7 @@ import torch
 from tests.lab_tiny import PROMPT, SMALL_DESIGN, ids, sample_small
 from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import models, store, vllm_engine
-from vlnorm_verl.lab.engines import Request, with_transformers
+from vlnorm_verl.lab.engines import Request, by_prompt, with_transformers
 from vlnorm_verl.lab.rollouts import Design, prompt_text, sample
 from vlnorm_verl.lab.store import Rollouts
 from vlnorm_verl.lab.tasks import Question, Task, load_task
@@ -49,6 +49,10 @@ def request(texts: list[str], counts: list[int], temperature: float, longest: in
     return Request([*map(ids, texts)], counts, seed, temperature, longest, {1})
 
 
+def sampled_by_transformers(model: Any, asked: Request, batch_size: int) -> dict[int, list[list[int]]]:
+    return dict(by_prompt(with_transformers(model, asked, batch_size), asked.counts))
+
+
 def check_first_tokens(responses: list[list[int]], temperature: float) -> None:
     """χ² of the first tokens against the exact softmax, over the tokens that are expected five times and the rest."""
     from scipy import stats
@@ -64,10 +68,18 @@ def check_first_tokens(responses: list[list[int]], temperature: float) -> None:
     assert stats.chisquare(observed, np.append(expected[often], expected[~often].sum())).pvalue > 1e-3
 
 
+def test_a_prompts_responses_are_in_the_order_asked_for() -> None:
+    finished = iter([(2, [7]), (1, [5, 5]), (4, [9]), (0, [8, 8, 8]), (3, [6])])
+    grouped = by_prompt(finished, [1, 3, 1])
+    assert next(grouped) == (2, [[9]])
+    assert next(finished) == (0, [8, 8, 8])  # a prompt is there as soon as it is whole
+    assert next(grouped) == (1, [[5, 5], [7], [6]])
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_samples_have_the_policys_distribution(tmp_path: Path, temperature: float) -> None:
     model = models.load_model(str(hostile_copy(tmp_path / "model")))
-    responses = dict(with_transformers(model, request(["01,02", PROMPT], [5, 2000], temperature, 1), 401))
+    responses = sampled_by_transformers(model, request(["01,02", PROMPT], [5, 2000], temperature, 1), 401)
     assert [len(of_prompt) for of_prompt in responses.values()] == [5, 2000]
     check_first_tokens(responses[1], temperature)
 
@@ -75,7 +87,7 @@ def test_samples_have_the_policys_distribution(tmp_path: Path, temperature: floa
 def test_batches_that_span_prompts_of_other_lengths(tiny: Any) -> None:
     """At almost no temperature each response is its prompt's greedy continuation, computed alone and unpadded."""
     texts, limit = [PROMPT, "01,05,09>cm:1+5=6", "12,12,02>cm:A"], 12
-    responses = dict(with_transformers(tiny, request(texts, [2, 4, 1], 1e-4, limit), 3))
+    responses = sampled_by_transformers(tiny, request(texts, [2, 4, 1], 1e-4, limit), 3)
     assert [len(of_prompt) for of_prompt in responses.values()] == [2, 4, 1]
     for text, of_prompt in zip(texts, responses.values(), strict=True):
         greedy: list[int] = []
@@ -204,7 +216,10 @@ def test_a_stopped_call_goes_on_to_the_same_rollouts(
 @pytest.mark.slow
 def test_vllm_samples_the_same_distribution(tmp_path: Path) -> None:
     folder = str(hostile_copy(tmp_path / "model"))
-    responses = dict(vllm_engine.responses(folder, request(["01,02", PROMPT], [5, 2000], 1.0, 40), tmp_path))
+    asked = request(["01,02", PROMPT], [5, 2000], 1.0, 40)
+    sampled = list(vllm_engine.responses(folder, asked, tmp_path))
+    assert len(sampled) == 2005  # one at a time, so that there is progress to see
+    responses = dict(by_prompt(sampled, asked.counts))
     assert [len(responses[number]) for number in (0, 1)] == [5, 2000]
     check_first_tokens(responses[1], 1.0)
     assert {response[-1] == 1 for response in responses[1]} == {True, False}

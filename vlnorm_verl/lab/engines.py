@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import zlib
-from collections.abc import Generator, Set
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,29 @@ class Request:
     ends: Set[int]
 
 
-# Number of a prompt, and the tokens of its responses, the end token included.
-Sampled = Generator[tuple[int, list[list[int]]], None, None]
+# One response at a time, as it is finished: its place among the responses to all prompts, which are in order, and its
+# tokens, the end token included.
+Sampled = Generator[tuple[int, list[int]], None, None]
+
+
+def prompt_of_each(counts: Sequence[int]) -> list[int]:
+    """The number of the prompt of each response, all responses to a prompt beside each other."""
+    return [number for number, count in enumerate(counts) for _ in range(count)]
+
+
+def by_prompt(sampled: Iterable[tuple[int, list[int]]], counts: Sequence[int]) -> Iterator[tuple[int, list[list[int]]]]:
+    """The number and the responses of each prompt, once it has all of them.
+
+    They are in the order in which they were asked for. In the order in which they end the short ones would come first,
+    and two halves of a prompt's responses would not be alike.
+    """
+    prompts = prompt_of_each(counts)
+    waiting: dict[int, dict[int, list[int]]] = defaultdict(dict)
+    for place, response in sampled:
+        number = prompts[place]
+        waiting[number][place] = response
+        if len(waiting[number]) == counts[number]:
+            yield number, [response for _, response in sorted(waiting.pop(number).items())]
 
 
 def end_tokens(resolved: str, eos_token_id: int | None) -> set[int]:
@@ -82,7 +104,7 @@ def choose_engine(config: Any) -> str:
 def with_transformers(
     model: PreTrainedModel, request: Request, batch_size: int, finished: Set[int] = frozenset()
 ) -> Sampled:
-    """Responses to one prompt after the other, sampled in batches that may span prompts.
+    """Responses to the prompts, one prompt after the other, sampled in batches that may span prompts.
 
     Each batch has a seed of its own, so that one that is sampled in a later call has the same responses.
 
@@ -97,11 +119,10 @@ def with_transformers(
     pad = min(request.ends)
     # The model's own settings (top_k, a repetition penalty …) would fill in whatever is not given to generate.
     model.generation_config = GenerationConfig(eos_token_id=sorted(request.ends), pad_token_id=pad)
-    numbers = [number for number, count in enumerate(request.counts) for _ in range(count)]
-    responses: dict[int, list[list[int]]] = {number: [] for number in set(numbers) - finished}
+    numbers = prompt_of_each(request.counts)
     for start in range(0, len(numbers), batch_size):
         batch = numbers[start : start + batch_size]
-        if responses.keys().isdisjoint(batch):
+        if set(batch) <= finished:
             continue
         rows = [request.prompts[number] for number in batch]
         width = max(map(len, rows))
@@ -118,12 +139,9 @@ def with_transformers(
                 top_p=1.0,
                 max_new_tokens=request.max_response_length,
             )
-        for number, tokens in zip(batch, generated[:, width:].tolist(), strict=True):
-            if number in responses:
-                responses[number].append(_until_end(tokens, request.ends))
-        for number in dict.fromkeys(batch):
-            if len(responses.get(number, ())) == request.counts[number]:
-                yield number, responses.pop(number)
+        for place, tokens in enumerate(generated[:, width:].tolist(), start):
+            if numbers[place] not in finished:
+                yield place, _until_end(tokens, request.ends)
 
 
 def _until_end(tokens: list[int], ends: Set[int]) -> list[int]:

@@ -125,8 +125,8 @@ def sample(
     else:
         sampled = engines.with_transformers(models.load_model(resolved), request, batch_size, finished.keys())
     done = sum(counts[number] for number in finished)
-    with closing(sampled), tqdm(desc=f"responses, {engine}", total=sum(counts), initial=done, mininterval=5) as bar:
-        for number, responses in sampled:
+    with closing(sampled), tqdm(sampled, f"responses, {engine}", sum(counts), initial=done, mininterval=5) as bar:
+        for number, responses in engines.by_prompt(bar, counts):
             decoded = tokenizer.batch_decode(responses, skip_special_tokens=True)
             finished[number] = Rollouts(
                 kind=kinds[number],
@@ -137,7 +137,6 @@ def sample(
                 truncated=[response[-1] not in ends for response in responses],
             )
             store.keep_prompt(out, number, finished[number])
-            bar.update(len(responses))
     store.write_rollouts(out, settings, (finished[number] for number in range(len(prompts))))
     (out / store.PARTIAL).unlink()
 

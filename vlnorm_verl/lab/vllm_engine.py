@@ -1,7 +1,7 @@
 """Sampling by vLLM, in a process of its own, so that its memory is free again for the gradients.
 
-The process reads what is asked for as JSON and writes the responses to each prompt as a line of JSON when they are
-finished. What vLLM prints goes to the lab's vllm.log.
+The process reads what is asked for as JSON and writes each response as a line of JSON when it is finished. What vLLM
+prints goes to the lab's vllm.log.
 
     python -m vlnorm_verl.lab.vllm_engine < request.json > responses.jsonl
 """
@@ -18,13 +18,13 @@ from collections.abc import Set
 from pathlib import Path
 
 from vlnorm_verl.files import UserError
-from vlnorm_verl.lab.engines import Request, Sampled
+from vlnorm_verl.lab.engines import Request, Sampled, prompt_of_each
 
 LOG = "vllm.log"
 
 
 def responses(resolved: str, request: Request, out: Path, finished: Set[int] = frozenset()) -> Sampled:
-    """Responses to each prompt of the request, those that are finished first coming first.
+    """Responses to the prompts of the request, those that are finished first coming first.
 
     Args:
         resolved: what vLLM loads.
@@ -38,7 +38,8 @@ def responses(resolved: str, request: Request, out: Path, finished: Set[int] = f
 
     from vlnorm_verl.cpu import cpu_environment
 
-    missing = len(request.prompts) - len(finished)
+    places = [(place, number) for place, number in enumerate(prompt_of_each(request.counts)) if number not in finished]
+    missing = len(places)
     if not missing:
         return
     on_gpu = torch.cuda.is_available()
@@ -57,11 +58,8 @@ def responses(resolved: str, request: Request, out: Path, finished: Set[int] = f
             "stop_token_ids": sorted(request.ends),
             "detokenize": False,
         },
-        "prompts": [
-            (number, tokens, count)
-            for number, (tokens, count) in enumerate(zip(request.prompts, request.counts, strict=True))
-            if number not in finished
-        ],
+        "prompts": request.prompts,
+        "places": places,
     }
     with tempfile.TemporaryFile("w+") as stdin, (out / LOG).open("wb") as log:
         json.dump(asked, stdin)
@@ -78,8 +76,8 @@ def responses(resolved: str, request: Request, out: Path, finished: Set[int] = f
             try:
                 for line in itertools.islice(process.stdout, missing):
                     missing -= 1
-                    number, tokens = json.loads(line)
-                    yield number, tokens
+                    place, tokens = json.loads(line)
+                    yield place, tokens
             except BaseException:  # a call that is stopped does not wait for vLLM
                 process.terminate()
                 raise
@@ -99,13 +97,12 @@ def main() -> None:
 
     asked = json.load(sys.stdin)
     engine = LLM(**asked["engine"]).llm_engine
-    for number, tokens, count in asked["prompts"]:
-        sampling = SamplingParams(n=count, output_kind=RequestOutputKind.FINAL_ONLY, **asked["sampling"])
-        engine.add_request(str(number), TokensPrompt(prompt_token_ids=tokens), sampling)
+    sampling = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **asked["sampling"])
+    for place, number in asked["places"]:
+        engine.add_request(str(place), TokensPrompt(prompt_token_ids=asked["prompts"][number]), sampling)
     while engine.has_unfinished_requests():
         for output in engine.step():
-            finished = [list(completion.token_ids) for completion in output.outputs]
-            print(json.dumps([int(output.request_id), finished]), file=answers, flush=True)
+            print(json.dumps([int(output.request_id), list(output.outputs[0].token_ids)]), file=answers, flush=True)
 
 
 if __name__ == "__main__":
