@@ -14,8 +14,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 lock=recipes/requirements-gpu.txt
-flash_attn=2.8.3                                                # of verl's extra fsdp
-wheelhouse=https://verl-project.github.io/verl-wheelhouse/simple/ # where verl's own pyproject.toml takes it from
+flash_attn=2.8.3 # of verl's extra fsdp
+# verl's own; its index without CUDA and torch in the path has gone on to another torch than the lock's.
+wheelhouse=https://verl-project.github.io/verl-wheelhouse/cu130/torch2.11/simple/
 # Every wheel is there but this one, which is pure Python.
 wheels=(--only-binary :all: --no-binary antlr4-python3-runtime)
 
@@ -91,8 +92,7 @@ if [ ! -x "$target/bin/python" ]; then
 fi
 source recipes/installer.sh
 
-# A wheel's name says neither torch nor CUDA, and verl's wheelhouse builds anew under the same name (its versions.yaml has
-# gone on to torch 2.13): what counts is that it loads.
+# A wheel's name says neither torch nor CUDA: what counts is that it loads.
 install_flash_attn() {
   [ "$flash" != none ] || return 0
   if [ "$flash" = build ]; then

@@ -301,7 +301,7 @@ def feature_is_good(row: dict[str, Any], bound: float = TOLERANCE["float64"]) ->
     if row["kind"] != row["expected"]:
         return False
     if row["kind"] == "exact":
-        return row["error"] <= bound and row["norm"] > 1e-3 and row["wrong"] > 0.1
+        return row["error"] <= max(bound, row["rounding"]) and row["norm"] > 1e-3 and row["wrong"] > 0.1
     return row["kind"] == "absent" or bool(row["at_config"])
 
 

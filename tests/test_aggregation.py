@@ -209,7 +209,7 @@ def test_statistics_are_those_of_the_definitions(lengths: list[int], alpha: floa
     assert statistics["length_harmonic_mean"] == pytest.approx(len(valid) / (1 / valid).sum())
     assert statistics["variance_ratio"] == pytest.approx(math.sqrt(valid.mean() * (1 / valid).mean()))
     assert statistics["effective_responses"] == pytest.approx(1 / ((M * x) ** 2).sum())
-    assert statistics["weighted_tokens"] / statistics["denominator"] == pytest.approx((x * valid).sum())
+    assert statistics["weighted_tokens"] / statistics["divisor"] == pytest.approx((x * valid).sum())
     assert sums.summand == mini_batch_sum(method, length).item()
     assert relative_weight_range(method, torch.zeros_like(length), sums) == (math.inf, 0.0)  # another rank's part
     low, high = relative_weight_range(method, length, sums)
@@ -222,9 +222,9 @@ def test_entropies_of_a_rollout_batch_are_nats_a_token_by_the_metrics_of_its_min
     """0.25 nats at every token; mini-batches whose lengths differ by orders of magnitude."""
     method, mini_batches = parse_mode(mode), [torch.tensor([3, 10]), torch.tensor([0, 2000])]
     statistics = [mini_batch_statistics(method, sums_of(method, part), M) for part in mini_batches]
-    denominator, weighted = (np.mean([row[key] for row in statistics]) for key in ("denominator", "weighted_tokens"))
+    divisor, weighted = (np.mean([row[key] for row in statistics]) for key in ("divisor", "weighted_tokens"))
     logged = (closed_form(mode, [3, 10, 2000]) * 0.25 * np.array([3, 10, 2000])).sum()  # actor/entropy
-    assert logged * denominator / weighted == pytest.approx(0.25)
+    assert logged * divisor / weighted == pytest.approx(0.25)
 
 
 def test_a_narrowed_jagged_mask_has_the_lengths_of_what_is_left() -> None:

@@ -85,7 +85,7 @@ def test_metrics_describe_the_whole_mini_batch(run: Run) -> None:
             "length_harmonic_mean": 1 / (1 / lengths).mean(),
             "variance_ratio": math.sqrt(lengths.mean() * (1 / lengths).mean()),
             "effective_responses": len(lengths) ** 2 / (relative**2).sum(),
-            "denominator": row["scale"] * (lengths**-alpha).sum(),
+            "divisor": row["scale"] * (lengths**-alpha).sum(),
             "weighted_tokens": (lengths ** (1 - alpha)).sum(),
             "weight_min": relative.min(),
             "weight_max": relative.max(),

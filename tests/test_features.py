@@ -13,7 +13,7 @@ from tests.releases import TOLERANCE, feature_is_good
 EVERY_COMMIT = (
     *("vanilla", "gspo", "sapo", "geo_mean", "clip_cov", "bypass_mode, rejected tokens", "bypass_mode with rollout_rs"),
     *("registered by a user", "KL loss", "multi-turn tool masks, dynamic", "rollout_rs without", "upsampled padding"),
-    *("critic, dynamic", "LoRA, dynamic", "use_remove_padding", "Ulysses, dynamic"),
+    *("critic, dynamic", "LoRA, dynamic", "use_remove_padding", "distillation, k3", "Ulysses, dynamic"),
 )
 Rows = list[dict[str, Any]]
 Run = tuple[int, str, Rows]  # ranks, number type, what features.py writes
@@ -22,11 +22,11 @@ Run = tuple[int, str, Rows]  # ranks, number type, what features.py writes
 @pytest.fixture(
     scope="module",
     params=[
-        (2, "float64", EVERY_COMMIT, (17, 5)),
+        (2, "float64", EVERY_COMMIT, (19, 5)),
         (4, "float64", (), (3, 0)),  # Ulysses only
-        pytest.param((1, "float64", (), (32, 5)), marks=pytest.mark.slow),  # without Ulysses
-        pytest.param((2, "float64", (), (35, 5)), marks=pytest.mark.slow),
-        pytest.param((2, "float32", (), (35, 5)), marks=pytest.mark.slow),
+        pytest.param((1, "float64", (), (37, 5)), marks=pytest.mark.slow),  # without Ulysses
+        pytest.param((2, "float64", (), (40, 5)), marks=pytest.mark.slow),
+        pytest.param((2, "float32", (), (40, 5)), marks=pytest.mark.slow),
     ],
     ids=lambda run: f"{run[0]} ranks, {run[1]}, {'some' if run[2] else 'all'} rows",
 )

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from tests import warm
 from vlnorm_verl import parse_mode
+from vlnorm_verl.metrics import MiniBatchSums, mini_batch_sums
+from vlnorm_verl.plugin import hooks
 from vlnorm_verl.plugin.mini_batch import MiniBatch, working_on
 
 
@@ -74,3 +76,20 @@ def test_stock_modes_are_bit_identical_with_and_without_the_plugin(tmp_path: Pat
         for key in ("mode", "scenario", "gradient_sha256", "metrics"):
             assert with_plugin[key] == without[key], (with_plugin["mode"], key)
     assert len({row["gradient_sha256"] for row in results[0]}) == len(results[0])  # the modes differ
+
+
+def test_verls_trainers_reduce_each_metric_as_it_is_meant() -> None:
+    """Over the mini-batches of a step: they choose mean, min or max by parts of a metric's name."""
+    from verl.experimental.fully_async_policy.detach_utils import MetricsAggregator as FullyAsync
+    from verl.trainer.ppo.v1.utils import MetricsAggregator as SeparateAsync
+    from verl.utils.metric import reduce_metrics
+
+    method, lengths = parse_mode("vl_norm"), torch.tensor([1, 2])
+    ours = hooks.metrics(method, lengths, MiniBatchSums(*mini_batch_sums(method, lengths).tolist()), scale=4.0)
+    meant = {name: {"mean": 2.0, "min": 1.0, "max": 3.0}[metric.aggregation.value] for name, metric in ours.items()}
+    assert reduce_metrics({name: [1.0, 3.0] for name in ours}) == meant
+    for aggregator in (SeparateAsync(), FullyAsync(total_gpus=1)):
+        for value in (1.0, 3.0):
+            aggregator.add_step_metrics(dict.fromkeys(ours, value), sample_count=1)
+        reduced = aggregator.get_aggregated_metrics()
+        assert {name: reduced[name] for name in ours} == meant

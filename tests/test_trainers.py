@@ -289,7 +289,7 @@ def test_two_steps(name: str, tmp_path: Path) -> None:
         assert data["actor/vl_norm/length_mean"] == pytest.approx(data["response_length/mean"], rel=1e-6)
         # Σ x_i L_i = H/M over all mini-batches, near the mean of their H over M. The actor's M is
         # data.max_response_length, though loss_scale_factor was left null.
-        token_weight = data["actor/vl_norm/weighted_tokens"] / data["actor/vl_norm/denominator"]
+        token_weight = data["actor/vl_norm/weighted_tokens"] / data["actor/vl_norm/divisor"]
         assert token_weight == pytest.approx(logged / LONGEST, rel=0.3)
         assert 0 < data["actor/grad_norm"] < math.inf
         if trainer.logs_entropy:  # by the driver, over the whole rollout batch; nats a token

@@ -60,9 +60,9 @@ def mini_batch_statistics(aggregation: Aggregation, sums: MiniBatchSums, scale: 
             VL Norm with α = 1, as predicted from the lengths if variance is proportional to length.
         effective_responses: (Σx)²/Σx² ≤ N, Kish's effective sample size: how concentrated the weights are, whatever the
             noise of the gradients; for VL Norm this is 1/Σ(M x_i)².
-        denominator: c·Σ_j summand(L_j), by which all weights are divided.
+        divisor: c·Σ_j summand(L_j), by which all weights are divided.
         weighted_tokens: Σ_i numerator(L_i) L_i. An aggregated quantity of tokens, such as the entropy, is a mean over
-            tokens (by weight) after division by Σ_i x_i L_i = weighted_tokens / denominator; as both are sums over
+            tokens (by weight) after division by Σ_i x_i L_i = weighted_tokens / divisor; as both are sums over
             responses, their means over mini-batches give that of all of them together.
         All 0 if no response has a valid token.
     """
@@ -73,7 +73,7 @@ def mini_batch_statistics(aggregation: Aggregation, sums: MiniBatchSums, scale: 
         "length_harmonic_mean": harmonic,
         "variance_ratio": math.sqrt(mean / harmonic) if sums.responses else 0.0,
         "effective_responses": sums.numerator**2 / sums.squared_numerator if sums.squared_numerator else 0.0,
-        "denominator": sums.summand * (scale or 0.0) if aggregation.divide_by_m else sums.summand,
+        "divisor": sums.summand * (scale or 0.0) if aggregation.divide_by_m else sums.summand,
         "weighted_tokens": sums.numerator_tokens,
     }
 

@@ -16,6 +16,7 @@ class Case:
     loss: str = "vanilla"
     options: dict[str, Any] = field(default_factory=dict)  # of PolicyLossConfig
     correction: dict[str, Any] = field(default_factory=dict)  # of RolloutCorrectionConfig
+    distillation: dict[str, Any] = field(default_factory=dict)  # of DistillationLossConfig
     micro: int | None = 2  # responses a micro-batch on one rank; None: dynamic
     tokens: int | None = None  # tokens a micro-batch on one rank, if dynamic
     entropy_coeff: float = 0.0
@@ -27,6 +28,7 @@ class Case:
     refusal: str = ""  # of what must not be trained: what the message says
     exact_since: str = ""  # verl's release before which it is refused
     since: str = ""  # verl's release that brought it
+    rounding: float = 0.0  # of what verl computes in float32, whatever the model's type
 
     def expected(self) -> str:
         release = Version(importlib.import_module("verl").__version__)
@@ -70,6 +72,13 @@ def cases(ranks: int) -> list[Case]:
             "bypass_mode",
             correction=reinforce | {"rollout_is": "sequence"},
         ),
+        # Their mean is 1 in each micro-batch.
+        Case(
+            "bypass_mode, reinforce, normalized IS weights",
+            "bypass_mode",
+            correction=reinforce | {"rollout_is_batch_normalize": True},
+            micro=1,
+        ),
         Case("bypass_mode, rejected tokens", "bypass_mode", correction=reinforce, masks="rejected tokens"),
         Case(
             "bypass_mode with rollout_rs",
@@ -97,6 +106,28 @@ def cases(ranks: int) -> list[Case]:
         Case("LoRA", worker="lora"),
         Case("LoRA, dynamic, entropy, KL", worker="lora", micro=None, tokens=60, **terms),
         Case("use_remove_padding", worker="packed", **terms),
+        Case(
+            "distillation, k1 as the advantage",
+            distillation={"loss_mode": "k1", "use_task_rewards": False},
+            since="0.8.0",
+        ),
+        Case(
+            "distillation, k3 beside the task's reward",
+            distillation={"loss_mode": "k3", "use_policy_gradient": False},
+            micro=None,
+            tokens=60,
+            since="0.8.0",
+        ),
+        *(
+            Case(
+                f"distillation, forward_kl_topk{', use_remove_padding' if worker == 'packed' else ''}",
+                distillation={"loss_mode": "forward_kl_topk", "topk": 3, "use_policy_gradient": False},
+                worker=worker,
+                since="0.9.1",
+                rounding=1e-6,
+            )
+            for worker in ("actor", "packed")
+        ),
         *(ulysses if ranks > 1 else []),
     ]
 

@@ -38,10 +38,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from packaging.version import Version
 from tensordict import TensorDict
 
 from tests.engine import batch, older_verl, ranks, reference, verl_side
-from tests.engine.batch import M
+from tests.engine.batch import VOCAB, M
 from tests.engine.feature_cases import Case, cases, register_user_losses
 from tests.engine.feature_workers import make_worker
 from tests.engine.reference import Rows, Scenario
@@ -75,8 +76,9 @@ def response_masks(kind: str) -> list[torch.Tensor]:
 
 @dataclass
 class Extra:
-    """Columns beside those of reference.Rows: float [L] of each response."""
+    """Columns beside those of reference.Rows: float [L] of each response, if nothing else is said."""
 
+    teachers: list[torch.Tensor]  # [L + PROMPT, VOCAB], log-probabilities
     is_weights: list[torch.Tensor]
     values: list[torch.Tensor]
     returns: list[torch.Tensor]
@@ -90,7 +92,9 @@ def make_extra(rows: Rows, dtype: torch.dtype) -> Extra:
         return [size * torch.randn(n, generator=g, dtype=torch.float64).to(dtype) for n in LENGTHS]
 
     rows.advantages = [a + n for a, n in zip(rows.advantages[:ROWS], noise(0.5), strict=True)] + rows.advantages[ROWS:]
-    return Extra([n.exp() for n in noise(0.5)], noise(1.0), noise(1.0))
+    is_weights, values, returns = [n.exp() for n in noise(0.5)], noise(1.0), noise(1.0)
+    teachers = [torch.randn(len(ids), VOCAB, generator=g, dtype=torch.float64).log_softmax(-1) for ids in rows.ids]
+    return Extra([teacher.to(dtype) for teacher in teachers], is_weights, values, returns)
 
 
 def column(like: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
@@ -111,10 +115,27 @@ def make_data(case: Case, scenario: Scenario, rows: Rows, extra: Extra, mine: Se
         data["loss_mask"] = data["response_mask"]
     if case.is_weights:
         data["rollout_is_weights"] = column(like, [extra.is_weights[i] for i in mine])
+    if case.distillation:
+        add_teacher(data, case, rows, extra, mine)
     if case.worker == "critic":
         data["values"] = column(like, [extra.values[i] for i in mine])
         data["returns"] = column(like, [extra.returns[i] for i in mine])
     return data
+
+
+def add_teacher(data: TensorDict, case: Case, rows: Rows, extra: Extra, mine: Sequence[int]) -> None:
+    """What the teacher says of each token of prompt and response: its likeliest ones, or of the token that follows."""
+    from verl.utils import tensordict_utils as tu
+
+    topk = case.distillation["loss_mode"] == "forward_kl_topk"
+    if topk:
+        chosen = [extra.teachers[i].topk(case.distillation["topk"]).indices for i in mine]
+    else:
+        chosen = [rows.ids[i].roll(-1)[:, None] for i in mine]
+    log_probs = [extra.teachers[i].gather(-1, ids) for i, ids in zip(mine, chosen, strict=True)]
+    data["teacher_ids"] = torch.nested.as_nested_tensor(chosen, layout=torch.jagged)
+    data["teacher_logprobs"] = torch.nested.as_nested_tensor(log_probs, layout=torch.jagged)
+    tu.assign_non_tensor(data, distillation_use_topk=topk)
 
 
 def with_padding_rows(data: TensorDict, count: int) -> TensorDict:
@@ -169,6 +190,12 @@ def loss_function(case: Case, mode: str, *, checked: bool = True) -> Callable[..
             policy_losses.check(config)
     else:
         object.__setattr__(config, "policy_loss", policy_loss)
+    if case.distillation:
+        from verl.trainer.distillation.losses import distillation_ppo_loss
+        from verl.workers.config import DistillationConfig, DistillationLossConfig
+
+        distillation = DistillationConfig(distillation_loss=DistillationLossConfig(**case.distillation))
+        return functools.partial(distillation_ppo_loss, config=config, distillation_config=distillation)
     return functools.partial(losses.ppo_loss, config=config)
 
 
@@ -224,7 +251,7 @@ class Bench:
 
     def find_response_gradients(self, case: Case, lengths: np.ndarray) -> torch.Tensor:
         live = np.flatnonzero(lengths).tolist()
-        if case.worker in ("packed", "ulysses") and case.masks == "full":
+        if case.worker in ("packed", "ulysses") and case.masks == "full" and not case.distillation:
             return reference.response_gradients(self.model, self.rows, self.scenario(case))[:ROWS]
         size = self.worker(case.worker).engine.get_data_parallel_size()
         scenario = self.scenario(case, micro=1, tokens=None, mini=size)
@@ -270,6 +297,10 @@ def missing(case: Case) -> str:
 
     if case.loss not in POLICY_LOSS_REGISTRY:
         return f"policy loss {case.loss}"
+    if case.distillation and importlib.util.find_spec("verl.trainer.distillation") is None:
+        return "distillation"
+    if case.rounding and Version(importlib.import_module("verl").__version__) < Version("0.9.1"):
+        return "forward_kl_topk for fsdp2 (trainer/distillation/losses.py)"
     if case.masks == "padding rows" and importlib.util.find_spec("verl.trainer.ppo.padding_utils") is None:
         return "synthetic padding rows (trainer/ppo/padding_utils.py)"
     return ""
@@ -306,6 +337,7 @@ def exact_row(bench: Bench, case: Case) -> dict[str, Any]:
         "all_to_alls": all_to_alls,
         "norm": expected.norm().item(),
         "error": relative(gradient - expected, expected),
+        "rounding": case.rounding,
         "wrong": min(relative(mistake - expected, expected) for mistake in mistakes),
     }
 

@@ -25,6 +25,7 @@ from vlnorm_verl.plugin.names import MODE_KEY
 
 # These choose some tokens of each micro-batch, in every mode: there is no sum over responses to compare with.
 CHOOSE_TOKENS = ("clip_cov", "kl_cov")
+NORMALIZE = "rollout_is_batch_normalize"  # of bypass_mode: divides by a mean over the micro-batch, in every mode
 # Four responses: a mini-batch that is padded to its longest one.
 LENGTHS = torch.tensor([3, 1, 2, 4])
 ADVANTAGES = torch.tensor([[1.0], [-0.5], [-1.0], [0.5]], dtype=torch.float64)
@@ -93,6 +94,10 @@ def problem(name: str, actor: Any) -> str | None:
     too. Its gradient must be the sum of the single responses' gradients, and half as large when the mini-batch's sum is
     twice as large.
     """
+    correction = actor.policy_loss.get("rollout_correction", None)
+    by_micro_batch = name in CHOOSE_TOKENS or (
+        name == "bypass_mode" and correction is not None and correction.get(NORMALIZE, False)
+    )
     noise = torch.Generator().manual_seed(0)
     old = -1 - torch.rand(4, 4, generator=noise, dtype=torch.float64)
     moved = old + torch.tensor([-1.0, -0.05, 0.05, 1.0], dtype=torch.float64)[torch.randperm(4, generator=noise)]
@@ -104,7 +109,7 @@ def problem(name: str, actor: Any) -> str | None:
             # Twice the mini-batch's sum is half of every weight, so half of all that goes through agg_loss.
             if not near(whole, 2 * gradient(factor=2)):
                 return "a part of its gradient does not go through agg_loss"
-            if name not in CHOOSE_TOKENS and not near(whole, torch.cat([gradient(only=i) for i in range(4)])):
+            if not by_micro_batch and not near(whole, torch.cat([gradient(only=i) for i in range(4)])):
                 return "its gradient depends on which responses share a micro-batch"
     except IgnoresMode as error:
         return error.problem

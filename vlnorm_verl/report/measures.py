@@ -104,15 +104,16 @@ def _accuracy_at(run: Run, logged: dict[str, Logged], step: int, name: str) -> f
 def entropy_per_token(run: Run) -> np.ndarray | None:
     """`actor/entropy` [T] as nats a token. verl aggregates it by the run's loss_agg_mode, so its scale is the mode's.
 
+    Approximate where the metric is a mean over mini-batches or counts rejected tokens (docs/your-own-run.md).
     None where the sum of the token weights is not known: neither logged by the plugin nor to be had from M.
     """
     entropy = run.metrics.get("actor/entropy")
     if entropy is None:
         return None
     weighted = run.metrics.get("actor/vl_norm/weighted_tokens")
-    denominator = run.metrics.get("actor/vl_norm/denominator")
-    if weighted is not None and denominator is not None:
-        return np.asarray(entropy * denominator / np.where(weighted > 0, weighted, nan))
+    divisor = run.metrics.get("actor/vl_norm/divisor")
+    if weighted is not None and divisor is not None:
+        return np.asarray(entropy * divisor / np.where(weighted > 0, weighted, nan))
     kind = method_of(run.method).entropy
     if kind == MEAN_OVER_TOKENS:
         return entropy
