@@ -234,6 +234,36 @@ def test_no_test_before_the_last_run(tmp_path: Path) -> None:
     assert "effect" not in page.read_text()
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_run_made_anew_is_listed_with_both_results(tmp_path: Path, whole: bool) -> None:
+    """Those of the main part not before its last run. A record of a trial, with fewer steps, is not that run."""
+    records, page = tmp_path / "study", tmp_path / "study.md"
+    page.write_text(f"{analyse.BEGIN}{analyse.END}")
+    write_study(records, weighting=0.03)
+    (records / "replaced").mkdir()
+    for name in ("main-01-dapo_norm", "eps-00-vl_norm-1-6e-06"):
+        shutil.copy(records / f"{name}.json", records / "replaced" / f"{name}-1.json")
+    last = records / "main-02-vl_norm-1.json"
+    if not whole:
+        last.write_text(last.read_text().replace('"steps": 60', '"steps": 3'))
+    analyse.main(records, page)
+    assert ("main 60 of 60" in page.read_text()) == whole
+    made_anew = next(line for line in page.read_text().splitlines() if "made anew" in line)
+    assert "before" in made_anew
+    assert ("main-01-dapo_norm" in made_anew.replace("\\", "")) == whole
+    assert "eps-00" in made_anew
+
+
+def test_a_load_that_was_never_measured(tmp_path: Path) -> None:
+    records, page = tmp_path / "study", tmp_path / "study.md"
+    page.write_text(f"{analyse.BEGIN}{analyse.END}")
+    write_study(records, weighting=0.03)
+    for file in records.glob("*.json"):
+        file.write_text(file.read_text().replace('"others_cores": 0.05', '"others_cores": null'))
+    analyse.main(records, page)
+    assert "| measured in 0 of 93 runs |" in page.read_text()
+
+
 def fake_run(folder: Path, run: Run) -> None:
     """What verl and the launcher leave of a run: 2 responses a step, of 9 and 19 letters and the end mark."""
     (folder / "rollouts").mkdir(parents=True)
@@ -241,6 +271,7 @@ def fake_run(folder: Path, run: Run) -> None:
     with open(folder / "metrics-000.jsonl", "w") as metrics:
         for step in range(1, run.steps + 1):
             data = {**dict.fromkeys(record.COLUMNS.values(), 0.25), "critic/score/mean": step / 100}
+            data["actor/ppo_kl"] = None if step == 2 else 0.0
             metrics.write(json.dumps({"step": step, "data": data}) + "\n")
             dump = "".join(json.dumps({"output": "x" * length}) + "\n" for length in (9, 19))
             (folder / "rollouts" / f"{step}.jsonl").write_text(dump)
@@ -258,6 +289,8 @@ def test_a_record_holds_what_the_run_wrote(tmp_path: Path) -> None:
     record.write_record(tmp_path / "records", run, tmp_path / "run", model, begun, load.now())
     (found,) = record.read_records(tmp_path / "records")
     assert found["columns"]["accuracy"] == [0.01, 0.02, 0.03, 0.04]
+    assert np.isnan(found["columns"]["ppo_kl"]).tolist() == [False, True, False, False]
+    assert found["commit"] == begun.commit
     assert found["columns"]["length_harmonic"] == pytest.approx([2 / (1 / 10 + 1 / 20)] * 4, rel=1e-5)
     scores = analyse.held_out([found])
     assert scores.values.mean() == pytest.approx(np.mean([i % 9 / 8 for i in range(design.HELD_OUT)]))

@@ -8,7 +8,6 @@ The main part is shown when all of its runs are finished, so that no test is mad
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -68,7 +67,10 @@ def accuracies(main: dict[str, Records]) -> Blocks:
 def tests(y: Blocks) -> Table:
     made = effects.tests_in_order({method: y[method] for method in FACTORIAL})
     rows: list[list[Cell]] = [[t.question, over_blocks(t.effect), bootstrap(t.effect), t.p, t.verdict] for t in made]
-    foot = ["Each is made only if the one before is established. Student's t over blocks; bootstrap: BCa over blocks."]
+    foot = [
+        "Each is made only if the one before is established. Student's t over blocks; bootstrap: BCa over blocks. All "
+        "intervals are of 95%; the third test is that the interval of 90% is within the margin."
+    ]
     return Table("tests", "The tests", ["question", "effect", "bootstrap", "p", "verdict"], rows, foot, digits=4)
 
 
@@ -130,20 +132,24 @@ def side_runs(records: Records, main: dict[str, Records]) -> Table:
         row: list[Cell] = [*setting, float(values(of, "accuracy").mean()), gap, end(of, "accuracy"), mean(held_out(of))]
         first = float(np.mean([sum(r["columns"]["seconds"][:20]) for r in of]))
         rows.append([*row, end(of, "length_mean"), end(of, "cut"), jobs, first])
-    columns = ["part", "method", "longest", "lr", "ε", "steps × runs", "accuracy, steps 1–60", "minus main's"]
+    columns = ["part", "method", "longest", "lr", "ε", "steps × runs", "accuracy, up to step 60", "minus main's"]
     columns += [f"last {LAST} steps", "held-out Avg@8", "A", "cut", "at a time", "seconds, steps 1–20"]
     foot = [f"Minus main's: of the same blocks and the same method; of {FLOOR} minus {label_of(VL)}."]
     return Table("side", "The other runs", columns, rows, foot, digits_of={"A": 0, columns[-1]: 0})
 
 
 def conditions(records: Records, replaced: Records) -> Table:
+    """replaced: those with an accuracy that may be shown."""
     hours = sum(r["seconds"] / r["jobs"] for r in records) / 3600
     others = [r["others_cores"] for r in records if r["others_cores"] is not None]
+    load = f"mean {np.mean(others):.2f}, largest {max(others):.2f}; " if others else ""
     rows: list[list[Cell]] = [["hours", f"{hours:.1f}, from {min(r['began'] for r in records)}"]]
     for key in ("commit", "machine", "versions"):
         rows.append([key, "; ".join(sorted({record[key] for record in records}))])
-    rows.append(["cores that other programs took", f"mean {np.mean(others):.2f}, largest {max(others):.2f}"])
-    again = [f"{r['name']} (accuracy {values([r], 'accuracy')[0]:.4f} before)" for r in replaced]
+    rows.append(["cores that other programs took", f"{load}measured in {len(others)} of {len(records)} runs"])
+    now = {record["name"]: record for record in records}
+    pairs = [(r["name"], *values([r, now[r["name"]]], "accuracy")) for r in replaced if r["name"] in now]
+    again = [f"{name} (accuracy {before:.4f} before, {after:.4f} now)" for name, before, after in pairs]
     return Table("conditions", "Conditions", ["", ""], [*rows, ["made anew", ", ".join(again) or "none"]])
 
 
@@ -178,9 +184,9 @@ def main(
     page: Annotated[Path, typer.Option(help="The page whose results are written.")] = PAGE,
 ) -> None:
     """Write the results of the study."""
-    found, names = read_records(records), {part: {run.name for run in runs() if run.part == part} for part in PARTS}
-    replaced = [json.loads(file.read_text()) for file in sorted(records.glob("replaced/*.json"))]
-    known, of_main = {record["name"] for record in found}, main_part(found)
+    found, replaced = read_records(records), read_records(records / "replaced")
+    names = {part: {(run.name, run.steps) for run in runs() if run.part == part} for part in PARTS}
+    known, of_main = {(record["name"], record["steps"]) for record in found}, main_part(found)
     counts = ", ".join(f"{part} {len(of & known)} of {len(of)}" for part, of in names.items())
     text, tables = f"Finished runs: {counts}.\n", list[Table]()
     if names["main"] <= known:
@@ -189,7 +195,7 @@ def main(
         files.write(page.with_suffix(".png"), draw(of_main, y).png)
         tables += [tests(y), methods(of_main, y), pairs(of_main, y), warm_starts(of_main, y)]
     else:
-        of_main = {method: [] for method in METHODS}
+        of_main, replaced = {method: [] for method in METHODS}, [r for r in replaced if r["part"] != "main"]
     if known:
         tables += [side_runs(found, of_main), conditions(found, replaced)]
     text = "\n".join([text, *map(to_markdown, tables)])

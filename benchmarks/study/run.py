@@ -198,11 +198,13 @@ def main(
     try:
         if unknown := {*(part or [])} - {*PARTS}:
             raise UserError(f"--part {', '.join(unknown)}: accepted are {', '.join(PARTS)}")
+        if again and status:
+            raise UserError("--again makes a run anew and --status runs nothing: give one of them")
+        if missing := [name for name in again or [] if not (records / f"{name}.json").exists()]:
+            raise UserError(f"--again {', '.join(missing)}: {records} has no finished run of this name")
         for name in again or []:
-            if not (file := records / f"{name}.json").exists():
-                raise UserError(f"--again {name}: {records} has no finished run of this name")
             (records / "replaced").mkdir(exist_ok=True)
-            file.rename(records / "replaced" / f"{name}-{int(time.time())}.json")
+            (records / f"{name}.json").rename(records / "replaced" / f"{name}-{int(time.time())}.json")
         done = {record["name"] for record in read_records(records)}
         left = [run for run in every_run if run.name not in done and (not part or run.part in part)]
         if left and not status:

@@ -194,6 +194,9 @@ def thirds(analyses: Sequence[Analysis]) -> Table:
             "The theory takes E[g | L] as the same for all lengths: equal norms, cosine 1, difference² 0. All are "
             "without the noise's share (products of different prompts, or of different responses); a cosine above 1 "
             "is noise. A reward that depends on the length is one way for E[g | L] to vary, not the only one.",
+            "Within prompts, an advantage is a distance from the mean reward of the same responses: their products are "
+            "a little too small, the more so the fewer responses a prompt has, so a cosine comes out too large and a "
+            "difference² too small.",
             "difference²: squared norm of the difference of the two means over the mean of their squared norms; an "
             "interval above 0 says that E[g | L] depends on the length. Intervals 95%: jackknife.",
         ],
