@@ -270,8 +270,8 @@ def fake_run(folder: Path, run: Run) -> None:
     (folder / "validation").mkdir()
     with open(folder / "metrics-000.jsonl", "w") as metrics:
         for step in range(1, run.steps + 1):
-            data = {**dict.fromkeys(record.COLUMNS.values(), 0.25), "critic/score/mean": step / 100}
-            data["actor/ppo_kl"] = None if step == 2 else 0.0
+            data: dict[str, Any] = dict.fromkeys(record.COLUMNS.values(), 0.25)
+            data |= {"critic/score/mean": step / 100, "actor/ppo_kl": None if step == 2 else 0.0}
             metrics.write(json.dumps({"step": step, "data": data}) + "\n")
             dump = "".join(json.dumps({"output": "x" * length}) + "\n" for length in (9, 19))
             (folder / "rollouts" / f"{step}.jsonl").write_text(dump)
