@@ -47,6 +47,19 @@ def test_two_runs_of_one_seed_are_not_two_seeds(tmp_path: Path) -> None:
         ]
 
 
+def test_of_two_runs_of_one_seed_the_one_that_is_further_counts(tmp_path: Path) -> None:
+    """A run that crashed, and what was left of it where it went on: fewer steps, and the final ones."""
+    crashed = write_run(tmp_path / "a", curve={0: 0.1, 20: 0.2, 40: 0.3, 60: 0.4}, planned=100)
+    resumed = write_run(tmp_path / "a-resumed", curve={80: 0.5, 100: 0.6}, planned=100)
+    for order in ([crashed, resumed], [resumed, crashed]):
+        runs = read(*order)
+        (row,) = made(runs, "results")
+        assert (row["seeds"], row["step"], row["Avg@8"].value) == (1, "100", 0.6)
+        assert "Not finished" not in looked_at(runs)
+    (one,) = read(f"vl_norm@0={crashed}", f"vl_norm@0={resumed}")
+    assert one.steps.tolist() == [0, 20, 40, 60, 80, 100]
+
+
 def test_a_seed_that_is_not_as_far_is_not_in_the_final_values(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path, dumps={400: random_dump(0, 0.4), 450: random_dump(1, 0.5)}),
