@@ -304,8 +304,10 @@ def accuracy_name(runs: Sequence[Run]) -> str:
 
 
 def is_rate(runs: Sequence[Run]) -> bool:
-    """Whether the accuracies are shares of correct responses; any other metric has a unit of its own."""
-    return accuracy_name(runs) not in {run.metric for run in runs}
+    """Whether the accuracies are means of what is in [0, 1]; a reward beyond it and any other metric have own units."""
+    logged = [accuracy.values for run in runs for accuracy in logged_accuracies(run).values()]
+    within = not any((values < 0).any() or (values > 1).any() for values in logged)
+    return within and accuracy_name(runs) not in {run.metric for run in runs}
 
 
 def accuracies_of(runs: Sequence[Run]) -> tuple[set[str], set[int]]:

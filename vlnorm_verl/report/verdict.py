@@ -100,7 +100,7 @@ def _verdict(groups: Groups, finals: dict[Group, Estimate | None], title: str) -
     if not values:
         return None
     best, *others = sorted(values, key=lambda group: -values[group].value)
-    is_rate = measures.is_rate(groups[best])
+    is_rate = measures.is_rate(runs_of(groups))
     over = []
     for other in others:
         difference = measures.difference(groups[best], groups[other]) or Estimate(nan, note="no comparison")
