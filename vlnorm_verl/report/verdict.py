@@ -193,7 +193,11 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
             for group, seeds in compared.validated.items()
             if len(measures.final_runs(seeds)) == 1
         ],
-        "No validation dumps, so no interval over problems": [run.name for run in validated if not run.validations],
+        "No validation dumps, so no interval over problems": [
+            run.name + (f" (step {step})" if run.validations else "")
+            for run in validated
+            if measures.undumped([run], step := measures.validated_steps(run)[-1])
+        ],
     }
     return {what: which for what, which in found.items() if which}
 
