@@ -40,7 +40,7 @@ from tests.report_runs import (
 )
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import UserError
-from vlnorm_verl.report import measures, paper, tables
+from vlnorm_verl.report import measures, paper, tables, verdict
 from vlnorm_verl.report.groups import Comparison
 from vlnorm_verl.report.identity import Setting
 
@@ -218,6 +218,25 @@ def test_accuracies_that_are_not_avg_at_8_are_not_called_so(tmp_path: Path) -> N
     assert "Avg@k" in made([run, eight], "results")[0]
     assert "Not Avg@8 of verl's acc: mean@1 of reward (vl_norm-1.0-0)." in foot([run, eight])
     assert "Not Avg@8" not in foot([eight])
+
+
+def test_a_reward_that_is_no_share_is_in_its_own_unit(tmp_path: Path) -> None:
+    """Of the best one every value is in [0, 1]; of the other one not."""
+    for method, rewards in (("vl_norm:1.0", (0.1, 0.41)), ("dapo_norm", (-0.8, -0.29))):
+        for seed in (0, 1):
+            folder = write_run(tmp_path, method, seed, curve={0: 0.5, 10: 0.5}, planned=10)
+            data = [{"val-core/set/reward/mean@8": reward + seed / 50} for reward in rewards]
+            records = [json.dumps({"step": 10 * i, "data": of_step}) + "\n" for i, of_step in enumerate(data)]
+            (folder / "metrics-000.jsonl").write_text("".join(records))
+    runs = read(tmp_path)
+    assert not measures.is_rate(runs)
+    (found,) = verdict.verdicts(Comparison(runs))
+    assert found.over[0].difference == "+0.700"
+    assert "as it was logged" in foot(runs)
+    assert "correct responses" not in foot(runs)
+    shares = [run for run in runs if run.method == "vl_norm"]
+    assert measures.is_rate(shares)
+    assert "correct responses" not in foot(shares), "a reward in [0, 1] need not be 0 or 1"
 
 
 def test_without_vl_norm_and_baseline_the_table_says_how_to_compare(tmp_path: Path) -> None:

@@ -47,6 +47,19 @@ def test_two_runs_of_one_seed_are_not_two_seeds(tmp_path: Path) -> None:
         ]
 
 
+def test_of_two_runs_of_one_seed_the_one_that_is_further_counts(tmp_path: Path) -> None:
+    """A run that crashed, and what was left of it where it went on: fewer steps, and the final ones."""
+    crashed = write_run(tmp_path / "a", curve={0: 0.1, 20: 0.2, 40: 0.3, 60: 0.4}, planned=100)
+    resumed = write_run(tmp_path / "a-resumed", curve={80: 0.5, 100: 0.6}, planned=100)
+    for order in ([crashed, resumed], [resumed, crashed]):
+        runs = read(*order)
+        (row,) = made(runs, "results")
+        assert (row["seeds"], row["step"], row["Avg@8"].value) == (1, "100", 0.6)
+        assert "Not finished" not in looked_at(runs)
+    (one,) = read(f"vl_norm@0={crashed}", f"vl_norm@0={resumed}")
+    assert one.steps.tolist() == [0, 20, 40, 60, 80, 100]
+
+
 def test_a_seed_that_is_not_as_far_is_not_in_the_final_values(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path, dumps={400: random_dump(0, 0.4), 450: random_dump(1, 0.5)}),
@@ -119,8 +132,52 @@ def test_a_difference_that_cannot_be_paired_has_no_interval(tmp_path: Path) -> N
         expected = measures.final_accuracy(ours).value - measures.final_accuracy([other]).value
         assert found.value == pytest.approx(expected)
         assert (np.isnan(found.low), found.note) == (True, note)
+    both = read(*(write_run(tmp_path / "x", "grpo_norm", seed, dumps={10: random_dump(seed, 0.4)}) for seed in (0, 1)))
+    found = measures.difference(vl, both)
+    assert (np.isnan(found.low), found.note) == (True, "not paired"), "the same seeds, on other problems"
     assert measures.final_accuracy(vl).note == "other problems in each seed"
     assert measures.final_pass(vl).note == "other problems in each seed"
+
+
+def test_without_dumps_a_difference_is_paired_by_seed(tmp_path: Path) -> None:
+    ours, theirs = np.array([0.7, 0.7, 0.8]), np.array([0.2, 0.3, 0.2])
+    vl, other = (
+        read(*(write_run(tmp_path, method, s, curve={10: float(v)}) for s, v in enumerate(values)))
+        for method, values in (("vl_norm:1.0", ours), ("dapo_norm", theirs))
+    )
+    found, gaps = measures.difference(vl, other), ours - theirs
+    assert found.value == pytest.approx(gaps.mean())
+    assert found.high - found.value == pytest.approx(4.302653 * gaps.std(ddof=1) / 3**0.5)
+    assert (found.state, found.note) == ("established", "over seeds only")
+    lacking = measures.difference(vl, other[1:])
+    assert lacking.value == pytest.approx(gaps[1:].mean())
+    assert (lacking.high, lacking.note) == (1, "over seeds only; 2 of 3 seeds")
+    # Differences that float32 alone tells apart, of a log of tensorboard, are one number.
+    same = read(
+        *(write_run(tmp_path / "x", "dapo_norm", s, curve={10: v - 0.1 + 3e-8 * s}) for s, v in enumerate(ours))
+    )
+    assert measures.difference(vl, same).note == "the same in every seed; over seeds only"
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_dump_that_is_missing_or_cut_is_named_and_leaves_the_difference_over_seeds(cut: bool, tmp_path: Path) -> None:
+    dumps = [{step: random_dump(step + seed, 0.4) for step in (5, 10)} for seed in range(10)]
+    folders = [write_run(tmp_path, seed=s, dumps=dumps[s], planned=10) for s in range(5)]
+    others = [write_run(tmp_path, "dapo_norm", s, dumps=dumps[5 + s], planned=10) for s in range(5)]
+    file = others[3] / "validation" / "10.jsonl"
+    content = file.read_text()
+    file.unlink()
+    if cut:
+        file.write_text(content[: len(content) // 3])
+    runs = read(*folders, *others)
+    dapo, vl = made(runs, "results")
+    assert dapo["Avg@8"].note == "no usable dump of seed 3 at step 10, over seeds only"
+    means = np.array([np.mean(list(of_run[10].values())) for of_run in dumps])
+    gaps, found = means[:5] - means[5:], dapo["VL Norm minus this"]
+    assert (found.value, found.note) == (pytest.approx(gaps.mean()), "over seeds only")
+    assert found.high - found.value == pytest.approx(2.776445 * gaps.std(ddof=1) / 5**0.5)
+    assert vl["Avg@8"].note == ""
+    assert looked_at(runs)["No validation dumps, so no interval over problems"] == ["dapo_norm-3 (step 10)"]
 
 
 def test_a_difference_is_of_the_seeds_that_both_have(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tests.report_runs import (
     line,
     looked_at,
     put,
+    random_dump,
     read,
     read_one,
     record,
@@ -158,6 +159,21 @@ def test_files_of_one_seed_are_joined_where_the_later_does_not_begin_at_the_begi
     twice = read(f"vl_norm@3={tmp_path}/a.jsonl", f"vl_norm@3={tmp_path}/b.jsonl")
     assert [run.steps[-1] for run in twice] == [50, 20]
     assert [run.steps[-1] for run in groups.grouped(twice).popitem()[1]] == [50]
+
+
+def test_a_run_that_goes_on_in_another_folder_has_the_dumps_of_both(tmp_path: Path) -> None:
+    dumps = [{step: random_dump(step + start, 0.5) for step in (0, 5, 10, 15)} for start in (0, 100)]
+    first, later = (write_run(tmp_path / str(start), dumps=found) for start, found in enumerate(dumps))
+    for folder, steps in ((first, (0, 5, 10)), (later, (10, 15))):
+        log = folder / "metrics-000.jsonl"
+        log.write_text("".join(one for one in log.open() if json.loads(one)["step"] in steps))
+        for file in (folder / "validation").iterdir():
+            if int(file.stem) not in steps:
+                file.unlink()
+    (run,) = read(*(folder.rename(tmp_path / f"2026-02-0{day}") for day, folder in enumerate((first, later), 1)))
+    assert sorted(run.validations) == [0, 5, 10, 15]
+    assert [run.dumps[step].parts[-3][-1] for step in (0, 5, 10, 15)] == ["1", "1", "2", "2"]
+    assert not any("dump" in note for note in run.notes)
 
 
 # -------------------------------------------------------------------------------------------------------- other loggers

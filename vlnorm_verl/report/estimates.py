@@ -161,7 +161,7 @@ def over_seeds(values: Sequence[float], low: float = -np.inf, high: float = np.i
     value = float(numbers.mean())
     if len(numbers) < 2:
         return Estimate(value).of_one_seed()
-    if np.ptp(numbers) == 0:
+    if np.ptp(numbers) <= 1e-6 * np.abs(numbers).max():  # tensorboard's float32
         return Estimate(value, note="the same in every seed")
     half = float(t_half_width(numbers))
     return Estimate(value, max(low, value - half), min(high, value + half))

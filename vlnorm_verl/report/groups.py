@@ -91,15 +91,17 @@ class Comparison:
 def grouped(runs: Sequence[Run]) -> Groups:
     """{group: its runs by seed}, in the order of the tables, of the runs that are not left out.
 
-    Of two runs with the same seed the one with more steps is taken, since they are one sample; see `doubles`.
+    Of two runs with the same seed the one that was validated later is taken, of equals the one with more steps, since
+    they are one sample; see `doubles`.
     """
     groups: dict[Group, dict[int, Run]] = {}
     for run in runs:
         if run.left_out:
             continue
         seeds = groups.setdefault(Group(run.setting, run.method_key), {})
-        if run.seed not in seeds or len(run.steps) > len(seeds[run.seed].steps):
-            seeds[run.seed] = run
+        seeds[run.seed] = max(
+            seeds.get(run.seed, run), run, key=lambda run: (max(validated_steps(run), default=-1), len(run.steps))
+        )
     return {group: [groups[group][seed] for seed in sorted(groups[group])] for group in sorted(groups, key=_place)}
 
 

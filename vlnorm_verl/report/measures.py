@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import nan
+from math import inf, nan
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from vlnorm_verl.report.estimates import Estimate, Scores, kendall, over_seeds, 
 from vlnorm_verl.report.run import Logged, Run, Validation, logged_accuracies, value_at
 
 K = 8  # of Pass@k, the paper's
+OVER_SEEDS = "over seeds only"
 
 
 Score = Callable[[Validation], dict[str, float]]  # what each problem scores
@@ -155,6 +156,12 @@ def common_step(runs: Sequence[Run], reference: Sequence[Run]) -> int | None:
     return max(steps & other, default=None)
 
 
+def undumped(runs: Sequence[Run], step: int, name: str | None = None) -> list[Run]:
+    """Those of the runs without a dump of a step, or of a validation set there, that can be used."""
+    names = validation_sets(runs) if name is None else [name]
+    return [run for run in runs if any(name not in run.validations.get(step, {}) for name in names)]
+
+
 def scores(runs: Sequence[Run], step: int, score: Score = averages, name: str | None = None) -> Scores | None:
     """Of each run's validation at a step, on the problems that all runs have.
 
@@ -163,10 +170,9 @@ def scores(runs: Sequence[Run], step: int, score: Score = averages, name: str | 
     responses) are left out; None if that is all of them.
     """
     names = validation_sets(runs) if name is None else [name]
-    dumped = [run.validations.get(step, {}) for run in runs]
-    if not runs or not names or any(name not in sets for sets in dumped for name in names):
+    if not runs or not names or undumped(runs, step, name):
         return None
-    found = _on_shared_problems(dumped, names, score)
+    found = _on_shared_problems([run.validations[step] for run in runs], names, score)
     return None if found is None else Scores(*found, tuple(run.seed for run in runs))
 
 
@@ -198,13 +204,22 @@ def accuracy_at(runs: Sequence[Run], step: int, name: str | None = None) -> Esti
     runs = at_step(runs, step)
     if (estimate := _over_problems(runs, step, averages, name)) is not None:
         return estimate
-    curves = [accuracy_curve(run, name) for run in runs]
-    values = [float(accuracies[steps == step][0]) for steps, accuracies in curves if step in steps]
+    values = _values_at(runs, step, name)
     if not values:
         return None
     # A reward or another metric may have any values.
     estimate = over_seeds(values, 0.0, 1.0) if min(values) >= 0 and max(values) <= 1 else over_seeds(values)
-    return replace(estimate, note="no dumps, over seeds only" if len(values) > 1 else "no dumps")
+    lacking = [str(run.seed) for run in undumped(runs, step, name)]
+    note = "no dumps"
+    if len(lacking) < len(runs):
+        note = f"no usable dump of seed{'s' * (len(lacking) > 1)} {', '.join(lacking)} at step {step}"
+    return replace(estimate, note=f"{note}, {OVER_SEEDS}" if len(values) > 1 else note)
+
+
+def _values_at(runs: Sequence[Run], step: int, name: str | None = None) -> list[float]:
+    """The accuracies of the runs that have one at a step, without intervals."""
+    curves = [accuracy_curve(run, name) for run in runs]
+    return [float(accuracies[steps == step][0]) for steps, accuracies in curves if step in steps]
 
 
 def final_pass(runs: Sequence[Run]) -> Estimate | None:
@@ -228,10 +243,10 @@ def _over_problems(runs: Sequence[Run], step: int, score: Score, name: str | Non
 def difference(runs: Sequence[Run], reference: Sequence[Run]) -> Estimate | None:
     """Accuracy of `runs` minus that of `reference` at the last step that both have; None without accuracies there.
 
-    Paired as far as there are dumps of the same problems; else the plain difference, without an interval. Seeds that
-    both have are compared, unless that is one of several: then all seeds of both where each has several, else that one
-    seed without an interval (it would be of problems only). The note names the step where it is not both's last, and
-    how many seeds where not all.
+    Paired as far as there are dumps of the same problems; where dumps are missing, by seed only; without several seeds
+    that both have, the plain difference, without an interval. Seeds that both have are compared, unless that is one of
+    several: then all seeds of both where each has several, else that one seed without an interval (it would be of
+    problems only). The note names the step where it is not both's last, and how many seeds where not all.
     """
     step = common_step(runs, reference)
     if step is None:
@@ -262,6 +277,11 @@ def _difference_at(runs: Sequence[Run], reference: Sequence[Run], step: int) -> 
     if len(pairs) == len(runs) == len(reference) > 1:
         with contextlib.suppress(ValueError):  # no problem in common
             return estimates.difference_over_own_problems(pairs)
+    elif len(runs) > 1 and [run.seed for run in runs] == [run.seed for run in reference]:
+        ours, theirs = _values_at(runs, step), _values_at(reference, step)
+        if len(ours) == len(theirs) == len(runs):
+            most = 1.0 if is_rate([*runs, *reference]) else inf
+            return over_seeds(np.subtract(ours, theirs).tolist(), -most, most).noted(OVER_SEEDS)
     accuracy, other = accuracy_at(runs, step), accuracy_at(reference, step)
     return None if accuracy is None or other is None else Estimate(accuracy.value - other.value, note="not paired")
 
@@ -305,8 +325,10 @@ def accuracy_name(runs: Sequence[Run]) -> str:
 
 
 def is_rate(runs: Sequence[Run]) -> bool:
-    """Whether the accuracies are shares of correct responses; any other metric has a unit of its own."""
-    return accuracy_name(runs) not in {run.metric for run in runs}
+    """Whether the accuracies are means of what is in [0, 1]; a reward beyond it and any other metric have own units."""
+    logged = [accuracy.values for run in runs for accuracy in logged_accuracies(run).values()]
+    within = not any((values < 0).any() or (values > 1).any() for values in logged)
+    return within and accuracy_name(runs) not in {run.metric for run in runs}
 
 
 def accuracies_of(runs: Sequence[Run]) -> tuple[set[str], set[int]]:

@@ -40,7 +40,7 @@ class _Log:
     """A source as far as it must be read to know what it is.
 
     starts: of verl's file logger only its files, so that one run's records at a time are in memory.
-    first: its first step. began: seconds, where the log says it. config, run: wandb's.
+    first: its first step. began: seconds, where the log says it. config, run: wandb's. later: logs that go on from it.
     """
 
     source: Source
@@ -51,6 +51,7 @@ class _Log:
     began: float | None = None
     config: dict[str, Any] = field(default_factory=dict)
     run: str = ""
+    later: list[_Log] = field(default_factory=list)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -131,6 +132,7 @@ def _joined(logs: Sequence[_Log]) -> list[_Log]:
             runs.append(log)
             continue
         earlier.starts += log.starts
+        earlier.later.append(log)
         earlier.notes += [f"goes on in {log.source.folder} (from step {log.first})", *log.notes]
     order = {id(log): index for index, log in enumerate(logs)}
     return sorted(runs, key=lambda run: order[id(run)])
@@ -213,13 +215,18 @@ def _same_values(run: Run, other: Run) -> bool:
 
 
 def _dumps(run: Run, log: _Log) -> dict[int, Path]:
-    """{step: dump} up to the run's last record, beyond which a dump is of a start that was given up or not logged."""
-    folder = log.source.folder / "validation"
-    if not folder.is_dir() and run.validation_folder:
-        folder = Path(run.validation_folder)
-    if run.left_out or log.source.shared or not run.method or not folder.is_dir():
+    """{step: dump} up to the run's last record, beyond which a dump is of a start that was given up or not logged.
+
+    Of two logs that have a dump of one step, the later one's.
+    """
+    if run.left_out or not run.method:
         return {}
-    files = {int(file.stem): file for file in folder.glob("*.jsonl") if file.stem.isdecimal() and file.is_file()}
+    files: dict[int, Path] = {}
+    for part in (part for part in (log, *log.later) if not part.source.shared):
+        folder = part.source.folder / "validation"
+        if not folder.is_dir() and part.identity.validation_folder:
+            folder = Path(part.identity.validation_folder)
+        files |= {int(file.stem): file for file in folder.glob("*.jsonl") if file.stem.isdecimal() and file.is_file()}
     last = int(run.steps[-1]) if len(run.steps) else max(files, default=0)
     if beyond := sorted(step for step in files if step > last):
         run.notes.append(f"validation dumps of steps {', '.join(map(str, beyond))}, after its last record, left out")

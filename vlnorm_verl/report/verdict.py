@@ -100,7 +100,7 @@ def _verdict(groups: Groups, finals: dict[Group, Estimate | None], title: str) -
     if not values:
         return None
     best, *others = sorted(values, key=lambda group: -values[group].value)
-    is_rate = measures.is_rate(groups[best])
+    is_rate = measures.is_rate(runs_of(groups))
     over = []
     for other in others:
         difference = measures.difference(groups[best], groups[other]) or Estimate(nan, note="no comparison")
@@ -193,7 +193,11 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
             for group, seeds in compared.validated.items()
             if len(measures.final_runs(seeds)) == 1
         ],
-        "No validation dumps, so no interval over problems": [run.name for run in validated if not run.validations],
+        "No validation dumps, so no interval over problems": [
+            run.name + (f" (step {step})" if run.validations else "")
+            for run in validated
+            if measures.undumped([run], step := measures.validated_steps(run)[-1])
+        ],
     }
     return {what: which for what, which in found.items() if which}
 
