@@ -88,9 +88,16 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "letters that are units too": (
         [
             (r"\frac{1}{m}t", r"\frac{t}{m}"), ("a g t", "a t g"), ("2x", "2 x"),
+            (r"\frac{1}{3}ml^2", r"\frac{ml^2}{3}"), (r"\mu_{k}mg", r"\mu_k mg"), (r"\frac{2mg}{k}", "2mg/k"),
+            (r"\frac12mg\sin\theta", r"\frac{mg\sin\theta}{2}"), (r"\mu_{s}mg\cos\theta", r"\mu_s gm\cos\theta"),
+            (r"\frac12ml^2\omega^2", r"\frac{ml^2\omega^2}{2}"), (r"2mg\sin\theta", r"2gm\sin\theta"),
+            ("2mg", "2 m g"), ("3mg-T", "-T+3gm"),
         ],
         [
             ("x", "x m"), (r"2\pi r", r"2\pi r h"), ("5", "5t"), (r"\pi(R^2-r^2)", "0"), ("5", r"5\text{x}"),
+            (r"\frac{1}{3}ml^2", r"\frac13"), (r"\mu_{k}mg", r"\mu_{k}"), ("(M+m)gm", "M+m"), ("x_2mg", "x_2"),
+            (r"\frac12mg", r"\frac12"), (r"\frac{2mg}{k}", r"\frac2k"), (r"\sqrt2mg", r"\sqrt2"),
+            (r"2mg\sin\theta", r"2\sin\theta"),
         ],
     ),
     "units": (
@@ -100,7 +107,8 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("5", r"5\,\frac{\text{m}}{\text{s}}"), ("5", r"\text{5 m}"), ("18.90", r"\$18.90"), ("-5", r"-\$5"),
             ("90", r"90^\circ"), ("1950", r"1950\,^{\circ}\mathrm{C}"), ("120", r"120 \text{ ways}"),
             (r"\frac{1}{2}", r"\sin 30^\circ"), ("3000000", r"3 \text{ million}"), ("5", r"\$5/\text{hour}"),
-            ("5", r"5\text{th}"), (r"864 \mbox{ inches}^2", "864"),
+            ("5", r"5\text{th}"), (r"864 \mbox{ inches}^2", "864"), ("10", "10cm"), ("500", "500ml"), ("5", "5th"),
+            ("10", "10cm^2"), ("60", "60km/h"), ("(5,3)", "(5cm, 3cm)"), ("100000", "10^5kg"), ("2", "2mg"),
         ],
         [
             ("5", r"5\text{ million}"), ("2", r"1 \text{ hour } 20 \text{ minutes}"), ("5", r"5 \text{ or more}"),
