@@ -91,12 +91,16 @@ class Parser(Formulas):
         return Relation(tuple(operators), tuple(sides)) if operators else sides[0]
 
     def ratio(self) -> Any:
+        first, last = self.peek(), END
         terms = [self.union()]
-        last = END
         while self.accept(":"):
             last = self.peek()
             terms.append(operand(self.union()))
         time = len(terms) == 2 and re.fullmatch("[0-5][0-9]", last.text) and terms[0] in range(25)
+        if time and self.second and "0" not in (first.text[0], last.text[0]):
+            quotient = terms[0] / terms[1]
+            if quotient.is_Rational and quotient.q == terms[1]:
+                return quotient  # 9:16 in lowest terms is a ratio as well
         return Items("::" if time else ":", tuple(terms)) if len(terms) > 1 else terms[0]
 
     def union(self) -> Any:

@@ -161,7 +161,7 @@ def _lexer(thousands: str) -> re.Pattern[str]:
 
 
 _SEPARATE, _GROUPED = _lexer(""), _lexer(r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|")
-_AMBIGUOUS = re.compile(r"\d,\d{3}|\d[eE][+-]|\d[A-Za-z]{2}|/")
+_AMBIGUOUS = re.compile(r"\d,\d{3}|\d[eE][+-]|\d[A-Za-z]{2}|[/:]")
 
 
 def rewritten(text: str) -> str:

@@ -44,7 +44,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Answer:
-    """A text that was read. ``readings`` has two values where the notation has two meanings (1,234; 1/2x; 2mg)."""
+    """A text that was read. ``readings`` has two values where the notation has two meanings (1,234; 1/2x; 9:16)."""
 
     text: str  # the tokens: equal for texts that differ in spacing, sizes and wrappers only
     words: str | None  # in small letters, if the text is nothing but words
