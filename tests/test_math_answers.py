@@ -100,6 +100,19 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"2mg\sin\theta", r"2\sin\theta"),
         ],
     ),
+    "letters that are functions too": (
+        [
+            ("P(1+r)^t", "(1+r)^t P"), ("P(1+r)^t", r"P\cdot(1+r)^t"), (r"\frac{h(a+b)}{2}", r"\frac{(a+b)h}{2}"),
+            ("g(m_1+m_2)", "(m_1+m_2)g"), (r"\frac{G(M+m)}{r^2}", r"\frac{GM+Gm}{r^2}"), ("F(a+b)", "Fa+Fb"),
+            (r"\frac{v^2}{g(1+\mu)}", r"\frac{v^2}{(1+\mu)g}"), (r"h(a+b)/2", r"\frac12(a+b)h"),
+            (r"2mg(1-\cos\theta)", r"2gm(1-\cos\theta)"), ("A = P(1+r)^t", "A = (1+r)^t P"), ("ga+gb, 1", "1, g(a+b)"),
+            ("f(2)+f(3)", "f(3)+f(2)"), ("f(x,y)", "f(x, y)"), ("f(x)^2", "f(x)f(x)"),
+        ],
+        [
+            ("f(2)+f(3)", "f(5)"), ("f(0)", "0"), ("2f(3)", "3f(2)"), ("(1+r)^t P", "(P(1+r))^t"), ("f(x)=2x", "f=2x"),
+            ("P(1+r)^t", "P(1+r)"), ("g(a+b)", "ga+b"), ("f(x)=2x", "f=2"),
+        ],
+    ),
     "units": (
         [
             ("10", r"10\text{ cm}"), ("10", "10 cm"), ("10", "10 square inches"), ("15", r"15\,\mathrm{cm}^2"),

@@ -9,6 +9,7 @@ Not read: set builders, "…".
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -27,21 +28,23 @@ def read(text: str) -> Answer:
     letters = words(tokens)
     prose = letters is not None and any(token.kind == "text" for token in tokens)
     readings: list[Any] = []
+    products: list[Any] = []
     decimal = False
-    ways = [False, True] if is_ambiguous(text) else [False]
-    for second in [] if prose else ways:
-        parser = Parser(tokens_of(text, second), second)
+    ways = itertools.product([False, True] if is_ambiguous(text) else [False], [True, False] if "(" in text else [True])
+    for second, functions in [] if prose else ways:
+        parser = Parser(tokens_of(text, second), second, functions)
         try:
             value = parser.answer()
         except ERRORS:
             continue
         decimal |= parser.decimal
-        if value not in readings:
-            readings.append(value)
+        found = readings if functions else products
+        if value not in found:
+            found.append(value)
     canonical = " ".join(token.text for token in tokens)
     if any(token.kind == "text" for token in tokens):
         canonical = " ".join(canonical.casefold().split())
-    return Answer(canonical, letters, prose, tuple(readings), decimal)
+    return Answer(canonical, letters, prose, tuple(readings), tuple(products), decimal)
 
 
 class Parser(Formulas):
