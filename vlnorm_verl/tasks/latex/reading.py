@@ -17,7 +17,7 @@ from sympy import Basic, S
 
 from vlnorm_verl.tasks.latex.cursor import END
 from vlnorm_verl.tasks.latex.formulas import Formulas
-from vlnorm_verl.tasks.latex.tokens import RELATIONS, is_ambiguous, rewritten, tokens_of, words
+from vlnorm_verl.tasks.latex.tokens import RELATIONS, canonical, is_ambiguous, rewritten, tokens_of, words
 from vlnorm_verl.tasks.latex.values import ERRORS, Answer, Items, Relation, Unreadable, as_set, operand, parts
 
 
@@ -41,10 +41,7 @@ def read(text: str) -> Answer:
         found = readings if functions else products
         if value not in found:
             found.append(value)
-    canonical = " ".join(token.text for token in tokens)
-    if any(token.kind == "text" for token in tokens):
-        canonical = " ".join(canonical.casefold().split())
-    return Answer(canonical, letters, prose, tuple(readings), tuple(products), decimal)
+    return Answer(canonical(tokens), letters, prose, tuple(readings), tuple(products), decimal)
 
 
 class Parser(Formulas):

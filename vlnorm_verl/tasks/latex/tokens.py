@@ -178,6 +178,12 @@ def is_ambiguous(text: str) -> bool:
     return bool(_AMBIGUOUS.search(text))
 
 
+def canonical(tokens: list[Token]) -> str:
+    """A text that is equal for texts that differ in spacing, sizes and wrappers only."""
+    joined = " ".join(token.text for token in tokens)
+    return " ".join(joined.casefold().split()) if any(token.kind == "text" for token in tokens) else joined
+
+
 def words(tokens: list[Token]) -> str | None:
     """The text in small letters, if it has nothing but letters and punctuation."""
     if not all(token.kind in ("text", "letter") or token.text in ".,;(){}" for token in tokens):
