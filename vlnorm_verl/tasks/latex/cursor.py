@@ -25,6 +25,7 @@ class Cursor:
         self.second = second
         self.functions = functions
         self.decimal = False
+        self.called = False  # whether there was a value of a function
         self.sign = 1  # what \pm stands for
         self.signs = False  # whether there was one
         self.either = False  # whether there was an "or" between values

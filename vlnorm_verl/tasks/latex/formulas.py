@@ -270,6 +270,7 @@ class Formulas(Cursor):
         call = self.functions and self.peek().text == "("
         if call and (self.peek(2).text == ")" or letter in _FUNCTION_LETTERS):
             self.next()
+            self.called = True
             return sympy.Function(name)(*map(operand, self.closed("(")[0]))
         return Symbol(name)
 

@@ -9,7 +9,6 @@ Not read: set builders, "…".
 
 from __future__ import annotations
 
-import itertools
 import re
 from typing import Any
 
@@ -30,8 +29,8 @@ def read(text: str) -> Answer:
     readings: list[Any] = []
     products: list[Any] = []
     decimal = False
-    ways = itertools.product([False, True] if is_ambiguous(text) else [False], [True, False] if "(" in text else [True])
-    for second, functions in [] if prose else ways:
+    ways = [] if prose else [(False, True), (True, True)] if is_ambiguous(text) else [(False, True)]
+    for second, functions in ways:
         parser = Parser(tokens_of(text, second), second, functions)
         try:
             value = parser.answer()
@@ -41,6 +40,8 @@ def read(text: str) -> Answer:
         found = readings if functions else products
         if value not in found:
             found.append(value)
+        if parser.called:
+            ways.append((second, False))  # g(a + b) as a product, too
     return Answer(canonical(tokens), letters, prose, tuple(readings), tuple(products), decimal)
 
 

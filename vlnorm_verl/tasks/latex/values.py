@@ -50,7 +50,7 @@ class Answer:
     words: str | None  # in small letters, if the text is nothing but words
     prose: bool  # whether these words are no product of variables
     readings: tuple[Any, ...]
-    products: tuple[Any, ...]  # the same, with g(a + b) as a product; of a text with brackets only
+    products: tuple[Any, ...]  # the same, with g(a + b) as a product, if there is one
     decimal: bool  # whether a number has a decimal point
 
     @property
