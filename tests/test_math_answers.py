@@ -88,9 +88,29 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "letters that are units too": (
         [
             (r"\frac{1}{m}t", r"\frac{t}{m}"), ("a g t", "a t g"), ("2x", "2 x"),
+            (r"\frac{1}{3}ml^2", r"\frac{ml^2}{3}"), (r"\mu_{k}mg", r"\mu_k mg"), (r"\frac{2mg}{k}", "2mg/k"),
+            (r"\frac12mg\sin\theta", r"\frac{mg\sin\theta}{2}"), (r"\mu_{s}mg\cos\theta", r"\mu_s gm\cos\theta"),
+            (r"\frac12ml^2\omega^2", r"\frac{ml^2\omega^2}{2}"), (r"2mg\sin\theta", r"2gm\sin\theta"),
+            ("2mg", "2 m g"), ("3mg-T", "-T+3gm"),
         ],
         [
             ("x", "x m"), (r"2\pi r", r"2\pi r h"), ("5", "5t"), (r"\pi(R^2-r^2)", "0"), ("5", r"5\text{x}"),
+            (r"\frac{1}{3}ml^2", r"\frac13"), (r"\mu_{k}mg", r"\mu_{k}"), ("(M+m)gm", "M+m"), ("x_2mg", "x_2"),
+            (r"\frac12mg", r"\frac12"), (r"\frac{2mg}{k}", r"\frac2k"), (r"\sqrt2mg", r"\sqrt2"),
+            (r"2mg\sin\theta", r"2\sin\theta"),
+        ],
+    ),
+    "letters that are functions too": (
+        [
+            ("P(1+r)^t", "(1+r)^t P"), ("P(1+r)^t", r"P\cdot(1+r)^t"), (r"\frac{h(a+b)}{2}", r"\frac{(a+b)h}{2}"),
+            ("g(m_1+m_2)", "(m_1+m_2)g"), (r"\frac{G(M+m)}{r^2}", r"\frac{GM+Gm}{r^2}"), ("F(a+b)", "Fa+Fb"),
+            (r"\frac{v^2}{g(1+\mu)}", r"\frac{v^2}{(1+\mu)g}"), (r"h(a+b)/2", r"\frac12(a+b)h"),
+            (r"2mg(1-\cos\theta)", r"2gm(1-\cos\theta)"), ("A = P(1+r)^t", "A = (1+r)^t P"), ("ga+gb, 1", "1, g(a+b)"),
+            ("f(2)+f(3)", "f(3)+f(2)"), ("f(x,y)", "f(x, y)"), ("f(x)^2", "f(x)f(x)"),
+        ],
+        [
+            ("f(2)+f(3)", "f(5)"), ("f(0)", "0"), ("2f(3)", "3f(2)"), ("(1+r)^t P", "(P(1+r))^t"), ("f(x)=2x", "f=2x"),
+            ("P(1+r)^t", "P(1+r)"), ("g(a+b)", "ga+b"), ("f(x)=2x", "f=2"),
         ],
     ),
     "units": (
@@ -100,7 +120,8 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("5", r"5\,\frac{\text{m}}{\text{s}}"), ("5", r"\text{5 m}"), ("18.90", r"\$18.90"), ("-5", r"-\$5"),
             ("90", r"90^\circ"), ("1950", r"1950\,^{\circ}\mathrm{C}"), ("120", r"120 \text{ ways}"),
             (r"\frac{1}{2}", r"\sin 30^\circ"), ("3000000", r"3 \text{ million}"), ("5", r"\$5/\text{hour}"),
-            ("5", r"5\text{th}"), (r"864 \mbox{ inches}^2", "864"),
+            ("5", r"5\text{th}"), (r"864 \mbox{ inches}^2", "864"), ("10", "10cm"), ("500", "500ml"), ("5", "5th"),
+            ("10", "10cm^2"), ("60", "60km/h"), ("(5,3)", "(5cm, 3cm)"), ("100000", "10^5kg"), ("2", "2mg"),
         ],
         [
             ("5", r"5\text{ million}"), ("2", r"1 \text{ hour } 20 \text{ minutes}"), ("5", r"5 \text{ or more}"),
@@ -161,11 +182,15 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "ratios and times": (
         [
             ("1:2", "2:4"), ("3:5", "6:10"), (r"\frac12", "1:2"), ("1:2:3", "2:4:6"), ("3:30", r"3:30 \text{ p.m.}"),
-            (r"\text{4:30 p.m.}", "4:30 pm"),
+            (r"\text{4:30 p.m.}", "4:30 pm"), ("9:16", r"\frac{9}{16}"), (r"\frac{9}{16}", "9:16"), ("16:25", "16/25"),
+            ("1:12", r"\frac1{12}"), (r"\frac{8}{27}", "8 : 27"), ("9:16", "x = 9/16"), ("9:16", r"9:16 \text{ a.m.}"),
+            ("9:16", "27:48"), ("9:05", "9:05"),
         ],
         [
             ("1:2:3", "1:3:2"), (r"\frac{1}{10}", "3:30"), (r"3 \text{ a.m.}", r"3 \text{ p.m.}"), ("1:2", "2:1"),
             ("10:30", "1:45"), (r"3:00 \text{ PM}", r"3:00 \text{ AM}"), ("1:2", "1, 2"),
+            ("1:12", "2:24"), ("9:16", "18:32"), (r"\frac95", "9:05"), (r"\frac{9}{16}", "09:16"), ("9:16", "16:9"),
+            (r"\frac{9}{16}", r"9:16 \text{ a.m.}"), ("9:16", "9"), ("7:30", "7.5"),
             ("1:2", "0:0"), ("1:2:3", "0:0:0"), ("0:1:2", "0:2:1"), ("1:2", r"\infty:\infty"),
             ("1:2", r"\begin{pmatrix}0\end{pmatrix}:\begin{pmatrix}0\end{pmatrix}"),
         ],

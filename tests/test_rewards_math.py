@@ -207,6 +207,14 @@ def test_a_hanging_answer_is_a_timeout_and_its_worker_dies(new_pool: Callable[..
     assert not any(pool._failed)
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [("2^{2^{2019}}", "2^{2^{2019}}."), ("2^{2^{2019}}", "2^{ 2^{2019}}"), (HANGS, r"9^{9^{9^{9}}} \,")],
+)
+def test_the_same_text_is_correct_without_being_evaluated(pool: Pool, gold: str, answer: str) -> None:
+    assert pool.compare(gold, answer) == "correct"
+
+
 def test_memory_is_bounded(new_pool: Callable[..., Pool]) -> None:
     """The integer does not fit: the answer is given up at once instead of filling the memory until the time is over."""
     pool = new_pool(limit_s=60, workers=1, memory_mib=200)

@@ -16,13 +16,16 @@ class Cursor:
     Args:
         tokens: of `tokens.tokens_of`.
         second: whether they are to be read in the second way, where the notation has two meanings.
+        functions: whether f(x) is a value of a function, else f times x.
     """
 
-    def __init__(self, tokens: list[Token], second: bool) -> None:
+    def __init__(self, tokens: list[Token], second: bool, functions: bool) -> None:
         self.tokens = tokens
         self.position = 0
         self.second = second
+        self.functions = functions
         self.decimal = False
+        self.called = False  # whether there was a value of a function
         self.sign = 1  # what \pm stands for
         self.signs = False  # whether there was one
         self.either = False  # whether there was an "or" between values

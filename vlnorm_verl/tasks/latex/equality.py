@@ -14,10 +14,22 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sympy
-from sympy import Expr, MatrixBase, Rational, S
+from sympy import Basic, Expr, MatrixBase, Rational, S
 from sympy.core.function import AppliedUndef
 
-from vlnorm_verl.tasks.latex.values import AM, ERRORS, MARKERS, PERCENT, PM, Answer, Base, Items, Relation, as_set
+from vlnorm_verl.tasks.latex.values import (
+    AM,
+    ERRORS,
+    MARKERS,
+    PERCENT,
+    PM,
+    Answer,
+    Base,
+    Items,
+    Relation,
+    as_set,
+    parts,
+)
 
 TOLERANCE = Rational(5, 10**6)
 
@@ -30,13 +42,24 @@ def equal(gold: Answer, answer: Answer) -> bool:
     if gold.text == answer.text or (gold.words is not None and gold.words == answer.words):
         return True
     compare = _Comparison(gold.decimal or answer.decimal)
-    for pair in itertools.product(gold.readings, answer.readings):
+    pairs = list(itertools.product(gold.readings, answer.readings))
+    if _has_products(gold, answer):
+        pairs += itertools.product(gold.products or gold.readings, answer.products or answer.readings)
+    for pair in pairs:
         try:
             if compare.values(*pair):
                 return True
         except ERRORS:
             continue
     return False
+
+
+def _has_products(gold: Answer, answer: Answer) -> bool:
+    """Whether what looks like a function is a variable elsewhere: P in P(1 + r) and (1 + r)P, not f in f(2) and 3."""
+    values = [part for side in (gold, answer) for reading in side.readings for part in parts(reading)]
+    both = sympy.Tuple(*(value for value in values if isinstance(value, Basic)))
+    functions = {function.func.__name__ for function in both.atoms(AppliedUndef)}
+    return not functions.isdisjoint(symbol.name for symbol in both.free_symbols)
 
 
 class _Comparison:

@@ -267,8 +267,10 @@ class Formulas(Cursor):
             return _CONSTANTS[name]
         if name.startswith(r"\mathbb") and letter[7:-1] in _SETS:
             return _SETS[letter[7:-1]]
-        if self.peek().text == "(" and (self.peek(2).text == ")" or letter in _FUNCTION_LETTERS):
+        call = self.functions and self.peek().text == "("
+        if call and (self.peek(2).text == ")" or letter in _FUNCTION_LETTERS):
             self.next()
+            self.called = True
             return sympy.Function(name)(*map(operand, self.closed("(")[0]))
         return Symbol(name)
 

@@ -16,7 +16,7 @@ from sympy import Basic, S
 
 from vlnorm_verl.tasks.latex.cursor import END
 from vlnorm_verl.tasks.latex.formulas import Formulas
-from vlnorm_verl.tasks.latex.tokens import RELATIONS, is_ambiguous, rewritten, tokens_of, words
+from vlnorm_verl.tasks.latex.tokens import RELATIONS, canonical, is_ambiguous, rewritten, tokens_of, words
 from vlnorm_verl.tasks.latex.values import ERRORS, Answer, Items, Relation, Unreadable, as_set, operand, parts
 
 
@@ -27,21 +27,22 @@ def read(text: str) -> Answer:
     letters = words(tokens)
     prose = letters is not None and any(token.kind == "text" for token in tokens)
     readings: list[Any] = []
+    products: list[Any] = []
     decimal = False
-    ways = [False, True] if is_ambiguous(text) else [False]
-    for second in [] if prose else ways:
-        parser = Parser(tokens_of(text, second), second)
+    ways = [] if prose else [(False, True), (True, True)] if is_ambiguous(text) else [(False, True)]
+    for second, functions in ways:
+        parser = Parser(tokens_of(text, second), second, functions)
         try:
             value = parser.answer()
         except ERRORS:
             continue
         decimal |= parser.decimal
-        if value not in readings:
-            readings.append(value)
-    canonical = " ".join(token.text for token in tokens)
-    if any(token.kind == "text" for token in tokens):
-        canonical = " ".join(canonical.casefold().split())
-    return Answer(canonical, letters, prose, tuple(readings), decimal)
+        found = readings if functions else products
+        if value not in found:
+            found.append(value)
+        if parser.called:
+            ways.append((second, False))  # g(a + b) as a product, too
+    return Answer(canonical(tokens), letters, prose, tuple(readings), tuple(products), decimal)
 
 
 class Parser(Formulas):
@@ -91,12 +92,16 @@ class Parser(Formulas):
         return Relation(tuple(operators), tuple(sides)) if operators else sides[0]
 
     def ratio(self) -> Any:
+        first, last = self.peek(), END
         terms = [self.union()]
-        last = END
         while self.accept(":"):
             last = self.peek()
             terms.append(operand(self.union()))
         time = len(terms) == 2 and re.fullmatch("[0-5][0-9]", last.text) and terms[0] in range(25)
+        if time and self.second and "0" not in (first.text[0], last.text[0]):
+            quotient = terms[0] / terms[1]
+            if quotient.is_Rational and quotient.q == terms[1]:
+                return quotient  # 9:16 in lowest terms is a ratio as well
         return Items("::" if time else ":", tuple(terms)) if len(terms) > 1 else terms[0]
 
     def union(self) -> Any:

@@ -62,6 +62,7 @@ _ACCENTS = word_set(
 )
 _CONJUNCTIONS = {"and": "and", "land": "and", "wedge": "and", "&": "and", "": ",", "or": "or", "lor": "or", "vee": "or"}
 _JOINS = {"and", "or", *"=+-*/^_,;&<>:|", *RELATIONS, r"\cdot", r"\times", r"\pm", r"\cup", r"\cap"}
+_BEFORE_FACTORS = {*_JOINS, *OPENING} - {"_"}
 _KNOWN = (
     _DROPPED | _TEXT | _ACCENTS | FUNCTIONS | word_set("begin end infty pm cdot times cup cap frac dfrac sqrt binom")
 )
@@ -160,7 +161,7 @@ def _lexer(thousands: str) -> re.Pattern[str]:
 
 
 _SEPARATE, _GROUPED = _lexer(""), _lexer(r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|")
-_AMBIGUOUS = re.compile(r"\d,\d{3}|\d[eE][+-]|/")
+_AMBIGUOUS = re.compile(r"\d,\d{3}|\d[eE][+-]|\d[A-Za-z]{2}|[/:]")
 
 
 def rewritten(text: str) -> str:
@@ -177,6 +178,12 @@ def is_ambiguous(text: str) -> bool:
     return bool(_AMBIGUOUS.search(text))
 
 
+def canonical(tokens: list[Token]) -> str:
+    """A text that is equal for texts that differ in spacing, sizes and wrappers only."""
+    joined = " ".join(token.text for token in tokens)
+    return " ".join(joined.casefold().split()) if any(token.kind == "text" for token in tokens) else joined
+
+
 def words(tokens: list[Token]) -> str | None:
     """The text in small letters, if it has nothing but letters and punctuation."""
     if not all(token.kind in ("text", "letter") or token.text in ".,;(){}" for token in tokens):
@@ -187,7 +194,10 @@ def words(tokens: list[Token]) -> str | None:
 
 
 def tokens_of(text: str, second: bool = False) -> list[Token]:
-    """The tokens of a text that is `rewritten`. ``second``: commas separate values, 2e-1 is e times two minus one."""
+    """The tokens of a text that is `rewritten`.
+
+    ``second``: commas separate values, 2e-1 is e times two minus one, the letters of 2mg are variables.
+    """
     tokens: list[Token] = []
     position = depth = 0  # depth: brackets and matrices, in which a comma is no thousands separator
     gap = aligned = False
@@ -211,7 +221,7 @@ def tokens_of(text: str, second: bool = False) -> list[Token]:
             elif matched in _ACCENTS:
                 tokens.append(Token("name", rf"\{matched}{{{content.replace(' ', '')}}}", gap))
         elif kind == "word":
-            tokens += _word_tokens(matched, gap, tokens)
+            tokens += _word_tokens(matched, gap, tokens, second)
         elif kind == "number":
             tokens.append(Token(kind, matched.replace(",", "." if matched[0] == "0" else ""), gap))
         elif kind == "environment":
@@ -266,7 +276,7 @@ def _text_tokens(command: str, content: str, gap: bool, before: list[Token]) -> 
     return [Token("text", content, gap)]
 
 
-def _word_tokens(word: str, gap: bool, before: list[Token]) -> list[Token]:
+def _word_tokens(word: str, gap: bool, before: list[Token], second: bool) -> list[Token]:
     """Of letters: a function, a Greek letter, a conjunction, a unit behind a number, a text, else variables."""
     if word in FUNCTIONS or word in ("sqrt", "frac") or word in _GREEK - {"beta", "eta", "mu", "nu", "xi"}:
         return [Token("command", rf"\{word}", gap)]
@@ -277,6 +287,7 @@ def _word_tokens(word: str, gap: bool, before: list[Token]) -> list[Token]:
     value, text = (before and _is_value(before[-1])), (before and before[-1].kind == "text")
     per = len(before) > 1 and before[-1].text == "/" and before[-2].kind == "text"
     unit = value and (word in _UNITS or word.lower() in ("am", "pm"))
+    unit = unit and (gap or (not second and _may_have_unit(before)))
     if unit or word.lower() in _PROSE or (text and len(word) > 1) or per or (len(word) > 3 and (gap or not value)):
         return [Token("text", word, gap)]
     return [Token("letter", letter, gap and i == 0) for i, letter in enumerate(word)]
@@ -284,3 +295,10 @@ def _word_tokens(word: str, gap: bool, before: list[Token]) -> list[Token]:
 
 def _is_value(token: Token) -> bool:
     return token.kind == "number" or token.text in ("}", ")", "%")
+
+
+def _may_have_unit(before: list[Token]) -> bool:
+    r"""Whether the word that touches the last token can be its unit: 10cm, not \frac12mg, \mu_{k}mg, \frac{2mg}{k}."""
+    texts = [token.text for token in before]
+    factor = len(before) == 1 or texts[-2] in _BEFORE_FACTORS
+    return factor and before[-1].kind == "number" and texts.count("{") == texts.count("}")

@@ -44,12 +44,13 @@ class Relation:
 
 @dataclass(frozen=True)
 class Answer:
-    """A text that was read. ``readings`` has two values where the notation has two meanings (1,234; 1/2x; 2e-1)."""
+    """A text that was read. ``readings`` has two values where the notation has two meanings (1,234; 1/2x; 9:16)."""
 
-    text: str  # the tokens: equal for texts that differ in spacing, sizes and wrappers only
+    text: str  # `tokens.canonical`
     words: str | None  # in small letters, if the text is nothing but words
     prose: bool  # whether these words are no product of variables
     readings: tuple[Any, ...]
+    products: tuple[Any, ...]  # the same, with g(a + b) as a product, if there is one
     decimal: bool  # whether a number has a decimal point
 
     @property
