@@ -162,11 +162,12 @@ def finish(config: DictConfig, folder: Path) -> None:
     reached = max([completed_steps(folder), *(record["step"] for record in read_metrics(folder))])
     if reached < config.trainer.total_training_steps:
         return
+    # The marker first: a run that is killed without it, its optimizer gone, could not go on.
+    files.write(folder / "finished", f"{config.trainer.total_training_steps}\n")
     if config.recipe.keep == "model":
         prune(folder, config.trainer.max_actor_ckpt_to_keep and 1, completed_steps(folder))
         for file in (folder / "checkpoints").glob("global_step_*/actor/optim_*"):
             file.unlink()
-    files.write(folder / "finished", f"{config.trainer.total_training_steps}\n")
 
 
 def _tracker(folder: Path) -> Path:
