@@ -84,6 +84,15 @@ def test_the_experiment_may_not(tmp_path: Path, change: str, message: str) -> No
         remember(configured(tmp_path, change), tmp_path)
 
 
+def test_the_data_folder_may_move_with_the_tiny_model_in_it(tmp_path: Path) -> None:
+    remember(configured(tmp_path, "model=tiny", "recipe.data=/here/data"), tmp_path)
+    remember(configured(tmp_path, "model=tiny", "recipe.data=/there/data"), tmp_path)
+    for other in ("/there/data/other", "/there/data2/model", "/model", "/here/data/model"):
+        config = configured(tmp_path, "model=tiny", "recipe.data=/there/data", f"actor_rollout_ref.model.path={other}")
+        with pytest.raises(UserError, match=r'model\.path: "\${recipe.data}/model" there, .* asked for'):
+            remember(config, tmp_path)
+
+
 def test_a_method_may_fix_more(tmp_path: Path) -> None:
     fixed = f"+recipe.fixed=[{ACTOR}.ppo_micro_batch_size_per_gpu]"
     remember(configured(tmp_path, fixed), tmp_path)

@@ -100,8 +100,9 @@ def remember(config: DictConfig, folder: Path) -> None:
     fixed = config.recipe.get("fixed") or []
 
     def experiment(values: dict[str, Any]) -> dict[str, Any]:
+        data = f"{values['recipe.data']}/"  # may move, with the tiny model in it
         return {
-            key: value
+            key: value.replace(data, "${recipe.data}/") if isinstance(value, str) else value
             for key, value in values.items()
             if key in fixed or not any(fnmatch(key, may) for may in MAY_CHANGE)
         }
