@@ -6,6 +6,7 @@ writes, loads and validates (tests/test_e2e.py).
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,11 @@ def saved(folder: Path, *steps: int, tracker: str | None = None) -> None:
     (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(text)
 
 
-def logged(folder: Path, *steps: int) -> None:
-    lines = (json.dumps({"step": step, "data": {"training/global_step": step}}) + "\n" for step in steps)
+def logged(folder: Path, *steps: int, validated: Iterable[int] = ()) -> None:
+    lines = []
+    for step in steps:
+        validation = {"val-core/set/acc/mean@8": 0.5} if step in validated else {}
+        lines.append(json.dumps({"step": step, "data": {"training/global_step": step, **validation}}) + "\n")
     (folder / "metrics-000.jsonl").write_text("".join(lines))
 
 
@@ -162,13 +166,24 @@ def test_each_start_has_metrics_of_its_own(tmp_path: Path) -> None:
 def test_a_validation_that_a_crash_took_is_repeated(tmp_path: Path, checkpoint: int, last: int, due: bool) -> None:
     given = [f"recipe.folder={tmp_path}", "recipe.steps=180", "trainer.test_freq=50"]
     saved(tmp_path, checkpoint)
-    logged(tmp_path, *range(last + 1))
+    logged(tmp_path, *range(last + 1), validated=range(0, last + 1, 50))
     asked = configured(tmp_path, *given)
     assert validation_due(asked, tmp_path) == due
     config = with_settings(asked, launch.settings(Request(RECIPES, given), asked, tmp_path))
     assert config.trainer.val_before_train == due
     assert config.trainer.val_only == (checkpoint == 180)
     assert not validation_due(configured(tmp_path, "trainer.test_freq=-1"), tmp_path)
+
+
+def test_a_run_that_is_cut_short_is_validated_where_it_now_ends(tmp_path: Path) -> None:
+    """Step 40 was trained and recorded when 60 was the last to be validated."""
+    saved(tmp_path, 40)
+    logged(tmp_path, *range(43), validated=[0])
+    assert not validation_due(configured(tmp_path, "recipe.steps=60", "trainer.test_freq=60"), tmp_path)
+    shorter = configured(tmp_path, "recipe.steps=40", "trainer.test_freq=40")
+    assert validation_due(shorter, tmp_path)
+    logged(tmp_path, *range(43), validated=[0, 40])
+    assert not validation_due(shorter, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

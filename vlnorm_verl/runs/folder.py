@@ -81,7 +81,10 @@ def validation_due(config: DictConfig, folder: Path) -> bool:
     """
     done, every = completed_steps(folder), config.trainer.test_freq
     due = done > 0 and every > 0 and (done % every == 0 or done >= config.trainer.total_training_steps)
-    return due and done not in {record["step"] for record in read_metrics(folder)}
+    return due and not any(
+        record["step"] == done and any(key.startswith("val-") for key in record["data"])
+        for record in read_metrics(folder)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ a later start
