@@ -14,8 +14,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from omegaconf import DictConfig
@@ -29,6 +30,7 @@ from vlnorm_verl.runs import clusters, launch, reproduce, smoke
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs.check import validate
 from vlnorm_verl.runs.launch import Request
+from vlnorm_verl.runs.process import Record, TrainingFailed
 from vlnorm_verl.runs.progress import terminal
 from vlnorm_verl.runs.reproduce import RunSet
 
@@ -130,6 +132,33 @@ def test_smoke_is_the_worst_case_and_then_an_ordinary_step(tmp_path: Path) -> No
     assert second.algorithm.filter_groups.enable
     assert not second.actor_rollout_ref.rollout.ignore_eos
     assert composed(tmp_path, "family=dapo", "length=3072", smoke=True).recipe.folder != str(folder)
+
+
+@pytest.mark.parametrize("is_smoke", [True, False])
+def test_after_a_failure_a_run_goes_on_and_a_smoke_run_leaves_no_checkpoint(
+    is_smoke: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next smoke run has a new folder: the checkpoint would be lost."""
+    fails = iter([False, True] if is_smoke else [True])
+
+    def start(config: DictConfig, lock: IO[str]) -> Iterator[Record]:
+        folder = Path(config.recipe.folder)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / "train.log").touch()
+        if next(fails):
+            raise TrainingFailed("verl's trainer ended.")
+        yield {"step": 1, "data": {}}
+
+    monkeypatch.setattr(launch, "start", start)
+    monkeypatch.setattr(launch, "raise_on_stop", lambda: None)
+    monkeypatch.setattr(launch, "make_tiny_files", lambda data, task: None)
+    request = Request(RECIPES, ["model=tiny", f"recipe.root={tmp_path}"], smoke=is_smoke)
+    asked, config = configs.compose(RECIPES / "config", request.overrides), complete(request)
+    console = terminal(record=True, file=io.StringIO())
+    assert launch.run_here(request, asked, config, console) == 1
+    assert not list(fails)
+    assert ("the same command goes on from there" in console.export_text()) != is_smoke
+    assert (Path(config.recipe.folder) / "checkpoints").exists() != is_smoke
 
 
 def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
