@@ -14,8 +14,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from omegaconf import DictConfig
@@ -29,7 +30,8 @@ from vlnorm_verl.runs import clusters, launch, reproduce, smoke
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs.check import validate
 from vlnorm_verl.runs.launch import Request
-from vlnorm_verl.runs.progress import progress_line, summarize, summary_table, terminal
+from vlnorm_verl.runs.process import Record, TrainingFailed
+from vlnorm_verl.runs.progress import terminal
 from vlnorm_verl.runs.reproduce import RunSet
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -132,6 +134,33 @@ def test_smoke_is_the_worst_case_and_then_an_ordinary_step(tmp_path: Path) -> No
     assert composed(tmp_path, "family=dapo", "length=3072", smoke=True).recipe.folder != str(folder)
 
 
+@pytest.mark.parametrize("is_smoke", [True, False])
+def test_after_a_failure_a_run_goes_on_and_a_smoke_run_leaves_no_checkpoint(
+    is_smoke: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next smoke run has a new folder: the checkpoint would be lost."""
+    fails = iter([False, True] if is_smoke else [True])
+
+    def start(config: DictConfig, lock: IO[str]) -> Iterator[Record]:
+        folder = Path(config.recipe.folder)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / "train.log").touch()
+        if next(fails):
+            raise TrainingFailed("verl's trainer ended.")
+        yield {"step": 1, "data": {}}
+
+    monkeypatch.setattr(launch, "start", start)
+    monkeypatch.setattr(launch, "raise_on_stop", lambda: None)
+    monkeypatch.setattr(launch, "make_tiny_files", lambda data, task: None)
+    request = Request(RECIPES, ["model=tiny", f"recipe.root={tmp_path}"], smoke=is_smoke)
+    asked, config = configs.compose(RECIPES / "config", request.overrides), complete(request)
+    console = terminal(record=True, file=io.StringIO())
+    assert launch.run_here(request, asked, config, console) == 1
+    assert not list(fails)
+    assert ("the same command goes on from there" in console.export_text()) != is_smoke
+    assert (Path(config.recipe.folder) / "checkpoints").exists() != is_smoke
+
+
 def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
     """1,000 steps by the two that were measured: 20 s without the checkpoint, 10 s; 20 validations, 50 checkpoints."""
     timings = [
@@ -161,35 +190,6 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
         f"{(10_000 + total) / 3600:.1f} h",
     ]
     assert rows["disk: a checkpoint; when finished, without the optimizer"] == ["0.02 GB", "0.01 GB"]
-
-
-@pytest.mark.parametrize(
-    ("update", "shown"),
-    [
-        (
-            {"actor/grad_norm": None},
-            "reward 0.400  length  90.0  grad –  6.0 s",
-        ),  # verl logs null for what is not finite
-        ({}, "reward 0.400  length  90.0  6.0 s"),  # before trainer.critic_warmup is over verl updates no actor
-        (
-            {"actor/vl_norm/length_harmonic_mean": 80.0, "actor/vl_norm/variance_ratio": 1.25, "actor/grad_norm": 0.1},
-            "reward 0.400  length  90.0  H 80.0  √(A/H) 1.25  grad 0.100  6.0 s",
-        ),
-    ],
-)
-def test_a_step_is_shown_by_what_verl_logged_of_it(update: dict[str, float | None], shown: str) -> None:
-    data = {"critic/score/mean": 0.4, "response_length/mean": 90.0, "timing_s/step": 6.0, **update}
-    assert progress_line({"step": 7, "data": data}, 9) == f"step   7/9  {shown}"
-    assert progress_line({"step": 7, "data": {"timing_s/step": 6.0}}, 9) is None
-
-
-def test_a_run_with_values_that_are_not_finite_has_a_summary() -> None:
-    rewards = [None] * 10 + [0.25, 0.75]
-    data = [{"critic/score/mean": reward, "response_length/mean": 9.0, "timing_s/step": 6.0} for reward in rewards]
-    data[0]["val-core/set/acc/mean@8"] = None
-    summary = summarize([{"step": step, "data": of_step} for step, of_step in enumerate(data)])
-    assert (summary["reward"], summary["length"]) == ((None, 0.5), (9.0, 9.0))
-    assert summary_table(summary, "run", 60.0).row_count == 4
 
 
 # ------------------------------------------------------------------------------------------------- before it starts

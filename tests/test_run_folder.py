@@ -6,6 +6,7 @@ writes, loads and validates (tests/test_e2e.py).
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,11 @@ def saved(folder: Path, *steps: int, tracker: str | None = None) -> None:
     (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(text)
 
 
-def logged(folder: Path, *steps: int) -> None:
-    lines = (json.dumps({"step": step, "data": {"training/global_step": step}}) + "\n" for step in steps)
+def logged(folder: Path, *steps: int, validated: Iterable[int] = ()) -> None:
+    lines = []
+    for step in steps:
+        validation = {"val-core/set/acc/mean@8": 0.5} if step in validated else {}
+        lines.append(json.dumps({"step": step, "data": {"training/global_step": step, **validation}}) + "\n")
     (folder / "metrics-000.jsonl").write_text("".join(lines))
 
 
@@ -82,6 +86,15 @@ def test_the_experiment_may_not(tmp_path: Path, change: str, message: str) -> No
     remember(configured(tmp_path), tmp_path)
     with pytest.raises(UserError, match=message):
         remember(configured(tmp_path, change), tmp_path)
+
+
+def test_the_data_folder_may_move_with_the_tiny_model_in_it(tmp_path: Path) -> None:
+    remember(configured(tmp_path, "model=tiny", "recipe.data=/here/data"), tmp_path)
+    remember(configured(tmp_path, "model=tiny", "recipe.data=/there/data"), tmp_path)
+    for other in ("/there/data/other", "/there/data2/model", "/model", "/here/data/model"):
+        config = configured(tmp_path, "model=tiny", "recipe.data=/there/data", f"actor_rollout_ref.model.path={other}")
+        with pytest.raises(UserError, match=r'model\.path: "\${recipe.data}/model" there, .* asked for'):
+            remember(config, tmp_path)
 
 
 def test_a_method_may_fix_more(tmp_path: Path) -> None:
@@ -129,6 +142,7 @@ def test_a_full_disk_leaves_no_empty_marker(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="No space left"):
         finish(config, tmp_path)
     assert state(config) == "step 40 of 40"
+    begin(config, tmp_path)  # can go on: its optimizer goes after the marker is there
 
 
 def test_each_start_has_metrics_of_its_own(tmp_path: Path) -> None:
@@ -152,13 +166,24 @@ def test_each_start_has_metrics_of_its_own(tmp_path: Path) -> None:
 def test_a_validation_that_a_crash_took_is_repeated(tmp_path: Path, checkpoint: int, last: int, due: bool) -> None:
     given = [f"recipe.folder={tmp_path}", "recipe.steps=180", "trainer.test_freq=50"]
     saved(tmp_path, checkpoint)
-    logged(tmp_path, *range(last + 1))
+    logged(tmp_path, *range(last + 1), validated=range(0, last + 1, 50))
     asked = configured(tmp_path, *given)
     assert validation_due(asked, tmp_path) == due
     config = with_settings(asked, launch.settings(Request(RECIPES, given), asked, tmp_path))
     assert config.trainer.val_before_train == due
     assert config.trainer.val_only == (checkpoint == 180)
     assert not validation_due(configured(tmp_path, "trainer.test_freq=-1"), tmp_path)
+
+
+def test_a_run_that_is_cut_short_is_validated_where_it_now_ends(tmp_path: Path) -> None:
+    """Step 40 was trained and recorded when 60 was the last to be validated."""
+    saved(tmp_path, 40)
+    logged(tmp_path, *range(43), validated=[0])
+    assert not validation_due(configured(tmp_path, "recipe.steps=60", "trainer.test_freq=60"), tmp_path)
+    shorter = configured(tmp_path, "recipe.steps=40", "trainer.test_freq=40")
+    assert validation_due(shorter, tmp_path)
+    logged(tmp_path, *range(43), validated=[0, 40])
+    assert not validation_due(shorter, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

@@ -81,7 +81,10 @@ def validation_due(config: DictConfig, folder: Path) -> bool:
     """
     done, every = completed_steps(folder), config.trainer.test_freq
     due = done > 0 and every > 0 and (done % every == 0 or done >= config.trainer.total_training_steps)
-    return due and done not in {record["step"] for record in read_metrics(folder)}
+    return due and not any(
+        record["step"] == done and any(key.startswith("val-") for key in record["data"])
+        for record in read_metrics(folder)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ a later start
@@ -100,8 +103,9 @@ def remember(config: DictConfig, folder: Path) -> None:
     fixed = config.recipe.get("fixed") or []
 
     def experiment(values: dict[str, Any]) -> dict[str, Any]:
+        data = f"{values['recipe.data']}/"  # may move, with the tiny model in it
         return {
-            key: value
+            key: value.replace(data, "${recipe.data}/") if isinstance(value, str) else value
             for key, value in values.items()
             if key in fixed or not any(fnmatch(key, may) for may in MAY_CHANGE)
         }
@@ -162,11 +166,12 @@ def finish(config: DictConfig, folder: Path) -> None:
     reached = max([completed_steps(folder), *(record["step"] for record in read_metrics(folder))])
     if reached < config.trainer.total_training_steps:
         return
+    # The marker first: a run that is killed without it, its optimizer gone, could not go on.
+    files.write(folder / "finished", f"{config.trainer.total_training_steps}\n")
     if config.recipe.keep == "model":
         prune(folder, config.trainer.max_actor_ckpt_to_keep and 1, completed_steps(folder))
         for file in (folder / "checkpoints").glob("global_step_*/actor/optim_*"):
             file.unlink()
-    files.write(folder / "finished", f"{config.trainer.total_training_steps}\n")
 
 
 def _tracker(folder: Path) -> Path:

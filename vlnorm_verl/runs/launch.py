@@ -271,15 +271,17 @@ def run_here(request: Request, asked: DictConfig, config: DictConfig, console: C
             return train_once(with_settings(asked, settings(request, asked, folder)), console, lock)
 
         if request.smoke:
+            # However it ends: the next try has a new folder.
+            stack.callback(shutil.rmtree, folder / "checkpoints", ignore_errors=True)
             for _ in range(smoke.STARTS):
                 last_start = time.monotonic()
                 if code := start_once():
                     return code
             console.print(smoke.table(folder, asked, time.monotonic() - last_start), soft_wrap=False)
-            shutil.rmtree(folder / "checkpoints")
             return 0
         trained = completed_steps(folder) >= config.trainer.total_training_steps
         if (not trained or validation_due(config, folder)) and (code := start_once()):
+            console.print(f"{state(config)}; the same command goes on from there")
             return code
         finish(config, folder)
     title = f"{config.recipe.name}, seed {config.recipe.seed}"
@@ -312,11 +314,11 @@ def train_once(config: DictConfig, console: Console, lock: IO[str]) -> int:
                 if line := progress_line(record, max(steps, record["step"])):
                     console.print(line)
     except KeyboardInterrupt:
-        console.print(f"stopped at {state(config)}; the same command goes on from there")
+        console.print("stopped")
         return 130
     except TrainingFailed as error:
         end = "".join(last_lines(log))
-        console.print(f"{error} {state(config)}; the same command goes on from there. The end of {log}:", style="red")
+        console.print(f"{error} The end of {log}:", style="red")
         console.print(end)
         if "out of memory" in end or "OutOfMemoryError" in end:
             console.print("Out of memory: docs/costs.md of the repository has what the same run may change.")

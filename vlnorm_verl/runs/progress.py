@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from typing import Any
 
@@ -19,6 +20,7 @@ SHOWN = (  # of a training step
     ("grad {}", "actor/grad_norm", ".3f"),
     ("{} s", "timing_s/step", ".1f"),
 )
+VALIDATION = re.compile(r"val-core/(.+)/[^/]+/mean@(\d+)")  # the set, the responses a prompt
 
 
 def terminal(**options: Any) -> Console:
@@ -26,13 +28,9 @@ def terminal(**options: Any) -> Console:
     return Console(markup=False, highlight=False, soft_wrap=True, **options)
 
 
-def validation_accuracies(data: dict[str, float | None]) -> dict[str, float | None]:
-    """Avg@8 (verl's mean@8) of each validation set that this record has, by the set's name."""
-    return {
-        key.split("/")[1]: value
-        for key, value in data.items()
-        if key.startswith("val-core/") and key.endswith("/mean@8")
-    }
+def validation_accuracies(data: dict[str, float | None]) -> dict[tuple[str, str], float | None]:
+    """{(validation set, n): Avg@n, which is verl's mean@n}, as far as this record has them."""
+    return {(found[1], found[2]): value for key, value in data.items() if (found := VALIDATION.fullmatch(key))}
 
 
 def text(value: float | None, form: str = ".3f") -> str:
@@ -46,16 +44,16 @@ def progress_line(record: Record, steps: int) -> str | None:
     if REWARD in data:  # else it is of a validation alone
         parts = [name.format(text(data[key], form)) for name, key, form in SHOWN if key in data]
     if accuracies := validation_accuracies(data):
-        # One set needs no name.
-        named = [f"{f'{name} ' if len(accuracies) > 1 else ''}{text(value)}" for name, value in accuracies.items()]
-        parts.append(f"validation Avg@8 {', '.join(named)}")
+        # One set needs no name; all have the same n, rollout.val_kwargs.n.
+        named = [f"{f'{name} ' if len(accuracies) > 1 else ''}{text(value)}" for (name, _), value in accuracies.items()]
+        parts.append(f"validation Avg@{next(iter(accuracies))[1]} {', '.join(named)}")
     return f"step {record['step']:3d}/{steps}  " + "  ".join(parts) if parts else None
 
 
 def summarize(records: list[Record]) -> dict[str, Any]:
     """A run in numbers: {what: (in the beginning, at the end)}, None where it was not measured, and seconds a step.
 
-    Avg@8 of each validation set: of the first and the last validation. Reward and length: means over the first and the
+    Avg@n of each validation set: of the first and the last validation. Reward and length: means over the first and the
     last 10 steps, without those that are no finite number.
     """
     steps = [record["data"] for record in records if REWARD in record["data"]]
@@ -74,8 +72,8 @@ def summarize(records: list[Record]) -> dict[str, Any]:
 def summary_table(summary: dict[str, Any], title: str, seconds: float) -> Table:
     """`summarize` as a table. seconds: of the present start, all of it."""
     table = Table("", "before", "after", title=f"{title}, {summary['steps']} steps")
-    for name, (first, last) in summary["accuracy"].items():
-        table.add_row(f"Avg@8, {name}", text(first), text(last))
+    for (name, n), (first, last) in summary["accuracy"].items():
+        table.add_row(f"Avg@{n}, {name}", text(first), text(last))
     for what, name, form in (("reward", "training reward", ".3f"), ("length", "response length", ".1f")):
         first, last = summary[what]
         table.add_row(f"{name} (first, last 10 steps)", text(first, form), text(last, form))
