@@ -25,7 +25,7 @@ from vlnorm_verl.plugin.names import MODE_KEY
 
 # These choose some tokens of each micro-batch, in every mode: there is no sum over responses to compare with.
 CHOOSE_TOKENS = ("clip_cov", "kl_cov")
-NORMALIZE = "rollout_is_batch_normalize"  # of bypass_mode: divides by a mean over the micro-batch, in every mode
+NORMALIZE = "rollout_is_batch_normalize"  # of bypass_mode: by a mean over the ranks' micro-batches, in every mode
 # Four responses: a mini-batch that is padded to its longest one.
 LENGTHS = torch.tensor([3, 1, 2, 4])
 ADVANTAGES = torch.tensor([[1.0], [-0.5], [-1.0], [0.5]], dtype=torch.float64)
