@@ -15,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 lock=recipes/requirements-gpu.txt
 flash_attn=2.8.3 # of verl's extra fsdp
-# verl's own; its index without CUDA and torch in the path has gone on to another torch than the lock's.
+# verl's own, for the lock's CUDA and torch; its index without them in the path is for the torch that it builds for now.
 wheelhouse=https://verl-project.github.io/verl-wheelhouse/cu130/torch2.11/simple/
 # Every wheel is there but this one, which is pure Python.
 wheels=(--only-binary :all: --no-binary antlr4-python3-runtime)

@@ -12,12 +12,14 @@ from __future__ import annotations
 import pytest
 import sympy
 
-from vlnorm_verl.tasks.latex.equality import equal
 from vlnorm_verl.tasks.latex.reading import read
+from vlnorm_verl.tasks.latex.worker import load
+
+compare = load()
 
 
 def are_equal(gold: str, answer: str) -> bool:
-    return equal(read(gold), read(answer))
+    return bool(compare(gold, answer)["equal"])
 
 
 # kind: (gold, answer) that are equal, then that are not

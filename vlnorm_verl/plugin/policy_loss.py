@@ -25,7 +25,6 @@ from vlnorm_verl.plugin.names import MODE_KEY
 
 # These choose some tokens of each micro-batch, in every mode: there is no sum over responses to compare with.
 CHOOSE_TOKENS = ("clip_cov", "kl_cov")
-NORMALIZE = "rollout_is_batch_normalize"  # of bypass_mode: by a mean over the ranks' micro-batches, in every mode
 # Four responses: a mini-batch that is padded to its longest one.
 LENGTHS = torch.tensor([3, 1, 2, 4])
 ADVANTAGES = torch.tensor([[1.0], [-0.5], [-1.0], [0.5]], dtype=torch.float64)
@@ -95,8 +94,9 @@ def problem(name: str, actor: Any) -> str | None:
     twice as large.
     """
     correction = actor.policy_loss.get("rollout_correction", None)
+    # The latter divides by a mean over the ranks' micro-batches, in every mode.
     by_micro_batch = name in CHOOSE_TOKENS or (
-        name == "bypass_mode" and correction is not None and correction.get(NORMALIZE, False)
+        name == "bypass_mode" and correction is not None and correction.get("rollout_is_batch_normalize", False)
     )
     noise = torch.Generator().manual_seed(0)
     old = -1 - torch.rand(4, 4, generator=noise, dtype=torch.float64)

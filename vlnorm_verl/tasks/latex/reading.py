@@ -16,7 +16,7 @@ from sympy import Basic, S
 
 from vlnorm_verl.tasks.latex.cursor import END
 from vlnorm_verl.tasks.latex.formulas import Formulas
-from vlnorm_verl.tasks.latex.tokens import RELATIONS, canonical, is_ambiguous, rewritten, tokens_of, words
+from vlnorm_verl.tasks.latex.tokens import RELATIONS, is_ambiguous, rewritten, tokens_of, words
 from vlnorm_verl.tasks.latex.values import ERRORS, Answer, Items, Relation, Unreadable, as_set, operand, parts
 
 
@@ -29,20 +29,20 @@ def read(text: str) -> Answer:
     readings: list[Any] = []
     products: list[Any] = []
     decimal = False
-    ways = [] if prose else [(False, True), (True, True)] if is_ambiguous(text) else [(False, True)]
-    for second, functions in ways:
-        parser = Parser(tokens_of(text, second), second, functions)
-        try:
-            value = parser.answer()
-        except ERRORS:
-            continue
-        decimal |= parser.decimal
-        found = readings if functions else products
-        if value not in found:
-            found.append(value)
-        if parser.called:
-            ways.append((second, False))  # g(a + b) as a product, too
-    return Answer(canonical(tokens), letters, prose, tuple(readings), tuple(products), decimal)
+    ways = [False, True] if is_ambiguous(text) else [False]
+    for second in [] if prose else ways:
+        for functions, found in ((True, readings), (False, products)):
+            parser = Parser(tokens_of(text, second), second, functions)
+            try:
+                value = parser.answer()
+            except ERRORS:
+                break
+            decimal |= parser.decimal
+            if value not in found:
+                found.append(value)
+            if not parser.called:
+                break
+    return Answer(letters, prose, tuple(readings), tuple(products), decimal)
 
 
 class Parser(Formulas):

@@ -46,7 +46,6 @@ class Relation:
 class Answer:
     """A text that was read. ``readings`` has two values where the notation has two meanings (1,234; 1/2x; 9:16)."""
 
-    text: str  # `tokens.canonical`
     words: str | None  # in small letters, if the text is nothing but words
     prose: bool  # whether these words are no product of variables
     readings: tuple[Any, ...]
