@@ -255,13 +255,9 @@ def test_a_run_made_anew_is_listed_with_both_results(tmp_path: Path, whole: bool
 
 
 def test_a_load_that_was_never_measured(tmp_path: Path) -> None:
-    records, page = tmp_path / "study", tmp_path / "study.md"
-    page.write_text(f"{analyse.BEGIN}{analyse.END}")
-    write_study(records, weighting=0.03)
-    for file in records.glob("*.json"):
-        file.write_text(file.read_text().replace('"others_cores": 0.05', '"others_cores": null'))
-    analyse.main(records, page)
-    assert "| measured in 0 of 93 runs |" in page.read_text()
+    write_study(tmp_path, weighting=0.03)
+    found = [of_run | {"others_cores": None} for of_run in record.read_records(tmp_path)]
+    assert "| measured in 0 of 93 runs |" in analyse.to_markdown(analyse.conditions(found, []))
 
 
 def fake_run(folder: Path, run: Run) -> None:
