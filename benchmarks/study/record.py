@@ -119,7 +119,7 @@ def write_record(records: Path, run: Run, folder: Path, model: Path, begun: Mome
 
 
 def write_warm_start(records: Path, number: int, model: Path) -> None:
-    """Keep what is known of a warm start.
+    """Keep what is known of a warm start, of the first one where it was made again to the bit.
 
     Raises:
         UserError: the runs that are finished began from other weights of this number.
@@ -129,12 +129,13 @@ def write_warm_start(records: Path, number: int, model: Path) -> None:
         **json.loads((model / "warmstart.json").read_text()),
     }
     file = records / "warm-starts" / f"{number}.json"
-    if file.exists() and json.loads(file.read_text())["sha256"] != content["sha256"]:
+    if not file.exists():
+        write_json(file, content)
+    elif json.loads(file.read_text())["sha256"] != content["sha256"]:
         raise UserError(
             f"{model} has other weights than the finished runs began from ({file}): copy the folder from where they "
             "were made, since another processor rounds differently"
         )
-    write_json(file, content)
 
 
 def read_records(records: Path) -> list[dict[str, Any]]:
