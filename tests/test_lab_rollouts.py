@@ -330,7 +330,9 @@ def test_questions_are_rows_of_the_file_by_the_seed(tmp_path: Path) -> None:
 
 
 def test_rollouts_of_a_file_that_has_changed_are_refused(tmp_path: Path) -> None:
-    data = parquet(tmp_path / "train.parquet", [{**row, "prompt": [{"role": "user", "content": PROMPT}]} for row in rows(2)])
+    data = parquet(
+        tmp_path / "train.parquet", [{**row, "prompt": [{"role": "user", "content": PROMPT}]} for row in rows(2)]
+    )
     design = Design(0, 2, 2, 2)
 
     def again() -> None:

@@ -48,7 +48,7 @@ def prompt_of_each(counts: Sequence[int]) -> list[int]:
 
 
 def seed_of(seed: int, place: int) -> int:
-    """Of the response at a place, or of the batch that begins there; 32 bits are all that torch's CPU generator takes."""
+    """Of the response at a place, or of the batch that begins there; torch's CPU generator takes no more than 32 bits."""
     return zlib.crc32(f"{seed} {place}".encode())
 
 
