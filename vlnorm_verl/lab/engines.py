@@ -48,7 +48,7 @@ def prompt_of_each(counts: Sequence[int]) -> list[int]:
 
 
 def seed_of(seed: int, place: int) -> int:
-    """Of the response at a place, or of the batch that begins there; torch's CPU generator takes no more than 32 bits."""
+    """Of the response at a place, or of the batch that begins there: 32 bits, all that torch takes on a CPU."""
     return zlib.crc32(f"{seed} {place}".encode())
 
 
