@@ -1,4 +1,4 @@
-r"""Answers per second of the rewards, hostile responses, and what an outcome key costs in verl's validation.
+r"""Answers per second of the rewards, and hostile responses.
 
     python benchmarks/rewards.py [--answers 1000] [--rounds 5] [--hostile 10000] [--limit-s 0.5]
 

@@ -88,7 +88,7 @@ fi
 
 echo "Installing into $target (10 GB on disk; minutes on a fast line) …"
 if [ ! -x "$target/bin/python" ]; then
-  "$python" -m venv "$target"
+  "$python" -m venv "$target" || { rm -rf "$target"; exit 1; } # without ensurepip it is half made
 fi
 source recipes/installer.sh
 
@@ -98,7 +98,7 @@ install_flash_attn() {
   if [ "$flash" = build ]; then
     install --no-deps --no-build-isolation "flash-attn==$flash_attn"
   else
-    install --no-deps --only-binary :all: --index-url "$wheelhouse" "flash-attn==$flash_attn" || return 1
+    index=$wheelhouse install --no-deps --only-binary :all: "flash-attn==$flash_attn" || return 1
   fi
   "$target/bin/python" -c 'import flash_attn' && return
   uninstall flash-attn
@@ -111,15 +111,17 @@ install --no-deps --no-build-isolation --editable .
 if ! "$target/bin/python" -c 'import torch; assert torch.version.cuda, f"torch {torch.__version__} has no CUDA"'; then
   fail "The package index gave a torch without CUDA (a mirror of CPU wheels?). Nothing here can run on a GPU"
 fi
-if ! install_flash_attn; then
+if install_flash_attn; then
+  echo "$wanted" > "$stamp"
+else
   [ "$flash" = wheel ] || fail "flash-attn could not be compiled; FLASH_ATTN=none goes on without it"
   cat >&2 << END
 
-There is no wheel of flash-attn $flash_attn that loads here; the reason is above. Everything else is installed. Either
+Everything is installed but flash-attn $flash_attn: its wheel could not be had, or does not load here; the reason is
+above. If that is the network, try again: bash recipes/install_gpu.sh. Else either
   FLASH_ATTN=build bash recipes/install_gpu.sh     compiles it: CUDA 13's nvcc is needed, and half an hour or more
 or give every run attention=sdpa: PyTorch's attention, one response at a time (docs/gpu.md says what that costs)
 
 END
 fi
-echo "$wanted" > "$stamp"
 exec "$target/bin/python" -m vlnorm_verl doctor

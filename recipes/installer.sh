@@ -3,22 +3,30 @@
 
 pip_install() { "$target/bin/python" -m pip --disable-pip-version-check --no-input install "$@"; }
 
+# index=URL install …: from that index. (uv would not go by --index-url where UV_DEFAULT_INDEX is set.)
 install() {
   if [ -n "$uv" ]; then
-    "$uv" pip install --python "$target/bin/python" "$@" && return
+    "$uv" pip install --python "$target/bin/python" ${index:+--default-index "$index"} "$@" && return
     echo "uv could not; pip tries" >&2
   fi
-  pip_install "$@"
+  pip_install ${index:+--index-url "$index"} "$@"
 }
 
-uninstall() { "$target/bin/python" -m pip --disable-pip-version-check uninstall --yes "$@"; }
+uninstall() {
+  if [ -n "$uv" ]; then
+    "$uv" pip uninstall --python "$target/bin/python" "$@"
+  else
+    "$target/bin/python" -m pip --disable-pip-version-check uninstall --yes "$@"
+  fi
+}
 
 # uv reads no pip.conf: where packages come from, and what certificates are trusted, it is told in variables of its own.
 # Those that are set already stay.
 hand_on_pips_settings() {
   local settings
   # Sorted: a PIP_… variable comes before the files.
-  settings=$("$target/bin/python" -m pip config list)
+  settings=$("$target/bin/python" -m pip config list 2> /dev/null) || # uv's environments have no pip
+    settings=$(python3 -m pip config list 2> /dev/null) || settings=""
   setting() { sed -n "s/^[^=]*\.$1='\(.*\)'$/\1/p" <<< "$settings" | head -n 1 | sed 's/\\n/ /g; s/  */ /g; s/^ //'; }
   local main extra links cert
   main=$(setting index-url) extra=$(setting extra-index-url) links=$(setting find-links) cert=$(setting cert)
@@ -46,5 +54,5 @@ cpu_torch="torch==2.13.0+cpu"
 install_cpu_torch() {
   install --no-deps "$cpu_torch" && return
   echo "The configured index has no $cpu_torch; trying PyTorch's index of CPU wheels …"
-  install --no-deps --index-url https://download.pytorch.org/whl/cpu "$cpu_torch"
+  index=https://download.pytorch.org/whl/cpu install --no-deps "$cpu_torch"
 }

@@ -4,7 +4,7 @@
 #   bash recipes/quickstart.sh                              installs into .venv, then trains (about ten minutes)
 #   bash recipes/quickstart.sh method=dapo_norm             DAPO's aggregation instead
 #   bash recipes/quickstart.sh recipe.seed=1 recipe.steps=20
-#   bash recipes/quickstart.sh trainer.n_gpus_per_node=2    two data-parallel FSDP ranks
+#   bash recipes/quickstart.sh recipe.seed=2 trainer.n_gpus_per_node=2    two data-parallel FSDP ranks, another seed
 #   bash recipes/quickstart.sh --help                       every choice and flag
 #
 # The same command again goes on after a stop. recipes/config/family/quickstart.yaml has its values.

@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 import typer.core
+import verl
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -73,7 +74,7 @@ COMMANDS = {
 }
 # Words of a shell, programs of others, and what nobody here can run.
 NOT_RUN = (
-    r"(cd|export|cp|eval|patches=|grep|git|kubectl|docker|pre-commit|pip show|pip install$)|"
+    r"(cd|source|export|cp|eval|patches=|grep|git|kubectl|docker|pre-commit|pip show|pip install$)|"
     "bash benchmarks/gpu/prepare.sh"
 )
 # What stands for something of the reader's.
@@ -222,9 +223,12 @@ def test_scripts_know_the_options_of_their_commands(script: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- verl's trainer
 
 
+CONFIGS = ("cpu", "own_run", "ppo_trainer")
+
+
 def composed(words: list[str]) -> Any:
     """What verl's main_ppo would be given."""
-    options = [word for word in words if word.startswith("--") or Path(word).is_dir() or word in ("cpu", "own_run")]
+    options = [word for word in words if word.startswith("--") or Path(word).is_dir() or word in CONFIGS]
     pairs = dict(zip(options[::2], options[1::2], strict=True))
     folder = pairs.get("--config-path") or str(ROOT / "vlnorm_verl/cpu/config")
     with initialize_config_dir(folder, version_base=None):
@@ -244,6 +248,19 @@ def test_the_examples_are_one_run() -> None:
     by_keys = composed(shlex.split(script))
     assert by_keys == composed(["--config-path", f"{RECIPES}/examples", "--config-name", "own_run"])
     assert by_keys.actor_rollout_ref.actor.loss_agg_mode == "vl_norm"
+
+
+def test_the_example_is_a_run_on_gpus_without_its_lines_for_the_cpu() -> None:
+    _, *lines = (RECIPES / "examples/own_run.sh").read_text().partition("main_ppo")[2].splitlines()
+    words = [word for line in lines if "CPU" not in line for word in shlex.split(line.strip(" \\").replace('"$@"', ""))]
+    folder = str(Path(verl.__file__).parent / "trainer/config")
+    config = composed(["--config-path", folder, "--config-name", "ppo_trainer", *words])
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert (rollout.name, rollout.tensor_model_parallel_size, list(config.trainer.logger)) == ("vllm", 1, ["console"])
+    # What verl refuses otherwise, after minutes, in a worker: on 8 GPUs, the number that its configuration has.
+    ranks = config.trainer.n_gpus_per_node
+    assert config.data.train_batch_size * rollout.n % (ranks * rollout.log_prob_micro_batch_size_per_gpu) == 0
+    assert actor.ppo_mini_batch_size * rollout.n % (ranks * actor.ppo_micro_batch_size_per_gpu) == 0
 
 
 # ----------------------------------------------------------------------------------------------------- README and site

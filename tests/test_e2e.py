@@ -171,7 +171,7 @@ def answers(run: tuple[Path, str], data: Path) -> Iterator[tuple[int, str]]:
     given = command("", folder.parent, data, *SMALL, "recipe.folder='" + str(folder).replace("'", r"\'") + "'")[2:]
     requests = [
         ([], ""),
-        (["recipe.steps=3", "actor_rollout_ref.actor.optim.lr=1e-5"], ""),
+        (["actor_rollout_ref.actor.optim.lr=1e-5"], ""),  # finished or not
         (["recipe.steps=3"], str(folder)),
         (["recipe.folder=" + str(folder.parent / "new"), "actor_rollout_ref.actor.loss_agg_mode=vl-norm"], ""),
     ]
@@ -457,7 +457,7 @@ def cluster(tmp_path: Path) -> Iterator[Callable[..., dict[str, str]]]:
     client = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}
     resources = ["--num-cpus=8", "--num-gpus=1", "--object-store-memory=300000000", "--disable-usage-stats"]
 
-    def start(second_python: str = sys.executable) -> dict[str, str]:
+    def start(second_python: str = sys.executable, **variables: str) -> dict[str, str]:
         for node, python in enumerate((sys.executable, second_python)):
             # As in an activated environment: a job's `python` is the raylet's.
             path = f"{Path(python).parent}:{os.environ['PATH']}"
@@ -466,7 +466,7 @@ def cluster(tmp_path: Path) -> Iterator[Callable[..., dict[str, str]]]:
                 if node == 0
                 else [f"--address=127.0.0.1:{PORT}"]
             )
-            environment = {**os.environ, **cpu_environment(), **client, "PATH": path}
+            environment = {**os.environ, **cpu_environment(), **client, "PATH": path, **variables}
             subprocess.run(
                 [python, "-m", "ray.scripts.scripts", "start", *where, f"--temp-dir={folders[node]}", *resources],
                 env=environment,
@@ -505,8 +505,8 @@ def without_package(tmp_path: Path) -> str:
 def test_a_ray_job_trains_on_two_nodes(
     cluster: Callable[..., dict[str, str]], without_package: str, tmp_path: Path, data: Path
 ) -> None:
-    """The second node has no vlnorm_verl of its own: Ray sends it there with the job."""
-    client = cluster(second_python=without_package)
+    """No node has the plugin by an entry point, the second has no vlnorm_verl at all: Ray sends it with the job."""
+    client = cluster(second_python=without_package, VERL_USE_EXTERNAL_PLUGINS="none")
     arguments = command("countdown.sh", tmp_path / "runs", data, "method=vl_norm", "trainer.nnodes=2")
     done = started(arguments, RAY_ADDRESS=f"http://127.0.0.1:{DASHBOARD}", **client)
     assert done.returncode == 0, done.stdout[-5000:]

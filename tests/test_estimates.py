@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from vlnorm_verl.report import estimates
-from vlnorm_verl.report.estimates import Estimate, Scores, difference, mean, over_seeds, pass_at_k
+from vlnorm_verl.report.estimates import Estimate, OtherProblems, Scores, difference, mean, over_seeds, pass_at_k
 
 
 def of(values: np.ndarray, sizes: tuple[int, ...] | None = None, seeds: tuple[int, ...] | None = None) -> Scores:
@@ -202,10 +202,13 @@ def test_problems_are_paired_by_identity_not_by_place() -> None:
 
 def test_a_difference_needs_common_problems_and_sets() -> None:
     a = of(np.array([0.0, 1.0, 0.5]))
-    with pytest.raises(ValueError, match="no problem in common"):
-        difference(a, Scores(a.values, ("x", "y", "z"), (3,), (0,)))
-    with pytest.raises(ValueError, match="same validation sets"):
+    other = Scores(a.values, (a.problems[0], "y", "z"), (3,), (0,))
+    with pytest.raises(OtherProblems, match="less than half"):
+        difference(a, other)
+    with pytest.raises(OtherProblems, match="same validation sets"):
         difference(a, Scores(a.values, a.problems, (2, 1), (0,)))
+    found = difference(a, Scores(np.array([[0.5, 0.0, 0.0]]), (*a.problems[:2], "z"), (3,), (0,)))
+    assert (found.value, found.note) == (0.25, "one seed; 2 of 3 problems")
 
 
 def test_a_single_seed_on_either_side_is_named() -> None:

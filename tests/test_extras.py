@@ -29,7 +29,7 @@ def run(hidden: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_command_names_the_extra_that_it_lacks(hidden: str, arguments: list[str], extra: str) -> None:
     done = run(hidden, *arguments)
     assert done.returncode == 2
-    assert f"pip install 'vlnorm-verl[{extra}]'" in done.stdout
+    assert f"pip install '.[{extra}]'" in done.stdout
     assert hidden.split(",")[0] in done.stdout
     assert "Traceback" not in done.stdout
 

@@ -52,6 +52,11 @@ def test_a_result_that_was_cut_says_by_what(tmp_path: Path) -> None:
     assert (row["status"], row["words"]) == ("missed", "3 of 8 steps; exit code 1: out of memory")
 
 
+def test_a_good_result_of_a_program_that_failed_is_not_met(tmp_path: Path) -> None:
+    row = run(tmp_path, f"{WRITES}; {FAILS}")
+    assert (row["status"], row["words"]) == ("failed", "all well; exit code 1: out of memory")
+
+
 @pytest.mark.parametrize(
     ("codes", "settings", "status", "words"),
     [
@@ -86,6 +91,15 @@ def test_bfloat16_may_round_as_token_mean_does(ours: float, good: bool) -> None:
 
     rows = [row("padded", ours), row("stock padded", 0.01), row("sabotage: micro-batch-local sum", 0.9)]
     assert check.rounded(rows)[0] == good
+
+
+@pytest.mark.parametrize(("apart", "good"), [(0.01, True), (0.3, False), (None, False)])
+def test_rollout_and_actor_must_agree(apart: float | None, good: bool) -> None:
+    """A sync that loses the weights trains all the same."""
+    names = ("actor/grad_norm", "critic/score/mean", "timing_s/step", "timing_s/gen", "timing_s/update_actor")
+    step = dict.fromkeys((*names, "actor/vl_norm/variance_ratio"), 1.0)
+    step |= {} if apart is None else {"training/rollout_probs_diff_mean": apart}
+    assert check.stack({"steps": 1, "records": [{"data": step}]})[0] == good
 
 
 # ---------------------------------------------------------------------------------------------------------- the page

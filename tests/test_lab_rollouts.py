@@ -237,7 +237,10 @@ def test_vllm_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.M
     sample(*arguments)
     assert sorted(first + second) == list(range(6))
     assert len(second) == 4
-    assert all(len(group.responses) == 2 for group in store.read_rollouts(tmp_path))
+    # The responses of a call that was not stopped: what was cut off, the long ones, is not drawn again.
+    sample(*arguments[:-1], tmp_path / "whole")
+    stopped, whole = (store.read_rollouts(folder) for folder in (tmp_path, tmp_path / "whole"))
+    assert [group.responses for group in stopped] == [group.responses for group in whole]
 
 
 @pytest.mark.slow
@@ -324,6 +327,23 @@ def test_questions_are_rows_of_the_file_by_the_seed(tmp_path: Path) -> None:
     assert questions[:5] != task.questions(20, 1)[:5]
     with pytest.raises(UserError, match="has 20 rows, 21 prompts are asked for"):
         task.questions(21, 0)
+
+
+def test_rollouts_of_a_file_that_has_changed_are_refused(tmp_path: Path) -> None:
+    data = parquet(
+        tmp_path / "train.parquet", [{**row, "prompt": [{"role": "user", "content": PROMPT}]} for row in rows(2)]
+    )
+    design = Design(0, 2, 2, 2)
+
+    def again() -> None:
+        task = load_task("countdown", data)
+        sample(str(WEIGHTS), task, design, 0, 1.0, 4, "transformers", tmp_path / "lab", chat_template=False)
+
+    again()
+    again()
+    parquet(data, [{**row, "prompt": [{"role": "user", "content": "01,02"}]} for row in rows(2)])
+    with pytest.raises(UserError, match=r"other settings \(prompts: "):
+        again()
 
 
 def test_responses_are_scored_by_the_tasks_reward(tmp_path: Path) -> None:

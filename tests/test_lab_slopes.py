@@ -15,7 +15,7 @@ from tests.lab_laws import MU, D, group, holds, rate, stored
 from vlnorm_verl.lab import gram
 from vlnorm_verl.lab.gram import inner_products
 from vlnorm_verl.lab.jackknife import mean_over_prompts
-from vlnorm_verl.lab.slopes import deviations, mean_slopes, slope, unbiased_deviations
+from vlnorm_verl.lab.slopes import Points, Slope, deviations, mean_slopes, slope, unbiased_deviations
 from vlnorm_verl.lab.store import grpo_advantages
 from vlnorm_verl.report.estimates import Estimate
 
@@ -150,6 +150,18 @@ def test_a_prompt_of_equal_rewards_says_nothing_with_advantages(reward: float) -
 def test_prompts_without_a_beta_are_counted() -> None:
     assert mean_over_prompts(np.array([math.nan] * 15 + [1.5])) == Estimate(1.5, note="known for 1 of 16 prompts")
     assert mean_over_prompts(np.full(16, math.nan)).note == "known for 0 of 16 prompts"
+    # An interval of the others would be of prompts that are selected by their β.
+    assert np.isnan(mean_over_prompts(np.array([math.nan, *np.linspace(0.5, 1.5, 15)])).low)
+
+
+def test_the_interval_of_beta_holds_both_of_its_parts() -> None:
+    skewed, prompts = Estimate(4.5, 1.0, 4.75), Estimate(3.0, 1.5, 4.5)
+    points: Points = [(np.ones(3), np.ones(3))] * 2
+    both = Slope("all", False, skewed, skewed, prompts, points).interval
+    assert (both.value, both.low, both.high) == (4.5, 1.0, 6.0)
+    few = Estimate(3.0, note="known for 1 of 2 prompts")
+    assert Slope("all", False, skewed, skewed, few, points).interval == Estimate(4.5, note=few.note)
+    assert Slope("all", False, skewed, skewed, few, points[:1]).interval == skewed
 
 
 def test_the_slope_of_another_part_is_another() -> None:

@@ -343,6 +343,9 @@ def test_a_cluster_keeps_its_resources_and_is_given_the_plugin(tmp_path: Path, m
     variables = dict(ray_init.runtime_env.env_vars)
     assert variables["VERL_USE_EXTERNAL_MODULES"] == "vlnorm_verl.verl_entry"
     assert variables["VERL_FILE_LOGGER_PATH"] == f"{config.recipe.folder}/metrics-000.jsonl"
+    assert (
+        variables["TENSORBOARD_DIR"] == f"{config.recipe.folder}/tensorboard"
+    )  # else where the trainer's actor starts
 
 
 @pytest.mark.parametrize("given", ["+{}=json", "++{}=json", "+{}='vlnorm_verl.verl_entry, json'", "in the environment"])
@@ -370,6 +373,25 @@ def test_a_ray_job_is_the_same_command_with_this_project_sent_along(
     assert entry[:6] == ["python", "-m", "vlnorm_verl", "launch", "--recipes", "recipes"]
     assert {"--smoke", "--report", *given} <= set(entry)
     assert shlex.split(shlex.join(entry)) == entry
+
+
+def test_a_ray_job_registers_the_plugin_without_its_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "csv")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sent: list[dict[str, Any]] = []
+
+    def ray(command: list[str]) -> int:
+        (file,) = [word.partition("=")[2] for word in command if word.startswith("--runtime-env=")]
+        sent.append(json.loads(Path(file).read_text())["env_vars"])
+        return 0
+
+    monkeypatch.setattr(clusters.subprocess, "call", ray)
+    assert clusters.submit(RECIPES, [], composed(tmp_path), terminal()) == 0
+    assert sent[0]["VERL_USE_EXTERNAL_MODULES"] == "vlnorm_verl.verl_entry,csv"
+    assert sent[0]["WANDB_MODE"] == "offline"
 
 
 VARIABLES = {

@@ -123,3 +123,8 @@ def test_small_shared_memory_and_disk(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "model=3b" not in disk.what
     sizes |= {"/dev/shm": 64e9, str(tmp_path): 1e12}
     assert not machine.tight(tmp_path)
+    # A run that goes on needs no room for what is there.
+    sizes[str(tmp_path / "run")] = 100e9
+    for step in (20, 40):
+        (tmp_path / f"run/checkpoints/global_step_{step}").mkdir(parents=True)
+    assert not machine.tight(tmp_path / "run")

@@ -58,6 +58,13 @@ SEPARATE = "++trainer.v1.trainer_mode=separate_async"
 WHOLE_GROUPS = "++trainer.v1.trainer_mode=sync_whole_groups"
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_loss_beside_the_aggregation_is_warned_of(caplog: pytest.LogCaptureFixture, trained: bool) -> None:
+    mtp = ["++actor_rollout_ref.model.mtp.enable=true", f"++actor_rollout_ref.model.mtp.enable_train={trained}"]
+    check_config(compose(*actor(loss_agg_mode="vl_norm"), *mtp))
+    assert ("mtp_loss_scaling_factor" in caplog.text) == trained
+
+
 @pytest.mark.parametrize(
     ("overrides", "warned"),
     [

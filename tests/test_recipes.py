@@ -28,6 +28,7 @@ from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs import process, reproduce, resources
 from vlnorm_verl.runs.check import unread_keys, validate
+from vlnorm_verl.runs.folder import remember
 from vlnorm_verl.runs.progress import terminal
 from vlnorm_verl.runs.provenance import SOURCES, commented_values, values_table
 from vlnorm_verl.runs.reproduce import PlannedRun
@@ -503,6 +504,19 @@ def test_nothing_starts_without_data(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     code, output = invoked("fig2", f"recipe.root={tmp_path}/runs", f"recipe.data={tmp_path}/data")
     assert code == 1
     assert "vlnorm-verl data countdown" in output
+
+
+def test_a_finished_run_of_other_values_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    root = f"recipe.root={tmp_path}"
+    for run in planned("fig2", overrides=(root,)):
+        config = configs.with_settings(composed(*run.overrides), {"recipe.folder": str(run.folder)})
+        remember(config, run.folder)
+        (run.folder / "finished").write_text("1000")
+    assert invoked("fig2", "--dry-run", root)[0] == 0
+    code, output = invoked("fig2", "--dry-run", root, "actor_rollout_ref.actor.loss_scale_factor=600")
+    assert code == 1
+    assert "actor_rollout_ref.actor.loss_scale_factor: 3072 there, 600 asked for" in output
+    assert "recipe.root=…" in output
 
 
 # --------------------------------------------------------------------------------------------------- a job for each run

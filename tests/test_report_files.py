@@ -192,11 +192,6 @@ def test_many_notes_have_marks_of_their_own() -> None:
     assert (marks[0], marks[25], marks[26]) == ("a", "z", "aa")
 
 
-def test_a_table_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"row 1: 1 cells for 2 columns"):
-        Table("t", "t", ["a", "b"], [[1, 2], [3]])
-
-
 def test_files_are_whole_or_not_there(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writers.write_tables([table], tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {

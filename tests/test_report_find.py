@@ -184,6 +184,19 @@ def test_a_configuration_that_is_cut_is_said(whole: bool, method: str, tmp_path:
     assert [" is no YAML (" in note for note in run.notes].count(True) == 2 - whole
 
 
+def test_alphas_of_the_authors_code_are_methods_of_their_own(tmp_path: Path) -> None:
+    recipe, folders = {"method": "vl_norm_as_coded"}, []
+    for seed, alpha in enumerate((1.0, 0.75)):
+        folders.append(write_run(tmp_path, "seq-mean-token-sum-norm", seed, curve={10: 0.5}, recipe=recipe))
+        with open(folders[-1] / "config.yaml", "a") as file:
+            file.write(f"algorithm: {{vl_norm_as_coded_alpha: {alpha}}}\n")
+    assert said(read(*folders)) == [("vl_norm_as_coded:1", 0), ("vl_norm_as_coded:0.75", 1)]
+    assert [row["method"] for row in made(read(*folders), "results")] == [
+        "VL Norm, as coded (α = 0.75)",
+        "VL Norm, as coded (α = 1)",
+    ]
+
+
 def test_the_mode_that_was_trained_decides_over_the_recipes_alpha(tmp_path: Path) -> None:
     run = read_one(write_run(tmp_path, "vl_norm:0.5", curve={1: 0.5}))
     assert run.method_key == "vl_norm:0.5"

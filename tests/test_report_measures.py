@@ -139,6 +139,41 @@ def test_a_difference_that_cannot_be_paired_has_no_interval(tmp_path: Path) -> N
     assert measures.final_pass(vl).note == "other problems in each seed"
 
 
+def test_a_difference_does_not_rest_on_a_few_common_problems(tmp_path: Path) -> None:
+    """verl draws data.val_max_samples problems of the set for each data.seed: two runs share some of them."""
+    ours = {f"p{i}": [1] * 8 for i in range(6)} | {f"a{i}": [0] * 8 for i in range(34)}
+    theirs = {f"p{i}": [0] * 8 for i in range(6)} | {f"b{i}": [1] * 8 for i in range(34)}
+    pair = read(write_run(tmp_path, dumps={10: ours}), write_run(tmp_path, "grpo_norm", dumps={10: theirs}))
+    found = measures.difference(*([run] for run in pair))
+    assert (found.value, found.note) == (pytest.approx(6 / 40 - 34 / 40), "not paired")
+    assert np.isnan(found.low)
+
+
+def test_runs_on_other_validation_sets_are_not_compared(tmp_path: Path) -> None:
+    curves = {"vl_norm:1.0": ("math500", 0.6), "grpo_norm": ("gsm8k", 0.8)}
+    runs = read(
+        *(
+            write_run(tmp_path, method, seed, curve={500: last - 0.1, 1000: last + seed / 1000}, name=name)
+            for method, (name, last) in curves.items()
+            for seed in range(3)
+        )
+    )
+    results = {row["method"]: row for row in made(runs, "results")}
+    difference = results["GRPO Norm"]["VL Norm minus this"]
+    assert (np.isnan(difference.value), difference.note) == (True, "other validation sets, so no comparison")
+    assert made(runs, "speedup") == []
+    (found,) = verdict.verdicts(groups.Comparison(runs))
+    assert found.claim == "highest of 2, established over none"
+    assert found.over[0].words == "other validation sets, so no comparison with VL Norm (α = 1)"
+    ((what, which),) = [item for item in looked_at(runs).items() if "validation sets" in item[0]]
+    assert "not compared" in what
+    assert which == [f"vl_norm-1.0-{seed} (math500 instead of gsm8k)" for seed in range(3)]
+    # Nor is the mean over seeds of other sets a number.
+    mixed = [runs[0], runs[-1]]
+    assert np.isnan(measures.final_accuracy(mixed).value)
+    assert measures.final_accuracy(mixed).note == "other validation sets in each seed"
+
+
 def test_without_dumps_a_difference_is_paired_by_seed(tmp_path: Path) -> None:
     ours, theirs = np.array([0.7, 0.7, 0.8]), np.array([0.2, 0.3, 0.2])
     vl, other = (

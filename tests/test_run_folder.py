@@ -4,6 +4,7 @@ Covered: all of folder.py on folders as verl leaves them, whole or cut by a cras
 writes, loads and validates (tests/test_e2e.py).
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
+from vlnorm_verl import files
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import launch
 from vlnorm_verl.runs.config import compose, with_settings
@@ -186,6 +188,15 @@ def test_a_run_that_is_cut_short_is_validated_where_it_now_ends(tmp_path: Path) 
     assert not validation_due(shorter, tmp_path)
 
 
+def test_a_disk_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"no file locks .*not implemented"), files.locked(tmp_path):
+        pass
+
+
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -196,7 +207,7 @@ def test_a_tracker_that_a_crash_left_empty(tmp_path: Path) -> None:
     assert completed_steps(tmp_path) == 40
     begin(configured(tmp_path), tmp_path)
     assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "40"
-    assert there(tmp_path) == [20, 40]  # what the crash left unfinished is gone
+    assert there(tmp_path) == [40]  # what the crash left unfinished is gone, and there is room for a second one
 
 
 def test_a_checkpoint_that_is_gone_is_said(tmp_path: Path) -> None:
@@ -208,16 +219,18 @@ def test_a_checkpoint_that_is_gone_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keep", "done", "left"),
     [
-        (2, 40, [20, 40]),  # nothing newer yet
-        (2, 60, [40, 60]),
+        (2, 40, [40]),  # with the next one there are two
+        (2, 60, [60]),
         (2, 80, [60, 80]),  # 60 and 80 are the present start's, which removes its own
+        (1, 40, [40]),
         (1, 60, [60]),
-        (3, 60, [20, 40, 60]),
+        (3, 40, [20, 40]),
+        (3, 60, [40, 60]),
         (None, 80, [20, 40, 60, 80]),
         (0, 80, [20, 40, 60, 80]),
     ],
 )
-def test_an_earlier_starts_checkpoints_go_once_newer_ones_are_whole(
+def test_an_earlier_starts_checkpoints_make_room_for_the_next(
     tmp_path: Path, keep: int | None, done: int, left: list[int]
 ) -> None:
     saved(tmp_path, *range(20, done + 1, 20))

@@ -116,7 +116,7 @@ def test_a_run_is_composed_from_the_recipes_of_the_wheel(
 ) -> None:
     arguments = ("launch", "--dry-run", "model=3b", "task=countdown", "method=vl_norm")
     command = (environment / "bin/vlnorm-verl", *arguments)
-    assert "pip install 'vlnorm-verl[recipes]'" in run(*command, cwd=tmp_path, status=2)
+    assert "pip install '.[recipes]'" in run(*command, cwd=tmp_path, status=2)
     run("bash", "-c", INSTALL, "bash", environment, f"vlnorm-verl[recipes] @ {built['.whl'].as_uri()}")
     said = run(*command, cwd=tmp_path)
     assert "actor_rollout_ref.actor.loss_agg_mode" in said

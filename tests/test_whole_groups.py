@@ -113,13 +113,27 @@ def test_the_order_is_new_in_each_step_and_knows_nothing_of_lengths() -> None:
 
 
 def test_groups_of_unequal_size_lose_no_response() -> None:
-    """verl pads a batch with rows that are groups of one; a custom agent loop may give a prompt several outputs."""
+    """A custom agent loop may give a prompt several outputs; verl then pads the batch."""
     from vlnorm_verl.paper.whole_groups import shares_of_ranks
 
     owner = [f"p{i % 5}" for i in range(13)] + ["pad0", "pad1", "pad2"]
     shares = shares_of_ranks(owner, torch.arange(1, 17), ranks=2, mini_batch=8, rng=random.Random(0))
     assert [len(share) for share in shares] == [8, 8]
     assert sorted(row for share in shares for row in share) == list(range(16))
+
+
+def test_verls_padding_rows_are_spread_over_the_mini_batches() -> None:
+    """Together they would fill a mini-batch, whose few responses would then be a whole optimizer step."""
+    from vlnorm_verl.paper.whole_groups import groups_of, shares_of_ranks
+
+    keys = [f"p{i // 10:03d}_{i % 10}_0" for i in range(1290)] + [f"pad0_{i}_0" for i in range(310)]
+    tags = [{"seq_len": 100}] * 1290 + [{"seq_len": 2, "is_padding": True}] * 310
+    groups = groups_of(keys, tags)
+    assert groups[:11] == ["p000"] * 10 + ["p001"]
+    for step in range(20):
+        (rows,) = shares_of_ranks(groups, torch.ones(1600), ranks=1, mini_batch=320, rng=random.Random(step))
+        real = [sum(row < 1290 for row in rows[start : start + 320]) for start in range(0, 1600, 320)]
+        assert min(real) > 200, real
 
 
 def test_verls_own_buffer_is_the_synchronous_one() -> None:

@@ -136,6 +136,7 @@ def launch(
         attention=flash|sdpa                                              (sdpa: without the package flash-attn; slower)
         method=grpo_norm|dapo_norm|dr_grpo_norm|dr_grpo|vl_norm           (family=aggregation, quickstart)
         method=dapo|overlong_filtering|soft_punishment|vl_norm            (family=dapo, length=3072)
+        method=dapo_norm_as_coded|vl_norm_as_coded                        (as the authors' code has them)
 
     Any other key=value is a Hydra override of verl's configuration, for instance
 
@@ -166,7 +167,7 @@ def reproduce(
 ) -> None:
     """Run the paper's experiments by table and figure (recipes/manifest.yaml): one after the other, or --on as jobs.
 
-    Sets: countdown (table2), math (table3), alpha (table4), dapo (table5), fig2, fig3, each, all.
+    Sets: countdown (table2), math (table3), alpha (table4), dapo (table5), as_coded, fig2, fig3, each, all.
 
     A run that is finished is skipped, one that was begun goes on, one that fails does not end the rest. key=value goes
     to every run, over the manifest's own: trainer.n_gpus_per_node=4, model=tiny, or model=3b for its runs only.

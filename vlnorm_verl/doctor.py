@@ -116,7 +116,8 @@ def plugin_states(ask_ray: bool) -> dict[str, str]:
             worker = answer()
     except Exception as error:
         worker = f"{type(error).__name__}: {error}"
-    return {"this process": here or plugin_state(), "a Ray worker": worker}
+    of = os.environ.get("RAY_ADDRESS") or "a Ray of its own (with RAY_ADDRESS=auto: of the cluster that runs here)"
+    return {"this process": here or plugin_state(), f"a worker of {of}": worker}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Which extra of the package a command needs: `pip install 'vlnorm-verl[report]'`."""
+"""Which extra of the package a command needs: `pip install '.[report]'` in its checkout."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def missing(extra: str) -> list[str]:
 
 
 def how(extra: str) -> str:
-    return f"pip install 'vlnorm-verl[{extra}]'"
+    return f"pip install '.[{extra}]' in a checkout of vlnorm-verl"
 
 
 def require(extra: str) -> None:

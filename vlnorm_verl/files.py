@@ -72,8 +72,17 @@ def locked(folder: Path) -> Iterator[IO[str]]:
 
     Raises:
         BlockingIOError: another process holds it.
+        UserError: its disk has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise UserError(
+                f"{folder}: its disk has no file locks ({error.strerror}), which keep two runs out of one folder. "
+                "Take a folder on another disk, or have this one mounted with flock (Lustre: -o flock)"
+            ) from None
         yield file

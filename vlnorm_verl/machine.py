@@ -216,7 +216,8 @@ def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Def
         )
     there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     free = shutil.disk_usage(there).free / 1e9
-    needs = {name: 2 * CHECKPOINT_BYTES * PARAMETERS[name] / 1e9 for name in models if name in PARAMETERS}
+    missing = max(0, 2 - len([*folder.glob("checkpoints/global_step_*")]))  # of the two that a run keeps
+    needs = {name: missing * CHECKPOINT_BYTES * PARAMETERS[name] / 1e9 for name in models if name in PARAMETERS}
     if too_large := [f"{need:.0f} GB with model={name}" for name, need in needs.items() if need > free]:
         problems.append(
             Defect(

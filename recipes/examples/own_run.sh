@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A run of your own: stock verl with VL Norm. Here two steps of a tiny model on this machine's CPU, about a minute.
-# On GPUs: your model, data and reward, without the two lines marked CPU. own_run.yaml is the same as a config file.
+# On GPUs: your model, data, reward and trainer.n_gpus_per_node, without the two lines marked CPU.
+# own_run.yaml is the same as a config file.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-.venv/bin/python}
@@ -14,8 +15,11 @@ exec "$python" -m verl.trainer.main_ppo \
   actor_rollout_ref.model.path=data/tiny/model \
   actor_rollout_ref.actor.loss_agg_mode=vl_norm \
   trainer.v1.trainer_mode=sync_whole_groups \
-  actor_rollout_ref.actor.ppo_mini_batch_size=8 actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=32 \
-  actor_rollout_ref.actor.optim.lr=2e-4 actor_rollout_ref.rollout.n=8 \
-  actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64 \
+  actor_rollout_ref.actor.ppo_mini_batch_size=8 actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8 \
+  actor_rollout_ref.actor.optim.lr=2e-4 \
+  actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.n=8 \
+  actor_rollout_ref.rollout.tensor_model_parallel_size=1 \
+  actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16 \
   reward.custom_reward_function.path=pkg://vlnorm_verl.tasks.tiny.countdown \
-  trainer.total_training_steps=2 trainer.val_before_train=false trainer.test_freq=-1 trainer.save_freq=-1 "$@"
+  trainer.total_training_steps=2 trainer.val_before_train=false trainer.test_freq=-1 trainer.save_freq=-1 \
+  'trainer.logger=[console]' "$@"

@@ -47,6 +47,11 @@ def prompt_of_each(counts: Sequence[int]) -> list[int]:
     return [number for number, count in enumerate(counts) for _ in range(count)]
 
 
+def seed_of(seed: int, place: int) -> int:
+    """Of the response at a place, or of the batch that begins there: 32 bits, all that torch takes on a CPU."""
+    return zlib.crc32(f"{seed} {place}".encode())
+
+
 def by_prompt(sampled: Iterable[tuple[int, list[int]]], counts: Sequence[int]) -> Iterator[tuple[int, list[list[int]]]]:
     """The number and the responses of each prompt, once it has all of them.
 
@@ -128,7 +133,7 @@ def with_transformers(
         width = max(map(len, rows))
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-        torch.manual_seed(zlib.crc32(f"{request.seed} {start}".encode()))  # 32 bits are all that the CPU's takes
+        torch.manual_seed(seed_of(request.seed, start))
         with torch.no_grad():
             generated = model.generate(
                 input_ids=ids,

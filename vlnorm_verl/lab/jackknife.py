@@ -69,10 +69,10 @@ def jackknife(values: Floats, log: bool = False, lost: str = LOST) -> list[Estim
 
 
 def mean_over_prompts(values: Floats) -> Estimate:
-    """Mean of one number a prompt with its t interval; numbers that are not finite are left out."""
+    """Mean of one number a prompt with its t interval; of those that are finite, and then without an interval."""
     known = values[np.isfinite(values)]
     mean = float(known.mean()) if len(known) else math.nan
-    if len(known) < 2:
+    if len(known) < max(2, len(values)):
         return Estimate(mean, note=f"known for {len(known)} of {len(values)} prompts")
     half = float(t_quantile(len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
     return Estimate(mean, mean - half, mean + half)
@@ -81,6 +81,6 @@ def mean_over_prompts(values: Floats) -> Estimate:
 def percentiles(values: Floats) -> Estimate:
     """The first value, with the percentile interval of the others, which are its bootstrap."""
     others = values[1:][np.isfinite(values[1:])]
-    if not np.isfinite(values[0]) or len(others) < 0.9 * (len(values) - 1):
+    if not np.isfinite(values[0]) or len(others) < 0.975 * (len(values) - 1):  # fewer may all be beyond one end
         return Estimate(float(values[0]), note="too few responses")
     return Estimate(float(values[0]), float(np.quantile(others, 0.025)), float(np.quantile(others, 0.975)))

@@ -8,7 +8,7 @@ mini-batches that share no prompt: the plug-in ‖mean‖² is too large by the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -80,37 +80,33 @@ class MiniBatches:
         self.x = {mode: x for mode, (x, _) in weighted.items()}
         self._factor = factor(pool.products)
         self._block = blocks_of(prompts)[pool.prompts]
-        gradients = {mode: self._gradients(x, terms) for mode, (x, terms) in weighted.items()}
+        references = [gradients for _, gradients in self._gradients(*weighted[REFERENCE])]
         # [1 + blocks, modes, 4]: SUM_X … CROSS of everything, then without one block of prompts at a time.
         self.moments = np.stack(
             [
-                [
-                    _averages(*replicate, reference[1])
-                    for replicate, reference in zip(of_mode, gradients[REFERENCE], strict=True)
-                ]
-                for of_mode in gradients.values()
+                [_averages(*replicate, of) for replicate, of in zip(self._gradients(*mode), references, strict=True)]
+                for mode in weighted.values()
             ],
             axis=1,
         )
         (squared_norm,) = jackknife(self.moments[:, [self.row(REFERENCE)], SQUARED_MEAN])
         self.lost = lost_in_noise(squared_norm, prompts)
 
-    def _gradients(self, x: Floats, terms: Floats) -> list[tuple[Floats, Floats]]:
+    def _gradients(self, x: Floats, terms: Floats) -> Iterator[tuple[Floats, Floats]]:
         """(Σx [R], G [R, r]) of the mini-batches: with everything, then without one block at a time.
 
         A mini-batch without a block is the same draw with that block's part of x taken out and its sum of terms made up
         for, so that the replicates differ by the data alone and not by what was drawn. NaN if nothing of it is left.
         """
         whole, total = x @ self._factor, terms.sum(axis=1)
-        replicates = [(x.sum(axis=1), whole)]
+        yield x.sum(axis=1), whole
         for block in np.unique(self._block):
             in_block = self._block == block
             left = total - terms[:, in_block].sum(axis=1)
             made_up = np.divide(total, left, out=np.full_like(left, np.nan), where=left > 1e-9 * total)
             part = x[:, in_block]
             sums = x.sum(axis=1) - part.sum(axis=1)
-            replicates.append((sums * made_up, (whole - part @ self._factor[in_block]) * made_up[:, None]))
-        return replicates
+            yield sums * made_up, (whole - part @ self._factor[in_block]) * made_up[:, None]
 
     def row(self, mode: str) -> int:
         return self.modes.index(mode)

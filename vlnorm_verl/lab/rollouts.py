@@ -6,13 +6,17 @@ the distribution (top_p 1, no top_k, no repetition penalty, whatever the model's
 end-of-sequence token is part of the response and counted in its length.
 
 Covered: transformers' `generate` in batches (the same seed and batch size give the same responses on the same machine,
-also in a call that goes on from a stopped one) and vLLM (vllm_engine.py). Each prompt is on the disk as soon as it is
-finished. Not covered: several GPUs, and the same responses from vLLM for the same seed. On a GPU vLLM samples in the
-model's own dtype, usually bfloat16, while the gradients are in float32: a difference that training has as well.
+also in a call that goes on from a stopped one) and vLLM (vllm_engine.py; the same but for its rounding, which depends
+on what is sampled at the same time). Each prompt is on the disk as soon as it is finished. Not covered: several GPUs.
+On a GPU vLLM samples in the model's own dtype, usually bfloat16, while the gradients are in float32: a difference that
+training has as well.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +27,7 @@ from tqdm import tqdm
 from vlnorm_verl.files import UserError, require
 from vlnorm_verl.lab import engines, models, store, vllm_engine
 from vlnorm_verl.lab.store import Rollouts
-from vlnorm_verl.lab.tasks import Messages, Task
+from vlnorm_verl.lab.tasks import Messages, Question, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +107,8 @@ def sample(
         "model": model,
         "weights": models.fingerprint(resolved),
         "task": task.name,
-        "data": str(task.data) if task.data else None,
+        "data": str(task.data.resolve()) if task.data else None,
+        "prompts": _fingerprint(prompts, questions),
         "reward": task.reward,
         "chat_template": chat_template,
         "design": asdict(design),
@@ -139,6 +144,12 @@ def sample(
             store.keep_prompt(out, number, finished[number])
     store.write_rollouts(out, settings, (finished[number] for number in range(len(prompts))))
     (out / store.PARTIAL).unlink()
+
+
+def _fingerprint(prompts: Sequence[list[int]], questions: Sequence[Question]) -> str:
+    """Changes with the data's rows, the tokenizer and its chat template, none of which need have another name."""
+    asked = [prompts, [question.ground_truth for question in questions]]
+    return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, chat_template: bool) -> str:

@@ -96,7 +96,8 @@ class Slope:
 
     log_log: exponent of Figure 4's points, bootstrap over the responses of these prompts.
     mean: exponent of the mean (`mean_slopes`), the same bootstrap. α = this β has the least variance.
-    over_prompts: mean of the single prompts' exponents, t interval: for the mean β of the task's prompts.
+    over_prompts: mean of the single prompts' exponents, t interval: for the mean β of the task's prompts. Without an
+    interval where a prompt's is beyond `BETAS`: the others would be selected by their value.
     points: (L, d) of each prompt, d by leave-one-out.
     """
 
@@ -109,10 +110,11 @@ class Slope:
 
     @property
     def interval(self) -> Estimate:
-        """`mean` with the half width of the wider of the two intervals."""
-        half = max(float(np.nan_to_num(of.high - of.low)) / 2 for of in (self.mean, self.over_prompts))
-        known = half > 0 and math.isfinite(self.mean.value)
-        return Estimate(self.mean.value, self.mean.value - half, self.mean.value + half) if known else self.mean
+        """`mean` with an interval that holds its own, which may be skewed, and one as wide as that over prompts."""
+        value, half = self.mean.value, (self.over_prompts.high - self.over_prompts.low) / 2
+        if math.isfinite(half):
+            return Estimate(value, min(self.mean.low, value - half), max(self.mean.high, value + half), self.mean.note)
+        return self.mean if len(self.points) == 1 else Estimate(value, note=self.over_prompts.note)
 
 
 def slope(groups: Sequence[Group], part: str, columns: slice, score_only: bool, seed: int) -> Slope | None:

@@ -30,7 +30,7 @@ ROLLOUTS = "rollouts.jsonl"
 PARTIAL = "rollouts.partial.jsonl"
 GRADIENTS = "gradients"
 SETTINGS = "settings.json"
-FORMAT = 2  # of both files; raise it when either changes
+FORMAT = 3  # of both files; raise it when either changes
 
 
 @dataclass

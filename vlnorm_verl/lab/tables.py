@@ -197,8 +197,10 @@ def thirds(analyses: Sequence[Analysis]) -> Table:
             "Within prompts, an advantage is a distance from the mean reward of the same responses: their products are "
             "a little too small, the more so the fewer responses a prompt has, so a cosine comes out too large and a "
             "difference² too small.",
-            "difference²: squared norm of the difference of the two means over the mean of their squared norms; an "
-            "interval above 0 says that E[g | L] depends on the length. Intervals 95%: jackknife.",
+            "difference²: squared norm of the difference of the two means over the mean of their squared norms. Across "
+            "prompts, an interval above 0 says that E[g | L] depends on the length (jackknife over prompts). Within "
+            "prompts, it says so of these prompts' own E[g | L, prompt] (jackknife over their responses): what differs "
+            "from prompt to prompt can average out over prompts. Intervals 95%.",
         ],
     )
 

@@ -18,7 +18,7 @@ from collections.abc import Set
 from pathlib import Path
 
 from vlnorm_verl.files import UserError
-from vlnorm_verl.lab.engines import Request, Sampled, prompt_of_each
+from vlnorm_verl.lab.engines import Request, Sampled, prompt_of_each, seed_of
 
 LOG = "vllm.log"
 
@@ -48,7 +48,6 @@ def responses(resolved: str, request: Request, out: Path, finished: Set[int] = f
             "model": resolved,
             "dtype": "auto" if on_gpu else "float32",
             "max_model_len": max(map(len, request.prompts)) + request.max_response_length,
-            "seed": request.seed + len(finished),  # the noise of the first prompts is not to come again
             "enforce_eager": not on_gpu,  # without compiling, as the recipes for the CPU
         },
         "sampling": {
@@ -59,7 +58,9 @@ def responses(resolved: str, request: Request, out: Path, finished: Set[int] = f
             "detokenize": False,
         },
         "prompts": request.prompts,
-        "places": places,
+        # Each response has a seed of its own. One that a stop cut off comes again then, and the prompts that were
+        # finished before it, those with short responses, are not too many.
+        "places": [(place, number, seed_of(request.seed, place)) for place, number in places],
     }
     with tempfile.TemporaryFile("w+") as stdin, (out / LOG).open("wb") as log:
         json.dump(asked, stdin)
@@ -97,8 +98,8 @@ def main() -> None:
 
     asked = json.load(sys.stdin)
     engine = LLM(**asked["engine"]).llm_engine
-    sampling = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **asked["sampling"])
-    for place, number in asked["places"]:
+    for place, number, seed in asked["places"]:
+        sampling = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, seed=seed, **asked["sampling"])
         engine.add_request(str(place), TokensPrompt(prompt_token_ids=asked["prompts"][number]), sampling)
     while engine.has_unfinished_requests():
         for output in engine.step():

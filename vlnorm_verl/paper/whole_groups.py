@@ -19,6 +19,7 @@ of one). Not covered: other trainer modes. Imported when verl has its trainers (
 """
 
 import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +30,13 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 MODE = "sync_whole_groups"
 
 
-def group_of(key: str) -> str:
-    """The prompt's uid in a row's key `{uid}_{session}_{output}` (trainer/ppo/v1/replay_buffer.py)."""
-    return key.split("_")[0]
+def groups_of(keys: Sequence[str], tags: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The prompt of each row: its uid in the key `{uid}_{session}_{output}` (trainer/ppo/v1/replay_buffer.py).
+
+    verl's padding rows have one uid in common (trainer/ppo/padding_utils.py:179). Each is a group of its own here: all
+    in one mini-batch, they would leave it with few responses to make a whole optimizer step of.
+    """
+    return [key if tag.get("is_padding") else key.split("_")[0] for key, tag in zip(keys, tags, strict=True)]
 
 
 def shares_of_ranks(
@@ -89,7 +94,7 @@ class WholeGroupTrainer(PPOTrainerSync):
         actor = self.config.actor_rollout_ref.actor
         lengths = torch.tensor([tag["seq_len"] for tag in batch.tags])
         shares = shares_of_ranks(
-            [group_of(key) for key in batch.keys],
+            groups_of(batch.keys, batch.tags),
             calculate_workload(lengths),
             ranks=max(self.actor_rollout_wg._dispatch_info["actor"]) + 1,
             mini_batch=actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n,

@@ -99,6 +99,7 @@ def check_actor(config: Any, actor: Any) -> None:
     keep_scale_of_critic(OmegaConf.select(config, "critic") or {})
     fill_scale(actor, whole_number(config, "data.max_response_length"))
     warn_of_sorted_mini_batches(actor, config)
+    warn_of_multi_token_prediction(config)
     warn_of_untested_release()
     if is_ours(actor.loss_agg_mode):
         from verl.utils.config import omega_conf_to_dataclass
@@ -193,6 +194,17 @@ def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
             "sync_whole_groups (verl 0.9's synchronous trainer) for mini-batches of whole prompt groups in random "
             "order, as the paper has them, or with any trainer actor_rollout_ref.actor.shuffle=true for single "
             "responses drawn at random."
+        )
+
+
+def warn_of_multi_token_prediction(config: Any) -> None:
+    """Megatron adds that loss to each micro-batch by itself (models/mcore/mtp_patch.py), without `agg_loss`."""
+    prediction = OmegaConf.select(config, "actor_rollout_ref.model.mtp") or {}
+    if prediction.get("enable") and prediction.get("enable_train"):
+        say(
+            "actor_rollout_ref.model.mtp.enable_train=true: Megatron's loss of multi-token prediction is a mean over "
+            "each micro-batch, whatever loss_agg_mode is. The rest of the gradient is exact, and 1/M as large: choose "
+            "mtp_loss_scaling_factor by it, or a smaller actor_rollout_ref.actor.loss_scale_factor."
         )
 
 

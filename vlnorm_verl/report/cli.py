@@ -62,8 +62,8 @@ def report(
 
     Read: metrics-NNN.jsonl or another JSONL of verl's file logger, tensorboard folders, offline wandb runs; beside the
     metrics config.yaml or .hydra/config.yaml (what the run is) and validation/STEP.jsonl (trainer.validation_data_dir;
-    without it there are no intervals over problems). A label that is a loss_agg_mode is taken as the run's method;
-    without a label and a configuration, a loss_agg_mode and a seed in the names of file and folders are (vl_norm_s0).
+    without it there are no intervals over problems). A label that is a loss_agg_mode names the run's method.
+    Without label and configuration, method and seed are read from the names of file and folders (vl_norm_s0).
 
     Written to --out: report.html (one file, needs no network), tables/NAME.{md,csv,json,tex}, with --figures
     figures/NAME.{png,svg}. The counts of validation dumps are kept there, so that the next report reads only those that

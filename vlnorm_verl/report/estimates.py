@@ -73,6 +73,10 @@ class Estimate:
         return replace(self, note="; ".join(filter(None, (self.note, *notes))))
 
 
+class OtherProblems(ValueError):
+    """Two samples of scores have too few problems in common to be paired by them."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """What the seeds of one method scored on the problems of one or more validation sets.
@@ -111,20 +115,23 @@ def mean(scores: Scores) -> Estimate:
 
 
 def difference(a: Scores, b: Scores) -> Estimate:
-    """Mean of a minus mean of b over the problems that both have, in [−1, 1].
+    """Mean of a minus mean of b over the problems that both have, in [−1, 1]; the note says how many, if not all.
 
     Problems are paired. Seeds are paired if both have the same seed numbers (one data order, one start); else they are
     independent samples and the variance over seeds of both adds. Where one of the two has a single seed, nothing is
     known of how seeds vary: over problems only, and the note says so.
 
     Raises:
-        ValueError: no problem in common.
+        OtherProblems: less than half of the problems of one are in both.
     """
+    most = max(len(a.problems), len(b.problems))
     a, b = _on_common_problems(a, b)
+    note = "" if len(a.problems) == most else f"{len(a.problems)} of {most} problems"
     if 1 in (len(a.seeds), len(b.seeds)):
-        return _interval([(a.values.mean(0) - b.values.mean(0))[None]], a.sizes, rate=False).of_one_seed()
+        lone = _interval([(a.values.mean(0) - b.values.mean(0))[None]], a.sizes, rate=False).of_one_seed()
+        return lone.noted(note)
     samples = [a.values - b.values] if a.seeds == b.seeds else [a.values, b.values]
-    return _interval(samples, a.sizes, rate=False)
+    return _interval(samples, a.sizes, rate=False).noted(note)
 
 
 def mean_over_own_problems(tables: Sequence[Scores]) -> Estimate:
@@ -136,7 +143,7 @@ def difference_over_own_problems(pairs: Sequence[tuple[Scores, Scores]]) -> Esti
     """The same of a minus b, paired in each seed by the problems of that seed.
 
     Raises:
-        ValueError: no problem in common in one of them.
+        OtherProblems: in one of them, see `difference`.
     """
     shared = [_on_common_problems(a, b) for a, b in pairs]
     return _nested([(a.values - b.values)[0] for a, b in shared], [a.sizes for a, _ in shared], rate=False)
@@ -337,16 +344,17 @@ def _all_alike(value: float, trials: int) -> tuple[float, float]:
 
 
 def _on_common_problems(a: Scores, b: Scores) -> tuple[Scores, Scores]:
+    """Both on the problems that both have; at least half of those of either, in each set: else it is another mean."""
     if a.problems == b.problems and a.sizes == b.sizes:
         return a, b
     if len(a.sizes) != len(b.sizes):
-        raise ValueError("the two were not scored on the same validation sets")
+        raise OtherProblems("the two were not scored on the same validation sets")
     place = {problem: index for index, problem in enumerate(b.problems)}
     kept = [index for index, problem in enumerate(a.problems) if problem in place]
     problems = tuple(a.problems[index] for index in kept)
     set_of: np.ndarray = np.repeat(np.arange(len(a.sizes)), a.sizes)
     sizes = tuple(np.bincount(set_of[kept], minlength=len(a.sizes)).tolist())
-    if not all(sizes):
-        raise ValueError("the two have no problem in common")
+    if any(2 * size < max(most) for size, *most in zip(sizes, a.sizes, b.sizes, strict=True)):
+        raise OtherProblems("the two have less than half of their problems in common")
     in_b = [place[problem] for problem in problems]
     return Scores(a.values[:, kept], problems, sizes, a.seeds), Scores(b.values[:, in_b], problems, sizes, b.seeds)

@@ -7,12 +7,12 @@ from functools import cached_property
 from math import inf, isnan
 from typing import NamedTuple
 
-from vlnorm_verl.methods import alpha_of, label_of, place_of
+from vlnorm_verl.methods import alpha_of, is_vl_norm, label_of, place_of
 from vlnorm_verl.report import labels, paper
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.first_hit import SpeedUp, speed_up
 from vlnorm_verl.report.identity import Setting
-from vlnorm_verl.report.measures import final_accuracy, validated_steps
+from vlnorm_verl.report.measures import final_accuracy, same_sets, validated_steps
 from vlnorm_verl.report.run import Run
 
 
@@ -76,7 +76,7 @@ class Comparison:
         found = []
         for group in self.validated:
             main = self.references.get(group.setting)
-            if main is None or main == group:
+            if main is None or main == group or not same_sets([*self.validated[main], *self.validated[group]]):
                 continue
             higher, lower = sorted((main, group), key=self._final, reverse=True)
             hits = speed_up(self.validated[higher], self.validated[lower], 1)
@@ -135,7 +135,7 @@ def main_vl_norm(setting: Setting, method_keys: Iterable[str]) -> str | None:
     With the task's α in the paper's settings, and none if that was not run; elsewhere with α = 1 if there is one, else
     with the largest.
     """
-    by_alpha = {alpha: key for key in method_keys if (alpha := alpha_of(key)) is not None}
+    by_alpha = {alpha: key for key in method_keys if is_vl_norm(key) and (alpha := alpha_of(key)) is not None}
     of_paper = paper.has(setting)
     wanted = paper.alpha(setting.task) if of_paper else 1.0
     if wanted in by_alpha:

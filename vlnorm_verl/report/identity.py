@@ -201,7 +201,9 @@ def from_config(config: dict[str, Any], where: str) -> Identity:
         if recipe["method"] == "vl_norm" and method != "vl_norm":
             identity.notes.append(f"recipe.method=vl_norm, but loss_agg_mode={method}")
         elif recipe["method"] != method:
-            identity.method, identity.alpha = str(recipe["method"]), None
+            identity.method = str(recipe["method"])
+            alpha = get("algorithm.vl_norm_as_coded_alpha")  # of that method alone
+            identity.alpha = alpha if isinstance(alpha, int | float) else None
         return identity
     model, files = get("actor_rollout_ref.model.path"), get("data.val_files")
     paths = [

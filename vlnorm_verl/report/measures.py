@@ -56,6 +56,11 @@ def validation_sets(runs: Sequence[Run]) -> list[str]:
     return sorted(names)
 
 
+def same_sets(runs: Sequence[Run]) -> bool:
+    """Whether all of these runs were validated on the same sets; accuracies on others are not comparable."""
+    return len({tuple(validation_sets([run])) for run in runs}) < 2
+
+
 def validated_steps(run: Run) -> list[int]:
     """Steps with a validation that verl logged; of a run without any such metric, those with a dump."""
     logged = {int(s) for acc in logged_accuracies(run).values() for s in run.steps[np.isfinite(acc.values)]}
@@ -202,6 +207,8 @@ def final_accuracy(runs: Sequence[Run], name: str | None = None) -> Estimate | N
 def accuracy_at(runs: Sequence[Run], step: int, name: str | None = None) -> Estimate | None:
     """The same at a step, of the runs that were validated there."""
     runs = at_step(runs, step)
+    if not same_sets(runs) and name is None:
+        return Estimate(nan, note="other validation sets in each seed")
     if (estimate := _over_problems(runs, step, averages, name)) is not None:
         return estimate
     values = _values_at(runs, step, name)
@@ -243,11 +250,14 @@ def _over_problems(runs: Sequence[Run], step: int, score: Score, name: str | Non
 def difference(runs: Sequence[Run], reference: Sequence[Run]) -> Estimate | None:
     """Accuracy of `runs` minus that of `reference` at the last step that both have; None without accuracies there.
 
-    Paired as far as there are dumps of the same problems; where dumps are missing, by seed only; without several seeds
-    that both have, the plain difference, without an interval. Seeds that both have are compared, unless that is one of
-    several: then all seeds of both where each has several, else that one seed without an interval (it would be of
-    problems only). The note names the step where it is not both's last, and how many seeds where not all.
+    Paired as far as there are dumps of the same problems; where dumps are missing, or fewer than half of the problems
+    are the same, by seed only; without several seeds that both have, the plain difference, without an interval. Seeds
+    that both have are compared, unless that is one of several: then all seeds of both where each has several, else that
+    one seed without an interval (it would be of problems only). The note names the step where it is not both's last,
+    and how many seeds where not all. NaN with other validation sets.
     """
+    if not same_sets([*runs, *reference]):
+        return Estimate(nan, note="other validation sets, so no comparison")
     step = common_step(runs, reference)
     if step is None:
         return Estimate(nan, note="no validated step in common")
@@ -260,10 +270,7 @@ def difference(runs: Sequence[Run], reference: Sequence[Run]) -> Estimate | None
         runs, reference = ([run for run in side if run.seed in shared] for side in (runs, reference))
         if shared != every:
             notes.append(f"{len(shared)} of {len(every)} seeds" + (": no interval" if lone else ""))
-    try:
-        estimate = _difference_at(runs, reference, step)
-    except ValueError:  # no problem in common
-        return None
+    estimate = _difference_at(runs, reference, step)
     if estimate is None:
         return None
     return (replace(estimate, low=nan, high=nan, one_seed=True) if lone else estimate).noted(*notes)
@@ -271,17 +278,17 @@ def difference(runs: Sequence[Run], reference: Sequence[Run]) -> Estimate | None
 
 def _difference_at(runs: Sequence[Run], reference: Sequence[Run], step: int) -> Estimate | None:
     table, other_table = scores(runs, step), scores(reference, step)
-    if table is not None and other_table is not None:
-        return estimates.difference(table, other_table)
-    pairs = _pairs_of_seeds(runs, reference, step)
-    if len(pairs) == len(runs) == len(reference) > 1:
-        with contextlib.suppress(ValueError):  # no problem in common
+    with contextlib.suppress(estimates.OtherProblems):
+        if table is not None and other_table is not None:
+            return estimates.difference(table, other_table)
+        pairs = _pairs_of_seeds(runs, reference, step)
+        if len(pairs) == len(runs) == len(reference) > 1:
             return estimates.difference_over_own_problems(pairs)
-    elif len(runs) > 1 and [run.seed for run in runs] == [run.seed for run in reference]:
-        ours, theirs = _values_at(runs, step), _values_at(reference, step)
-        if len(ours) == len(theirs) == len(runs):
-            most = 1.0 if is_rate([*runs, *reference]) else inf
-            return over_seeds(np.subtract(ours, theirs).tolist(), -most, most).noted(OVER_SEEDS)
+        if len(runs) > 1 and [run.seed for run in runs] == [run.seed for run in reference]:
+            ours, theirs = _values_at(runs, step), _values_at(reference, step)
+            if len(ours) == len(theirs) == len(runs):
+                most = 1.0 if is_rate([*runs, *reference]) else inf
+                return over_seeds(np.subtract(ours, theirs).tolist(), -most, most).noted(OVER_SEEDS)
     accuracy, other = accuracy_at(runs, step), accuracy_at(reference, step)
     return None if accuracy is None or other is None else Estimate(accuracy.value - other.value, note="not paired")
 

@@ -35,9 +35,6 @@ class Table:
         bold: rows that stand out.
         grouped: whether a first cell that says the same as the one above is left empty.
         forest: heading of the column of differences that a page draws, too.
-
-    Raises:
-        ValueError: a row hasn't one cell for each column.
     """
 
     name: str
@@ -51,11 +48,6 @@ class Table:
     bold: frozenset[int] = frozenset()
     grouped: bool = False
     forest: str = ""
-
-    def __post_init__(self) -> None:
-        for index, row in enumerate(self.rows):
-            if len(row) != len(self.columns):
-                raise ValueError(f"table {self.name!r}, row {index}: {len(row)} cells for {len(self.columns)} columns.")
 
 
 class Shown(NamedTuple):

@@ -6,6 +6,7 @@ seed nothing is established: its interval knows problems only.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
@@ -164,6 +165,11 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
         for run in seeds
         if (measures.final_step([run]) or 0) < (measures.final_step(seeds) or 0)
     ]
+    other_sets = list[str]()
+    for groups in by_setting(compared.validated).values():
+        sets = [(run, ", ".join(measures.validation_sets([run]))) for run in runs_of(groups)]
+        usual = Counter(names for _, names in sets).most_common(1)[0][0]
+        other_sets += [f"{run.name} ({names} instead of {usual})" for run, names in sets if names != usual]
     found = {
         "Accuracy is not a number any more": [
             f"{run.name} (from step {step} on)"
@@ -177,6 +183,7 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
             if (keys := sorted(run.ended, key=run.ended.__getitem__))
         ],
         "Not in the report": [f"{run.name} ({run.left_out})" for run in runs if run.left_out],
+        "Other validation sets than most runs of the setting, so not compared with them": other_sets,
         "No metrics, only validation dumps": [run.name for run in every if not len(run.steps)],
         "No validation": [run.name for run in every if not measures.validated_steps(run)],
         "Not finished": [

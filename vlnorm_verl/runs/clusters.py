@@ -27,8 +27,9 @@ from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs.config import is_cpu
 from vlnorm_verl.runs.probe import probe
+from vlnorm_verl.runs.process import log_variables
 
-PLUGIN = "vlnorm_verl.verl_entry"
+PLUGIN, MODULES = "vlnorm_verl.verl_entry", "VERL_USE_EXTERNAL_MODULES"
 # Variables of whoever starts a run on an existing cluster that its workers get, too.
 FORWARDED = (
     *("WANDB_*", "SWANLAB_*", "MLFLOW_*", "TRACKIO_*", "HF_*", "TOKENIZERS_*", "NCCL_*", "GLOO_*"),
@@ -46,7 +47,7 @@ NOT_SHIPPED = ["/runs", "/data", "/docs", "/tests"]
 
 def settings(config: DictConfig, metrics: Path) -> dict[str, Any]:
     """What a run has set on an existing Ray cluster: that has its own resources, its workers need our variables."""
-    variables = worker_variables(config) | {"VERL_FILE_LOGGER_PATH": str(metrics.resolve())}
+    variables = worker_variables(config) | log_variables(metrics)
     changed: dict[str, Any] = {f"{RAY_INIT}.address": "auto"}
     if is_cpu(config):
         # Only a Ray that verl starts itself may be given resources, and only its workers are forked by the zygote.
@@ -63,11 +64,8 @@ def worker_variables(config: DictConfig) -> dict[str, str]:
         variables = {k: v for k, v in cpu_environment().items() if not k.startswith("VLNORM_")}
     # Loads the plugin where the package is importable but not installed (sent by `ray job submit`). First of all, so
     # that a loss function of the user's own finds it in verl.
-    modules = [
-        PLUGIN,
-        *given.get("VERL_USE_EXTERNAL_MODULES", os.environ.get("VERL_USE_EXTERNAL_MODULES", "")).split(","),
-    ]
-    given["VERL_USE_EXTERNAL_MODULES"] = ",".join(dict.fromkeys(name.strip() for name in modules if name.strip()))
+    modules = [PLUGIN, *given.get(MODULES, os.environ.get(MODULES, "")).split(",")]
+    given[MODULES] = ",".join(dict.fromkeys(name.strip() for name in modules if name.strip()))
     return variables | given
 
 
@@ -114,7 +112,9 @@ def check_nodes(config: DictConfig, console: Console) -> None:
 def submit(recipes: Path, arguments: list[str], config: DictConfig, console: Console) -> int:
     """`ray job submit` of a launch to the cluster of RAY_ADDRESS=http://…; follows its log, returns its exit code."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:  # not on the command line: it may have keys in it
-        json.dump({"excludes": NOT_SHIPPED, "env_vars": forwarded()}, file)
+        # The launcher and verl's driver are in the job, where the package is only sent along: see worker_variables.
+        variables = forwarded() | {MODULES: worker_variables(config)[MODULES]}
+        json.dump({"excludes": NOT_SHIPPED, "env_vars": variables}, file)
         file.flush()
         command = submit_command(recipes, arguments, config, Path(file.name))
         console.print(shlex.join(command), markup=False, highlight=False, soft_wrap=True)

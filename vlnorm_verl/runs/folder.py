@@ -91,14 +91,23 @@ def validation_due(config: DictConfig, folder: Path) -> bool:
 
 
 def remember(config: DictConfig, folder: Path) -> None:
-    """Keep the configuration of the first start; refuse a later one that would be another run.
+    """Keep the configuration of the first start.
 
     Raises:
-        UserError: the folder holds a run with other values; the message lists them.
+        UserError: see `refuse_other`.
+    """
+    refuse_other(config, folder)
+    if not (file := folder / "config.yaml").exists():
+        files.write(file, OmegaConf.to_yaml(config, resolve=True))
+
+
+def refuse_other(config: DictConfig, folder: Path) -> None:
+    """
+    Raises:
+        UserError: the folder holds a run with other values, begun or finished; the message lists them.
     """
     file = folder / "config.yaml"
     if not file.exists():
-        files.write(file, OmegaConf.to_yaml(config, resolve=True))
         return
     fixed = config.recipe.get("fixed") or []
 
@@ -112,8 +121,8 @@ def remember(config: DictConfig, folder: Path) -> None:
 
     if changed := files.differences(experiment(flatten(OmegaConf.load(file))), experiment(flatten(config))):
         raise UserError(
-            f"{folder} holds a run with other values; give the same, or another folder with recipe.folder=…\n  "
-            + "\n  ".join(changed)
+            f"{folder} holds a run with other values; give the same, or another folder with recipe.folder=… or "
+            "recipe.root=…\n  " + "\n  ".join(changed)
         )
 
 
@@ -141,10 +150,13 @@ def begin(config: DictConfig, folder: Path) -> None:
     for step, other in _checkpoints(folder).items():
         if step > done:
             shutil.rmtree(other)
+    prune(folder, config.trainer.max_actor_ckpt_to_keep, done)
 
 
 def prune(folder: Path, keep: int | None, began: int) -> None:
-    """Of the checkpoints of earlier starts, keep those that are among the `keep` newest whole ones.
+    """Of the checkpoints of earlier starts, keep those that leave room for the next one among the `keep` newest.
+
+    Before verl writes one it makes room too, but only by removing those that the present start has written.
 
     keep: None and 0 keep all, as in verl.
     began: the step from which the present start goes on. It writes, and removes, later ones only.
@@ -154,7 +166,7 @@ def prune(folder: Path, keep: int | None, began: int) -> None:
     done, saved = completed_steps(folder), _checkpoints(folder)
     whole = sorted(step for step, path in saved.items() if step <= done and _whole(path))
     for step, path in saved.items():
-        if step <= began and step not in whole[-keep:]:
+        if step <= began and step not in whole[-max(1, keep - 1) :]:
             shutil.rmtree(path)
 
 

@@ -32,14 +32,14 @@ from typing import IO, Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from vlnorm_verl import cpu, files, machine
+from vlnorm_verl import cpu, extras, files, machine
 from vlnorm_verl.cpu import install
 from vlnorm_verl.files import UserError, locked
 from vlnorm_verl.runs import clusters, resources, smoke
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs.check import unread_keys, validate
 from vlnorm_verl.runs.config import LOGGERS, is_cpu, missing_files, override, wants_flash_attention, with_settings
-from vlnorm_verl.runs.folder import begin, completed_steps, finish, prune, remember, state, validation_due
+from vlnorm_verl.runs.folder import begin, completed_steps, finish, prune, refuse_other, remember, state, validation_due
 from vlnorm_verl.runs.process import (
     Record,
     TrainingFailed,
@@ -82,6 +82,8 @@ def launch(request: Request, console: Console | None = None) -> int:
     """
     console = console or terminal()
     check_place(request.on)
+    if request.report:
+        extras.require("report")
     asked = configs.compose(request.recipes / "config", request.overrides)
     unfit = prepare_environment(request.recipes, asked)
     if request.python:
@@ -93,6 +95,7 @@ def launch(request: Request, console: Console | None = None) -> int:
     changed = settings(request, asked, folder)
     config = with_settings(asked, changed)
     validate(config)
+    refuse_other(config, folder)
     if request.dry_run:
         show(request, config, changed, console, unfit)
         return 0
@@ -330,11 +333,11 @@ def train_once(config: DictConfig, console: Console, lock: IO[str]) -> int:
 
 def draw_report(folder: Path, console: Console) -> None:
     """The report of one finished run, in its folder."""
+    from vlnorm_verl.report.build import Request as ReportRequest
+    from vlnorm_verl.report.build import build
+
     out = folder / "report"
-    command = [sys.executable, "-m", "vlnorm_verl", "report", str(folder), "--figures", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{shlex.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    build(ReportRequest((str(folder),), out, figures=True), console)
     console.print(f"report: {out / 'report.html'}")
     for picture in sorted((out / "figures").glob("training-*.png")):
         console.print(f"learning curve: {picture}")

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import psutil
 
-from vlnorm_verl.runs.records import read_records
+from vlnorm_verl.runs.records import join, read_starts
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_SECONDS = 20.0  # for verl and Ray to end by themselves before they are killed
@@ -57,7 +57,7 @@ def train(
     Raises:
         TrainingFailed: the trainer's exit code is not 0.
     """
-    environment = {**os.environ, **variables, "VERL_FILE_LOGGER_PATH": str(metrics.resolve())}
+    environment = {**os.environ, **variables, **log_variables(metrics)}
     with open(log, "ab") as output:
         # A session of its own: Ctrl-C reaches this process only, which then ends the run in order.
         process = subprocess.Popen(
@@ -75,6 +75,13 @@ def train(
         stop(process)
     if process.returncode != 0:
         raise TrainingFailed(f"verl's trainer ended with exit code {process.returncode}.")
+
+
+def log_variables(metrics: Path) -> dict[str, str]:
+    """Environment by which verl's loggers write into the run's folder, that of `metrics`, and not where they start."""
+    folder = metrics.resolve().parent
+    own = os.environ.get("TENSORBOARD_DIR", str(folder / "tensorboard"))
+    return {"VERL_FILE_LOGGER_PATH": str(folder / metrics.name), "TENSORBOARD_DIR": own}
 
 
 def _follow(path: Path, alive: Callable[[], bool]) -> Generator[Record, None, None]:
@@ -130,5 +137,5 @@ def next_metrics(folder: Path) -> Path:
 
 def read_metrics(folder: Path) -> list[Record]:
     """All steps of a run in order, its starts joined as in `records`. A cut last line is left out."""
-    records = read_records(sorted(folder.glob("metrics-*.jsonl")), [])
+    records = join(read_starts(sorted(folder.glob("metrics-*.jsonl")), []), [])
     return [{"step": step, "data": records[step]} for step in sorted(records)]

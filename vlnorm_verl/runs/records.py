@@ -122,11 +122,6 @@ def join(starts: Iterable[Start], notes: list[str]) -> Records:
     return records
 
 
-def read_records(files: Iterable[Path], notes: list[str]) -> Records:
-    """The records of a run whose starts are these files."""
-    return join(read_starts(files, notes), notes)
-
-
 def columns(records: Records) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, int]]:
     """Steps [T], {metric: float64 [T]}, {metric: the step from which on it was logged but never finite}.
 

@@ -13,7 +13,7 @@ import typer
 from vlnorm_verl.files import UserError
 
 data_app = typer.Typer(
-    help="Write the paper's data sets as parquet files for verl: from Hugging Face, local files, or generated.",
+    help="Write the paper's data sets as parquet files for verl: from GitHub, Hugging Face, local files, or generated.",
     no_args_is_help=True,
 )
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sympy import Basic, S
+from sympy import Basic, Expr, S
 
 from vlnorm_verl.tasks.latex.cursor import END
 from vlnorm_verl.tasks.latex.formulas import Formulas
-from vlnorm_verl.tasks.latex.tokens import RELATIONS, is_ambiguous, rewritten, tokens_of, words
+from vlnorm_verl.tasks.latex.tokens import RELATIONS, SYMBOL_UNIT, is_ambiguous, rewritten, tokens_of, words
 from vlnorm_verl.tasks.latex.values import ERRORS, Answer, Items, Relation, Unreadable, as_set, operand, parts
 
 
@@ -42,7 +42,13 @@ def read(text: str) -> Answer:
                 found.append(value)
             if not parser.called:
                 break
-    return Answer(letters, prose, tuple(readings), tuple(products), decimal)
+    dropped: list[Any] = []
+    if SYMBOL_UNIT.search(text):
+        number = read(SYMBOL_UNIT.sub(r"\\text{ unit}", text))
+        dropped = [value for value in number.readings if isinstance(last := parts(value)[-1], Expr) and last.is_number]
+        decimal |= number.decimal
+    readings = readings or dropped  # 12\text{k}\Omega
+    return Answer(letters, prose, tuple(readings), tuple(products), decimal, tuple(dropped))
 
 
 class Parser(Formulas):

@@ -35,16 +35,16 @@ OPENING = {"(": "(", "[": "[", "{": "", r"\{": "{", r"\lbrace": "{", r"\langle":
 CLOSING = {")": ")", "]": "]", r"\}": "}", r"\rbrace": "}", r"\rangle": ")", r"\rbrack": "]"}
 FRACTIONS = {r"\frac", r"\dfrac", r"\tfrac", r"\cfrac"}
 TRIGONOMETRIC = word_set("sin cos tan cot sec csc")
-FUNCTIONS = word_set(
-    "sinh cosh tanh coth asinh acosh atanh arsinh arcosh artanh exp ln log lg abs floor ceil det max min gcd lcm"
-)
-FUNCTIONS |= {prefix + name for prefix in ("", "a", "arc") for name in TRIGONOMETRIC}
+HYPERBOLIC = word_set("sinh cosh tanh coth")
+FUNCTIONS = word_set("exp ln log lg abs floor ceil det max min gcd lcm")
+FUNCTIONS |= {prefix + name for prefix in ("", "a", "arc") for name in TRIGONOMETRIC | HYPERBOLIC}
+FUNCTIONS |= {f"ar{name}" for name in HYPERBOLIC}
 _GREEK = word_set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho varrho sigma"
     " tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
 )
 NAMES = {rf"\{name}" for name in _GREEK | word_set("hbar ell nabla partial angle triangle measuredangle odot")}
-UNIT_LETTERS = set("mgshlLJKNWVACFTHMGS")
+UNIT_LETTERS = set("mgshlLJKNWVACFTHMGSÅΩ")
 
 # Commands without a meaning of their own: alone, or with their first argument.
 _DROPPED = word_set(
@@ -72,7 +72,7 @@ _KNOWN |= {command[1:] for command in (*NAMES, *RELATIONS, *OPENING, *CLOSING)}
 _UNITS = word_set(
     "cm mm km nm um kg mg gm ft in yd mi lb lbs oz hr hrs min sec ms ml mL eV Hz kHz Pa kPa mph kmh deg mol"
 )
-_UNITS |= word_set("pct am pm st nd rd th erg pc kpc Mpc AU ly rad cal keV MeV GeV kJ MJ kW MW MHz GHz mA mV kV")
+_UNITS |= word_set("pct am pm st nd rd th erg pc kpc Mpc AU ly rad cal keV MeV GeV kJ MJ kW MW MHz GHz mA mV kV psi")
 _PROSE = word_set("not when where for mod than the to of but nor")  # short words that are no product of variables
 
 _GREEK_LETTERS = "pi theta alpha beta lambda phi omega mu sigma Delta Omega"
@@ -103,6 +103,9 @@ _REPLACEMENTS = {
     "°º": r"^\circ ",
     "℃": r"^\circ C",
     "℉": r"^\circ F",
+    "\N{LATIN CAPITAL LETTER A WITH RING ABOVE}\N{ANGSTROM SIGN}": r"\AA ",
+    "\N{MICRO SIGN}": r"\mu ",
+    "\N{OHM SIGN}": r"\Omega ",
     "’′": "'",
     "，": ",",
     "€£¥₹": r"\$",
@@ -111,6 +114,10 @@ _REPLACEMENTS = {
 _CHARACTERS = str.maketrans(
     {character: replacement for characters, replacement in _REPLACEMENTS.items() for character in characters}
 )
+# What commands are in a text that is a unit.
+_UNIT_SIGNS = {
+    r"\cdot": " ", r"^\circ": "°", r"\mu": "μ", r"\Omega": "Ω", r"\AA": "Å", r"_\odot": "sun", r"_{\odot}": "sun",
+}  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)"
 
@@ -135,6 +142,7 @@ _REWRITES = [
         (r"(?<![A-Za-z\\])d([A-Za-z])\s*/\s*d([a-z])(?![a-z])", r"\\frac{d\1}{d\2}"),
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\not\s*=", r"\\neq "),
+        (r"\\mathring\s*(?:\{\s*A\s*\}|A(?![A-Za-z]))", r"\\AA "),
         # Plain text takes the whole number under a root, LaTeX the first digit.
         (rf"(?<![\\A-Za-z])sqrt\s*({_NUMBER})", r"\\sqrt{\1}"),
         # Thousands: 12{,}345 12,\!345 12\,345 12 345
@@ -161,7 +169,19 @@ def _lexer(thousands: str) -> re.Pattern[str]:
 
 
 _SEPARATE, _GROUPED = _lexer(""), _lexer(r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|")
-_AMBIGUOUS = re.compile(r"\d,\d{3}|\d[eE][+-]|\d[A-Za-z]{2}|[/:]")
+_AMBIGUOUS = re.compile(r"\d,\d{3}|\d[eE][+-]|\d[A-Za-z]{2}|[/:]|\\mu|\\Omega")
+
+
+def _roman(letters: str) -> str:
+    return rf"(?:\\(?:text|mathrm)\s*\{{\s*{letters}\s*\}}|{letters})"
+
+
+# What is a unit or symbols, behind a number at the end: \mu m, k\Omega, M_\odot.
+SYMBOL_UNIT = re.compile(
+    rf"(?<=[\d}}])(?:\s|~|\\[ ,:;!])*(?:\\mu(?![A-Za-z])[\s~]*{_roman('(?:mol|eV|Pa|Hz|[gmslACFHJKLNTVW])')}"
+    rf"|(?:{_roman('[mkMG]')}\s*)?\\Omega(?![A-Za-z])|{_roman('[LMR]')}\s*_\s*(?:\\odot|\{{\s*\\odot\s*\}}))"
+    r"(?:\s*\^\s*(?:\d|\{-?\d\}))?[\s$]*$"
+)
 
 
 def rewritten(text: str) -> str:
@@ -194,9 +214,10 @@ def words(tokens: list[Token]) -> str | None:
 
 
 def tokens_of(text: str, second: bool = False) -> list[Token]:
-    """The tokens of a text that is `rewritten`.
+    r"""The tokens of a text that is `rewritten`.
 
-    ``second``: commas separate values, 2e-1 is e times two minus one, the letters of 2mg are variables.
+    ``second``: commas separate values, 2e-1 is e times two minus one, the letters of 2mg and the Ω of 2\text{Ω} are
+    variables.
     """
     tokens: list[Token] = []
     position = depth = 0  # depth: brackets and matrices, in which a comma is no thousands separator
@@ -217,7 +238,7 @@ def tokens_of(text: str, second: bool = False) -> list[Token]:
         if kind == "command" and matched in _TEXT | _ACCENTS | _DROPPED_WITH_ARGUMENT:
             content, position = _argument(text, position)
             if matched in _TEXT:
-                tokens += _text_tokens(matched, content, gap, tokens)
+                tokens += _text_tokens(matched, content, gap, tokens, second)
             elif matched in _ACCENTS:
                 tokens.append(Token("name", rf"\{matched}{{{content.replace(' ', '')}}}", gap))
         elif kind == "word":
@@ -232,6 +253,8 @@ def tokens_of(text: str, second: bool = False) -> list[Token]:
                 depth += 1 if match["edge"] == "begin" else -1
         elif kind == "row":
             tokens.append(Token("mark", r"\\", gap))
+        elif kind == "command" and matched == "AA":
+            tokens.append(Token("text", "Å", gap))
         elif kind == "command" and matched in _CONJUNCTIONS:
             tokens.append(Token("mark", _CONJUNCTIONS[matched], gap))
         elif kind in ("command", "mark") and matched not in _DROPPED and (matched != "&" or depth or not aligned):
@@ -259,21 +282,30 @@ def _argument(text: str, position: int) -> tuple[str, int]:
     return text[position + 1 :], len(text)
 
 
-def _text_tokens(command: str, content: str, gap: bool, before: list[Token]) -> list[Token]:
+def _text_tokens(command: str, content: str, gap: bool, before: list[Token], second: bool) -> list[Token]:
     r"""Of \text{…}, \mathrm{…} and their like: a conjunction, a function, a number and its unit, else a text."""
     content = re.sub(r"\\?\$|\\[ ,;:!]|~|\s", " ", content).replace(r"\%", "%").strip()
     if (bare := content.strip(" .,").lower()) in _CONJUNCTIONS:
         return [Token("mark", _CONJUNCTIONS[bare], gap)] if bare or "," in content else []
-    if content in FUNCTIONS and not (before and _is_value(before[-1])):
+    behind = bool(before) and (_is_value(before[-1]) or any(token.kind == "text" for token in before))
+    unit = behind and content in _UNITS and "operator" not in command  # min, sec, psi
+    if content in FUNCTIONS | _GREEK and not unit:
         return [Token("command", rf"\{content}", gap)]
     if match := re.match(r"[-+]?[\d.,:]+(?=\s+[A-Za-z])", content):
-        return [*tokens_of(match[0]), Token("text", content[match.end() :].strip(), True)]
-    if re.match(r"[-+(]?\s*[\d.]|[%\\]", content):
+        return [*tokens_of(match[0]), _unit_token(content[match.end() :].strip(), True)]
+    if behind and not second and re.match(r"\\Omega\b|\\mu\s+[A-Za-z]", content):
+        return [_unit_token(content, gap)]
+    if re.match(r"[-+(]?\s*[\d.]|[%\\]|\^(?!\\circ\s*[A-Za-z])", content):  # "°" alone counts in a sine
         return tokens_of(content)
     if content in ("e", "i") or (len(content) == 1 and before and command in ("mathrm", "operatorname")):
-        unit = content in UNIT_LETTERS and (_is_value(before[-1]) or any(token.kind == "text" for token in before))
-        return [Token("text" if unit else "letter", content, gap)]
-    return [Token("text", content, gap)]
+        return [Token("text" if behind and content in UNIT_LETTERS else "letter", content, gap)]
+    return [_unit_token(content, gap)]
+
+
+def _unit_token(content: str, gap: bool) -> Token:
+    for command, sign in _UNIT_SIGNS.items():
+        content = content.replace(command, sign)
+    return Token("text", content.strip(), gap)
 
 
 def _word_tokens(word: str, gap: bool, before: list[Token], second: bool) -> list[Token]:

@@ -51,6 +51,7 @@ class Answer:
     readings: tuple[Any, ...]
     products: tuple[Any, ...]  # the same, with g(a + b) as a product, if there is one
     decimal: bool  # whether a number has a decimal point
+    dropped: tuple[Any, ...]  # 12 of 12\Omega, whose letter may be a unit
 
     @property
     def readable(self) -> bool:
