@@ -181,6 +181,7 @@ def test_address_of_the_head(tmp_path: Path, named: str, own: str, taken: str) -
     assert subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip() == taken
 
 
+@pytest.mark.slow
 def test_exit_code_of_the_launcher_and_nothing_left(job: Job) -> None:
     job.launcher('echo "$RAY_ADDRESS $*" >"$RECORD/launcher"; exit 3')
     assert job.run("a=1", "b='x y'") == 3

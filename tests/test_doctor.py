@@ -11,6 +11,13 @@ from tests import warm
 from vlnorm_verl import doctor, machine
 
 
+def test_works_here() -> None:
+    done = warm.python("-m", "vlnorm_verl", "doctor", "--no-ray", COLUMNS="200")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "works in this process: yes" in done.stdout
+
+
+@pytest.mark.slow
 def test_works_here_and_in_a_ray_worker() -> None:
     command = [sys.executable, "-m", "vlnorm_verl", "doctor"]
     done = subprocess.run(

@@ -74,7 +74,9 @@ def test_without_an_environment_that_can_each_one_says_why_not(project: Path) ->
     assert "bash recipes/install_gpu.sh" in unfit
 
 
-@pytest.mark.parametrize("arguments", ["launch task=countdown", "reproduce fig2 --dry-run"])
+@pytest.mark.parametrize(
+    "arguments", ["launch task=countdown", pytest.param("reproduce fig2 --dry-run", marks=pytest.mark.slow)]
+)
 def test_a_run_on_gpus_goes_over_to_the_environment_that_has_cuda(project: Path, arguments: str) -> None:
     command = [sys.executable, "-m", "vlnorm_verl", *arguments.split(), "--recipes", str(project / "recipes")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -2,8 +2,8 @@
 
 Covered: `patch` and `git apply` without fuzz, and back; verl's real FSDP2 engine on gloo ranks without the plugin; the
 tests inside of a patch, which train BaseEngine with a linear model, critic's loss included; refused configurations on
-verl's own yaml; for the newest release also verl's own modes bit for bit, the size of the minimal patch, and the plugin
-beside a patched verl. `slow`: older releases, imported with the dependencies of the newest, and the proposal. Not
+verl's own yaml; for the newest release also verl's own modes bit for bit, and the size of the minimal patch. `slow`:
+older releases, imported with the dependencies of the newest, the proposal, and the plugin beside a patched verl. Not
 covered: engines that need CUDA, Ray.
 """
 
@@ -255,7 +255,8 @@ scenarios.main()
 """
 
 
-@pytest.mark.parametrize("name", [FULL, pytest.param(MINIMAL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [FULL, MINIMAL])
 def test_plugin_leaves_the_mode_to_a_patched_verl_and_says_so(
     name: str, tree: Callable[[str], Path], tmp_path: Path
 ) -> None:
