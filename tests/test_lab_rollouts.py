@@ -233,7 +233,7 @@ def test_vllm_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.M
         first = stop_after(patch, 2)
         with pytest.raises(Stopped):
             sample(*arguments)
-    second = stop_after(monkeypatch, 9)
+    second = stop_after(monkeypatch, 10)
     sample(*arguments)
     assert sorted(first + second) == list(range(6))
     assert len(second) == 4
