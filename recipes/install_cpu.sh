@@ -16,34 +16,27 @@ target=.venv
 python=${PYTHON:-python3}
 version() { "$1" -c 'import sys; print("{}.{}".format(*sys.version_info))' 2> /dev/null || true; }
 
+wanted=$(cat "$requirements" pyproject.toml recipes/install_cpu.sh recipes/installer.sh | cksum)
+stamp=$target/installed-cpu-stack
 if [ -x "$target/bin/python" ]; then
   [ -z "${PYTHON:-}" ] || [ "$(version "$python")" = "$(version "$target/bin/python")" ] ||
     fail "PYTHON=$python: $target has Python $(version "$target/bin/python"). Remove it (rm -rf $target) for another one"
   python=$target/bin/python
+  [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ] || exit 0
+  found=$("$python" vlnorm_verl/machine.py environment)
+  case $found in
+    *'"cuda": "'[!\"]* | *'"vllm": "'[!\"]*)
+      [ -e "$stamp" ] ||
+        fail "$target is an environment for GPUs ($found), which the CPU stack would overwrite. Give it another name"
+      ;;
+  esac
 fi
 case $(version "$python") in
   3.11 | 3.12) ;;
   *) fail "$python: Python 3.11 or 3.12 is needed (by verl and by numpy 2.3); name one with PYTHON=python3.11" ;;
 esac
 
-wanted=$(cat "$requirements" pyproject.toml recipes/install_cpu.sh recipes/installer.sh | cksum)
-stamp=$target/installed-cpu-stack
-if [ -x "$target/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-  exit 0
-fi
-if [ -x "$target/bin/python" ] && [ ! -e "$stamp" ]; then
-  found=$("$target/bin/python" vlnorm_verl/machine.py environment)
-  case $found in
-    *'"cuda": "'[!\"]* | *'"vllm": "'[!\"]*)
-      fail "$target is an environment for GPUs ($found), which the CPU stack would overwrite. Give it another name"
-      ;;
-  esac
-fi
-
 echo "Installing the CPU stack into $target (about 4 GB on disk; a minute or two on a fast line) …"
-if [ ! -x "$target/bin/python" ]; then
-  "$python" -m venv "$target" || { rm -rf "$target"; exit 1; } # without ensurepip it is half made
-fi
 source recipes/installer.sh
 
 install_cpu_torch

@@ -87,9 +87,6 @@ if [ "$(cat "$stamp" 2> /dev/null)" = "$wanted" ]; then
 fi
 
 echo "Installing into $target (10 GB on disk; minutes on a fast line) …"
-if [ ! -x "$target/bin/python" ]; then
-  "$python" -m venv "$target" || { rm -rf "$target"; exit 1; } # without ensurepip it is half made
-fi
 source recipes/installer.sh
 
 # A wheel's name says neither torch nor CUDA: what counts is that it loads.

@@ -1,6 +1,9 @@
 # Sourced by the scripts that install: `install`, `uninstall` and `install_cpu_torch` for the environment $target. By uv if
 # it is there or pip can fetch it (a third of pip's time); by pip where there is none, and for what uv cannot install.
 
+# From $python, where there is none. Without ensurepip (Debian's python3-venv) it would stay half made.
+[ -x "$target/bin/python" ] || "$python" -m venv "$target" || { rm -rf "$target"; return 1; }
+
 pip_install() { "$target/bin/python" -m pip --disable-pip-version-check --no-input install "$@"; }
 
 # index=URL install …: from that index. (uv would not go by --index-url where UV_DEFAULT_INDEX is set.)

@@ -106,7 +106,7 @@ make_environment() { # RELEASE
   [ "$(cat "$target/installed" 2> /dev/null)" = "$wanted" ] && return
   echo "Installing verl $1 into $target …"
   # One chain: `set -e` is off inside of a condition, and a broken environment must not be called finished.
-  rm -rf "$target" && "$python" -m venv "$target" && source recipes/installer.sh && install_cpu_torch &&
+  rm -rf "$target" && source recipes/installer.sh && install_cpu_torch &&
     # torch is named again, so that no CUDA build takes its place.
     install "$cpu_torch" "${packages[@]}" &&
     # --no-deps: also a release outside of the range that pyproject.toml names can be tried.

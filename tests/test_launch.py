@@ -343,9 +343,8 @@ def test_a_cluster_keeps_its_resources_and_is_given_the_plugin(tmp_path: Path, m
     variables = dict(ray_init.runtime_env.env_vars)
     assert variables["VERL_USE_EXTERNAL_MODULES"] == "vlnorm_verl.verl_entry"
     assert variables["VERL_FILE_LOGGER_PATH"] == f"{config.recipe.folder}/metrics-000.jsonl"
-    assert (
-        variables["TENSORBOARD_DIR"] == f"{config.recipe.folder}/tensorboard"
-    )  # else where the trainer's actor starts
+    # Without it, where the trainer's actor starts.
+    assert variables["TENSORBOARD_DIR"] == f"{config.recipe.folder}/tensorboard"
 
 
 @pytest.mark.parametrize("given", ["+{}=json", "++{}=json", "+{}='vlnorm_verl.verl_entry, json'", "in the environment"])

@@ -220,7 +220,7 @@ class Check:
                 raw = json.loads(result.read_text())
             try:
                 good, words = part.judge(raw)
-                status = "missed" if not good else "failed" if how else "met"  # after its result, say
+                status = "missed" if not good else "failed" if how else "met"  # it may fail behind a good result
             except Exception as error:  # the other parts have their say
                 good, words, status = False, f"a result that is not understood: {error!r}", "failed"
             words = "; ".join([name + words, *([how] if how else []), *failed])

@@ -126,12 +126,13 @@ def difference(a: Scores, b: Scores) -> Estimate:
     """
     most = max(len(a.problems), len(b.problems))
     a, b = _on_common_problems(a, b)
+    if lone := 1 in (len(a.seeds), len(b.seeds)):
+        samples = [(a.values.mean(0) - b.values.mean(0))[None]]
+    else:
+        samples = [a.values - b.values] if a.seeds == b.seeds else [a.values, b.values]
+    estimate = _interval(samples, a.sizes, rate=False)
     note = "" if len(a.problems) == most else f"{len(a.problems)} of {most} problems"
-    if 1 in (len(a.seeds), len(b.seeds)):
-        lone = _interval([(a.values.mean(0) - b.values.mean(0))[None]], a.sizes, rate=False).of_one_seed()
-        return lone.noted(note)
-    samples = [a.values - b.values] if a.seeds == b.seeds else [a.values, b.values]
-    return _interval(samples, a.sizes, rate=False).noted(note)
+    return (estimate.of_one_seed() if lone else estimate).noted(note)
 
 
 def mean_over_own_problems(tables: Sequence[Scores]) -> Estimate:

@@ -92,10 +92,7 @@ def launch(request: Request, console: Console | None = None) -> int:
         print(sys.executable)
         return 0
     folder = folder_of(request, asked)
-    changed = settings(request, asked, folder)
-    config = with_settings(asked, changed)
-    validate(config)
-    refuse_other(config, folder)
+    config, changed = checked(request, asked, folder)
     if request.dry_run:
         show(request, config, changed, console, unfit)
         return 0
@@ -119,6 +116,19 @@ def launch(request: Request, console: Console | None = None) -> int:
     if request.report and state(config) == "finished":
         draw_report(folder, console)
     return code
+
+
+def checked(request: Request, asked: DictConfig, folder: Path) -> tuple[DictConfig, dict[str, Any]]:
+    """What verl's trainer is given, and what of it is `settings`.
+
+    Raises:
+        UserError: verl refuses it, or the folder has a run with other values.
+    """
+    changed = settings(request, asked, folder)
+    config = with_settings(asked, changed)
+    validate(config)
+    refuse_other(config, folder)
+    return config, changed
 
 
 def check_place(on: str) -> None:
@@ -333,11 +343,10 @@ def train_once(config: DictConfig, console: Console, lock: IO[str]) -> int:
 
 def draw_report(folder: Path, console: Console) -> None:
     """The report of one finished run, in its folder."""
-    from vlnorm_verl.report.build import Request as ReportRequest
-    from vlnorm_verl.report.build import build
+    from vlnorm_verl.report import build
 
     out = folder / "report"
-    build(ReportRequest((str(folder),), out, figures=True), console)
+    build.build(build.Request((str(folder),), out, figures=True), console)
     console.print(f"report: {out / 'report.html'}")
     for picture in sorted((out / "figures").glob("training-*.png")):
         console.print(f"learning curve: {picture}")

@@ -26,9 +26,8 @@ from tqdm import tqdm
 
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import launch, resources
-from vlnorm_verl.runs.check import validate
-from vlnorm_verl.runs.config import choices, compose, missing_files, parsed, require, with_settings
-from vlnorm_verl.runs.folder import completed_steps, refuse_other, state
+from vlnorm_verl.runs.config import choices, compose, missing_files, parsed, require
+from vlnorm_verl.runs.folder import completed_steps, state
 from vlnorm_verl.runs.process import raise_on_stop
 from vlnorm_verl.runs.progress import terminal
 from vlnorm_verl.runs.provenance import config_files
@@ -237,11 +236,9 @@ def check(recipes: Path, runs: list[PlannedRun], console: Console, elsewhere: st
     missing: dict[str, None] = {}  # as an ordered set
     for run in tqdm(runs, desc="checking every run against verl", delay=1, mininterval=1, leave=False):
         try:
-            config = compose(recipes / "config", run.overrides)
-            unfit = launch.prepare_environment(recipes, config)
-            config = with_settings(config, launch.settings(launch.Request(recipes, on=elsewhere), config, run.folder))
-            validate(config)
-            refuse_other(config, run.folder)
+            asked = compose(recipes / "config", run.overrides)
+            unfit = launch.prepare_environment(recipes, asked)
+            config, _ = launch.checked(launch.Request(recipes, on=elsewhere), asked, run.folder)
         except UserError as error:
             problems.setdefault(str(error), []).append(run.name)
             continue

@@ -49,8 +49,8 @@ _NO_UNITS = word_set(
     "or and not no if when where for mod modulo base except times plus minus over to than unless is are nor but of the"
     " squared cubed doubled tripled halved repeating remainder bc bce ad factorial below above under infinity gross"
 )
-_NO_UNITS |= _SCALES.keys()  # but in front
-_NO_UNIT = re.compile(
+_NO_UNITS |= _SCALES.keys()  # where one is not the first word, and so no factor
+_OF_NO_UNIT = re.compile(
     rf"[^{_UNIT_CHARACTERS}'-]|(?:twen|thir|fou?r|fif|six|seven|eigh|nine)t(?:y|ie|ee)"  # fifty, fiftieth, fifteen
     "|^(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)$"  # not the "two-" of two-digit
 )
@@ -232,7 +232,7 @@ class Formulas(Cursor):
             value = value * scale
         unclear = len(scales) > 1 and min(scales) < 1  # hundred thousandths: 100/1000 or 1/100000
         unclear |= not _NO_UNITS.isdisjoint(word.strip("-") for word in words) or words[-1:] == ["negative"]
-        if unclear or any(map(_NO_UNIT.search, words)):
+        if unclear or any(map(_OF_NO_UNIT.search, words)):
             raise Unreadable(f"{text!r} after a value")
         return value
 
