@@ -99,7 +99,16 @@ def test_rollout_and_actor_must_agree(apart: float | None, good: bool) -> None:
     names = ("actor/grad_norm", "critic/score/mean", "timing_s/step", "timing_s/gen", "timing_s/update_actor")
     step = dict.fromkeys((*names, "actor/vl_norm/variance_ratio"), 1.0)
     step |= {} if apart is None else {"training/rollout_probs_diff_mean": apart}
-    assert check.stack({"steps": 1, "records": [{"data": step}]})[0] == good
+    assert check.stack({"steps": 1, "records": [{"data": step, "after": 90.0}]})[0] == good
+
+
+@pytest.mark.parametrize(("rounds", "good"), [(1, False), (5, True)])
+def test_one_round_does_not_judge_an_update(rounds: int, good: bool) -> None:
+    """On the first GPU token-mean again took 0.88 of token-mean's time in the one round that there was time for."""
+    mode = {"wall_ratio": {"median": 1.0, "low": 0.9, "high": 1.1}, "wall_s": 1.0, "tokens_per_s": 1.0}
+    result = {"model_parameters": 1, "responses": 1, "response_tokens": {"max": 1}, "rounds": [{}] * rounds}
+    result["modes"] = dict.fromkeys(("vl_norm", "token-mean again"), mode)
+    assert check.update({"update": result, "targets": {"update": True}}, tiny=False)[0] == good
 
 
 # ---------------------------------------------------------------------------------------------------------- the page

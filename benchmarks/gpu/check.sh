@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What this project's method does on a GPU: exactness, cost, memory, the whole stack. Ten minutes on one GPU;
+# What this project's method does on a GPU: exactness, cost, memory, the whole stack. 25 minutes at most on one GPU;
 # docs/gpu.md says more.
 #
 #   bash benchmarks/gpu/check.sh [engine|stack|all|page] [--device cpu] [--out FOLDER] [--write PAGE] …    (--help)

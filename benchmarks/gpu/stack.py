@@ -3,13 +3,14 @@
     python benchmarks/gpu/stack.py --device cuda|cpu --out FILE [--steps 8] [--attention TRITON_ATTN] [--no-sleep]
 
 It is the quickstart's run; on a GPU what its configuration sets for a CPU is set back to verl's ways. FILE is JSON:
-verl's metrics of each step, whole after each.
+verl's metrics of each step, and after how many seconds it was done; whole after each.
 """
 
 import contextlib
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,10 +74,10 @@ def main(
         os.environ.update(cpu_environment() if device == "cpu" else GPU_ENVIRONMENT)
         lock = stack.enter_context(locked(folder))
         records = stack.enter_context(contextlib.closing(start(config, lock)))
-        done = []
+        done, begin = [], time.monotonic()
         try:
             for record in records:
-                done.append(record)
+                done.append({**record, "after": time.monotonic() - begin})
                 write_json(out, {"steps": steps, "attention": attention, "sleep": sleep, "records": done})
                 print(progress_line(record, steps), flush=True)
         except TrainingFailed as error:
