@@ -157,12 +157,12 @@ def parts(group: str, device: str) -> list[Part]:
     losses = ["--only", *(["vanilla"] if tiny else [""])]
     return {
         "engine": [
-            gradient("float64", "float64", 150),
+            gradient("float64", "float64", 120),
             Part("update", 360, timed, functools.partial(update, tiny=tiny)),
-            gradient("bfloat16", "bfloat16", 200),
-            gradient("float64, two ranks", "float64", 150, 2, share),
+            gradient("bfloat16", "bfloat16", 120),
+            gradient("float64, two ranks", "float64", 120, 2, share),
             Part("aggregation", 60, [alone], functools.partial(aggregation, tiny=tiny)),
-            gradient("float32", "float32", 150),
+            gradient("float32", "float32", 120),
             Part(
                 "policy losses and features, float64",
                 200,
