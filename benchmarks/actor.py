@@ -77,7 +77,7 @@ def make_worker(model: Path, micro: int, half: bool) -> Any:
             model_config=HFModelConfig(
                 path=str(model),
                 load_tokenizer=False,
-                use_remove_padding=False,
+                use_remove_padding=half,
                 use_fused_kernels=half,
                 fused_kernel_options={"impl_backend": "torch"},
                 enable_gradient_checkpointing=half,
@@ -90,6 +90,7 @@ def make_worker(model: Path, micro: int, half: bool) -> Any:
                 use_torch_compile=False,
                 use_dynamic_bsz=False,
                 micro_batch_size_per_gpu=micro,
+                use_no_sync_for_gradient_accumulation=False,  # as verl's trainer has it
             ),
             optimizer_config=FSDPOptimizerConfig(lr=0.0),
             checkpoint_config=CheckpointConfig(),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from origin import origin
+from origin import ROOT, origin
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +24,6 @@ from vlnorm_verl.files import write_json
 from vlnorm_verl.runs.process import read_metrics
 from vlnorm_verl.runs.progress import summarize
 
-ROOT = Path(__file__).parent.parent
 ROWS = {
     "avg_at_8_before": "Avg@8 before",
     "avg_at_8_after": "Avg@8 after",

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from origin import line
+from origin import ROOT, line
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "vlnorm_verl", "report"]
 
 

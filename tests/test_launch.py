@@ -35,7 +35,6 @@ from vlnorm_verl.runs.progress import terminal
 from vlnorm_verl.runs.reproduce import RunSet
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-UNFIT = ["'3072'", "8k", "[3]", "true", "0", "-1", "inf", "nan"]  # as M
 
 
 @pytest.fixture(autouse=True)
@@ -94,12 +93,9 @@ def test_paths_are_absolute_and_last_overrides_win(tmp_path: Path, monkeypatch: 
     assert config.trainer.total_training_steps == 7
 
 
-@pytest.mark.parametrize(
-    "name", ["a,b", "run(copy)", "x=y", "proj (copy), v1", "exp#2", "it's", "[1]", "{a: b}", "a:b"]
-)
-def test_paths_may_have_hydras_characters(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_may_have_hydras_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given by the user in quotes, and as the project's folder, which relative paths begin with."""
-    project = tmp_path / name
+    project = tmp_path / "it's a,b (copy), x=y #2 [1] {a: b} a:b"
     shutil.copytree(RECIPES / "config", project / "recipes" / "config")
     monkeypatch.chdir(project)
     for given in ([], [configs.override("recipe.root", str(project / "runs"))]):
@@ -201,9 +197,14 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
         (["method=vl-norm"], "vl_norm"),
         (["trainer.n_gpus_per_nod=4"], "n_gpus_per_nod"),
         (["actor_rollout_ref.actor.loss_scale_factor=null", "method=dr_grpo"], "loss_scale_factor=None with"),
+        (["model=7b", "attention=sdpa"], "Accepted: attention=flash, or model=3b"),
+        (["method=dapo_norm_as_coded", "attention=sdpa"], "a micro-batch. Accepted: attention=flash"),
+        (["actor_rollout_ref.actor.loss_scale_factor='3072'"], "loss_scale_factor='3072': accepted is a number"),
+        (["actor_rollout_ref.actor.loss_scale_factor=0"], "M must be a positive number"),
+        # verl itself divides by whatever it is given.
         *(
-            ([f"actor_rollout_ref.actor.loss_scale_factor={text}"], "actor_rollout_ref.actor.loss_scale_factor=")
-            for text in UNFIT
+            ([f"actor_rollout_ref.actor.loss_scale_factor={text}", "method=dr_grpo"], "M must be a positive number")
+            for text in ("0", "-1", "nan")
         ),
         (
             [
@@ -293,7 +294,7 @@ def test_the_version() -> None:
     ("overrides", "on_cpu", "flash"),
     [
         ([], False, True),
-        (["model=7b", "attention=sdpa"], False, False),
+        (["model=3b", "attention=sdpa"], False, False),
         (["model='tiny'"], True, False),
         (['model="tiny"', "attention=sdpa"], True, False),
     ],
@@ -316,9 +317,23 @@ def test_a_leftover_of_a_cpu_run_in_the_shell_is_refused(monkeypatch: pytest.Mon
 
 def test_without_flash_attn_a_run_on_gpus_is_told_of_sdpa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "driver", lambda: ((13, 0), 8))
+    monkeypatch.setattr(os, "cpu_count", lambda: 34)
     assert "Give runs attention=sdpa" in launch.cannot_run(composed(tmp_path))
     said = launch.cannot_run(composed(tmp_path, "attention=sdpa"))
     assert said == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [([], "34"), (["trainer.n_gpus_per_node=4"], "22"), (["ray_kwargs.ray_init.num_cpus=34"], "")],
+)
+def test_a_machine_with_fewer_cpus_than_verl_reserves_is_told_so(
+    tmp_path: Path, overrides: list[str], needed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "driver", lambda: ((13, 0), 8))
+    monkeypatch.setattr(os, "cpu_count", lambda: 21)
+    said = launch.cannot_run(composed(tmp_path, "attention=sdpa", *overrides))
+    assert said == "" if not needed else f"verl reserves {needed} CPUs of Ray, and this machine has 21" in said
 
 
 # ------------------------------------------------------------------------------------------------------- the commands

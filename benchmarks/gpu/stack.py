@@ -2,8 +2,9 @@
 
     python benchmarks/gpu/stack.py --device cuda|cpu --out FILE [--steps 8] [--attention TRITON_ATTN] [--no-sleep]
 
-It is the quickstart's run; on a GPU what its configuration sets for a CPU is set back to verl's ways. FILE is JSON:
-verl's metrics of each step, and after how many seconds it was done; whole after each.
+It is the quickstart's run. On a GPU device, precision, activation checkpointing, sleep mode and attention are those of
+GPUs; the rest stays as on the CPU: padding, no CUDA graphs, no compilation, no offloading. FILE is JSON: verl's metrics
+of each step, and after how many seconds it was done; whole after each.
 """
 
 import contextlib

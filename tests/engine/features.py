@@ -46,8 +46,8 @@ from tests.engine.feature_cases import Case, cases, register_user_losses
 from tests.engine.feature_workers import make_worker
 from tests.engine.reference import Rows, Scenario
 from vlnorm_verl.cpu import patches
-from vlnorm_verl.plugin import is_ours
 from vlnorm_verl.plugin import policy_loss as policy_losses
+from vlnorm_verl.plugin.modes import is_ours
 
 # Half of the scenarios' responses, since every row needs the gradient of each one by itself.
 ROWS = 8

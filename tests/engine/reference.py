@@ -27,6 +27,7 @@ class Scenario:
     kl_coef: float = 0.0
     masked: tuple[int, ...] = ()
     rejected: tuple[int, ...] = ()  # no response_mask, but a loss_mask: what verl's rollout correction leaves
+    reduced_each: bool = False  # FSDP reduces gradients in each micro-batch, not once for all
     sabotage: str = ""
 
 

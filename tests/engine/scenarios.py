@@ -48,6 +48,8 @@ def scenarios(ranks: int) -> list[Scenario]:
     per_rank = ROWS // ranks
     for mode in ("vl_norm", "vl_norm:0.75", "vl_norm:0"):
         out += [Scenario(f"micro-batches of {m}", mode, micro=m) for m in (1, 2, 4) if m <= per_rank]
+        # As verl's trainer is configured (trainer/config/engine/fsdp.yaml:61); the class's own default is once for all.
+        out += [Scenario("micro-batches of 2, reduced in each", mode, reduced_each=True)]
         out += [Scenario(f"dynamic, {t} tokens", mode, micro=None, tokens=t) for t in (60, 110)]
         out += [
             Scenario("shuffled, 2 epochs of 2 mini-batches", mode, mini=ROWS // 2, epochs=2, shuffle=True),
@@ -197,7 +199,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cpu":
         prepare(args)
-    if args.native and plugin_is_active() and importlib.import_module("vlnorm_verl.plugin").is_ours("vl_norm"):
+    if args.native and plugin_is_active() and importlib.import_module("vlnorm_verl.plugin.modes").is_ours("vl_norm"):
         parser.error("--native: this verl has no vl_norm itself, the plugin answers for it")
     start(run_stock if args.stock else run_exact, args)
 

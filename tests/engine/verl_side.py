@@ -182,6 +182,8 @@ def train(worker: Any, scenario: Scenario, data: TensorDict) -> dict[str, float]
     from verl.workers.utils.losses import ppo_loss
 
     worker.set_loss_fn(functools.partial(ppo_loss, config=actor_config(scenario)))
+    # Read in each micro-batch (workers/engine/fsdp/transformer_impl.py:702); the dataclass is frozen.
+    object.__setattr__(worker.engine.engine_config, "use_no_sync_for_gradient_accumulation", not scenario.reduced_each)
     with sabotaged(scenario.sabotage):
         metrics = tu.get(worker.train_mini_batch(data), "metrics")
     return {k: float(np.mean(v.values if hasattr(v, "values") else v)) for k, v in metrics.items()}

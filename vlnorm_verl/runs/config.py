@@ -145,11 +145,18 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
             f"trainer.device={config.trainer.device} with model={chosen['model']}: model=tiny is on the CPU and the "
             "others on GPUs. trainer.device cannot be given by itself"
         )
-    if config.recipe.get("fixed") and not is_cpu(config) and not wants_flash_attention(config):
-        raise UserError(
-            f"method={chosen['method']} is a loss of micro-batches, and attention=sdpa trains one response a "
-            "micro-batch. Accepted: attention=flash"
-        )
+    if not is_cpu(config) and not wants_flash_attention(config):
+        if config.recipe.get("fixed"):
+            raise UserError(
+                f"method={chosen['method']} is a loss of micro-batches, and attention=sdpa trains one response a "
+                "micro-batch. Accepted: attention=flash"
+            )
+        if chosen["model"] == "7b":
+            raise UserError(
+                "model=7b with attention=sdpa: verl's fused log-probs read the weight of lm_head "
+                "(models/transformers/dense_common.py:125), which FSDP2 has sharded where it is not the embedding's, "
+                "as in 7B. Accepted: attention=flash, or model=3b"
+            )
     return config
 
 

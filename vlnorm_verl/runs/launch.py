@@ -205,8 +205,12 @@ def cannot_run(config: DictConfig) -> str:
         return ""
     problems = [machine.flash_attention_problem()] if wants_flash_attention(config) else []
     if not os.environ.get("RAY_ADDRESS"):
-        cuda = machine.this_environment().cuda or machine.WHEELS_CUDA
-        problems.append(machine.driver_problem(cuda, config.trainer.n_gpus_per_node))
+        cuda, gpus = machine.this_environment().cuda or machine.WHEELS_CUDA, config.trainer.n_gpus_per_node
+        problems += [machine.driver_problem(cuda, gpus), machine.compiler_problem()]
+        if config.ray_kwargs.ray_init.num_cpus is None:
+            # Three a GPU (single_controller/ray/base.py:146), TransferQueue's, and one for what starts later.
+            units = config.transfer_queue.backend.SimpleStorage.num_data_storage_units
+            problems.append(machine.cpus_problem(3 * gpus + units + 2))
     return "\n".join(str(problem) for problem in problems if problem)
 
 

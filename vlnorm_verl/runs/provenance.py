@@ -12,8 +12,6 @@ from omegaconf import DictConfig
 
 from vlnorm_verl.runs.config import choices, flatten, parsed
 
-SOURCES = ("ours", "verl", "paper", "code")  # of a value; see recipes/config/recipe.yaml
-
 
 @dataclass(frozen=True)
 class Value:
@@ -82,19 +80,3 @@ def provenance(config_folder: Path, config: DictConfig, given: list[str], set_he
                 if key == changed or key.startswith(f"{changed}."):
                     add(key, place)
     return list(sources.values())
-
-
-def values_table(config_folder: Path) -> str:
-    """Every value of the recipes that has a source, ours first, as Markdown."""
-    rows = []
-    for file in [config_folder / "common.yaml", *sorted(config_folder.glob("*/*.yaml"))]:
-        values = flatten(yaml.safe_load(file.read_text()))
-        for key, _, comment in commented_values(file):
-            source, _, why = comment.partition(":")
-            if source in SOURCES:
-                cells = (source, f"`{key}`", f"`{values[key]}`", str(file.relative_to(config_folder)), why.strip())
-                rows.append((SOURCES.index(source), " | ".join(cell.replace("|", r"\|") for cell in cells)))
-    rows.sort(key=lambda row: row[0])
-    return "\n".join(
-        ["| source | key | value | file | why |", "|---|---|---|---|---|", *(f"| {row} |" for _, row in rows)]
-    )

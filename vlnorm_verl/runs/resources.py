@@ -12,8 +12,10 @@ Formulas; P parameters, N GPUs, V vocabulary, T tokens of one micro-batch if all
                             + T · V · 2 bytes if torch.compile fuses the entropy, T · V · 10 bytes if not (logits in
                             bf16, softmax and its product with the logits in fp32)
     vLLM's cache            (0.8 · GPU − 2 P − 4 GiB) / (2 · layers · KV heads · head size · 2 bytes), full responses
-    host, GiB               12 P offloaded, or the fp32 model at the start (3B: once a GPU, as verl loads a model with
-                            tied embeddings in every process; 7B: once), and 60 to 120 for the processes
+    host, GiB               12 P offloaded, where a tensor's part on a GPU takes the next power of two (verl offloads to
+                            pinned memory, utils/fsdp_utils.py:197, which torch rounds up); or the fp32 model at the
+                            start (3B: once a GPU, as verl loads a model with tied embeddings in every process; 7B:
+                            once); and 60 to 120 for the processes
     disk, GB                12 P a checkpoint (fp32 parameters, Adam's moments), 4 P of a finished run
     generation, s           waves · (limit · (2 P / bandwidth + overhead) + KV cache read / bandwidth)
     update, s               8 P · tokens / (N · peak · MFU); log-probs 2 P · tokens / (N · peak · MFU)
@@ -25,6 +27,7 @@ Left out: attention's own FLOPs, offloading (about a second a step), reward, wei
 """
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass
 
@@ -75,6 +78,13 @@ class Model:
     @property
     def layer_parameters(self) -> float:
         return (self.parameters - self.embedding_parameters) / self.layers
+
+    def offloaded_gib(self, gpus: int) -> float:
+        """fp32 parameters and Adam's two moments in pinned memory, over all GPUs; biases and norms left out."""
+        layer = [self.hidden**2] * 2 + [self.kv_heads * self.head_size * self.hidden] * 2
+        layer += [self.intermediate * self.hidden] * 3
+        tensors = layer * self.layers + [self.vocabulary * self.hidden] * self.embeddings
+        return sum(3 * gpus * 2 ** math.ceil(math.log2(4 * tensor / gpus)) for tensor in tensors) / GIB
 
     @property
     def checkpoint_gb(self) -> float:
@@ -185,7 +195,7 @@ def cached_responses(model: Model, recipe: Recipe, gpu: Gpu) -> float:
 
 def host_gib(model: Model, gpus: int) -> tuple[float, float]:
     copies = gpus if model.embeddings == 1 else 1
-    most = max(12, 4 * copies) * model.parameters / GIB
+    most = max(model.offloaded_gib(gpus), 4 * copies * model.parameters / GIB)
     return most + HOST_PROCESSES_GIB[0], most + HOST_PROCESSES_GIB[1]
 
 
@@ -221,8 +231,11 @@ def run_hours(model: Model, recipe: Recipe, gpu: Gpu, gpus: int, steps: int) -> 
 
 
 def applies_to(overrides: list[str]) -> bool:
-    """Whether `cost` is that of a run with these overrides."""
-    return not ASSUMED & {given.key_or_group for given in parsed(overrides)}
+    """Whether `cost` is that of a run with these overrides; with attention=sdpa it has four times the micro-batches."""
+    given = parsed(overrides)
+    return not ASSUMED & {one.key_or_group for one in given} and "attention=sdpa" not in [
+        one.input_line for one in given
+    ]
 
 
 def cost(runs: list[DictConfig]) -> str:
