@@ -91,9 +91,9 @@ TEST_SECONDS, PART_SECONDS = 120, 1800
 HEAD = """# Releases of verl
 
 Written by `bash recipes/test_releases.sh`, and copied: `cp .releases/table.md docs/results/releases.md`.
-Run on: {machine}. Seeds are fixed in the programs. *Exact*, *refused*, *absent*: as in [support](../support.md); rows
-are those of `tests/engine/features.py`, once for each mode at that commit, so columns of other commits have other
-numbers of rows.
+Run on: {machine}. Seeds are fixed in the programs. *Exact*, *refused*, *absent*: as in [support](../support.md). A row
+of `tests/engine/features.py` is one feature with one mode. They became more over time, so columns of other commits have
+other numbers of rows.
 
 """
 # After the tests, since importing verl before them could hide what they are about.

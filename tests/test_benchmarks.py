@@ -3,6 +3,7 @@
 Those in folders of benchmarks/ have tests of their own (test_gpu_check.py for gpu/).
 """
 
+import csv
 import os
 import re
 import subprocess
@@ -52,8 +53,21 @@ def test_the_example_trains(how: str, tmp_path: Path) -> None:
         script = [sys.executable, "-m", "verl.trainer.main_ppo"]
         script += ["--config-path", f"{REPOSITORY}/recipes/examples", "--config-name", "own_run"]
         variables |= cpu_environment()
-    said = run([*script, f"hydra.run.dir={tmp_path}"], **variables)
+    # As docs/report.md has it.
+    folder = tmp_path / "vl_norm_s0"
+    folder.mkdir()
+    variables["VERL_FILE_LOGGER_PATH"] = str(folder / "metrics-000.jsonl")
+    logged = [
+        "trainer.logger=[console,file]",
+        f"trainer.validation_data_dir={folder}/validation",
+        "trainer.test_freq=2",
+    ]
+    said = run([*script, f"hydra.run.dir={tmp_path}/hydra", *logged], **variables)
     assert re.findall(r"step:(\d+) .*actor/vl_norm/variance_ratio:[12]\.", said)[-1] == "2"
+    said = run([sys.executable, "-m", "vlnorm_verl", "report", str(folder), "--out", str(tmp_path / "report")])
+    assert "VL Norm" in said
+    (row,) = csv.DictReader((tmp_path / "report/tables/inputs.csv").open())
+    assert (row["method"], row["seed"]) == ("VL Norm (α = 1)", "0")
 
 
 def test_the_variables_of_the_cpu_stack_reach_a_shell() -> None:

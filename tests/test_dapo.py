@@ -6,6 +6,7 @@ them (test_e2e.py).
 """
 
 import asyncio
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -207,11 +208,11 @@ class Queue:
     """The contents of verl's TransferQueue, where every group that was asked for is finished at once, all equal."""
 
     def __init__(self, acc: list[float]) -> None:
-        self.acc, self.prompts, self.rows = acc, {}, {}
+        self.acc, self.prompts, self.rows, self.number = acc, {}, {}, itertools.count()
 
     def add(self, prompts: int) -> int:
         for _ in range(prompts):
-            uid = f"u{len(self.prompts)}x{id(self)}"
+            uid = f"u{next(self.number)}"
             self.prompts[uid] = {"is_prompt": True, "status": "finished", "global_steps": 1}
             for session, acc in enumerate(self.acc):
                 self.rows[f"{uid}_{session}_0"] = {"acc": acc, "outcome": "correct" if acc else "wrong"}
@@ -254,6 +255,29 @@ def test_sampling_ends_loudly_when_no_group_differs(monkeypatch: pytest.MonkeyPa
     with pytest.raises(RuntimeError, match=r"24 prompts were generated for one step \(max_num_gen_batches=2\)"):
         made.sample(global_steps=1, partition_id="train", batch_size=4)
     assert 4 + sum(asked) <= 24 < 4 + sum(asked) + 12  # 2 batches of 3 · 4; verl has at most 12 in flight
+
+
+@pytest.mark.timeout(60)
+def test_the_limit_is_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run has thousands of steps, of which most drop a group."""
+    queue = Queue(acc=[1.0, 0.0])
+    connected(monkeypatch, queue)
+    asked: list[int] = []
+
+    def refill(prompts: int) -> int:
+        asked.append(prompts)
+        return queue.add(prompts)
+
+    made = buffer(refill)  # 24 prompts a step
+    for step in range(1, 9):
+        queue.prompts, queue.rows = {}, {}
+        queue.acc = [1.0, 1.0]
+        queue.add(1)
+        queue.acc = [1.0, 0.0]
+        queue.add(3)
+        batch, _ = made.sample(global_steps=step, partition_id="train", batch_size=4)
+        assert len(batch.keys) == 8
+    assert sum(asked) > 8
 
 
 def test_a_mixed_batch_is_sampled_with_its_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ COMMANDS = {
 }
 # Words of a shell, programs of others, and what nobody here can run.
 NOT_RUN = (
-    r"(cd|source|export|cp|eval|patches=|grep|git|kubectl|docker|pre-commit|pip show|pip install$)|"
+    r"(cd|source|export|cp|mkdir|eval|patches=|grep|git|kubectl|docker|pre-commit|pip show|pip install$)|"
     "bash benchmarks/gpu/prepare.sh"
 )
 # What stands for something of the reader's.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -188,6 +189,17 @@ def test_pairing_takes_the_difficulty_of_problems_out() -> None:
     shuffled = difference(of(a), of(generator.permuted(b, axis=1)))
     assert paired.value == pytest.approx(shuffled.value)
     assert paired.high - paired.low < 0.6 * (shuffled.high - shuffled.low)
+
+
+def test_pairing_takes_out_what_seeds_share() -> None:
+    """Seeds whose level differs by far more than the methods do; Student's t of the pairs, or of two samples."""
+    level = np.repeat([[0.1], [0.3], [0.5]], 100, axis=1)
+    spread = np.tile([0.001, -0.001], (3, 50))
+    a, b = of(level + 0.05 + spread), of(level - spread)
+    paired, apart = difference(a, b), difference(a, replace(b, seeds=(7, 8, 9)))
+    assert paired.value == pytest.approx(0.05)
+    assert paired.high - paired.low < 0.01
+    assert apart.high - apart.low > 0.6
 
 
 def test_problems_are_paired_by_identity_not_by_place() -> None:

@@ -82,6 +82,13 @@ def test_methods_are_measured_at_the_stated_rate(beta: float, mean: Mean) -> Non
     }
 
 
+def test_noise_is_predicted_by_the_exponent_of_the_variance() -> None:
+    methods = compare(batches_of(pool_of(np.random.default_rng(11), prompts=256, v=1.0, beta=1.5)), 1.5)
+    for method in methods:
+        assert method.noise.value == pytest.approx(method.noise_by_beta, rel=0.1), method.mode
+    assert max(abs(method.noise_predicted / method.noise_by_beta - 1) for method in methods) > 0.2
+
+
 def test_the_closed_forms_predict_what_is_measured_in_their_own_model() -> None:
     methods = compare(batches_of(pool_of(np.random.default_rng(11), prompts=256, v=1.0)), 1.0)
     by_mode = {method.mode: method for method in methods}

@@ -5,6 +5,7 @@ Gradients of our modes in verl's engine: test_engine.py.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,12 +54,20 @@ def test_alpha_0_is_verls_dr_grpo_and_the_entropy_metric_takes_the_whole_batch(l
     assert ours.item() == pytest.approx(stock.item(), rel=1e-12)
 
 
-def test_stock_modes_compile_to_one_graph_as_without_the_plugin() -> None:
+def test_stock_modes_compile_to_one_graph_as_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     from verl.trainer.ppo.core_algos import agg_loss
 
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # cpu_environment sets it; nothing would be compiled
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
     losses, mask = torch.rand(2, 3), torch.tensor([[1.0, 1, 0], [1, 1, 1]])
-    compiled = torch.compile(lambda x: agg_loss(x, mask, "token-mean", dp_size=1), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda x: agg_loss(x, mask, "token-mean", dp_size=1), fullgraph=True, backend=backend)
     assert torch.equal(compiled(losses), agg_loss(losses, mask, "token-mean"))
+    assert len(graphs) == 1
 
 
 def test_stock_modes_are_bit_identical_with_and_without_the_plugin(tmp_path: Path) -> None:

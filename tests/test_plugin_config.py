@@ -14,7 +14,9 @@ import torch
 from tests import warm
 from tests.engine import older_verl
 from tests.verl_config import actor, compose
-from vlnorm_verl.plugin import TESTED_RELEASES, check_config, checks, engines, hooks
+from vlnorm_verl.plugin import checks, engines, hooks
+from vlnorm_verl.plugin.checks import check_config
+from vlnorm_verl.plugin.names import TESTED_RELEASES
 
 
 @pytest.fixture(autouse=True)

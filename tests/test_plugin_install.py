@@ -210,7 +210,7 @@ def __post_init__(self):
     object.__setattr__(self, "loss_agg_mode", mode)
 core_algos.agg_loss, ActorConfig.__post_init__ = agg_loss, __post_init__
 
-plugin.check_config(OmegaConf.create({"actor_rollout_ref": {"actor": {"loss_agg_mode": "mine"}}}))
+plugin.checks.check_config(OmegaConf.create({"actor_rollout_ref": {"actor": {"loss_agg_mode": "mine"}}}))
 print(FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode="mine").loss_agg_mode)
 """
     )
@@ -237,8 +237,8 @@ import verl
 from vlnorm_verl import plugin
 from omegaconf import OmegaConf
 for mode in ("forks-own", "forks-fussy", "vl_norm", "grpo_norm", "nobodys"):
-    print(mode, plugin.is_verls(mode), plugin.is_ours(mode))
-plugin.check_config(OmegaConf.create({"actor_rollout_ref": {"actor": {"loss_agg_mode": "forks-own"}}}))
+    print(mode, plugin.modes.is_verls(mode), plugin.modes.is_ours(mode))
+plugin.checks.check_config(OmegaConf.create({"actor_rollout_ref": {"actor": {"loss_agg_mode": "forks-own"}}}))
 """
     )
     assert done.stdout.splitlines() == [

@@ -14,7 +14,8 @@ from packaging.version import Version
 from tests import warm
 from tests.verl_config import actor, compose
 from vlnorm_verl import parse_mode
-from vlnorm_verl.plugin import check_config, policy_loss
+from vlnorm_verl.plugin import policy_loss
+from vlnorm_verl.plugin.checks import check_config
 from vlnorm_verl.plugin.mini_batch import MiniBatch, working_on
 
 

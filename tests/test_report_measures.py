@@ -11,7 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.report_runs import KEY, accuracy, foot, looked_at, made, put, random_dump, read, read_one, text, write_run
+from tests.report_runs import (
+    KEY,
+    accuracy,
+    foot,
+    line,
+    looked_at,
+    made,
+    put,
+    random_dump,
+    read,
+    read_one,
+    text,
+    write_run,
+)
 from vlnorm_verl.report import first_hit, groups, measures, verdict
 from vlnorm_verl.report.identity import Setting
 from vlnorm_verl.report.run import Run
@@ -456,3 +469,29 @@ def test_trailing_mean(curve: dict[int, float], window: int) -> None:
     expected = [np.mean([curve[other] for other in steps if step - window < other <= step]) for step in steps]
     found = measures.trailing_mean(np.array(steps), np.array([curve[step] for step in steps]), window)
     assert found.tolist() == pytest.approx(expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- entropy
+
+
+@pytest.mark.parametrize(
+    ("mode", "logged", "more", "expected"),
+    [
+        # Each response's tokens have 0.25 nats; lengths 3, 10 and 2000, M = 64.
+        ("vl_norm", 3 * 0.25 / (64 * (1 / 3 + 1 / 10 + 1 / 2000)), {}, 0.25),
+        ("token-mean", 0.25, {}, 0.25),
+        ("seq-mean-token-mean", 0.25, {}, 0.25),
+        ("seq-mean-token-sum-norm", 671 * 0.25 / 64, {"response_length/mean": 671.0}, 0.25),
+        ("seq-mean-token-sum-norm", 671 * 0.25 / 64, {}, None),  # no lengths
+        ("seq-mean-token-sum", 671 * 0.25, {"response_length/mean": 671.0}, None),
+    ],
+)
+def test_entropy_is_nats_a_token_where_the_modes_scale_is_known(
+    tmp_path: Path, mode: str, logged: float, more: dict[str, float], expected: float | None
+) -> None:
+    if mode == "vl_norm":  # Σ L^(1-α) and M Σ L^-α
+        more = {"actor/vl_norm/weighted_tokens": 3.0, "actor/vl_norm/divisor": 64 * (1 / 3 + 1 / 10 + 1 / 2000)}
+    run = read_one(put(tmp_path / f"{mode}.jsonl", line(1, **{"actor/entropy": logged, **more})))
+    run.scale_factor = 64.0
+    found = measures.entropy_per_token(run)
+    assert found is None if expected is None else found == pytest.approx([expected])

@@ -36,7 +36,6 @@ from vlnorm_verl.tasks.tiny import WEIGHTS
 from vlnorm_verl.tasks.tiny.data import rows, write_parquet
 from vlnorm_verl.tasks.tiny.model import VOCABULARY
 
-pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "vlnorm_verl" / "cpu" / "config"

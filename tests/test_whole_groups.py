@@ -23,22 +23,26 @@ CONFIG = Path(__file__).parent.parent / "recipes" / "config"
 PROMPTS, RESPONSES, MINI_BATCH = 128, 10, 32  # as in common.yaml and family/aggregation.yaml
 
 
-def trainer(ranks: int, step: int, mode: str = "sync_whole_groups") -> Any:
-    """A trainer as far as _balance_batch asks for it: no workers, no queue."""
+def trainer(ranks: int, step: int, mode: str = "sync_whole_groups", workers: int = 1, seed: int = 0) -> Any:
+    """A trainer as far as _balance_batch asks for it: no workers, no queue. workers: of each data-parallel rank."""
     from verl.trainer.ppo.v1 import get_trainer_cls
 
     made = object.__new__(get_trainer_cls(mode))
-    actor = {"ppo_mini_batch_size": MINI_BATCH, "data_loader_seed": 0}
+    actor = {"ppo_mini_batch_size": MINI_BATCH, "data_loader_seed": seed}
     made.config = OmegaConf.create(
         {"actor_rollout_ref": {"actor": actor, "rollout": {"n": RESPONSES}}, "trainer": {"critic_warmup": 0}}
     )
     made.use_critic, made.global_steps = False, step
     made.tokenizer = SimpleNamespace(eos_token_id=0)
-    made.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": list(range(ranks))})
+    made.actor_rollout_wg = SimpleNamespace(
+        _dispatch_info={"actor": [rank for rank in range(ranks) for _ in range(workers)]}
+    )
     return made
 
 
-def mini_batches(ranks: int, step: int = 1, mode: str = "sync_whole_groups", shuffle: bool = False) -> list[list[Any]]:
+def mini_batches(
+    ranks: int, step: int = 1, mode: str = "sync_whole_groups", shuffle: bool = False, **of_trainer: int
+) -> list[list[Any]]:
     """[(key, length)] of each rank's part of each optimizer mini-batch; the rows come in as verl's buffer gives them.
 
     That is in order of completion: short responses first.
@@ -58,7 +62,7 @@ def mini_batches(ranks: int, step: int = 1, mode: str = "sync_whole_groups", shu
     batch = KVBatchMeta(
         partition_id="train", keys=[key for key, _ in rows], tags=[{"seq_len": length} for _, length in rows]
     )
-    made, metrics = trainer(ranks, step, mode), {}
+    made, metrics = trainer(ranks, step, mode, **of_trainer), {}
     batch = made._balance_batch(batch, metrics)
     assert metrics["global_seqlen/min"] < metrics["global_seqlen/balanced_min"] or ranks == 1
     order = torch.tensor([int(key[1:4]) * RESPONSES + int(key.split("_")[1]) for key in batch.keys])
@@ -77,9 +81,10 @@ def groups(mini_batch: list[Any]) -> Counter:
     return Counter(key.split("_")[0] for part in mini_batch for key, _ in part)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_a_mini_batch_holds_32_whole_groups(ranks: int) -> None:
-    parts = mini_batches(ranks)
+# With sequence parallelism several workers are one data-parallel rank.
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2)])
+def test_a_mini_batch_holds_32_whole_groups(ranks: int, workers: int) -> None:
+    parts = mini_batches(ranks, workers=workers)
     assert len(parts) == 4
     for mini_batch in parts:
         assert Counter(groups(mini_batch).values()) == {RESPONSES: MINI_BATCH}
@@ -104,6 +109,7 @@ def test_the_order_is_new_in_each_step_and_knows_nothing_of_lengths() -> None:
     first, again, next_step = (mini_batches(8, step) for step in (1, 1, 2))
     assert first == again
     assert groups(first[0]) != groups(next_step[0])
+    assert groups(first[0]) != groups(mini_batches(8, seed=1)[0])
     # By chance the shortest of four mini-batches is the first in a quarter of the steps.
     shortest_first = 0
     for step in range(20):

@@ -67,7 +67,8 @@ def run(
 
       vlnorm-verl lab run Qwen/Qwen2.5-3B --task countdown --data data/countdown/train.parquet --no-chat-template
         --out lab/3b
-      vlnorm-verl lab run runs/mine/checkpoints/global_step_60 --out lab/step60 --modules last-qkv --modules all
+      vlnorm-verl lab run runs/mine/checkpoints/global_step_60 --task countdown --data data/countdown/train.parquet
+        --no-chat-template --out lab/step60
       vlnorm-verl lab run MODEL --task custom --data train.parquet --reward my_reward.py --out lab/mine
     """
     extras.require("lab")

@@ -25,21 +25,10 @@ import wrapt
 
 from vlnorm_verl.paper import overlong
 from vlnorm_verl.plugin import checks, hooks, install, policy_loss
-from vlnorm_verl.plugin.checks import check_config
 from vlnorm_verl.plugin.install import lacking, require_installed
-from vlnorm_verl.plugin.modes import is_ours, is_verls
-from vlnorm_verl.plugin.names import CORE_ALGOS, STOCK_MODES, TESTED_RELEASES
+from vlnorm_verl.plugin.names import CORE_ALGOS
 
-__all__ = [
-    "STOCK_MODES",
-    "TESTED_RELEASES",
-    "check_config",
-    "is_ours",
-    "is_verls",
-    "lacking",
-    "register",
-    "require_installed",
-]
+__all__ = ["lacking", "register", "require_installed"]
 
 WRAPPERS = {
     (CORE_ALGOS, "agg_loss"): hooks.extended_agg_loss,

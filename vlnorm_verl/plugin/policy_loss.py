@@ -60,20 +60,23 @@ def check(actor: Any) -> None:
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
     name = actor.policy_loss.get("loss_mode", "vanilla")
-    correction = actor.policy_loss.get("rollout_correction", None)
-    if name == "bypass_mode" and correction is not None:
-        check_rejection(
-            actor.loss_agg_mode,
-            correction.get("rollout_rs", None),
-            "actor_rollout_ref.actor.policy_loss",
-            "it takes tokens out of a response inside each micro-batch, after the mini-batch's lengths were summed",
-        )
+    check_rejection(
+        actor.loss_agg_mode,
+        correction_of(name, actor).get("rollout_rs", None),
+        "actor_rollout_ref.actor.policy_loss",
+        "it takes tokens out of a response inside each micro-batch, after the mini-batch's lengths were summed",
+    )
     if name in POLICY_LOSS_REGISTRY and (reason := problem(name, actor)):
         accepted = [other for other in sorted(POLICY_LOSS_REGISTRY) if problem(other, actor) is None]
         raise ValueError(
             f"actor_rollout_ref.actor.policy_loss.loss_mode={name!r} cannot be used with "
             f"{MODE_KEY}={actor.loss_agg_mode!r}: {reason}. Accepted: {', '.join(accepted)}."
         )
+
+
+def correction_of(name: str, actor: Any) -> Any:
+    """verl's settings of rollout correction, which only bypass_mode applies inside of the policy loss."""
+    return (actor.policy_loss.get("rollout_correction", None) or {}) if name == "bypass_mode" else {}
 
 
 def check_rejection(mode: str, rollout_rs: Any, section: str, why: str) -> None:
@@ -93,11 +96,9 @@ def problem(name: str, actor: Any) -> str | None:
     too. Its gradient must be the sum of the single responses' gradients, and half as large when the mini-batch's sum is
     twice as large.
     """
-    correction = actor.policy_loss.get("rollout_correction", None)
     # The latter divides by a mean over the ranks' micro-batches, in every mode.
-    by_micro_batch = name in CHOOSE_TOKENS or (
-        name == "bypass_mode" and correction is not None and correction.get("rollout_is_batch_normalize", False)
-    )
+    normalized = correction_of(name, actor).get("rollout_is_batch_normalize", False)
+    by_micro_batch = name in CHOOSE_TOKENS or normalized
     noise = torch.Generator().manual_seed(0)
     old = -1 - torch.rand(4, 4, generator=noise, dtype=torch.float64)
     moved = old + torch.tensor([-1.0, -0.05, 0.05, 1.0], dtype=torch.float64)[torch.randperm(4, generator=noise)]

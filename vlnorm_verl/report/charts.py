@@ -15,7 +15,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -81,7 +81,7 @@ class Chart:
     name: str
     title: str
     caption: str
-    panels: list[Panel] = field(default_factory=list)
+    panels: list[Panel]
 
 
 class Mean(NamedTuple):

@@ -29,10 +29,11 @@ from vlnorm_verl.report.changes import Memo
 from vlnorm_verl.report.dumps import CACHE_FILE, attach_validations, read_dumps
 from vlnorm_verl.report.find import ACCEPTED, Source
 from vlnorm_verl.report.identity import UNKNOWN_SEED, Identity, identify, settle
+from vlnorm_verl.report.measures import validated_steps
 from vlnorm_verl.report.names import shortest
-from vlnorm_verl.report.run import VALIDATION_METRIC, Run, logged_accuracies
+from vlnorm_verl.report.run import Run
 from vlnorm_verl.report.trackers import read_tensorboard, read_wandb
-from vlnorm_verl.runs.records import NOTED, RECORD, Start, columns, join, read_lines, read_starts
+from vlnorm_verl.runs.records import NOTED, RECORD, VALIDATION_METRIC, Start, columns, join, read_lines, read_starts
 
 
 @dataclass
@@ -254,14 +255,12 @@ def _note_missing(run: Run, log: _Log) -> None:
         run.notes.append(empty if log.source.kind == "empty" else "no step in its metrics")
         run.left_out = "" if run.validations else run.notes[-1]
         return
-    accuracies = logged_accuracies(run)
-    if not accuracies and not run.validations:
+    validated = validated_steps(run)
+    if not validated:
         others = [key for key in run.metrics if key.startswith(("val", "test", "eval", "critic/score/mean"))][:NOTED]
         hint = f" ({', '.join(others)}: --metric takes any)" if others and not run.metric else ""
         run.notes.append(f"no {run.metric or 'validation'}{hint}")
     elif not run.dumps:
         run.notes.append("no validation dumps: no intervals over problems")
-    else:
-        validated = {int(step) for acc in accuracies.values() for step in run.steps[np.isfinite(acc.values)]}
-        if missing := sorted(validated - run.dumps.keys()):
-            run.notes.append(f"no validation dump of steps {', '.join(map(str, missing))}")
+    elif missing := [step for step in validated if step not in run.dumps]:
+        run.notes.append(f"no validation dump of steps {', '.join(map(str, missing))}")

@@ -5,7 +5,6 @@ Covered: the data model that reading, tables and figures share. Not covered: rea
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vlnorm_verl.report.identity import Identity
-
-VALIDATION_METRIC = re.compile(r"val-core/(?P<set>.+)/(?P<variable>[^/]+)/mean@(?P<n>\d+)")
+from vlnorm_verl.runs.records import VALIDATION_METRIC
 
 
 @dataclass

@@ -16,8 +16,9 @@ from vlnorm_verl.report.estimates import LEVEL, Estimate
 from vlnorm_verl.report.first_hit import speed_up
 from vlnorm_verl.report.groups import Comparison, Group, Groups, by_setting, doubles, runs_of
 from vlnorm_verl.report.labels import accuracy_label, points
-from vlnorm_verl.report.run import VALIDATION_METRIC, Run
+from vlnorm_verl.report.run import Run
 from vlnorm_verl.report.table import number
+from vlnorm_verl.runs.records import VALIDATION_METRIC
 
 MANY = 5  # comparisons; from so many on the page says what several intervals at once mean
 NAMED = 8  # runs that are named one by one

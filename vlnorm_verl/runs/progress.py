@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlnorm_verl.runs.process import Record
+from vlnorm_verl.runs.records import VALIDATION_METRIC
 
 REWARD, LENGTH = "critic/score/mean", "response_length/mean"
 SHOWN = (  # of a training step
@@ -20,7 +20,6 @@ SHOWN = (  # of a training step
     ("grad {}", "actor/grad_norm", ".3f"),
     ("{} s", "timing_s/step", ".1f"),
 )
-VALIDATION = re.compile(r"val-core/(.+)/[^/]+/mean@(\d+)")  # the set, the responses a prompt
 
 
 def terminal(**options: Any) -> Console:
@@ -30,7 +29,8 @@ def terminal(**options: Any) -> Console:
 
 def validation_accuracies(data: dict[str, float | None]) -> dict[tuple[str, str], float | None]:
     """{(validation set, n): Avg@n, which is verl's mean@n}, as far as this record has them."""
-    return {(found[1], found[2]): value for key, value in data.items() if (found := VALIDATION.fullmatch(key))}
+    found = ((VALIDATION_METRIC.fullmatch(key), value) for key, value in data.items())
+    return {(match["set"], match["n"]): value for match, value in found if match}
 
 
 def text(value: float | None, form: str = ".3f") -> str:

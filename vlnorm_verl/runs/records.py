@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
+VALIDATION_METRIC = re.compile(r"val-core/(?P<set>.+)/(?P<variable>[^/]+)/mean@(?P<n>\d+)")  # verl's Avg@n
 NOTED = 3  # corrupt lines of a file, and metrics that are not a number any more, that are named one by one
 # A string, closed or cut, is stepped over whole: what a model wrote is never changed, and no letter is read twice.
 _NOT_FINITE = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|-?\b(?:NaN|Infinity)\b', re.DOTALL)
