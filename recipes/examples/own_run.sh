@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # A run of your own: stock verl with VL Norm. Here two steps of a tiny model on this machine's CPU, about a minute.
-# On GPUs: your model, data, reward and trainer.n_gpus_per_node, without the two lines marked CPU.
+# On GPUs: without the lines marked CPU, and with what is yours (docs/your-own-run.md lists it).
 # own_run.yaml is the same as a config file.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-.venv/bin/python}
-"$python" -c 'import pathlib; from vlnorm_verl.tasks.tiny.data import make; make(pathlib.Path("data/tiny"), "countdown")'
+"$python" -c 'import pathlib; from vlnorm_verl.tasks.tiny.data import make; make(pathlib.Path("data/tiny"), "countdown")'  # CPU
 eval "$("$python" -m vlnorm_verl.cpu)"                                        # CPU
 exec "$python" -m verl.trainer.main_ppo \
   --config-path "$PWD/vlnorm_verl/cpu/config" --config-name cpu `# CPU` \
