@@ -321,12 +321,18 @@ def test_other_programs_are_told_from_what_the_study_starts() -> None:
 def test_a_warm_start_of_other_weights_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(ROOT / "vlnorm_verl" / "tasks" / "tiny" / "weights", model)
-    record.write_warm_start(tmp_path, 1, model)
-    record.write_warm_start(tmp_path, 1, model)
+    record.write_warm_start(tmp_path, 1, model, 0.25)
+    record.write_warm_start(tmp_path, 1, model, 0.25)
     with open(model / "model.safetensors", "ab") as file:
         file.write(b"x")
     with pytest.raises(UserError, match="other weights"):
-        record.write_warm_start(tmp_path, 1, model)
+        record.write_warm_start(tmp_path, 1, model, 0.25)
+
+
+def test_a_warm_start_that_has_not_learned_the_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"warm start 1: 0.375 of its responses are right, and 0.4 must be"):
+        record.write_warm_start(tmp_path, 1, ROOT / "vlnorm_verl" / "tasks" / "tiny" / "weights", 0.4)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow

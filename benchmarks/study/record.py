@@ -118,17 +118,22 @@ def write_record(records: Path, run: Run, folder: Path, model: Path, begun: Mome
     write_json(records / f"{run.name}.json", content)
 
 
-def write_warm_start(records: Path, number: int, model: Path) -> None:
+def write_warm_start(records: Path, number: int, model: Path, least: float) -> None:
     """Keep what is known of a warm start, of the first one where it was made again to the bit.
 
+    least: share of right responses at temperature 1 that it must have.
+
     Raises:
-        UserError: the runs that are finished began from other weights of this number.
+        UserError: it answers too few problems, or the finished runs began from other weights of this number.
     """
     content = {
         "sha256": content_sha256(model / "model.safetensors"),
         **json.loads((model / "warmstart.json").read_text()),
     }
     file = records / "warm-starts" / f"{number}.json"
+    accuracy = content["held_out_sampled_at_temperature_1"]["accuracy"]
+    if accuracy < least:
+        raise UserError(f"warm start {number}: {accuracy} of its responses are right, and {least} must be")
     if not file.exists():
         write_json(file, content)
     elif json.loads(file.read_text())["sha256"] != content["sha256"]:

@@ -29,7 +29,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.study.design import PARTS, Run, runs
+from benchmarks.study.design import LEAST, PARTS, Run, runs
 from benchmarks.study.record import RECORDS, ROOT, Load, read_records, write_record, write_warm_start
 from vlnorm_verl.files import UserError, locked, whole
 from vlnorm_verl.runs.process import raise_on_stop, read_metrics
@@ -99,7 +99,7 @@ class Study:
         for name, number in missing.items():
             (self.work / name).rename(self.model(number))
         for number in needed:
-            write_warm_start(self.records, number, self.model(number))
+            write_warm_start(self.records, number, self.model(number), 0.0 if self.trial else LEAST)
 
     def together(self, commands: dict[str, list[str]], progress: Callable[[str], str]) -> dict[str, int]:
         """Exit codes of this Python with these arguments, at the same time, each on its share of the cores.
