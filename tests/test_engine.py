@@ -64,7 +64,7 @@ def test_one_all_reduce_a_mini_batch_and_none_a_micro_batch(run: Run) -> None:
     """Counted up to the end of the optimizer step, against verl's own mode on the same mini-batch."""
     (stock,) = rows(run[1], "stock Dr. GRPO")
     ours = [row for row in rows(run[1], "micro-batches of") if row["mode"] == "vl_norm"]
-    assert len(ours) == 3
+    assert len(ours) == 4
     assert {row["all_reduces"] for row in ours} == {stock["all_reduces"] + 1}
 
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from vlnorm_verl.files import locked
+from vlnorm_verl.runs import process
 from vlnorm_verl.runs.process import train
 
 # Prints its process and one that it starts; writes a step in two parts, and a second one.
@@ -43,10 +44,10 @@ def processes(folder: Path) -> list[int]:
     return [int(word) for word in (folder / "log").read_text().splitlines()[0].split()]
 
 
-def running(process: int) -> bool:
+def running(pid: int) -> bool:
     """What nobody has waited for is a zombie."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     return False
 
 
@@ -57,7 +58,8 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_steps_are_whole_and_nothing_is_left_running(tmp_path: Path) -> None:
+def test_steps_are_whole_and_nothing_is_left_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "STOP_SECONDS", 2.0)  # where SIGINT is ignored, as behind nohup
     with locked(tmp_path) as lock:
         records = train([sys.executable, "-c", TRAINER], {}, tmp_path / "metrics-000.jsonl", tmp_path / "log", lock)
         with contextlib.closing(records):
@@ -76,8 +78,8 @@ def test_a_folder_stays_locked_while_the_trainer_of_a_killed_launcher_runs(tmp_p
         with pytest.raises(BlockingIOError), locked(tmp_path):
             pass
     finally:
-        for process in processes(tmp_path):
-            os.kill(process, signal.SIGKILL)
+        for pid in processes(tmp_path):
+            os.kill(pid, signal.SIGKILL)
 
     def free() -> bool:
         with contextlib.suppress(BlockingIOError), locked(tmp_path):
