@@ -67,7 +67,7 @@ def test_the_example_trains(how: str, tmp_path: Path) -> None:
     said = run([sys.executable, "-m", "vlnorm_verl", "report", str(folder), "--out", str(tmp_path / "report")])
     assert "VL Norm" in said
     (row,) = csv.DictReader((tmp_path / "report/tables/inputs.csv").open())
-    assert (row["method"], row["seed"]) == ("VL Norm (α = 1)", "0")
+    assert (row["method"], row["seed"]) == ("vl_norm:1", "0")
 
 
 def test_the_variables_of_the_cpu_stack_reach_a_shell() -> None:
