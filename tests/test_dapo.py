@@ -209,6 +209,7 @@ class Queue:
 
     def __init__(self, acc: list[float]) -> None:
         self.acc, self.prompts, self.rows, self.number = acc, {}, {}, itertools.count()
+        self.asked: list[int] = []
 
     def add(self, prompts: int) -> int:
         for _ in range(prompts):
@@ -217,6 +218,10 @@ class Queue:
             for session, acc in enumerate(self.acc):
                 self.rows[f"{uid}_{session}_0"] = {"acc": acc, "outcome": "correct" if acc else "wrong"}
         return prompts
+
+    def refill(self, prompts: int) -> int:
+        self.asked.append(prompts)
+        return self.add(prompts)
 
     def kv_list(self, partition_id: str | None = None) -> dict[str, Any]:
         return {"train": {**self.prompts, **{key: {} for key in self.rows}}}
@@ -244,17 +249,11 @@ def connected(monkeypatch: pytest.MonkeyPatch, queue: Queue) -> None:
 def test_sampling_ends_loudly_when_no_group_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     queue = Queue(acc=[1.0, 1.0])
     connected(monkeypatch, queue)
-    asked: list[int] = []
-
-    def refill(prompts: int) -> int:
-        asked.append(prompts)
-        return queue.add(prompts)
-
-    made = buffer(refill)
+    made = buffer(queue.refill)
     queue.add(4)
     with pytest.raises(RuntimeError, match=r"24 prompts were generated for one step \(max_num_gen_batches=2\)"):
         made.sample(global_steps=1, partition_id="train", batch_size=4)
-    assert 4 + sum(asked) <= 24 < 4 + sum(asked) + 12  # 2 batches of 3 · 4; verl has at most 12 in flight
+    assert 4 + sum(queue.asked) <= 24 < 4 + sum(queue.asked) + 12  # 2 batches of 3 · 4; verl has at most 12 in flight
 
 
 @pytest.mark.timeout(60)
@@ -262,13 +261,7 @@ def test_the_limit_is_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run has thousands of steps, of which most drop a group."""
     queue = Queue(acc=[1.0, 0.0])
     connected(monkeypatch, queue)
-    asked: list[int] = []
-
-    def refill(prompts: int) -> int:
-        asked.append(prompts)
-        return queue.add(prompts)
-
-    made = buffer(refill)  # 24 prompts a step
+    made = buffer(queue.refill)  # 24 prompts a step
     for step in range(1, 9):
         queue.prompts, queue.rows = {}, {}
         queue.acc = [1.0, 1.0]
@@ -277,7 +270,7 @@ def test_the_limit_is_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
         queue.add(3)
         batch, _ = made.sample(global_steps=step, partition_id="train", batch_size=4)
         assert len(batch.keys) == 8
-    assert sum(asked) > 8
+    assert sum(queue.asked) > 8
 
 
 def test_a_mixed_batch_is_sampled_with_its_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,20 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.report_runs import (
-    KEY,
-    accuracy,
-    foot,
-    line,
-    looked_at,
-    made,
-    put,
-    random_dump,
-    read,
-    read_one,
-    text,
-    write_run,
-)
+from tests.report_runs import KEY, accuracy, foot, looked_at, made, put, random_dump, read, read_one, text, write_run
 from vlnorm_verl.report import first_hit, groups, measures, verdict
 from vlnorm_verl.report.identity import Setting
 from vlnorm_verl.report.run import Run
@@ -491,7 +478,8 @@ def test_entropy_is_nats_a_token_where_the_modes_scale_is_known(
 ) -> None:
     if mode == "vl_norm":  # Σ L^(1-α) and M Σ L^-α
         more = {"actor/vl_norm/weighted_tokens": 3.0, "actor/vl_norm/divisor": 64 * (1 / 3 + 1 / 10 + 1 / 2000)}
-    run = read_one(put(tmp_path / f"{mode}.jsonl", line(1, **{"actor/entropy": logged, **more})))
+    record = {"step": 1, "data": {"actor/entropy": logged, **more}}
+    run = read_one(put(tmp_path / f"{mode}.jsonl", json.dumps(record) + "\n"))
     run.scale_factor = 64.0
     found = measures.entropy_per_token(run)
     assert found is None if expected is None else found == pytest.approx([expected])

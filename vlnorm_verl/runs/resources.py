@@ -231,15 +231,14 @@ def run_hours(model: Model, recipe: Recipe, gpu: Gpu, gpus: int, steps: int) -> 
 
 
 def applies_to(overrides: list[str]) -> bool:
-    """Whether `cost` is that of a run with these overrides; with attention=sdpa it has four times the micro-batches."""
-    given = parsed(overrides)
-    return not ASSUMED & {one.key_or_group for one in given} and "attention=sdpa" not in [
-        one.input_line for one in given
-    ]
+    """Whether `cost` is that of a run with these overrides."""
+    return not ASSUMED & {given.key_or_group for given in parsed(overrides)}
 
 
 def cost(runs: list[DictConfig]) -> str:
-    """What runs still take: hours on each type of GPU, and disk, as lines of text; nothing for the tiny model.
+    """What runs still take: hours on each type of GPU, and disk, as lines of text.
+
+    Nothing for the tiny model, nor without flash-attn, where a run has four times the micro-batches.
 
     runs: `recipe` and `trainer` of each, with the steps that are left as `trainer.total_training_steps`.
     """
@@ -248,7 +247,7 @@ def cost(runs: list[DictConfig]) -> str:
         script = f"{'dapo_' if run.recipe.family == 'dapo' else ''}{run.recipe.task}.sh"
         model = next((model for model in MODELS if model.name == run.recipe.model), None)
         row = next((row for row in RECIPES if (row.script, str(row.limit)) == (script, run.recipe.length)), None)
-        if model and row:
+        if model and row and run.recipe.attention == "flash":
             gpus = run.trainer.nnodes * run.trainer.n_gpus_per_node
             known.append((model, row, gpus, run.trainer.total_training_steps))
     if not known:
