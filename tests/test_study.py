@@ -104,6 +104,26 @@ def test_effects_of_a_table_without_noise() -> None:
     assert effects.residual_spread(y).value == pytest.approx(0, abs=1e-12)
 
 
+def test_a_scale_effect_that_cancels_is_an_interaction() -> None:
+    """The scale effect of two opposite ones is 0, and test 3 cannot see it."""
+    y = dict.fromkeys(METHODS, np.zeros(12))
+    y |= {"vl_norm:1": np.full(12, 0.06), "grpo_norm": np.full(12, 0.03), "dapo_norm": np.full(12, 0.03)}
+    assert effects.scale_effect(y) == pytest.approx(np.zeros(12))
+    assert effects.interaction(y) == pytest.approx(np.full(12, 0.06))
+    assert effects.interaction(blocks(np.random.default_rng(0), 0.02, -0.006, sd=0.0)) == pytest.approx(np.zeros(12))
+
+
+def test_runs_are_compared_without_the_levels_of_their_starts() -> None:
+    """A method that is better in each block is better with probability 1, though starts differ by more."""
+    starts = np.tile([1, 4, 3], 4)
+    y = {"vl_norm:1": 0.1 * starts + 0.02, "dapo_norm": 0.1 * starts}
+    rest = effects.without_levels(y, starts)
+    assert effects.probability_of_improvement(rest["vl_norm:1"], rest["dapo_norm"]) == 1
+    assert effects.probability_of_improvement(y["vl_norm:1"], y["dapo_norm"]) < 0.7
+    assert rest["vl_norm:1"].std() == pytest.approx(0)
+    assert {m: of.mean() for m, of in rest.items()} == pytest.approx({m: of.mean() for m, of in y.items()})
+
+
 @pytest.mark.slow
 def test_error_rates_of_the_tests() -> None:
     """Over 600 studies: 5% where there is no effect or one at the margin, and nearly always where there is one."""
@@ -115,9 +135,12 @@ def test_error_rates_of_the_tests() -> None:
         shares["found"] += [test.verdict for test in effects.tests_in_order(both)] == ["established"] * 3
         bootstrapped = effects.weighting_effect(none)
         shares["covered"] += abs(bootstrapped.mean()) < analyse.over_blocks(bootstrapped).high - bootstrapped.mean()
+        interval = effects.bootstrap(bootstrapped)
+        shares["bootstrap"] += interval.low < 0 < interval.high
     assert 600 * 0.05 - 16 <= shares["none"] <= 600 * 0.05 + 16  # three standard errors
     assert 600 * 0.05 - 16 <= shares["margin"] <= 600 * 0.05 + 16
-    assert 600 * 0.95 - 16 <= shares["covered"] <= 600 * 0.95 + 16
+    for interval in ("covered", "bootstrap"):
+        assert 600 * 0.95 - 16 <= shares[interval] <= 600 * 0.95 + 16
     assert shares["found"] > 590
 
 
@@ -148,8 +171,8 @@ def test_ties() -> None:
 
 def test_bootstrap_agrees_with_students_t() -> None:
     effect = np.random.default_rng(4).normal(0.02, 0.01, 200)
-    t, bca = analyse.over_blocks(effect), effects.bootstrap(effect)
-    assert (bca.value, bca.low, bca.high) == pytest.approx((t.value, t.low, t.high), abs=3e-4)
+    t, percentiles = analyse.over_blocks(effect), effects.bootstrap(effect)
+    assert (percentiles.value, percentiles.low, percentiles.high) == pytest.approx((t.value, t.low, t.high), abs=3e-4)
 
 
 def curves(generator: np.random.Generator, tau: float) -> np.ndarray:
@@ -235,23 +258,25 @@ def test_no_test_before_the_last_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_run_made_anew_is_listed_with_both_results(tmp_path: Path, whole: bool) -> None:
+def test_a_repeated_run_is_listed_with_both_results(tmp_path: Path, whole: bool) -> None:
     """Those of the main part not before its last run. A record of a trial, with fewer steps, is not that run."""
     records, page = tmp_path / "study", tmp_path / "study.md"
     page.write_text(f"{analyse.BEGIN}{analyse.END}")
     write_study(records, weighting=0.03)
     (records / "replaced").mkdir()
     for name in ("main-01-dapo_norm", "eps-00-vl_norm-1-6e-06"):
-        shutil.copy(records / f"{name}.json", records / "replaced" / f"{name}-1.json")
+        old = (records / f"{name}.json").read_text().replace('"warm_start": 4', '"warm_start": 2')
+        (records / "replaced" / f"{name}-1.json").write_text(old)
     last = records / "main-02-vl_norm-1.json"
     if not whole:
         last.write_text(last.read_text().replace('"steps": 60', '"steps": 3'))
     analyse.main(records, page)
     assert ("main 60 of 60" in page.read_text()) == whole
-    made_anew = next(line for line in page.read_text().splitlines() if "made anew" in line)
-    assert "before" in made_anew
-    assert ("main-01-dapo_norm" in made_anew.replace("\\", "")) == whole
-    assert "eps-00" in made_anew
+    repeated = next(line for line in page.read_text().splitlines() if "repeated" in line)
+    assert "before" in repeated
+    assert ("main-01-dapo_norm" in repeated.replace("\\", "")) == whole
+    assert ("before from warm start 2" in repeated) == whole
+    assert "eps-00" in repeated
 
 
 def test_a_load_that_was_never_measured(tmp_path: Path) -> None:

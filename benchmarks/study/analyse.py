@@ -20,7 +20,7 @@ from scipy.stats import levene
 
 from benchmarks.study import effects
 from benchmarks.study.design import FACTORIAL, FLOOR, HELD_OUT, METHODS, PARTS, STEPS, WARM_STARTS, runs
-from benchmarks.study.effects import DAPO, VL, Blocks, bootstrap
+from benchmarks.study.effects import DAPO, DR_GRPO, GRPO, VL, Blocks, bootstrap
 from benchmarks.study.record import RECORDS, read_records
 from vlnorm_verl import files
 from vlnorm_verl.methods import alpha_color, alpha_of, label_of, method_of
@@ -33,6 +33,8 @@ from vlnorm_verl.report.writers import to_markdown
 PAGE = RECORDS.with_suffix(".md")
 BEGIN, END = "<!-- begin: written by analyse.py -->\n", "<!-- end: written by analyse.py -->\n"
 LAST = 10  # steps
+REPLACEMENT = 4  # the warm start that was taken after a look at the accuracies of number 2's runs
+LEVELS = "{}: each warm start is moved to the mean of all, since they differ in level."
 Records = Sequence[dict[str, Any]]  # of one method in the order of their blocks, where it matters
 
 
@@ -60,61 +62,77 @@ def main_part(records: Records) -> dict[str, Records]:
     return {method: [r for r in of_main if r["method"] == method] for method in METHODS}
 
 
+def starts(main: dict[str, Records]) -> np.ndarray:
+    return np.array([record["warm_start"] for record in main[VL]])
+
+
 def accuracies(main: dict[str, Records]) -> Blocks:
     return {method: values(of, "accuracy") for method, of in main.items()}
 
 
 def tests(y: Blocks) -> Table:
-    made = effects.tests_in_order({method: y[method] for method in FACTORIAL})
-    rows: list[list[Cell]] = [[t.question, over_blocks(t.effect), bootstrap(t.effect), t.p, t.verdict] for t in made]
+    rows = list[list[Cell]]()
+    for test in effects.tests_in_order({method: y[method] for method in FACTORIAL}):
+        p = "–" if test.p is None else "< 0.0001" if test.p < 1e-4 else f"{test.p:.4f}"
+        rows.append([test.question, over_blocks(test.effect), bootstrap(test.effect), p, test.verdict])
     foot = [
-        "Each is made only if the one before is established. Student's t over blocks; bootstrap: BCa over blocks. All "
-        "intervals are of 95%; the third test is that the interval of 90% is within the margin."
+        "Each is made only if the one before is established, and says something of these three warm starts. Student's t "
+        "over blocks; bootstrap: expanded percentiles over blocks. All intervals are of 95%; the third test is that the "
+        f"interval of 90% is within ±{effects.MARGIN}, which does not mean 0."
     ]
     return Table("tests", "The tests", ["question", "effect", "bootstrap", "p", "verdict"], rows, foot, digits=4)
 
 
 def methods(main: dict[str, Records], y: Blocks) -> Table:
+    rest = effects.without_levels(y, starts(main))
     fast = effects.speed_ups({m: np.array([r["columns"]["accuracy"] for r in of]) for m, of in main.items()})
     rows: list[list[Cell]] = []
     for method, of in main.items():
-        iqm = bootstrap(y[method], statistic=effects.interquartile_mean)
+        iqm = bootstrap(rest[method], statistic=effects.interquartile_mean)
         lengths: list[Cell] = [end(of, column) for column in ("length_mean", "length_harmonic", "cut")]
         scale = float(values(of, "length_harmonic", 0, LAST).mean()) / end(of, "length_harmonic")
-        row: list[Cell] = [label_of(method), over_blocks(y[method]), float(y[method].std(ddof=1)), iqm]
+        row: list[Cell] = [label_of(method), over_blocks(y[method]), float(rest[method].std(ddof=1)), iqm]
         rows.append([*row, mean(held_out(of)), *lengths, scale, *fast[method]])
     columns = ["method", "accuracy, steps 1–60", "sd", "interquartile mean", "held-out Avg@8", "A", "H", "cut"]
     columns += ["1/H, last to first", f"steps to {effects.TARGET}, DAPO's to its own", "the same, fitted"]
     foot = [
+        LEVELS.format("sd and interquartile mean"),
         f"A, H: arithmetic and harmonic mean length; they and the share cut are of the last {LAST} steps.",
         "Steps: on the mean over blocks of each block's running maximum. It makes differences smaller (a true "
-        "factor of 2 reads about 1.6). Fitted: τ of a + b (1 − exp(−step/τ)), common a and b. Bootstrap over blocks.",
+        "factor of 2 reads about 1.5). Fitted: τ of a + b (1 − exp(−step/τ)), common a and b. Bootstrap over blocks.",
     ]
     return Table("methods", "The methods", columns, rows, foot, digits_of={"A": 0, "H": 0, columns[8]: 2, "sd": 4})
 
 
 def pairs(main: dict[str, Records], y: Blocks) -> Table:
     rows: list[list[Cell]] = []
+    rest = effects.without_levels(y, starts(main))
     for a, b in combinations(reversed(y), 2):
-        better = bootstrap(y[a], y[b], statistic=effects.probability_of_improvement, method="percentile")
+        better = bootstrap(rest[a], rest[b], statistic=effects.probability_of_improvement)
         row: list[Cell] = [f"{label_of(a)} − {label_of(b)}", over_blocks(y[a] - y[b]), bootstrap(y[a] - y[b]), better]
         rows.append([*row, difference(held_out(main[a]), held_out(main[b]))])
     columns = ["difference", "accuracy, steps 1–60", "bootstrap", "probability of improvement", "held-out Avg@8"]
-    return Table("pairs", "All pairs", columns, rows, ["Descriptive: not corrected for their number."], digits=4)
+    foot = ["Descriptive: not corrected for their number.", LEVELS.format("Probability of improvement")]
+    return Table("pairs", "All pairs", columns, rows, foot, digits=4)
 
 
 def warm_starts(main: dict[str, Records], y: Blocks) -> Table:
-    start = np.array([record["warm_start"] for record in main[VL]])
+    start = starts(main)
     found = {"weighting effect": effects.weighting_effect(y), "scale effect": effects.scale_effect(y)}
-    found |= {f"{label_of(VL)} − {label_of(DAPO)}": y[VL] - y[DAPO], f"accuracy of {label_of(DAPO)}": y[DAPO]}
-    rows: list[list[Cell]] = [[n, *(over_blocks(v[start == w]) for w in WARM_STARTS)] for n, v in found.items()]
+    found |= {"interaction": effects.interaction(y), f"{label_of(VL)} − {label_of(DAPO)}": y[VL] - y[DAPO]}
+    found[f"accuracy of {label_of(DAPO)}"] = y[DAPO]
+    chosen = {"all": start > 0, f"without number {REPLACEMENT}": start != REPLACEMENT}
+    chosen |= {f"number {w}": start == w for w in WARM_STARTS}
+    rows: list[list[Cell]] = [[n, *(over_blocks(v[some]) for some in chosen.values())] for n, v in found.items()]
     foot = [
+        f"Descriptive. Interaction: ({label_of(VL)} − {label_of(GRPO)}) − ({label_of(DR_GRPO)} − {label_of(DAPO)}); if "
+        "it is not 0, the scale effect is a mean of two different ones, which are among all pairs.",
         f"Correlation of two methods within blocks: {effects.correlation(y, 0 * start):.2f}; within warm starts "
         f"{effects.correlation(y, start):.2f}. Equal variances of the methods (Brown and Forsythe): "
         f"p = {levene(*y.values()).pvalue:.2f}. Standard deviation of a run around its method and block: "
         "{0.value:.4f} [{0.low:.4f}, {0.high:.4f}].".format(effects.residual_spread(y))
     ]
-    return Table("warm", "By warm start", ["", *(f"number {w}" for w in WARM_STARTS)], rows, foot, digits=4)
+    return Table("warm", "By warm start", ["", *chosen], rows, foot, digits=4)
 
 
 def side_runs(records: Records, main: dict[str, Records]) -> Table:
@@ -148,9 +166,13 @@ def conditions(records: Records, replaced: Records) -> Table:
         rows.append([key, "; ".join(sorted({record[key] for record in records}))])
     rows.append(["cores that other programs took", f"{load}measured in {len(others)} of {len(records)} runs"])
     now = {record["name"]: record for record in records}
-    pairs = [(r["name"], *values([r, now[r["name"]]], "accuracy")) for r in replaced if r["name"] in now]
-    again = [f"{name} (accuracy {before:.4f} before, {after:.4f} now)" for name, before, after in pairs]
-    return Table("conditions", "Conditions", ["", ""], [*rows, ["made anew", ", ".join(again) or "none"]])
+    again = list[str]()
+    for old in replaced:
+        if new := now.get(old["name"]):
+            before, after = values([old, new], "accuracy")
+            other = f" from warm start {old['warm_start']}" if old["warm_start"] != new["warm_start"] else ""
+            again.append(f"{old['name']} (accuracy {before:.4f} before{other}, {after:.4f} now)")
+    return Table("conditions", "Conditions", ["", ""], [*rows, ["repeated", ", ".join(again) or "none"]])
 
 
 def draw(main: dict[str, Records], y: Blocks) -> Figure:
@@ -162,7 +184,7 @@ def draw(main: dict[str, Records], y: Blocks) -> Figure:
         import matplotlib.pyplot as plt
 
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(1, 1.2))
-        left.axvspan(-effects.MARGIN, effects.MARGIN, color="#EEEEEE")
+        left.fill_betweenx([0.5, 1.5], -effects.MARGIN, effects.MARGIN, color="#EEEEEE")  # at the scale effect
         for place, effect in enumerate(shown.values()):
             estimate = over_blocks(effect)
             left.plot(effect, np.full(len(effect), place), "|", color="#BBBBBB")

@@ -34,6 +34,18 @@ def scale_effect(y: Blocks) -> np.ndarray:
     return np.asarray((y[VL] + y[DR_GRPO] - y[GRPO] - y[DAPO]) / 2)
 
 
+def interaction(y: Blocks) -> np.ndarray:
+    """By how much the effect of the scale is larger with weights 1/L than with equal ones, [B]."""
+    return np.asarray(y[VL] - y[GRPO] - y[DR_GRPO] + y[DAPO])
+
+
+def without_levels(y: Blocks, groups: np.ndarray) -> Blocks:
+    """Each group of blocks moved to the mean of all: what is left differs by method and run. groups: [B] labels."""
+    level = np.mean([*y.values()], axis=0)
+    means = np.array([level[groups == group].mean() for group in groups])
+    return {method: of - means + level.mean() for method, of in y.items()}
+
+
 def p_difference(effect: np.ndarray) -> float:
     """Of Student's t, two-sided; 1 where all are 0."""
     return float(stats.ttest_1samp(effect, 0).pvalue) if effect.any() else 1.0
@@ -69,13 +81,16 @@ def tests_in_order(y: Blocks) -> list[Test]:
     return found
 
 
-def bootstrap(*samples: np.ndarray, statistic: Callable[..., Any] = np.mean, method: str = "BCa") -> Estimate:
-    """Over blocks, samples paired; BCa: bias-corrected and accelerated. No interval where nothing varies."""
+def bootstrap(*samples: np.ndarray, statistic: Callable[..., Any] = np.mean) -> Estimate:
+    """Expanded percentiles over blocks, samples paired. No interval where nothing varies."""
     value = float(statistic(*samples))
     if all(np.ptp(sample) == 0 for sample in samples):
         return Estimate(value, note="the same in every block")
-    found = stats.bootstrap(samples, statistic, n_resamples=RESAMPLES, paired=True, method=method, rng=0)
-    return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
+    level = 1 - 2 * expanded_tail(len(samples[0]) - 1)
+    found = stats.bootstrap(
+        samples, statistic, n_resamples=RESAMPLES, paired=True, confidence_level=level, method="percentile", rng=0
+    ).confidence_interval
+    return Estimate(value, float(found.low), float(found.high))
 
 
 def interquartile_mean(values: np.ndarray, axis: int = -1) -> Any:
