@@ -362,7 +362,7 @@ def test_other_keys_and_no_vl_norm(tmp_path: Path) -> None:
     assert feet[0].startswith("val/test_score/gsm8k: as it was logged, at the last validation.")
     assert not any("Pass@8" in sentence or "correct responses" in sentence for sentence in feet)
     assert "mine 6.500" in done.output
-    assert "+2.000 over DAPO Norm (no interval)" in done.output
+    assert "+2.000 over DAPO Norm (no interval; " in done.output
     assert not (tmp_path / "o" / "figures").exists(), "figures are drawn when asked for"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -84,6 +85,31 @@ def test_a_seed_that_is_not_as_far_is_not_in_the_final_values(tmp_path: Path) ->
     assert np.isnan(grpo["VL Norm minus this"].low)
 
 
+def test_one_seed_that_is_ahead_does_not_leave_out_the_others(tmp_path: Path) -> None:
+    """As with --watch, or where one seed has an extra last validation."""
+    steps = {0: (10, 20, 30), 1: (10, 20), 2: (10, 20)}
+    for root, rate, method in (("a", 0.7, "vl_norm:1.0"), ("b", 0.3, "dapo_norm")):
+        for seed, validated in steps.items():
+            made_up = {step: random_dump(100 * seed + step + len(root), rate) for step in validated}
+            write_run(tmp_path / root, method, seed, dumps=made_up)
+    dapo, vl = made(read(*(tmp_path / root for root in "ab")), "results")
+    assert (vl["seeds"], vl["step"], dapo["seeds"]) == (3, "20 of 1000", 3)
+    assert (dapo["VL Norm minus this"].state, dapo["VL Norm minus this"].note) == ("established", "")
+
+
+def test_seeds_with_other_configurations_are_named(tmp_path: Path) -> None:
+    """A sweep whose runs all have one seed, or none, looks like seeds."""
+    for seed, rate in enumerate((1e-6, 1e-5)):
+        folder = write_run(tmp_path, seed=seed, curve={10: 0.5})
+        write_run(tmp_path, "dapo_norm", seed, curve={10: 0.4})
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config["actor_rollout_ref"]["actor"]["optim"] = {"lr": rate}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (which,) = looked_at(read(tmp_path))["Counted as seeds of one method, but configured differently"]
+    assert which.startswith("VL Norm (α = 1) (")
+    assert which.endswith("; actor_rollout_ref.actor.optim.lr)")
+
+
 @pytest.mark.parametrize("number", ["NaN", "null"])
 def test_an_accuracy_that_is_nan_from_a_step_on_is_said_and_the_others_go_on(number: str, tmp_path: Path) -> None:
     for seed in (0, 1, 2):
@@ -100,6 +126,7 @@ def test_an_accuracy_that_is_nan_from_a_step_on_is_said_and_the_others_go_on(num
     assert (row["seeds"], row["step"], row["Avg@8"].value) == ("2 of 3", "60", pytest.approx(0.6))
     odd = looked_at(runs)
     assert odd["Accuracy is not a number any more"] == ["vl_norm_s2 (from step 30 on)"]
+    assert "Not a finite number any more" not in odd
     assert odd["Left out of its row, not as far as another seed"] == ["vl_norm_s2 (step 20)"]
 
 
@@ -134,7 +161,7 @@ def test_a_difference_that_cannot_be_paired_has_no_interval(tmp_path: Path) -> N
         assert (np.isnan(found.low), found.note) == (True, note)
     both = read(*(write_run(tmp_path / "x", "grpo_norm", seed, dumps={10: random_dump(seed, 0.4)}) for seed in (0, 1)))
     found = measures.difference(vl, both)
-    assert (np.isnan(found.low), found.note) == (True, "not paired"), "the same seeds, on other problems"
+    assert (np.isnan(found.low), found.note) == (True, "not paired, other problems"), "the same seeds"
     assert measures.final_accuracy(vl).note == "other problems in each seed"
     assert measures.final_pass(vl).note == "other problems in each seed"
 
@@ -145,7 +172,7 @@ def test_a_difference_does_not_rest_on_a_few_common_problems(tmp_path: Path) -> 
     theirs = {f"p{i}": [0] * 8 for i in range(6)} | {f"b{i}": [1] * 8 for i in range(34)}
     pair = read(write_run(tmp_path, dumps={10: ours}), write_run(tmp_path, "grpo_norm", dumps={10: theirs}))
     found = measures.difference(*([run] for run in pair))
-    assert (found.value, found.note) == (pytest.approx(6 / 40 - 34 / 40), "not paired")
+    assert (found.value, found.note) == (pytest.approx(6 / 40 - 34 / 40), "not paired, other problems")
     assert np.isnan(found.low)
 
 

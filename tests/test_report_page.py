@@ -81,9 +81,11 @@ def test_the_verdict_names_the_best_method_and_what_is_established(said: list[st
     assert "GRPO Norm 0." in verdicts["CountDown, 3B, 8192 tokens"].split("highest")[0]
     assert "over Dr. GRPO," in verdicts["CountDown, 3B, 8192 tokens"].replace("Dr. GRPO.", "Dr. GRPO,")
     assert "DAPO + VL Norm (α = 1) 0." in verdicts[DAPO]
-    assert "over DAPO + overlong filtering (one seed)" in verdicts[DAPO]
+    assert "over DAPO + overlong filtering (one seed; 1 of 3 seeds: no interval)" in verdicts[DAPO]
     assert "established over none" in verdicts["Math, 3B, 8192 tokens"], "all methods are the same there"
-    assert any("would look established by chance" in sentence for sentence in said)
+    several = next(sentence for sentence in said if "differences are judged" in sentence)
+    count = int(several.split()[0])
+    assert f"up to {1 - 0.95**count:.0%}" in several
 
 
 def test_what_is_wrong_is_said_with_the_runs_names(runs: list[Run]) -> None:
@@ -128,7 +130,7 @@ def test_a_method_that_is_behind_where_both_were_is_not_established(tmp_path: Pa
         put(tmp_path / f"token-mean_s{seed}.jsonl", text((0, 60, 0.0)))
     (found,) = verdict.verdicts(Comparison(read(tmp_path)))
     assert (found.best, found.over[0].relation, found.sure) == ("DAPO Norm", "behind", False)
-    assert "(at step 20)" in found.over[0].difference
+    assert "(over seeds only; at step 20)" in found.over[0].words
     assert not verdict.Over("another", "established", "−10.1 points", "behind").established
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
-from vlnorm_verl.report.groups import Comparison, by_setting
+from vlnorm_verl.report.groups import Comparison, by_setting, runs_of
 from vlnorm_verl.report.table import Table
 
 # What makes a run the one it is (method, seed, names, folders, the machine) differs in every run.
@@ -23,6 +24,13 @@ def flat(node: Any, prefix: str = "") -> dict[str, str]:
     return {key: value for name in node for key, value in flat(node[name], f"{prefix}.{name}".strip(".")).items()}
 
 
+def differing_keys(configs: Sequence[Any]) -> list[str]:
+    """Keys that do not have one value in all of the configurations, of those that are not empty."""
+    every = [flat(config) for config in configs if config]
+    keys = dict.fromkeys(key for config in every for key in config if not EXPECTED.fullmatch(key))
+    return [key for key in keys if len({config.get(key) for config in every}) > 1]
+
+
 def differing(compared: Comparison, title: str) -> Table | None:
     """One row a key in which runs of one setting differ: each value with the methods, or seeds of one, that have it."""
     rows: list[list[Any]] = []
@@ -30,14 +38,12 @@ def differing(compared: Comparison, title: str) -> Table | None:
         configs = [
             (group.label, run.seed, flat(run.config)) for group, runs in groups.items() for run in runs if run.config
         ]
-        keys = dict.fromkeys(key for _, _, config in configs for key in config if not EXPECTED.fullmatch(key))
-        for key in keys:
+        for key in differing_keys([run.config for run in runs_of(groups)]):
             having: dict[str, dict[str, list[int]]] = {}
             for label, seed, config in configs:
                 having.setdefault(config.get(key, "not there"), {}).setdefault(label, []).append(seed)
-            if len(having) > 1:
-                said = "; ".join(_said(value, seeds, configs) for value, seeds in having.items())
-                rows.append([compared.titles[setting], key, said])
+            said = "; ".join(_said(value, seeds, configs) for value, seeds in having.items())
+            rows.append([compared.titles[setting], key, said])
     if not rows:
         return None
     more = [f"{len(rows) - MOST} more keys differ."] if len(rows) > MOST else []

@@ -12,7 +12,7 @@ from vlnorm_verl.report import labels, paper
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.first_hit import SpeedUp, speed_up
 from vlnorm_verl.report.identity import Setting
-from vlnorm_verl.report.measures import final_accuracy, same_sets, validated_steps
+from vlnorm_verl.report.measures import final_accuracy, final_runs, same_sets, validated_steps
 from vlnorm_verl.report.run import Run
 
 
@@ -79,7 +79,7 @@ class Comparison:
             if main is None or main == group or not same_sets([*self.validated[main], *self.validated[group]]):
                 continue
             higher, lower = sorted((main, group), key=self._final, reverse=True)
-            hits = speed_up(self.validated[higher], self.validated[lower], 1)
+            hits = speed_up(self.validated[higher], final_runs(self.validated[lower]), 1)
             found += [Pair(higher, lower, hits)] if hits is not None else []
         return found
 

@@ -1,8 +1,8 @@
 """What the report measures of runs: final accuracy, differences, monotonicity. Tables and figures use it.
 
 "Runs" of a function are the seeds of one method in one setting (a value of `groups.grouped`). Final is the last step at
-which any of them was validated, also where it is not their last; a seed that is not as far is left out (`final_runs`).
-A difference is at the last step at which both methods were. Accuracies over several validation sets are weighted by
+which at least half of them were validated, also where it is not their last; a seed that is not as far is left out
+(`final_runs`). A difference is at the last such step of both methods. Accuracies over several validation sets are weighted by
 their number of problems.
 
 Covered: runs with dumps (intervals over problems) and runs with verl's metrics alone (intervals over seeds only). Not
@@ -11,7 +11,7 @@ covered: when one method reaches another's accuracy (first_hit.py).
 
 from __future__ import annotations
 
-import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf, nan
@@ -140,9 +140,18 @@ def trailing_mean(steps: np.ndarray, values: np.ndarray, window: int) -> np.ndar
 # ------------------------------------------------------------------------------------------------------- at one step
 
 
+def shared_steps(runs: Sequence[Run]) -> set[int]:
+    """Steps at which at least half of these runs, of those with a validation, were validated; all if there is none.
+
+    One seed that is ahead thus does not leave out the others, and one that died early does not hold them back.
+    """
+    validated = [steps for run in runs if (steps := validated_steps(run))]
+    counts = Counter(step for steps in validated for step in steps)
+    return {step for step, count in counts.items() if 2 * count >= len(validated)} or set(counts)
+
+
 def final_step(runs: Sequence[Run]) -> int | None:
-    """The last step at which any of these runs was validated."""
-    return max((steps[-1] for run in runs if (steps := validated_steps(run))), default=None)
+    return max(shared_steps(runs), default=None)
 
 
 def at_step(runs: Sequence[Run], step: int | None) -> list[Run]:
@@ -156,9 +165,9 @@ def final_runs(runs: Sequence[Run]) -> list[Run]:
 
 
 def common_step(runs: Sequence[Run], reference: Sequence[Run]) -> int | None:
-    """The last step at which a run of each side was validated."""
+    """The last step at which at least half of each side were validated, else at which one of each was."""
     steps, other = ({step for run in side for step in validated_steps(run)} for side in (runs, reference))
-    return max(steps & other, default=None)
+    return max(shared_steps(runs) & shared_steps(reference) or steps & other, default=None)
 
 
 def undumped(runs: Sequence[Run], step: int, name: str | None = None) -> list[Run]:
@@ -214,8 +223,7 @@ def accuracy_at(runs: Sequence[Run], step: int, name: str | None = None) -> Esti
     values = _values_at(runs, step, name)
     if not values:
         return None
-    # A reward or another metric may have any values.
-    estimate = over_seeds(values, 0.0, 1.0) if min(values) >= 0 and max(values) <= 1 else over_seeds(values)
+    estimate = over_seeds(values, 0.0, 1.0) if is_rate(runs) else over_seeds(values)
     lacking = [str(run.seed) for run in undumped(runs, step, name)]
     note = "no dumps"
     if len(lacking) < len(runs):
@@ -250,8 +258,8 @@ def _over_problems(runs: Sequence[Run], step: int, score: Score, name: str | Non
 def difference(runs: Sequence[Run], reference: Sequence[Run]) -> Estimate | None:
     """Accuracy of `runs` minus that of `reference` at the last step that both have; None without accuracies there.
 
-    Paired as far as there are dumps of the same problems; where dumps are missing, or fewer than half of the problems
-    are the same, by seed only; without several seeds that both have, the plain difference, without an interval. Seeds
+    Paired as far as there are dumps of the same problems; where dumps are missing, by seed only. Where fewer than half
+    of the problems are the same, or without several seeds that both have, the plain difference, without an interval. Seeds
     that both have are compared, unless that is one of several: then all seeds of both where each has several, else that
     one seed without an interval (it would be of problems only). The note names the step where it is not both's last,
     and how many seeds where not all. NaN with other validation sets.
@@ -278,7 +286,8 @@ def difference(runs: Sequence[Run], reference: Sequence[Run]) -> Estimate | None
 
 def _difference_at(runs: Sequence[Run], reference: Sequence[Run], step: int) -> Estimate | None:
     table, other_table = scores(runs, step), scores(reference, step)
-    with contextlib.suppress(estimates.OtherProblems):
+    note = "not paired"
+    try:
         if table is not None and other_table is not None:
             return estimates.difference(table, other_table)
         pairs = _pairs_of_seeds(runs, reference, step)
@@ -289,8 +298,10 @@ def _difference_at(runs: Sequence[Run], reference: Sequence[Run], step: int) -> 
             if len(ours) == len(theirs) == len(runs):
                 most = 1.0 if is_rate([*runs, *reference]) else inf
                 return over_seeds(np.subtract(ours, theirs).tolist(), -most, most).noted(OVER_SEEDS)
+    except estimates.OtherProblems:
+        note = "not paired, other problems"
     accuracy, other = accuracy_at(runs, step), accuracy_at(reference, step)
-    return None if accuracy is None or other is None else Estimate(accuracy.value - other.value, note="not paired")
+    return None if accuracy is None or other is None else Estimate(accuracy.value - other.value, note=note)
 
 
 def _pairs_of_seeds(runs: Sequence[Run], reference: Sequence[Run], step: int) -> list[tuple[Scores, Scores]]:

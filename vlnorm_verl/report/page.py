@@ -17,7 +17,7 @@ from vlnorm_verl.report import svg
 from vlnorm_verl.report.charts import Chart
 from vlnorm_verl.report.examples import Example
 from vlnorm_verl.report.labels import Look
-from vlnorm_verl.report.style import Figure
+from vlnorm_verl.report.style import DOTS, Figure
 from vlnorm_verl.report.table import Table, layout_of
 from vlnorm_verl.report.verdict import Verdict, shortened
 from vlnorm_verl.report.writers import FORMATS
@@ -136,7 +136,7 @@ class _Page:
             "differences": [svg.difference(cell, limit) for cell in drawn],
             "grouped": table.grouped,
             "notes": layout.notes.items(),
-            "foot": table.foot,
+            "foot": [*table.foot, *([DOTS] if drawn else [])],
             "files": files,
         }
 

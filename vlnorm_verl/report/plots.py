@@ -12,7 +12,7 @@ from vlnorm_verl.methods import method_of
 from vlnorm_verl.report.charts import Chart, Panel, by_method, y_range
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.labels import Look
-from vlnorm_verl.report.style import Figure, figure_text, render, use_style
+from vlnorm_verl.report.style import DOTS, Figure, figure_text, render, use_style
 from vlnorm_verl.report.svg import axis_limit
 from vlnorm_verl.report.table import Table
 
@@ -113,4 +113,4 @@ def _differences(results: Table) -> Figure:
     axes.set_xlim(-limit, limit)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(figure_text(results.forest))
-    return render(figure, "differences", results.forest, "")
+    return render(figure, "differences", results.forest, DOTS)

@@ -42,6 +42,10 @@ STYLE = {
 }
 
 
+# What the dots of drawn differences mean.
+DOTS = "Filled: the interval does not reach 0; hollow: open; grey: one seed, which knows problems only."
+
+
 @dataclass
 class Figure:
     """A drawn figure. `caption`: sentences that say what is shown, what the band is, what is left out."""

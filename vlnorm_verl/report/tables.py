@@ -122,7 +122,8 @@ def _results(compared: Comparison) -> Table | None:
                 "step": step_of(runs),
             }
         )
-    foot = [f"{heading}: {what}", *_on_difference(compared)]
+    foot = [f"{heading}: {what}", *(["Bold: the highest of its setting."] if _best(compared) else [])]
+    foot += _on_difference(compared)
     foot += [PASS] if any(row["Pass@8"] is not None for row in rows) else []
     if any(len(measures.validation_sets(runs)) > 1 for runs in groups.values()):
         foot.append("Several validation sets: weighted by their problems; the interval resamples within each set.")
@@ -155,8 +156,7 @@ def _on_difference(compared: Comparison) -> list[str]:
         better = "this" if baseline else "VL Norm"
         return [
             f"{difference_heading(baseline)}: positive where {better} is better; 95% interval, paired by problem and "
-            "by the seeds that both have. Filled: the interval does not reach 0; hollow: open; grey: one seed, which "
-            "knows problems only."
+            "by the seeds that both have."
         ]
     if len(compared.validated) == 1 or references:
         return []
@@ -239,7 +239,7 @@ def _speed_up(compared: Comparison, smooth: int | None) -> Table | None:
     hidden: dict[str, None] = {}
     for higher, lower, raw in compared.pairs:
         window = smoothing(runs_of(by_setting(compared.validated)[higher.setting]), smooth)
-        smoothed = speed_up(compared.validated[higher], compared.validated[lower], window)
+        smoothed = speed_up(compared.validated[higher], measures.final_runs(compared.validated[lower]), window)
         assert smoothed is not None  # there is one where there is the raw one
         row = _start(compared, higher) | {
             "reaches the final accuracy of": lower.label,
@@ -264,7 +264,7 @@ def _speed_up(compared: Comparison, smooth: int | None) -> Table | None:
         hidden |= dict.fromkeys(more)
         rows.append(row | more)
     foot = [
-        "Target: the other method's accuracy at its last validation. A first hit is the first validation at the target "
+        "Target: the other method's accuracy at its last validation, of the seeds that its result is of. A first hit is the first validation at the target "
         f"or above, of each seed's own curve, known as far as validations are apart: 325–350. Smoothed: trailing "
         f"mean{'' if smooth else ' of three validations'}. Steps are means over the seeds that reached, and last step "
         "/ first hit is the ratio of such means; first hit / first hit is the geometric mean of the seeds' ratios, "

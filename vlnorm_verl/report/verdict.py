@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import isfinite, nan
 
 from vlnorm_verl.report import measures
+from vlnorm_verl.report.configs import differing_keys
 from vlnorm_verl.report.estimates import LEVEL, Estimate
 from vlnorm_verl.report.first_hit import speed_up
 from vlnorm_verl.report.groups import Comparison, Group, Groups, by_setting, doubles, runs_of
@@ -20,13 +21,13 @@ from vlnorm_verl.report.run import Run
 from vlnorm_verl.report.table import number
 from vlnorm_verl.runs.records import VALIDATION_METRIC
 
-MANY = 5  # comparisons; from so many on the page says what several intervals at once mean
+MANY = 3  # comparisons; from so many on the page says what several intervals at once mean
 NAMED = 8  # runs that are named one by one
 
 
 @dataclass(frozen=True)
 class Over:
-    """The best method over another one. difference: best minus that one, as it is written; state: as an Estimate's.
+    """The best method over another one. difference: best minus that one, as it is written; state, note: an Estimate's.
 
     relation: "over"; "behind" at the last step that both have, which may be earlier than the best one's last; "with"
     where the difference is no number but why there is none.
@@ -36,6 +37,7 @@ class Over:
     state: str
     difference: str
     relation: str
+    note: str = ""
 
     @property
     def established(self) -> bool:
@@ -43,9 +45,11 @@ class Over:
 
     @property
     def words(self) -> str:
-        """ "+4.6 [−0.3, 9.5] points over DAPO Norm (open)", "no validated step in common with DAPO Norm"."""
-        state = "" if self.state == "established" or self.relation == "with" else f" ({self.state})"
-        return f"{self.difference} {self.relation} {self.method}{state}"
+        """ "+4.6 [−0.3, 9.5] points over DAPO Norm (open; 2 of 3 seeds)", "no validated step in common with …"."""
+        # An estimate of one seed says so in its note, too.
+        state = "" if self.state in ("established", "one seed") or self.relation == "with" else self.state
+        known = "; ".join(filter(None, (state, self.note)))
+        return f"{self.difference} {self.relation} {self.method}" + (f" ({known})" if known else "")
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,8 @@ def _verdict(groups: Groups, finals: dict[Group, Estimate | None], title: str) -
         if isfinite(difference.low):
             text += f" [{points(difference.low, is_rate, False)}, {points(difference.high, is_rate, False)}]"
         text += " points" if is_rate else ""
-        step = measures.common_step(groups[best], groups[other])
-        if {step} != {measures.final_step(groups[best]), measures.final_step(groups[other])}:
-            text += f" (at step {step})"
-        over.append(Over(other.label, difference.state, text, "behind" if difference.value < 0 else "over"))
+        relation = "behind" if difference.value < 0 else "over"
+        over.append(Over(other.label, difference.state, text, relation, difference.note))
     nearest = next((other for other, found in zip(others, over, strict=True) if found.established), None)
     count = len(measures.final_runs(groups[best]))
     return Verdict(
@@ -130,7 +132,7 @@ def _verdict(groups: Groups, finals: dict[Group, Estimate | None], title: str) -
 
 
 def _reach(runs: Sequence[Run], other: Sequence[Run], name: str) -> str:
-    hits = speed_up(runs, other, 1)
+    hits = speed_up(runs, measures.final_runs(other), 1)
     if hits is None or hits.first is None:
         return ""
     times = f", {hits.times_sooner} sooner than {name}'s last step" if hits.times_sooner else ""
@@ -152,9 +154,13 @@ def several_at_once(found: Sequence[Verdict]) -> str:
         return ""
     return (
         f"{count} differences are judged here, each by a {LEVEL:.0%} interval of its own. If no method differed from "
-        f"another, about {count * (1 - LEVEL):.0f} of so many would look established by chance, and some more since "
-        "the best method of each setting was picked from the same data."
+        f"another, the chance that one or more look established would be up to {1 - LEVEL**count:.0%}, and higher "
+        "since the best method of each setting was picked from the same data."
     )
+
+
+def _is_accuracy(run: Run, key: str) -> bool:
+    return key == run.metric or (not run.metric and VALIDATION_METRIC.fullmatch(key) is not None)
 
 
 def look_at(compared: Comparison) -> dict[str, list[str]]:
@@ -176,12 +182,12 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
             f"{run.name} (from step {step} on)"
             for run in runs
             for key, step in run.ended.items()
-            if key == run.metric or (not run.metric and VALIDATION_METRIC.fullmatch(key))
+            if _is_accuracy(run, key)
         ],
         "Not a finite number any more": [
             f"{run.name} ({', '.join(keys[:2])}{' …' if len(keys) > 2 else ''}, from step {run.ended[keys[0]]} on)"
             for run in runs
-            if (keys := sorted(run.ended, key=run.ended.__getitem__))
+            if (keys := sorted((key for key in run.ended if not _is_accuracy(run, key)), key=run.ended.__getitem__))
         ],
         "Not in the report": [f"{run.name} ({run.left_out})" for run in runs if run.left_out],
         "Other validation sets than most runs of the setting, so not compared with them": other_sets,
@@ -196,6 +202,11 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
             f"{run.name} (step {measures.final_step([run])})" for run in behind if not measures.unfinished(run)
         ],
         "Left out, another run has the same seed": [run.name for run in doubles(runs, compared.groups)],
+        "Counted as seeds of one method, but configured differently": [
+            f"{group.label} ({compared.titles[group.setting]}; {shortened(keys)})"
+            for group, seeds in compared.groups.items()
+            if (keys := differing_keys([run.config for run in seeds]))
+        ],
         "One seed only": [
             f"{group.label} ({compared.titles[group.setting]})"
             for group, seeds in compared.validated.items()
