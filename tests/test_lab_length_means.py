@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from tests.lab_laws import group, holds, pool_of, rate, turning
+from tests.lab_laws import constant, group, holds, pool_of, rate, turning
 from vlnorm_verl.lab.gram import Responses, inner_products
-from vlnorm_verl.lab.length_means import thirds
+from vlnorm_verl.lab.length_means import PAIRS, thirds
 
 
 def test_thirds_of_one_mean_do_not_differ() -> None:
@@ -43,13 +43,29 @@ def test_thirds_that_differ_are_seen_to() -> None:
         assert found.norm[1].value == pytest.approx(np.linalg.norm(middle), rel=0.3)
 
 
-def test_responses_cut_at_one_length_are_the_long_third() -> None:
+def test_thirds_within_prompts_do_not_differ_because_prompts_do() -> None:
+    """Four prompts of eight have three times the mean gradient, and most of their responses are cut at one length."""
+    rng = np.random.default_rng(45)
+    held = []
+    for _ in range(8):
+        groups = [group(rng, "slope", 32, mean=lambda lengths: 3 * constant(lengths)) for _ in range(4)]
+        found = inner_products([*groups, *(group(rng, "slope", 32) for _ in range(4))])
+        lengths = np.where(found.prompts < 4, np.minimum(found.lengths, 40), found.lengths)
+        within = thirds(Responses(found.prompts, lengths, found.products), True)
+        assert within is not None
+        held += [holds(within.difference[pair], 0.0) for pair in PAIRS]
+    assert rate(held) >= 0.8
+
+
+@pytest.mark.parametrize(("bound", "share"), [(np.minimum, 0.5), (np.minimum, 0.2), (np.maximum, 0.7)])
+def test_where_many_responses_have_one_length_each_third_has_a_length_of_its_own(bound: np.ufunc, share: float) -> None:
     pool = pool_of(np.random.default_rng(44), prompts=24)
-    cut = Responses(pool.prompts, np.minimum(pool.lengths, int(np.quantile(pool.lengths, 0.5))), pool.products)
-    found = thirds(cut, False)
+    piled = Responses(pool.prompts, bound(pool.lengths, int(np.quantile(pool.lengths, share))), pool.products)
+    found = thirds(piled, False)
     assert found is not None
-    assert found.length[2] == cut.lengths.max()
     assert found.length[0] < found.length[1] < found.length[2]
+    assert (found.length[2] == piled.lengths.max()) == (bound is np.minimum)
+    assert (found.length[0] == piled.lengths.min()) == (bound is np.maximum)
 
 
 def test_thirds_need_lengths_that_differ() -> None:

@@ -154,7 +154,7 @@ def test_prompts_without_a_beta_are_counted() -> None:
     assert np.isnan(mean_over_prompts(np.array([math.nan, *np.linspace(0.5, 1.5, 15)])).low)
 
 
-def test_the_interval_of_beta_holds_both_of_its_parts() -> None:
+def test_the_interval_of_beta_holds_its_own_and_one_as_wide_as_that_over_prompts() -> None:
     skewed, prompts = Estimate(4.5, 1.0, 4.75), Estimate(3.0, 1.5, 4.5)
     points: Points = [(np.ones(3), np.ones(3))] * 2
     both = Slope("all", False, skewed, skewed, prompts, points).interval

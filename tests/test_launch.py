@@ -53,10 +53,10 @@ def complete(request: Request) -> DictConfig:
     return configs.with_settings(asked, launch.settings(request, asked, launch.folder_of(request, asked)))
 
 
-def dry_run(*overrides: str) -> list[str]:
+def dry_run(*overrides: str, smoke: bool = False) -> list[str]:
     """The lines of a dry run, which must end well."""
     console = terminal(record=True, width=400, file=io.StringIO())
-    assert launch.launch(Request(RECIPES, list(overrides), dry_run=True), console) == 0
+    assert launch.launch(Request(RECIPES, list(overrides), dry_run=True, smoke=smoke), console) == 0
     return console.export_text().splitlines()
 
 
@@ -199,6 +199,16 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
         (["actor_rollout_ref.actor.loss_scale_factor=null", "method=dr_grpo"], "loss_scale_factor=None with"),
         (["model=7b", "attention=sdpa"], "Accepted: attention=flash, or model=3b"),
         (["method=dapo_norm_as_coded", "attention=sdpa"], "a micro-batch. Accepted: attention=flash"),
+        (
+            ["actor_rollout_ref.actor.policy_loss.loss_mode=dapo_norm_as_coded", "attention=sdpa"],
+            "a micro-batch. Accepted: attention=flash",
+        ),
+        (["trainer.test_freq=null"], "trainer.test_freq=null: accepted is a number of steps; -1 is never"),
+        (["trainer.save_freq=null"], "trainer.save_freq=null: accepted is a number of steps; -1 is never"),
+        (
+            ["trainer.n_gpus_per_node=6", "actor_rollout_ref.actor.use_dynamic_bsz=true"],
+            "responses cannot be dealt out evenly to 6 GPUs",
+        ),
         (["actor_rollout_ref.actor.loss_scale_factor='3072'"], "loss_scale_factor='3072': accepted is a number"),
         (["actor_rollout_ref.actor.loss_scale_factor=0"], "M must be a positive number"),
         # verl itself divides by whatever it is given.
@@ -237,6 +247,17 @@ def test_missing_data_names_both_ways_to_get_it(tmp_path: Path) -> None:
     assert f"vlnorm-verl data math --out {tmp_path}/none/math" in text
     assert "--offline" in text
     assert "minerva.parquet" in text
+
+
+def test_the_cost_is_of_the_steps_that_are_left(tmp_path: Path) -> None:
+    def hours() -> str:
+        return next(line for line in dry_run(f"recipe.folder={tmp_path}") if "hours of" in line)
+
+    whole, tracker = hours(), tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
+    tracker.parent.mkdir()
+    tracker.write_text("900")
+    assert hours() != whole
+    assert not [line for line in dry_run(f"recipe.root={tmp_path}", smoke=True) if line.startswith("cost")]
 
 
 def test_a_dry_run_shows_value_source_and_command(tmp_path: Path) -> None:
@@ -334,6 +355,13 @@ def test_a_machine_with_fewer_cpus_than_verl_reserves_is_told_so(
     monkeypatch.setattr(os, "cpu_count", lambda: 21)
     said = launch.cannot_run(composed(tmp_path, "attention=sdpa", *overrides))
     assert said == "" if not needed else f"verl reserves {needed} CPUs of Ray, and this machine has 21" in said
+
+
+def test_several_nodes_need_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = composed(tmp_path, "model=tiny", "trainer.nnodes=2")
+    assert "trainer.nnodes=2, and this run would start a Ray of its own" in launch.cannot_run(config)
+    monkeypatch.setenv("RAY_ADDRESS", "host:6379")
+    assert launch.cannot_run(config) == ""
 
 
 # ------------------------------------------------------------------------------------------------------- the commands

@@ -28,7 +28,7 @@ from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs import process, reproduce, resources
 from vlnorm_verl.runs.check import unread_keys, validate
-from vlnorm_verl.runs.folder import remember
+from vlnorm_verl.runs.folder import left, remember
 from vlnorm_verl.runs.progress import terminal
 from vlnorm_verl.runs.provenance import commented_values
 from vlnorm_verl.runs.reproduce import PlannedRun
@@ -178,6 +178,20 @@ def test_a_folder_belongs_to_one_run() -> None:
     for row in (row for run_set in reproduce.read_manifest(RECIPES).sets.values() for row in run_set.rows):
         folder = PlannedRun(row, reproduce.outline(CONFIG, row)).folder
         assert seen.setdefault(folder, sorted(row)) == sorted(row)
+
+
+def test_runs_that_would_share_a_folder_are_refused() -> None:
+    assert len(planned("all", overrides=("model=tiny",))) > 10  # 3B and 7B are one run there
+    for given in ("recipe.folder=/x/y", "recipe.name=mine"):
+        with pytest.raises(UserError, match="would be the folder of several runs"):
+            planned("countdown", overrides=(given,))
+    with pytest.raises(UserError, match="give one of them"):
+        planned("fig2", seeds=(0, 1), overrides=("recipe.seed=5",))
+
+
+def test_a_home_folder_is_found_where_the_launcher_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert {run.folder.parent for run in planned("fig2", overrides=("recipe.root='~/runs'",))} == {tmp_path / "runs"}
 
 
 def test_sets_share_runs() -> None:
@@ -428,7 +442,7 @@ def test_what_fits_where() -> None:
 
 def test_the_cost_of_a_set(tmp_path: Path) -> None:
     runs = planned("fig2", overrides=(f"recipe.root={tmp_path}", "trainer.n_gpus_per_node=4"))
-    text = resources.cost([run.left for run in runs])
+    text = resources.cost([left(run.outline) for run in runs])
     h100, row = resources.GPU_TYPES[0], resources.RECIPES[4]
     low, high = resources.run_hours(resources.MODELS[0], row, h100, 4, 2000) or (0, 0)
     assert f"H100 80 GB: {resources.between(low, high)} hours of 4 GPUs" in text
@@ -437,10 +451,14 @@ def test_the_cost_of_a_set(tmp_path: Path) -> None:
     checkpoints.mkdir(parents=True)
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("500")
     low, high = resources.run_hours(resources.MODELS[0], row, h100, 4, 1500) or (0, 0)
-    assert f"H100 80 GB: {resources.between(low, high)} hours of 4 GPUs" in resources.cost([run.left for run in runs])
-    assert "; 10 of 20 runs do not fit" in resources.cost([run.left for run in planned("countdown")])  # 7B on 24 GB
+    assert f"H100 80 GB: {resources.between(low, high)} hours of 4 GPUs" in resources.cost(
+        [left(run.outline) for run in runs]
+    )
+    assert "; 10 of 20 runs do not fit" in resources.cost(
+        [left(run.outline) for run in planned("countdown")]
+    )  # 7B on 24 GB
     for without in ("model=tiny", "attention=sdpa"):
-        assert resources.cost([run.left for run in planned("fig2", overrides=(without,))]) == ""
+        assert resources.cost([left(run.outline) for run in planned("fig2", overrides=(without,))]) == ""
     assert resources.applies_to(["length=8192", "recipe.steps=7", "actor_rollout_ref.actor.optim.lr=1e-6"])
     assert not resources.applies_to(["length=8192", "++actor_rollout_ref.rollout.n=64"])
 

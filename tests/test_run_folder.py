@@ -99,14 +99,36 @@ def test_the_data_folder_may_move_with_the_tiny_model_in_it(tmp_path: Path) -> N
             remember(config, tmp_path)
 
 
-def test_a_method_may_fix_more(tmp_path: Path) -> None:
-    fixed = f"+recipe.fixed=[{ACTOR}.ppo_micro_batch_size_per_gpu]"
-    remember(configured(tmp_path, fixed), tmp_path)
-    with pytest.raises(UserError, match="ppo_micro_batch_size_per_gpu: 4 there, 2 asked for"):
-        remember(configured(tmp_path, fixed, f"{ACTOR}.ppo_micro_batch_size_per_gpu=2"), tmp_path)
+@pytest.mark.parametrize(
+    "change", ["ppo_micro_batch_size_per_gpu=2", "ppo_max_token_len_per_gpu=9000", "use_dynamic_bsz=true"]
+)
+def test_a_loss_of_micro_batches_keeps_them(tmp_path: Path, change: str) -> None:
+    """With whatever method it is asked for (docs/recipes.md gives it to others by this override)."""
+    loss = f"{ACTOR}.policy_loss.loss_mode=dapo_norm_as_coded"
+    remember(configured(tmp_path / "other"), tmp_path / "other")
+    remember(configured(tmp_path / "other", f"{ACTOR}.{change}"), tmp_path / "other")
+    remember(configured(tmp_path, loss), tmp_path)
+    with pytest.raises(UserError, match=f"{change.partition('=')[0]}: .* there, .* asked for"):
+        remember(configured(tmp_path, loss, f"{ACTOR}.{change}"), tmp_path)
+
+
+def test_the_data_sets_may_move_and_not_be_others(tmp_path: Path) -> None:
+    remember(configured(tmp_path, "task=math", "recipe.data=/here"), tmp_path)
+    remember(configured(tmp_path, "task=math", "recipe.data=/there"), tmp_path)
+    for other in ("data.train_files=/there/other.parquet", "data.val_files=[/there/math/math500.parquet]"):
+        with pytest.raises(UserError, match=r"data\.(train|val)_files: .* there, .* asked for"):
+            remember(configured(tmp_path, "task=math", "recipe.data=/there", other), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- how far a run is
+
+
+def test_a_copy_of_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    saved(tmp_path, 20, 40)
+    (copy := tmp_path / "checkpoints" / "global_step_20_copy").mkdir()
+    prune(tmp_path, 1, 0)
+    begin(configured(tmp_path), tmp_path)
+    assert copy.exists()
 
 
 def test_state_is_that_of_the_last_whole_checkpoint(tmp_path: Path) -> None:

@@ -76,9 +76,9 @@ def tests(y: Blocks) -> Table:
         p = "–" if test.p is None else "< 0.0001" if test.p < 1e-4 else f"{test.p:.4f}"
         rows.append([test.question, over_blocks(test.effect), bootstrap(test.effect), p, test.verdict])
     foot = [
-        "Each is made only if the one before is established, and says something of these three warm starts. Student's t "
-        "over blocks; bootstrap: expanded percentiles over blocks. All intervals are of 95%; the third test is that the "
-        f"interval of 90% is within ±{effects.MARGIN}, which does not mean 0."
+        "Each is made only if the one before is established, and says something of these three warm starts. Student's "
+        "t over blocks; bootstrap: expanded percentiles over blocks. All intervals are of 95%; the third test is that "
+        f"the interval of 90% is within ±{effects.MARGIN}, which does not mean 0."
     ]
     return Table("tests", "The tests", ["question", "effect", "bootstrap", "p", "verdict"], rows, foot, digits=4)
 
@@ -130,7 +130,7 @@ def warm_starts(main: dict[str, Records], y: Blocks) -> Table:
         f"Correlation of two methods within blocks: {effects.correlation(y, 0 * start):.2f}; within warm starts "
         f"{effects.correlation(y, start):.2f}. Equal variances of the methods (Brown and Forsythe): "
         f"p = {levene(*y.values()).pvalue:.2f}. Standard deviation of a run around its method and block: "
-        "{0.value:.4f} [{0.low:.4f}, {0.high:.4f}].".format(effects.residual_spread(y))
+        "{0.value:.4f} [{0.low:.4f}, {0.high:.4f}].".format(effects.residual_spread(y)),
     ]
     return Table("warm", "By warm start", ["", *chosen], rows, foot, digits=4)
 

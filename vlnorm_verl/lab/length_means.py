@@ -32,37 +32,65 @@ class Thirds:
     difference: dict[tuple[int, int], Estimate]
 
 
+def _edges(lengths: Ints) -> Ints:
+    """The largest length of the short and of the middle third, of at least three different lengths.
+
+    Where more than a third of the responses have the shortest or the longest length (cut at the limit, say), they are
+    that third, and the others are halved.
+    """
+    distinct = np.unique(lengths)
+    last = len(distinct) - 1
+
+    def place(share: float, of: Ints) -> int:
+        return int(np.searchsorted(distinct, np.quantile(of, share), side="right")) - 1
+
+    first, second = place(1 / 3, lengths), place(2 / 3, lengths)
+    if second == last:
+        second = last - 1
+        first = min(first, place(1 / 2, lengths[lengths < distinct[last]]))
+    elif second == 0:
+        second = min(place(1 / 2, lengths[lengths > distinct[0]]), last - 1)
+    return np.asarray(distinct[[min(first, second - 1), second]])
+
+
 def thirds(responses: Responses, within: bool) -> Thirds | None:
     """E[g | third] from products of different prompts, or (`within`) of different responses of one prompt.
 
-    None where there are fewer than three lengths. Prompts with fewer are left out.
+    Within, each prompt has the same share of each third: were it by its products, thirds would differ because prompts
+    do. None where there are fewer than three lengths. Prompts with fewer, or without two responses in each third, are
+    left out.
     """
     third: Ints = np.full(len(responses.lengths), -1)
     groups = responses.prompts if within else np.zeros(len(third))
     for scope in (groups == group for group in np.unique(groups)):
-        distinct = np.unique(responses.lengths[scope])
-        if len(distinct) < 3:
-            continue
-        # Where many responses were cut at one length, those are the long third.
-        edges = np.minimum(np.quantile(responses.lengths[scope], [1 / 3, 2 / 3]), distinct[[-3, -2]])
-        third[scope] = np.searchsorted(edges, responses.lengths[scope], side="left")
+        lengths = responses.lengths[scope]
+        if len(np.unique(lengths)) > 2:
+            third[scope] = np.searchsorted(_edges(lengths), lengths, side="left")
     onehot = (third[:, None] == np.arange(3)).astype(np.float64)  # [N, 3]
     if onehot.sum(axis=0).min() < 2:
         return None
-    same = responses.prompts[:, None] == responses.prompts
-    allowed = (same & ~np.eye(len(same), dtype=bool) if within else ~same).astype(np.float64)
-    products = responses.products * allowed
+    parts = []
+    for scope in (np.flatnonzero(groups == group) for group in np.unique(groups)):
+        same = responses.prompts[scope, None] == responses.prompts[scope]
+        allowed = (same & ~np.eye(len(same), dtype=bool) if within else ~same).astype(np.float64)
+        parts.append((scope, responses.products[np.ix_(scope, scope)] * allowed, allowed))
 
     def inner(keep: Bools) -> Floats:
         """Products of the means of two thirds [3, 3]."""
-        chosen = onehot * keep[:, None]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return (chosen.T @ products @ chosen) / (chosen.T @ allowed @ chosen)
+        found = []
+        for scope, products, allowed in parts:
+            chosen = onehot[scope] * keep[scope, None]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                found.append((chosen.T @ products @ chosen) / (chosen.T @ allowed @ chosen))
+        whole = [table for table in found if np.isfinite(table).all()]
+        return np.mean(whole, axis=0) if whole else np.full((3, 3), np.nan)
 
     # Blocks of prompts; within prompts, of responses, so that what is said is said of these prompts.
     position = np.concatenate([np.arange(n) for n in np.bincount(responses.prompts)]) if within else responses.prompts
     units = int(position.max()) + 1
     inners = [inner(keep) for keep in kept(blocks_of(units)[position])]
+    if np.isnan(inners[0]).all():
+        return None
 
     weakest = min(jackknife(np.array([np.diag(m) for m in inners])), key=lambda norm: norm.low)
     lost = lost_in_noise(weakest, units, "responses to each prompt" if within else "prompts") or LOST

@@ -2,8 +2,8 @@
 
 "Runs" of a function are the seeds of one method in one setting (a value of `groups.grouped`). Final is the last step at
 which at least half of them were validated, also where it is not their last; a seed that is not as far is left out
-(`final_runs`). A difference is at the last such step of both methods. Accuracies over several validation sets are weighted by
-their number of problems.
+(`final_runs`). A difference is at the last such step of both methods. Accuracies over several validation sets are
+weighted by their number of problems.
 
 Covered: runs with dumps (intervals over problems) and runs with verl's metrics alone (intervals over seeds only). Not
 covered: when one method reaches another's accuracy (first_hit.py).
@@ -259,10 +259,10 @@ def difference(runs: Sequence[Run], reference: Sequence[Run]) -> Estimate | None
     """Accuracy of `runs` minus that of `reference` at the last step that both have; None without accuracies there.
 
     Paired as far as there are dumps of the same problems; where dumps are missing, by seed only. Where fewer than half
-    of the problems are the same, or without several seeds that both have, the plain difference, without an interval. Seeds
-    that both have are compared, unless that is one of several: then all seeds of both where each has several, else that
-    one seed without an interval (it would be of problems only). The note names the step where it is not both's last,
-    and how many seeds where not all. NaN with other validation sets.
+    of the problems are the same, or without several seeds that both have, the plain difference, without an interval.
+    Seeds that both have are compared, unless that is one of several: then all seeds of both where each has several,
+    else that one seed without an interval (it would be of problems only). The note names the step where it is not
+    both's last, and how many seeds where not all. NaN with other validation sets.
     """
     if not same_sets([*runs, *reference]):
         return Estimate(nan, note="other validation sets, so no comparison")

@@ -264,11 +264,11 @@ def _speed_up(compared: Comparison, smooth: int | None) -> Table | None:
         hidden |= dict.fromkeys(more)
         rows.append(row | more)
     foot = [
-        "Target: the other method's accuracy at its last validation, of the seeds that its result is of. A first hit is the first validation at the target "
-        f"or above, of each seed's own curve, known as far as validations are apart: 325–350. Smoothed: trailing "
-        f"mean{'' if smooth else ' of three validations'}. Steps are means over the seeds that reached, and last step "
-        "/ first hit is the ratio of such means; first hit / first hit is the geometric mean of the seeds' ratios, "
-        "with Student's t interval of their logarithm.",
+        "Target: the other method's accuracy at its last validation, of the seeds that its result is of. A first hit "
+        "is the first validation at the target or above, of each seed's own curve, known as far as validations are "
+        f"apart: 325–350. Smoothed: trailing mean{'' if smooth else ' of three validations'}. Steps are means over the "
+        "seeds that reached, and last step / first hit is the ratio of such means; first hit / first hit is the "
+        "geometric mean of the seeds' ratios, with Student's t interval of their logarithm.",
         "Last step / first hit is the paper's count (its 1000 / 375). It flatters whoever reaches a plateau, since the "
         "other too was at its own final accuracy before its last step: first hit / first hit does not.",
         *paper.sources([pair.higher for pair in compared.pairs], ("first_hit", "speed_up")),

@@ -75,6 +75,9 @@ def validate(config: DictConfig) -> None:
         raise UserError(f"verl refuses the configuration: {type(error).__name__}: {error}") from error
 
     check_micro_batches(config)
+    for key in ("save_freq", "test_freq"):
+        if config.trainer[key] is None:  # verl compares it with 0 at the end of the first step
+            raise UserError(f"trainer.{key}=null: accepted is a number of steps; -1 is never")
     rollout, needed = config.actor_rollout_ref.rollout, config.data.max_prompt_length + config.data.max_response_length
     if rollout.max_model_len is not None and rollout.max_model_len < needed:
         raise UserError(
@@ -119,6 +122,11 @@ def check_micro_batches(config: DictConfig) -> None:
                 f"{ranks} GPUs (trainer.nnodes · n_gpus_per_node) is no whole number of micro-batches. Accepted: "
                 f"a divisor of {prompts * rollout.n / ranks:g}"
             )
+    if actor.ppo_mini_batch_size * rollout.n % ranks:  # with micro-batches by tokens, too
+        raise UserError(
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} prompts · rollout.n={rollout.n} "
+            f"responses cannot be dealt out evenly to {ranks} GPUs (trainer.nnodes · n_gpus_per_node)"
+        )
 
 
 # What is handed on whole, to Ray, vLLM, transformers and TransferQueue: its keys are theirs. recipe.* is interpolated.

@@ -146,10 +146,11 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
             "others on GPUs. trainer.device cannot be given by itself"
         )
     if not is_cpu(config) and not wants_flash_attention(config):
-        if config.recipe.get("fixed"):
+        if depends_on_micro_batches(config):
             raise UserError(
-                f"method={chosen['method']} is a loss of micro-batches, and attention=sdpa trains one response a "
-                "micro-batch. Accepted: attention=flash"
+                f"actor_rollout_ref.actor.policy_loss.loss_mode={config.actor_rollout_ref.actor.policy_loss.loss_mode} "
+                "is a loss of micro-batches, and attention=sdpa trains one response a micro-batch. Accepted: "
+                "attention=flash"
             )
         if chosen["model"] == "7b":
             raise UserError(
@@ -186,6 +187,11 @@ def wants_flash_attention(config: DictConfig) -> bool:
     """Whether the actor is loaded with the package flash-attn, verl's default (workers/config/model.py:185)."""
     attention = config.actor_rollout_ref.model.override_config.get("attn_implementation", "flash_attention_2")
     return bool(attention == "flash_attention_2")
+
+
+def depends_on_micro_batches(config: DictConfig) -> bool:
+    """Whether the loss is another one with other micro-batches (vlnorm_verl/paper/as_coded.py)."""
+    return bool(config.actor_rollout_ref.actor.policy_loss.loss_mode == "dapo_norm_as_coded")
 
 
 def _is_number(value: Any) -> bool:

@@ -22,15 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlnorm_verl import files
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs.config import flatten
+from vlnorm_verl.runs.config import depends_on_micro_batches, flatten
 from vlnorm_verl.runs.process import read_metrics
 
 # What may change between two starts of one run: all else is refused, since it might be the experiment. Not the number
-# of GPUs: verl's FSDP checkpoints are read by as many ranks as wrote them. `recipe.fixed` names keys of these that a
-# method's loss depends on.
+# of GPUs: verl's FSDP checkpoints are read by as many ranks as wrote them.
 MAY_CHANGE = (
     # how long it is, where it lies, what it prints and keeps
-    *("recipe.steps", "recipe.root", "recipe.data", "recipe.folder", "recipe.keep", "data.*_files"),
+    *("recipe.steps", "recipe.root", "recipe.data", "recipe.folder", "recipe.keep"),
     *("trainer.total_*", "trainer.*_freq", "trainer.val_*", "trainer.*_dir", "trainer.max_*_ckpt_to_keep"),
     *("trainer.logger", "trainer.log_*", "trainer.*_name", "trainer.v1.sampler.sampler_kwargs.poll_interval"),
     *("ray_kwargs.*", "global_profiler.*", "*.profiler.*"),
@@ -45,6 +44,11 @@ MAY_CHANGE = (
     *("actor_rollout_ref.rollout.enable_chunked_prefill", "actor_rollout_ref.rollout.enable_prefix_caching"),
     "actor_rollout_ref.rollout.free_cache_engine",
     *("actor_rollout_ref.rollout.checkpoint_engine.*", "actor_rollout_ref.rollout.layered_summon"),
+)
+# Not these, where the loss is one of micro-batches.
+MICRO_BATCHES = tuple(
+    f"actor_rollout_ref.actor.{key}"
+    for key in ("ppo_micro_batch_size_per_gpu", "use_dynamic_bsz", "ppo_max_token_len_per_gpu")
 )
 
 
@@ -71,6 +75,15 @@ def state(config: DictConfig) -> str:
         return "finished"
     done = completed_steps(folder)
     return f"step {done} of {steps}" if done or (folder / "config.yaml").exists() else "not begun"
+
+
+def left(config: DictConfig) -> DictConfig:
+    """A copy with the number of steps that are still to be trained."""
+    rest = config.copy()
+    rest.trainer.total_training_steps -= min(
+        completed_steps(Path(config.recipe.folder)), rest.trainer.total_training_steps
+    )
+    return rest
 
 
 def validation_due(config: DictConfig, folder: Path) -> bool:
@@ -109,12 +122,18 @@ def refuse_other(config: DictConfig, folder: Path) -> None:
     file = folder / "config.yaml"
     if not file.exists():
         return
-    fixed = config.recipe.get("fixed") or []
+    fixed = MICRO_BATCHES if depends_on_micro_batches(config) else ()
 
     def experiment(values: dict[str, Any]) -> dict[str, Any]:
         data = f"{values['recipe.data']}/"  # may move, with the tiny model in it
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, list):
+                return [*map(moved, value)]
+            return value.replace(data, "${recipe.data}/") if isinstance(value, str) else value
+
         return {
-            key: value.replace(data, "${recipe.data}/") if isinstance(value, str) else value
+            key: moved(value)
             for key, value in values.items()
             if key in fixed or not any(fnmatch(key, may) for may in MAY_CHANGE)
         }
@@ -192,8 +211,8 @@ def _tracker(folder: Path) -> Path:
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
     """{step: folder} of all that are there, whole or not."""
-    paths = (folder / "checkpoints").glob("global_step_*")
-    return {int(path.name.removeprefix("global_step_")): path for path in paths}
+    paths = {path.name.removeprefix("global_step_"): path for path in (folder / "checkpoints").glob("global_step_*")}
+    return {int(step): path for step, path in paths.items() if step.isdecimal()}  # not a user's global_step_20_copy
 
 
 def _whole(path: Path) -> bool:

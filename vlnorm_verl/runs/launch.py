@@ -39,7 +39,17 @@ from vlnorm_verl.runs import clusters, resources, smoke
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs.check import unread_keys, validate
 from vlnorm_verl.runs.config import LOGGERS, is_cpu, missing_files, override, wants_flash_attention, with_settings
-from vlnorm_verl.runs.folder import begin, completed_steps, finish, prune, refuse_other, remember, state, validation_due
+from vlnorm_verl.runs.folder import (
+    begin,
+    completed_steps,
+    finish,
+    left,
+    prune,
+    refuse_other,
+    remember,
+    state,
+    validation_due,
+)
 from vlnorm_verl.runs.process import (
     Record,
     TrainingFailed,
@@ -103,7 +113,9 @@ def launch(request: Request, console: Console | None = None) -> int:
     if request.on == "slurm":
         if not shutil.which("sbatch"):
             raise UserError("--on slurm: no sbatch here; start it on a login node of the cluster")
-        return subprocess.call(clusters.sbatch_command(request.recipes, arguments, config))
+        return subprocess.call(
+            clusters.sbatch_command(request.recipes, arguments, config), cwd=request.recipes.resolve().parent
+        )
     if os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")):
         return clusters.submit(request.recipes, arguments, config, console)
     if unfit := unfit or cannot_run(config):
@@ -200,7 +212,12 @@ def prepare_environment(recipes: Path, config: DictConfig) -> str:
 
 
 def cannot_run(config: DictConfig) -> str:
-    """What this machine lacks for a run on GPUs beside an environment, "" if nothing."""
+    """What this machine lacks for a run beside an environment, "" if nothing."""
+    if config.trainer.nnodes > 1 and not os.environ.get("RAY_ADDRESS"):
+        return (
+            f"trainer.nnodes={config.trainer.nnodes}, and this run would start a Ray of its own on this machine alone: "
+            "set RAY_ADDRESS, or give --on slurm or --on kubernetes"
+        )
     if is_cpu(config):
         return ""
     problems = [machine.flash_attention_problem()] if wants_flash_attention(config) else []
@@ -242,7 +259,7 @@ def show(request: Request, config: DictConfig, changed: dict[str, Any], console:
         console.print(f"note: {key} does nothing: no code of this run reads it", style="yellow")
     for problem in filter(None, (missing_files(config), unfit)):
         console.print(f"note: {problem}", style="yellow")
-    if resources.applies_to(request.overrides) and (cost := resources.cost([config])):
+    if not request.smoke and resources.applies_to(request.overrides) and (cost := resources.cost([left(config)])):
         console.print(cost)
     disk = next(path for path in (folder, *folder.parents) if path.exists())
     console.print(f"free disk at {disk}: {shutil.disk_usage(disk).free / resources.GB:.0f} GB")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import launch, resources
 from vlnorm_verl.runs.config import choices, compose, missing_files, parsed, require
-from vlnorm_verl.runs.folder import completed_steps, state
+from vlnorm_verl.runs.folder import left, state
 from vlnorm_verl.runs.process import raise_on_stop
 from vlnorm_verl.runs.progress import terminal
 from vlnorm_verl.runs.provenance import config_files
@@ -81,13 +81,6 @@ class PlannedRun:
     def state(self) -> str:
         return state(self.outline)
 
-    @property
-    def left(self) -> DictConfig:
-        """`outline` with the number of steps that are still to be trained."""
-        left = self.outline.copy()
-        left.trainer.total_training_steps -= min(completed_steps(self.folder), left.trainer.total_training_steps)
-        return left
-
 
 # ------------------------------------------------------------------------------------------------------ which runs
 
@@ -109,18 +102,28 @@ def expand(row: dict[str, Any]) -> list[list[str]]:
 
 
 def plan(recipes: Path, sets: Iterable[RunSet], seeds: list[int], overrides: list[str]) -> list[PlannedRun]:
-    """The runs of the sets, each once: two rows with one folder are one run.
+    """The runs of the sets, each once.
 
     seeds: empty leaves the recipes' own.
     overrides: come after those of the manifest, so they win.
+
+    Raises:
+        UserError: two different runs would have one folder.
     """
+    if seeds and any(given.key_or_group == "recipe.seed" for given in parsed(overrides)):
+        raise UserError("--seeds and recipe.seed=…: give one of them")
     seeded = [[f"recipe.seed={seed}"] for seed in seeds] or [[]]
     runs: dict[Path, PlannedRun] = {}
     for row in (row for run_set in sets for row in run_set.rows):
         for seed in seeded:
             given = [*row, *seed, *overrides]
             run = PlannedRun(given, outline(recipes / "config", given))
-            runs.setdefault(run.folder, run)
+            other = runs.setdefault(run.folder, run)
+            if other.outline != run.outline:
+                raise UserError(
+                    f"{run.folder} would be the folder of several runs: “{' '.join(other.overrides)}” and “"
+                    f"{' '.join(given)}”. Give recipe.root=… instead of recipe.folder=… or recipe.name=…"
+                )
     return list(runs.values())
 
 
@@ -135,6 +138,7 @@ def outline(config_folder: Path, overrides: list[str]) -> DictConfig:
         section, _, key = given.key_or_group.partition(".")
         if section == "recipe" or (section == "trainer" and key in SIZE):
             OmegaConf.update(outlined, given.key_or_group, given.value())
+    outlined.recipe.folder = str(launch.absolute(outlined.recipe.folder))
     return outlined
 
 
@@ -182,8 +186,8 @@ def reproduce(
         return 0
     if not check(recipes, runs, console, elsewhere=on, dry_run=dry_run):
         return 1
-    left = [run.left for run in runs if run.state != "finished" and resources.applies_to(run.overrides)]
-    if cost := resources.cost(left):
+    rest = [left(run.outline) for run in runs if run.state != "finished" and resources.applies_to(run.overrides)]
+    if cost := resources.cost(rest):
         console.print(cost)
     if dry_run:
         return 0
