@@ -67,7 +67,8 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("0.5", "1/2"), (r"\frac{\sqrt2}{4}\cos(t-\pi/4)", r"\frac14(\cos t+\sin t)"),
             (r"\binom{2n}{n}", r"\frac{(2n)!}{n!n!}"), (r"\frac{1}{2n+2}", r"\frac{1}{2(n+1)}"), (r"\ln 8", r"3\ln 2"),
             (r"\frac{d}{d+1}", r"\frac{d}{1+d}"), (r"\frac{d}{\delta}", r"d\delta^{-1}"),
-            (r"\frac{d_1}{d_2}", "d_1/d_2"), (r"\frac{1}{d}", r"\frac{d}{d^2}"),
+            (r"\frac{d_1}{d_2}", "d_1/d_2"), (r"\frac{1}{d}", r"\frac{d}{d^2}"), ("a^{mn}", "(a^m)^n"),
+            (r"m+n-\gcd(m,n)", r"m-\gcd(n,m)+n"), ("6", r"\gcd(12,18)"),
         ],
         [
             (r"1.6 \times 10^{-19}", r"3.2 \times 10^{-19}"), (r"\frac{1}{20!}", r"\frac{1}{21!}"),
@@ -76,6 +77,7 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"\frac{2^{1805}+1}{3 \cdot 2^{1806}}", r"\frac{1}{3 \cdot 2^{1806}}"), (r"\sqrt2", r"\sqrt2+10^{-100}"),
             (r"\pi", r"\frac{355}{113}"), ("x", "x+10^{-40}"),
             (r"\lfloor\frac{2n-1}{5}\rfloor", r"\lfloor\frac{2n-1}{6}\rfloor"), ("|x|", "x"), ("m", "-m"),
+            (r"m+n-\gcd(m,n)", "m+n-1"), ("mn", r"\text{lcm}(m,n)"), ("1", r"\gcd(m,n)"), ("a^{mn}", "(a^m)^{n+1}"),
         ],
     ),
     "rounded": (
@@ -128,7 +130,10 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("5", r"5\,\text{kg·m/s}"), ("6.63e-34", r"6.63 \times 10^{-34}\,\mathrm{J \cdot s}"),
             ("25", r"25 \text{ °C}"), ("25", r"25\,\mathrm{^\circ C}"), ("25", r"25\,\text{°C/W}"),
             (r"\frac12", r"\sin(30\text{°})"), ("5", r"5\text{ min}"), ("5", r"5\,\mathrm{sec}"),
-            ("5", r"5\text{ psi}"), ("5", r"5\,\text{L}/\text{min}"),
+            ("5", r"5\text{ psi}"), ("5", r"5\,\text{L}/\text{min}"), ("30", "30 min"), ("30", "30min"),
+            ("5", r"5\,sec"),
+            ("11/4", r"2\frac34\text{ inches}"), ("1.5", r"1\frac12 cups"), ("22.5", r"22\frac12^\circ"),
+            ("5", r"5{}^\circ"), ("30", "30˚"),
             ("5", r"5\,\frac{\text{kg}\cdot\text{m}}{\text{s}^{2}}"),
             ("7", "7 seconds"), ("5", r"5\text{ three-digit numbers}"), ("5", r"5\text{ negative integers}"),
         ],
@@ -183,19 +188,23 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"\sinh^{-1}(1)", r"\ln(1+\sqrt2)"), (r"\sinh^{-1}(1)", r"\operatorname{arcsinh}(1)"),
             (r"\cosh^{-1}(2)", r"\ln(2+\sqrt3)"), (r"\tanh^{-1}\frac12", r"\frac12\ln 3"),
             (r"\coth^{-1}(2)", r"\operatorname{arcoth}(2)"),
+            (r"\sqrt{2gh}\sin\theta", r"\sin\theta\sqrt{2gh}"), (r"e^{-t}\cos t", r"\cos t\, e^{-t}"),
+            (r"(1+\cos x)\sin x", r"\sin x(1+\cos x)"), (r"2\ln x (x+1)", r"2(x+1)\ln x"),
+            (r"\sin(2(x+1))", r"\sin 2(x+1)"), (r"\cos(\omega t)", r"\cos\omega t"),
         ],
         [
             (r"2\arctan 2", r"\operatorname{arctan}(2)"), (r"\sinh^{-1}(1)", r"\frac{1}{\sinh 1}"),
-            (r"\coth^{-1}(2)", r"\tanh 2"),
+            (r"\coth^{-1}(2)", r"\tanh 2"), (r"\sin\theta\sqrt{2gh}", r"\sin(\theta\sqrt{2gh})"),
         ],
     ),
     "percent": (
         [
             ("5", r"5\%"), ("0.05", r"5\%"), (r"50\%", r"\frac12"), ("12.5", r"12.5\text{ percent}"),
-            (r"62.5\%", "62.5 %"),
+            (r"62.5\%", "62.5 %"), ("12.5", r"12\frac{1}{2}\%"), (r"33\frac13\%", r"\frac13"), ("22.5", "22 1/2%"),
+            (r"0.75\%", r"3/4\%"),
         ],
         [
-            (r"50\%", r"5000\%"), (r"50\%", "0.05"),
+            (r"50\%", r"5000\%"), (r"50\%", "0.05"), ("75", r"3/4\%"), ("50", r"1/2\%"),
         ],
     ),
     "roman letters": (
@@ -203,7 +212,9 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"1-\frac{1}{e}", r"1-\frac{1}{\mathrm{e}}"), (r"2\mathrm{e}", "2e"), (r"3+\mathrm{i}", "3+i"),
             ("3-i", "3-1i"), (r"-2+2\sqrt{3} i", r"2i\sqrt{3}-2"), ("E_1 + E_2", "E_{2} + E_{1}"),
             (r"2\hat{\theta}", r"\hat\theta 2"),
-            (r"\frac{e^{t}}{3}", r"\frac{1}{3}\exp(t)"),
+            (r"\frac{e^{t}}{3}", r"\frac{1}{3}\exp(t)"), (r"\gamma mc^2", "γmc²"), (r"\rho gh", "ρgh"),
+            (r"\frac{\hbar}{2}", "ħ/2"), ("x_1", "x₁"), (r"\sqrt[3]{27}", "∛27"), (r"\frac18", "⅛"),
+            ("-3", "\N{HYPHEN}3"),
         ],
         [
             (r"1-\frac{1}{\mathrm{e}}", "1"), (r"2\mathrm{e}", "2"), (r"3+\mathrm{i}", "3"), ("E_1", "E_2"),
@@ -213,7 +224,9 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         [
             ("12345", r"12\,345"), ("12345", "12,345"), ("12345", "12{,}345"), ("12345", r"12,\!345"),
             ("12345", "12 345"), (r"11,\! 111,\! 111,\! 100", "11111111100"), ("1234.5", "1,234.5"),
-            ("100, 200", "100,200"), ("0.125", "0,125"),
+            ("100, 200", "100,200"), ("0.125", "0,125"), ("1200, 1300", "1,200, 1,300"),
+            ("1200, 1300", r"1\,200, 1\,300"),
+            ("1200, 1300", "1,200 and 1,300"), ("1000", "1\N{NO-BREAK SPACE}000"), ("1200, 5", "1,200, 5"),
         ],
         [
             ("345", "12 345"), ("3", "1 2"), ("1234", "(1,234)"), ("357", r"12\,345"),
@@ -260,7 +273,7 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         [
             ("x > 5", "5 < x"), (r"(5,\infty)", "x > 5"), ("[-2,7]", r"-2 \le x \le 7"), (r"x \in [-2,7]", "[-2,7]"),
             ("5", "x=5"), (r"(-\infty,-2]\cup[2,\infty)", r"x \le -2 \text{ or } x \ge 2"), ("y = 2x+3", "2x-y+3=0"),
-            ("y=2x+3", "2x+3"), ("0<f(x)<1", "(0,1)"), ("3, -2", r"x = 3 \text{ or } x = -2"),
+            ("y=2x+3", "2x+3"), ("0<f(x)<1", "(0,1)"), ("3, -2", r"x = 3 \text{ or } x = -2"), ("(-3,3)", "|x|<3"),
             ("(p,q)=(3,2)", "(3,2)"), (r"k \geqslant 2", "k >= 2"),
         ],
         [
@@ -268,6 +281,10 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("x=1", "y=1"), ("f(x)=2x", "f(x)=3x"), (r"(5,\infty)", "x < 5"), ("5", r"\{x \mid x = 5\}"),
             ("6", "x=2, y=3"), ("x + y = 5", "5"), (r"\frac{dx}{dt}=kx", r"\frac{x}{t}=kx"),
             ("x=2i", "x=3i"), (r"\sin x = 2", r"\sin x = 3"), ("2+3=5", "1=1"), (r"\emptyset", "3 = 2"),
+            # The problem, said again.
+            ("2, 3", "x^2-5x+6=0"), ("(-1,5)", "|x-2|<3"), (r"(1,\infty)", "3x+2<7x-2"), ("x>1", "3x+2<7x-2"),
+            ("x=3", "5x-2=4x+1"), ("x=2", "x^3=8"), ("x=3", "2x=6"), (r"(-\infty,\ln 5)", "e^x<5"),
+            (r"(1,\infty)", r"3x+2<7x-2 \text{ or } 3x+2<7x-2"), ("2, 3", r"x^2-5x+6=0 \text{ or } x^2-5x+6=0"),
         ],
     ),
     "chains": (
@@ -303,6 +320,7 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         ],
         [
             (r"\text{east}", "seat"), ("5", "approximately 5"), ("10", r"\text{ten}"), ("C", "D"),
+            ("Rr", "rr"), ("mM", "mm"), ("V", "v"), ("(a,B)", "(A,b)"), (r"M\text{ kg}", r"m\text{ kg}"),
             (r"\text{odd}", "1"),
         ],
     ),

@@ -335,6 +335,11 @@ def test_a_failure_rate_above_the_set_one_is_an_error(pool: Pool, monkeypatch: p
         pool.compare("1", "1")
 
 
+def test_too_little_memory_is_an_error_with_the_remedy(new_pool: Callable[..., Pool]) -> None:
+    with pytest.raises(InfrastructureError, match=r"MemoryError: ; memory_mib=48 is too little"):
+        new_pool(memory_mib=48).compare("1", "2")
+
+
 def test_a_broken_sympy_is_an_error_with_the_remedy(
     new_pool: Callable[..., Pool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

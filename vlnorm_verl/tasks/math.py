@@ -9,7 +9,8 @@ sympy can take for ever or all memory on what a model writes: it runs in worker 
 a table of what becomes of which failure; one of the machine is never a score.
 
 Source of the rule: the paper's code (`open_reasoner_zero.py` and its server). Differences: there an answer of more than
-30 characters scores 0 unless it is the same text, the comparison is sympy's, and an outage of the server scores 0.
+30 characters scores 0 unless it is the same text, the comparison is sympy's, without a ``\boxed`` the whole response is
+the answer, and an outage of the server scores 0.
 
     reward.custom_reward_function.path=pkg://vlnorm_verl.tasks.math
     +reward.custom_reward_function.reward_kwargs.limit_s=5

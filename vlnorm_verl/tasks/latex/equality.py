@@ -136,6 +136,8 @@ class _Comparison:
         return [last, before] if both else [last]
 
     def relations(self, gold: Relation, answer: Relation) -> bool:
+        if _is_solved(gold) and not _is_solved(answer):
+            return False
         flipped = Relation(tuple(_FLIPPED[o] for o in reversed(answer.operators)), answer.sides[::-1])
         for other in (answer, flipped):
             if gold.operators == other.operators and all(map(self.values, gold.sides, other.sides)):
@@ -171,7 +173,7 @@ class _Comparison:
         compared = 0
         for point in _points(len(symbols), signs):
             at = dict(zip(symbols, point, strict=True))
-            at_gold, at_answer = (_evaluated(value.xreplace(at)) for value in (gold, answer))
+            at_gold, at_answer = (_evaluated(value, at) for value in (gold, answer))
             if at_gold is not None and at_answer is not None:
                 if _relative_difference(at_gold, at_answer, 30) > limit:
                     return False
@@ -202,8 +204,9 @@ def _terminates(value: Expr) -> bool:
     return denominator == 1
 
 
-def _evaluated(value: Expr) -> Expr | None:
-    number = value.evalf(30)
+def _evaluated(value: Expr, at: dict[Any, Expr]) -> Expr | None:
+    # Not exact values first: (a^m)^n would then be powers of huge integers.
+    number = value.evalf(30, subs=at)
     return number if number.is_number and number.is_finite and not number.has(sympy.Function) else None
 
 
@@ -241,7 +244,20 @@ def _is_name(side: Any) -> bool:
     return isinstance(side, Expr) and bool(side.free_symbols) and not side.is_Add and not side.atoms(sympy.Number)
 
 
+def _is_solved(value: Any) -> bool:
+    """False for an equation or inequality that is still to be solved: x = 3, 1 < x and |x| < 3 are solved."""
+    if isinstance(value, Items):
+        return all(map(_is_solved, value.values))
+    sides = value.sides if isinstance(value, Relation) else ()
+    names = [side.args[0] if isinstance(side, sympy.Abs) else side for side in sides if isinstance(side, Expr)]
+    return all(
+        name.is_number or (_is_name(name) and name.atoms(sympy.Function) <= name.atoms(AppliedUndef)) for name in names
+    )
+
+
 def _equal_sets(gold: Any, answer: Any) -> bool:
+    if _is_solved(gold) and not _is_solved(answer):
+        return False  # the problem, said again
     if isinstance(gold, Relation) and isinstance(answer, Relation) and _symbols(gold) != _symbols(answer):
         return False
     try:

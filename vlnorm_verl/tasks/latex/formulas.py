@@ -56,6 +56,8 @@ _OF_NO_UNIT = re.compile(
 )
 # dx/dt, d^2x/dt^2, ∂²u/∂x∂y, δS/δx, without braces and backslashes; not d/(d+1), d_1/d_2, d/δ
 _DERIVATIVE = re.compile(r"(delta|partial|d(?!elta))(\^\w)?(?![-+_^]).*/\1(?!elta)[A-Za-z]([A-Za-z]|\^\w)*")
+# What begins the next factor behind sin x and its like: sin x (1 + x), not sin 2(1 + x).
+_BEHIND_ARGUMENTS = {"(", "[", "|", "e", r"\sqrt"}
 _FUNCTION_LETTERS = set("fghFGHP")  # f(x + 1) is a function, k(x + 1) a product, u(t) a function
 _BASES = {
     "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12,
@@ -70,8 +72,10 @@ def _apply(name: str, arguments: list[Any]) -> Any:
     name = re.sub("^a(?:rc|r)(?=sin|cos|tan|cot|sec|csc)", "a", name)
     if name == "lg" or (name == "log" and len(arguments) == 1):
         return sympy.log(*arguments, 10)
-    if name in ("gcd", "lcm"):
-        return getattr(sympy, name)(arguments)
+    if name in ("gcd", "lcm"):  # sympy's are of polynomials: its gcd(m, n) is 1
+        if all(argument.is_Integer for argument in arguments):
+            return getattr(sympy, name)(arguments)
+        return sympy.Function(name)(*sorted(arguments, key=sympy.default_sort_key))
     if name == "det":
         return arguments[0].det()
     return getattr(sympy, {"max": "Max", "min": "Min", "abs": "Abs", "ceil": "ceiling"}.get(name, name))(*arguments)
@@ -113,6 +117,8 @@ class Formulas(Cursor):
             sign = -1 if self.accept("-") else 1
             divides = symbol in ("/", r"\div")
             right = operand(self.power() if self.second and divides else self.product())
+            if divides and right.has(PERCENT) and not value.has(PERCENT):
+                right = right / PERCENT**2  # 3/4% is 0.75%
             value = operand(value) / (sign * right) if divides else operand(value) * (sign * right)
             while self.second and divides and self.starts_factor():
                 value = value * operand(self.power())
@@ -124,7 +130,8 @@ class Formulas(Cursor):
         start = self.position
         value = self.power()
         if self.position == start + 1 and self.peek(-1).kind == "number" and value.is_Integer:
-            value += self.fraction_of_mixed_number()
+            fraction = self.fraction_of_mixed_number()
+            value = self.postfix(value + fraction) if fraction else value
         while self.starts_factor() and not self.unit_fraction():
             behind = self.peek(-1)
             if self.peek().kind == "number" and behind.kind in ("number", "letter") and self.peek(-2).text != "^":
@@ -153,7 +160,10 @@ class Formulas(Cursor):
         return kind in ("number", "letter", "name", "begin") or text in _VALUES
 
     def power(self) -> Any:
-        value = self.atom()
+        return self.postfix(self.atom())
+
+    def postfix(self, value: Any) -> Any:
+        """The value with what is behind it: exponents, factorials, percent, degrees."""
         while True:
             if self.accept("!"):
                 if self.peek().text == "!":
@@ -215,7 +225,7 @@ class Formulas(Cursor):
                 return value
 
     def unit_fraction(self) -> bool:
-        return self.peek().text in FRACTIONS and self.peek(2).kind == "text"
+        return self.peek().text in FRACTIONS and self.peek(1).text == "{" and self.peek(2).kind == "text"
 
     def unit(self, value: Any, text: str) -> Any:
         without_exponents = re.sub(rf"(?<=[{_UNIT_CHARACTERS}])\^?\{{?-?\d\}}?(?!\w)", "", text)
@@ -381,6 +391,8 @@ class Formulas(Cursor):
             sign = -1 if self.accept("-") else 1
             arguments = [sign * operand(self.power())]
             while self.starts_factor() and self.peek().text[1:] not in FUNCTIONS:
+                if arguments[0].free_symbols and self.peek().text in _BEHIND_ARGUMENTS:
+                    break
                 arguments[0] = arguments[0] * operand(self.power())
         self.angle = angle
         return _apply(name, [*map(operand, arguments), *base]) ** exponent

@@ -93,9 +93,13 @@ class _Worker:
         try:
             hello = self._read(_START_LIMIT_S)
             if "broken" in hello:
+                remedy = (
+                    f"memory_mib={memory_mib} is too little"
+                    if hello["broken"].startswith("MemoryError")
+                    else "it needs sympy: pip install sympy"
+                )
                 raise InfrastructureError(
-                    f"the Math reward does not work in {sys.executable}: {hello['broken']}; "
-                    "it needs sympy: pip install sympy"
+                    f"the Math reward does not work in {sys.executable}: {hello['broken']}; {remedy}"
                 )
         except TimeoutError as error:
             self.close()

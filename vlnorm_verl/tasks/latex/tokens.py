@@ -7,6 +7,8 @@ colours, currency), and which letters are a unit or a text and which are variabl
 from __future__ import annotations
 
 import re
+import unicodedata
+from fractions import Fraction
 from typing import NamedTuple
 
 
@@ -55,7 +57,9 @@ _DROPPED = word_set(
 )
 _DROPPED_WITH_ARGUMENT = word_set("color textcolor colorbox hspace vspace phantom hphantom tag label")
 _LAYOUTS = word_set("aligned align align* gathered split equation equation*")
-_TEXT = word_set("text mbox hbox textbf textit textrm textnormal textsf texttt mathrm operatorname operatorname*")
+_TEXT = word_set(
+    "text mbox hbox textbf textit textrm textnormal textsf texttt mathtt emph mathrm operatorname operatorname*"
+)
 _ACCENTS = word_set(
     "dot ddot bar overline hat widehat tilde widetilde vec overrightarrow check breve acute grave"
     " mathcal mathscr mathfrak mathbb"
@@ -75,13 +79,25 @@ _UNITS = word_set(
 _UNITS |= word_set("pct am pm st nd rd th erg pc kpc Mpc AU ly rad cal keV MeV GeV kJ MJ kW MW MHz GHz mA mV kV psi")
 _PROSE = word_set("not when where for mod than the to of but nor")  # short words that are no product of variables
 
-_GREEK_LETTERS = "pi theta alpha beta lambda phi omega mu sigma Delta Omega"
+
+def _greek(name: str) -> str:
+    """Unicode's name of a Greek letter."""
+    case = "CAPITAL" if name[0].isupper() else "SMALL"
+    return f"GREEK {case} LETTER {name.upper().replace('LAMBDA', 'LAMDA')}"
+
+
+def _vulgar(character: str) -> Fraction:
+    return Fraction(unicodedata.numeric(character)).limit_denominator(10)
+
+
 # Each replacement stands for every character in front of it.
 _REPLACEMENTS = {
-    "−–": "-",
+    "−–‐‑‒﹣－": "-",
+    "\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{THIN SPACE}": " ",
+    "\N{ZERO WIDTH SPACE}\N{ZERO WIDTH NO-BREAK SPACE}": "",
     "×": r"\times ",
     "·⋅∙": r"\cdot ",
-    "÷": "/",
+    "÷⁄∕": "/",
     "±": r"\pm ",
     "∓": r"\mp ",
     "≤": "<=",
@@ -95,12 +111,8 @@ _REPLACEMENTS = {
     "ℝ": r"\mathbb{R}",
     "∞": r"\infty ",
     "√": "sqrt",
-    "½": r"\frac{1}{2}",
-    "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}",
-    "⅓": r"\frac{1}{3}",
-    "⅔": r"\frac{2}{3}",
-    "°º": r"^\circ ",
+    "°º˚": r"^\circ ",
+    "ħℏ": r"\hbar ",
     "℃": r"^\circ C",
     "℉": r"^\circ F",
     "\N{LATIN CAPITAL LETTER A WITH RING ABOVE}\N{ANGSTROM SIGN}": r"\AA ",
@@ -109,7 +121,9 @@ _REPLACEMENTS = {
     "’′": "'",
     "，": ",",
     "€£¥₹": r"\$",
-    **dict(zip("πθαβλφωμσΔΩ", (rf"\{name} " for name in _GREEK_LETTERS.split()), strict=True)),
+    **{unicodedata.lookup(_greek(name)): rf"\{name} " for name in _GREEK if not name.startswith("var")},
+    "ϕ": r"\phi ",
+    **{c: rf"\frac{{{f.numerator}}}{{{f.denominator}}}" for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞" if (f := _vulgar(c))},
 }
 _CHARACTERS = str.maketrans(
     {character: replacement for characters, replacement in _REPLACEMENTS.items() for character in characters}
@@ -119,6 +133,7 @@ _UNIT_SIGNS = {
     r"\cdot": " ", r"^\circ": "°", r"\mu": "μ", r"\Omega": "Ω", r"\AA": "Å", r"_\odot": "sun", r"_{\odot}": "sun",
 }  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)"
 
 
@@ -134,6 +149,8 @@ _REWRITES = [
         (r"^\s*(\*\*|`)(.*)\1\s*$", r"\2"),
         (r"(?<![.\\])[.,;:](?=[$\s]*$)", ""),  # the end of a sentence, not "0.333..."
         (r"[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}"),
+        (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda match: f"_{{{match[0].translate(_SUBSCRIPTS)}}}"),
+        (r"\{\s*\}(?=\s*\^)", ""),
         (r"\b(?:np|numpy|math|sympy|sp)\.(?:log\b|(?=[a-z]))", lambda match: "ln" if match[0].endswith("log") else ""),
         (r"(?<![A-Za-z\\])log(10|2)(?=\s*\()", r"\\log_{\1}"),
         (r"\((\d+)\)(?=_)", r"\1"),
@@ -145,11 +162,13 @@ _REWRITES = [
         (r"\\mathring\s*(?:\{\s*A\s*\}|A(?![A-Za-z]))", r"\\AA "),
         # Plain text takes the whole number under a root, LaTeX the first digit.
         (rf"(?<![\\A-Za-z])sqrt\s*({_NUMBER})", r"\\sqrt{\1}"),
+        (rf"∛\s*({_NUMBER})", r"\\sqrt[3]{\1}"),
         # Thousands: 12{,}345 12,\!345 12\,345 12 345
         (r"(?<=\d)(?:\{\s*,\s*\}|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),
-        (r"(?<![\d.,])\d{1,3}(?:(?:\\[,;: ]|~|[ ])\d{3})+(?![\d,])", lambda match: re.sub(r"\D", "", match[0])),
+        (r"(?<![\d.,])\d{1,3}(?:(?:\\[,;: ]|~|[ ])\d{3})+(?!\d|,\d)", lambda match: re.sub(r"\D", "", match[0])),
         (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "),
         (r"(?<=[\d}])\s+((?:[ck]?m|rad|J|N|W)/(?:s|h|m|K|kg)(?:\^?\{?\d\}?)?)\s*$", r"\\text{ \1}"),
+        (r"(?<=[\d}])(?:\s|~|\\[ ,:;!])*(min|sec)\s*$", r"\\text{ \1}"),  # elsewhere these are functions
         (r"(?<![A-Za-z])([apAP])\.\s?[mM](?![A-Za-z])\.?", r"\1m"),
         # 0.1\overline{6} 0.\dot{3}, and 0.1(6) if the brackets can be no factor
         (r"(?P<whole>\d*)\.(?P<fixed>\d*)\\(?:overline|bar|dot)\s*(?P<period>\{\d+\}|\d)(?!\d)", _repeating),
@@ -168,7 +187,7 @@ def _lexer(thousands: str) -> re.Pattern[str]:
     )
 
 
-_SEPARATE, _GROUPED = _lexer(""), _lexer(r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|")
+_SEPARATE, _GROUPED = _lexer(""), _lexer(r"\d{1,3}(?:,\d{3})+(?!\d|,\d)(?:\.\d+)?|")
 _AMBIGUOUS = re.compile(r"\d,\d{3}|\d[eE][+-]|\d[A-Za-z]{2}|[/:]|\\mu|\\Omega")
 
 
@@ -199,18 +218,22 @@ def is_ambiguous(text: str) -> bool:
 
 
 def canonical(tokens: list[Token]) -> str:
-    """A text that is equal for texts that differ in spacing, sizes and wrappers only."""
-    joined = " ".join(token.text for token in tokens)
-    return " ".join(joined.casefold().split()) if any(token.kind == "text" for token in tokens) else joined
+    """A text that is equal for texts that differ in spacing, sizes, wrappers and the case of words only."""
+    joined = " ".join(token.text.casefold() if token.kind == "text" else token.text for token in tokens)
+    return " ".join(joined.split())
 
 
 def words(tokens: list[Token]) -> str | None:
-    """The text in small letters, if it has nothing but letters and punctuation."""
+    """The text, if it has nothing but letters and punctuation; words, and choices like (C), in small letters."""
     if not all(token.kind in ("text", "letter") or token.text in ".,;(){}" for token in tokens):
         return None
-    joined = "".join((" " if token.gap or token.kind == "text" else "") + token.text for token in tokens)
-    joined = re.sub(r"[^\w\s,]", " ", joined.casefold())
-    return " ".join(re.sub(r"(?:\s*,|\s+and\b)+", " , ", joined).split()) or None
+    joined = "".join(
+        f" {token.text.casefold()}" if token.kind == "text" else " " * token.gap + token.text for token in tokens
+    )
+    joined = re.sub(r"(?:\s*,|\s+and\b)+", " , ", re.sub(r"[^\w\s,]", " ", joined))
+    joined = " ".join(joined.split())
+    choices = re.fullmatch(r"[A-E]( , [A-E])*|[a-e]( , [a-e])*", joined)
+    return (joined.casefold() if choices else joined) or None
 
 
 def tokens_of(text: str, second: bool = False) -> list[Token]:

@@ -46,7 +46,7 @@ class Relation:
 class Answer:
     """A text that was read. ``readings`` has two values where the notation has two meanings (1,234; 1/2x; 9:16)."""
 
-    words: str | None  # in small letters, if the text is nothing but words
+    words: str | None  # if the text is nothing but words or letters; words in small letters
     prose: bool  # whether these words are no product of variables
     readings: tuple[Any, ...]
     products: tuple[Any, ...]  # the same, with g(a + b) as a product, if there is one
