@@ -7,7 +7,7 @@
 #   bash recipes/quickstart.sh recipe.seed=2 trainer.n_gpus_per_node=2    two data-parallel FSDP ranks, another seed
 #   bash recipes/quickstart.sh --help                       every choice and flag
 #
-# The same command again goes on after a stop. recipes/config/family/quickstart.yaml has its values.
+# The same command again continues after a stop. recipes/config/family/quickstart.yaml has its values.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash recipes/install_cpu.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's runs by table and figure, one after the other or as jobs. The same command again goes on where the last one ended.
+# The paper's runs by table and figure, one after the other or as jobs. The same command again continues where the last one ended.
 #
 #   bash recipes/reproduce.sh --list               sets, numbers of runs, and how far they are
 #   bash recipes/reproduce.sh fig2                 run a set: countdown|math|alpha|dapo|as_coded|fig2|fig3|each|all, or table2 … table5

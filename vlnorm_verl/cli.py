@@ -143,7 +143,7 @@ def launch(
         trainer.n_gpus_per_node=4   trainer.nnodes=2   recipe.seed=1   recipe.steps=500   recipe.alpha=0.5
 
     The run is on this machine; with RAY_ADDRESS=host:port on that Ray cluster; with RAY_ADDRESS=http://host:8265 it is
-    submitted there as a Ray job. The same command again goes on after a crash, and does nothing when the run is done.
+    submitted there as a Ray job. The same command again continues after a crash, and does nothing when the run is done.
     """
     from vlnorm_verl.runs.launch import Request
     from vlnorm_verl.runs.launch import launch as run
@@ -169,8 +169,8 @@ def reproduce(
 
     Sets: countdown (table2), math (table3), alpha (table4), dapo (table5), as_coded, fig2, fig3, each, all.
 
-    A run that is finished is skipped, one that was begun goes on, one that fails does not end the rest. key=value goes
-    to every run, over the manifest's own: trainer.n_gpus_per_node=4, model=tiny, or model=3b for its runs only.
+    A run that is finished is skipped, one that was begun continues, one that fails does not end the rest. key=value
+    goes to every run, over the manifest's own: trainer.n_gpus_per_node=4, model=tiny, or model=3b for its runs only.
 
     Exit code 0 if no run failed (--dry-run: if all are valid), 1 if one did, 2 for a wrong request, 130 after Ctrl-C.
     """

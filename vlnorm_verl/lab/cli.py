@@ -62,7 +62,7 @@ def run(
 ) -> None:
     """Sample responses, compute each one's gradient, and say what they tell.
 
-    The same command again goes on where it was stopped. For a run of verl, give …/global_step_N: its checkpoint is
+    The same command again continues where it was stopped. For a run of verl, give …/global_step_N: its checkpoint is
     merged with verl's own tool. Several models at once: `vlnorm-verl lab report`.
 
       vlnorm-verl lab run Qwen/Qwen2.5-3B --task countdown --data data/countdown/train.parquet --no-chat-template
