@@ -226,46 +226,43 @@ def test_weights_travel_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------- watchdog
 
 
-class DeafSocket:
-    """A zmq socket that nobody answers."""
+WATCHED = """
+import time, ray, zmq
+from vlnorm_verl.cpu import watchdog
 
-    def poll(self, timeout_ms: int, event: int) -> int:
-        return 0
+@ray.remote(max_retries=0)
+def fail():
+    raise RuntimeError("EngineCore died unexpectedly")
 
+@ray.remote
+def update_for_ever():
+    time.sleep(600)
 
-@pytest.fixture
-def watchdog(monkeypatch: pytest.MonkeyPatch):
-    module = importlib.import_module("vlnorm_verl.cpu.watchdog")
-    monkeypatch.setattr(module, "GRACE_S", 0.0)
-    return module
-
-
-def test_watchdog_reports_the_engines_error(watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(reference):
-        raise RuntimeError("EngineCore died unexpectedly")
-
-    monkeypatch.setattr(watchdog.ray, "wait", lambda references, timeout: (references, []))
-    monkeypatch.setattr(watchdog.ray, "get", fail)
-    with pytest.raises(watchdog.RolloutEngineError, match="EngineCore died unexpectedly"):
-        watchdog.WatchedSocket(DeafSocket(), "future").recv()
-
-
-def test_watchdog_sees_an_engine_that_ended_too_early(watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog.ray, "wait", lambda references, timeout: (references, []))
-    monkeypatch.setattr(watchdog.ray, "get", lambda reference: None)
-    with pytest.raises(watchdog.RolloutEngineError, match="before it had all weights"):
-        watchdog.WatchedSocket(DeafSocket(), "future").send_pyobj({})
+watchdog.GRACE_S = 0.0
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+unanswered = zmq.Context().socket(zmq.REQ)
+unanswered.bind("tcp://127.0.0.1:*")
+for update in (fail.remote(), ray.put(None), update_for_ever.remote()):
+    for wait in (lambda socket: socket.send_pyobj({}), lambda socket: socket.recv()):
+        try:
+            wait(watchdog.WatchedSocket(unanswered, update))
+        except watchdog.RolloutEngineError as error:
+            print(str(error).replace(chr(10), " "))
+"""
 
 
-def test_watchdog_limits_the_wait(watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(watchdog.TIMEOUT_VARIABLE, "0.01")
-    monkeypatch.setattr(watchdog.ray, "wait", lambda references, timeout: ([], references))
-    with pytest.raises(watchdog.RolloutEngineError, match="no answer"):
-        watchdog.WatchedSocket(DeafSocket(), "future").recv()
+def test_watchdog_ends_a_wait_that_nobody_answers() -> None:
+    """Because the engine failed, ended too early, or lives and does nothing; on real sockets and futures."""
+    lines = run_python(WATCHED, VLNORM_WEIGHT_SYNC_TIMEOUT_S="1").splitlines()
+    assert len(lines) == 6
+    assert all("the rollout engine failed" in line and "EngineCore died unexpectedly" in line for line in lines[:2])
+    assert all("ended its update before it had all weights" in line for line in lines[2:4])
+    assert all("no answer from the rollout engine for 1 s (limit: VLNORM_WEIGHT" in line for line in lines[4:])
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "soon", "nan"])
-def test_watchdog_refuses_a_bad_limit(watchdog, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_watchdog_refuses_a_bad_limit(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    watchdog = importlib.import_module("vlnorm_verl.cpu.watchdog")
     monkeypatch.setenv(watchdog.TIMEOUT_VARIABLE, text)
     with pytest.raises(ValueError, match=watchdog.TIMEOUT_VARIABLE):
         watchdog.timeout_s()
