@@ -340,6 +340,13 @@ def test_links_of_a_page_lead_somewhere(table: Table, figure: Figure, tmp_path: 
     )
 
 
+def test_a_part_may_be_called_what_the_script_looks_for(table: Table, tmp_path: Path) -> None:
+    page.write_page(tmp_path / "page.html", "t", [], [page.Fold("data", [table]), page.Fold("tools", [table])])
+    ids = re.findall(r' id="([^"]+)"', (tmp_path / "page.html").read_text())
+    assert {"data-2", "tools-2"} <= set(ids)
+    assert len(ids) == len(set(ids))
+
+
 def test_a_large_figure_is_put_in_as_png(figure: Figure, tmp_path: Path) -> None:
     figure.svg += f"<!--{'x' * page.SVG_LIMIT}-->"
     page.write_page(tmp_path / "page.html", "t", [], [figure])

@@ -171,6 +171,14 @@ def test_a_mean_is_over_the_seeds_that_have_not_ended() -> None:
     assert not len(charts.mean_of([(np.array([1]), np.ones(1)), (np.array([2]), np.ones(1))]).steps)
 
 
+def test_seeds_without_a_common_step_are_inside_the_axis() -> None:
+    seeds = [charts.Series("x", np.array([step]), np.array([5.0 + step])) for step in (1, 2)]
+    shown = charts.Panel("entropy", seeds)
+    low, high = charts.y_range(shown, charts.by_method(seeds))
+    assert low < 6
+    assert high > 7
+
+
 def test_long_series_are_means_of_neighbouring_steps_and_know_their_clock(tmp_path: Path) -> None:
     more = {"perf/total_num_tokens": 10.0, "perf/time_per_step": 36.0}
     put(tmp_path / "vl_norm.jsonl", "".join(line(step, **more, **{"x/y": float(step)}) for step in range(1001)))

@@ -34,7 +34,7 @@ from vlnorm_verl.report.plots import plots
 from vlnorm_verl.report.read import read_runs
 from vlnorm_verl.report.run import Run
 from vlnorm_verl.report.style import Figure, write_figures
-from vlnorm_verl.report.table import Table
+from vlnorm_verl.report.table import Table, one_line
 from vlnorm_verl.report.tables import tables
 from vlnorm_verl.report.verdict import look_at, several_at_once, shortened, verdicts
 from vlnorm_verl.report.writers import FORMATS, print_table, write_tables
@@ -192,14 +192,15 @@ def _write(
         write_figures(pictures, out / "figures")
     files = ["report.html", *(f"tables/{table.name}.{ending}" for table in made for ending in FORMATS)]
     files += [f"figures/{figure.name}.{ending}" for figure in pictures for ending in ("png", "svg")]
-    origin = f"{len(compared.runs)} runs, read on {datetime.date.today()} by vlnorm-verl {__version__}."
+    count = f"{len(compared.runs)} run{'s' * (len(compared.runs) != 1)}"
+    origin = f"{count}, read on {datetime.date.today()} by vlnorm-verl {__version__}."
     page = out / "report.html"
     lead = Lead(found, several, odd, looks)
     write_page(page, "Report on runs of verl", [origin], _parts(compared, accuracy, drawn, named), lead)
     said = [verdict.sentence() for verdict in found] or ["No validation in these runs: nothing can be compared."]
     said += [f"Look at: {what}: {shortened(which)}." for what, which in odd.items()]
     said += [several] if several else []
-    return [*said, f"page: {page}", f"tables: {out / 'tables'}"], files
+    return [*map(one_line, said), f"page: {page}", f"tables: {out / 'tables'}"], files
 
 
 def _parts(

@@ -79,7 +79,8 @@
     for (const [method, xs, values] of panel.series) {
       const x = data.x[xs][chosen.axis], steps = data.x[xs][0];
       if (!chosen.methods.has(method) || !x) continue;
-      const window = chosen.smooth === "" ? panel.smooth : +chosen.smooth;
+      // A curve with a target is read point by point.
+      const window = chosen.smooth === "" || panel.target !== null ? panel.smooth : +chosen.smooth;
       const y = window > 1 ? trailing(steps, values, window) : values;
       if (!methods.has(method)) methods.set(method, []);
       methods.get(method).push({ steps, x, y });
@@ -91,21 +92,25 @@
     const panel = data.panels[svgs.indexOf(svg)], chosen = state(), drawn = lines(panel, chosen);
     const every = drawn.flatMap((line) => line.seeds);
     let [from, to] = zoomed.get(svg) || [0, Math.max(...every.map((seed) => seed.x[seed.x.length - 1]))];
+    if (!Number.isFinite(to)) to = 1;
+    if (!(to > from)) to = from + 1;
     const inside = (x) => x >= from && x <= to;
-    const shown = drawn.flatMap((line) => chosen.seeds || !line.points.length
-      ? line.seeds.flatMap((seed) => seed.y.filter((_, index) => inside(seed.x[index])))
-      : line.points.filter((point) => inside(point.x)).flatMap((point) => [point.low, point.high]));
+    const between = (kept) => drawn.flatMap((line) => chosen.seeds || !line.points.length
+      ? line.seeds.flatMap((seed) => seed.y.filter((_, index) => kept(seed.x[index])))
+      : line.points.filter((point) => kept(point.x)).flatMap((point) => [point.low, point.high]));
+    let shown = between(inside);
+    if (!shown.length) shown = between(() => true);
     if (panel.target !== null) shown.push(panel.target);
     const positive = shown.filter((value) => value > 0), log = chosen.log && positive.length > 0;
     const scale = log ? Math.log10 : (value) => value;
+    const target = log && panel.target <= 0 ? null : panel.target;
     const sorted = (log ? positive : shown).map(scale).sort((a, b) => a - b);
     const cut = sorted.length > 50 ? Math.floor(sorted.length / 100) : 0;
     let low = sorted[cut] ?? 0, high = sorted[sorted.length - 1 - cut] ?? 1;
-    if (panel.target !== null) { low = Math.min(low, scale(panel.target)); high = Math.max(high, scale(panel.target)); }
+    if (target !== null) { low = Math.min(low, scale(target)); high = Math.max(high, scale(target)); }
     const margin = 0.06 * (high - low) || 0.05 * Math.abs(high) || 0.5;
     low = log || low < 0 || low - margin > 0 ? low - margin : 0;
     high += margin;
-    if (!Number.isFinite(to)) to = 1;
     const X = (x) => L + (W - L - R) * (x - from) / (to - from);
     const Y = (y) => T + (H - T - B) * (high - scale(y)) / (high - low);
     const grid = svg.querySelector(".grid"), inner = svg.querySelector(".data");
@@ -120,32 +125,43 @@
       grid.append(element("path", { d: `M${X(tick)},${T}V${H - B}` }));
       grid.append(element("text", { class: "x", x: X(tick), y: H - B + 15 }, short(tick)));
     }
-    const missing = panel.series.length && !every.length && chosen.methods.size;
+    const wanted = panel.series.filter(([method]) => chosen.methods.has(method)).length, lacking = wanted - every.length;
+    const window = panel.target === null && +chosen.smooth > 1 ? `mean of ${chosen.smooth} steps` : "";
+    const unlogged = lacking && (every.length ? `${lacking} of ${wanted} seeds not logged` : "not logged here");
     grid.append(element("text", { class: "axis", x: (L + W - R) / 2, y: H - 4 },
-      missing ? `${NAMES[chosen.axis]}: not logged here` : NAMES[chosen.axis]));
-    const usable = (points) => points.filter(([, y]) => !log || y > 0);
-    const path = (points) => "M" + points.map(([x, y]) => `${X(x).toFixed(1)},${Y(y).toFixed(1)}`).join("L");
-    if (panel.target !== null) inner.append(element("path", { class: "target", d: `M${L},${Y(panel.target)}H${W - R}` }));
+      [NAMES[chosen.axis], window, log && "log y", unlogged].filter(Boolean).join("; ")));
+    // What a logarithm does not have: a gap in a line, the lower edge for a band.
+    const path = (points) => {
+      let next = "M";
+      return points.map(([x, y]) => {
+        const drop = log && y <= 0, piece = drop ? "" : `${next}${X(x).toFixed(1)},${Y(y).toFixed(1)}`;
+        next = drop ? "M" : "L";
+        return piece;
+      }).join("");
+    };
+    const bottom = (y) => log ? Math.max(y, 10 ** low) : y;
+    if (target !== null) inner.append(element("path", { class: "target", d: `M${L},${Y(target)}H${W - R}` }));
     for (const { method, seeds, points, whole } of drawn.reverse()) {
       const group = element("g", { class: "m" + method });
       const add = (list, kind, dash) => {
-        const kept = usable(list);
-        if (kept.length) group.append(element("path", { class: kind, d: path(kept), ...(dash && { "stroke-dasharray": dash }) }));
+        const d = path(list);
+        if (d) group.append(element("path", { class: kind, d, ...(dash && { "stroke-dasharray": dash }) }));
       };
-      if (chosen.seeds || !points.length) for (const seed of seeds) add(seed.x.map((x, index) => [x, seed.y[index]]), "thin");
+      const dash = data.methods[method].dash;
+      if (chosen.seeds || !points.length) for (const seed of seeds) add(seed.x.map((x, index) => [x, seed.y[index]]), "thin", dash);
       else if (points.some((point) => point.high > point.low))
-        add([...points.map((point) => [point.x, point.high]), ...points.map((point) => [point.x, point.low]).reverse()], "band");
+        add([...points.map((point) => [point.x, bottom(point.high)]), ...points.map((point) => [point.x, bottom(point.low)]).reverse()], "band");
       const mean = points.map((point) => [point.x, point.y]);
-      if (whole < mean.length) add(mean.slice(Math.max(0, whole - 1)), "thin");
-      if (whole === 1) group.append(element("circle", { cx: X(mean[0][0]), cy: Y(mean[0][1]), r: 3.5 }));
-      add(mean.slice(0, whole), "line", data.methods[method].dash);
+      if (whole < mean.length) add(mean.slice(Math.max(0, whole - 1)), "thin", dash);
+      if (whole === 1 && (!log || mean[0][1] > 0)) group.append(element("circle", { cx: X(mean[0][0]), cy: Y(mean[0][1]), r: 3.5 }));
+      add(mean.slice(0, whole), "line", dash);
       inner.append(group);
     }
-    for (const [method, step, label, filled] of chosen.axis === 0 ? panel.marks : []) {
+    for (const [method, step, label, filled] of chosen.axis === 0 && target !== null ? panel.marks : []) {
       if (!chosen.methods.has(method) || !inside(step)) continue;
       const group = element("g", { class: `m${method} mark${filled ? " filled" : ""}` });
-      group.append(element("circle", { cx: X(step), cy: Y(panel.target), r: filled ? 5 : 7 }));
-      group.append(element("text", { x: X(step), y: Y(panel.target) + (filled ? -9 : 20),
+      group.append(element("circle", { cx: X(step), cy: Y(target), r: filled ? 5 : 7 }));
+      group.append(element("text", { x: X(step), y: Math.min(Y(target) + (filled ? -9 : 20), H - B - 3),
         "text-anchor": X(step) > 0.8 * W ? "end" : "start" }, label));
       inner.append(group);
     }
@@ -202,7 +218,7 @@
     watch.observe(svg);
     let begun = null;
     const leave = () => { tip.hidden = true; svg.querySelector(".cursor")?.remove(); svg.querySelector(".chosen")?.remove(); };
-    svg.addEventListener("pointerdown", (event) => { if (event.pointerType === "mouse") begun = position(svg, event); hover(svg, event); });
+    svg.addEventListener("pointerdown", (event) => { if (event.pointerType === "mouse" && !event.button) begun = position(svg, event); hover(svg, event); });
     svg.addEventListener("pointermove", (event) => {
       hover(svg, event);
       svg.querySelector(".chosen")?.remove();
@@ -216,8 +232,9 @@
       const ends = [begun, position(svg, event)].sort((a, b) => a - b);
       begun = null;
       leave();
-      if (ends[1] - ends[0] < 8) return;
-      zoomed.set(svg, ends.map(back));
+      const range = ends.map(back);
+      if (ends[1] - ends[0] < 8 || range[0] === range[1]) return;
+      zoomed.set(svg, range);
       draw(svg);
     });
     svg.addEventListener("pointerleave", leave);

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -164,6 +164,7 @@ def _pair(pair: Pair, groups: Groups) -> Panel:
     marks = [Mark(pair.lower.key, hits.reference_first, hits.reference_hit, False)]
     marks += [Mark(pair.higher.key, hits.first, hits.hit, True)] if hits.first is not None else []
     times = f", {hits.times_sooner} sooner than {other}'s last step" if hits.times_sooner else ""
+    times += f", in {hits.reached} of {hits.pairs} seeds" if hits.reached < hits.pairs else ""
     words = f"{name} reaches it at step {hits.hit}{times}" if hits.hit else f"{name} has not reached it"
     notes = f" ({hits.note})" if hits.note else ""
     return Panel(
@@ -193,7 +194,8 @@ def _training(setting: Setting, groups: Groups, smooth: int | None, plots: Seque
     mean = f"trailing mean of {window} steps, then " if window > width else ""
     caption = (
         f"As verl logs it at each step{f', in means of {width} steps' if width > 1 else ''}. Line: {mean}mean over the "
-        f"seeds; band: from the lowest to the highest {'smoothed ' if mean else ''}seed. Entropy: divided by the sum "
+        f"seeds; band: from the lowest to the highest {'smoothed ' if mean else ''}seed. The axis has 1% to 99% of the "
+        "values: a spike beyond is cut off, and dragging over it shows it. Entropy: divided by the sum "
         "of the tokens' weights, since verl aggregates it as the loss; a method whose sum is not known is left out. A "
         "gradient norm has the scale of the method's weights. √(A/H): coefficient of variation of DAPO's or Dr. GRPO's "
         "gradient over that of α = 1, if variance is proportional to length."
@@ -259,9 +261,11 @@ def mean_of(seeds: Sequence[tuple[np.ndarray, np.ndarray]]) -> Mean:
     return Mean(every, np.nanmean(table, axis=0), np.nanmin(table, axis=0), np.nanmax(table, axis=0), whole)
 
 
-def y_range(panel: Panel, means: Iterable[Mean]) -> tuple[float, float]:
-    """Of the axis: from the 1% to the 99% quantile of the means and ranges, and the target, with a margin."""
-    values = np.concatenate([np.empty(0), *(np.concatenate([mean.low, mean.high]) for mean in means)])
+def y_range(panel: Panel, means: Mapping[str, Mean]) -> tuple[float, float]:
+    """Of the axis: from the 1% to the 99% quantile of what is drawn, and the target, with a margin."""
+    ranges = [part for mean in means.values() for part in (mean.low, mean.high)]
+    alone = [series.values for series in panel.series if not len(means[series.key].steps)]  # drawn seed by seed
+    values = np.concatenate([np.empty(0), *ranges, *alone])
     if not len(values):
         return 0.0, 1.0
     outer = 0.01 if len(values) > 50 else 0.0

@@ -90,8 +90,8 @@ class SpeedUp:
     """A method against a reference over their seeds.
 
     pairs: seeds that can be compared: the reference is finished, and its final accuracy was not there before training.
-    reached: how many of them reached it. All values are means over these, or over all pairs where none did; NaN
-    without any pair.
+    reached: how many of them reached it. target is the mean over all pairs; the other values are means over those that
+    reached, or over all pairs where none did. NaN without any pair.
     waiting: the last validation of the pair that is the least far of those that may still reach it.
     """
 
@@ -176,7 +176,7 @@ def speed_up(runs: Sequence[Run], reference: Sequence[Run], smooth: int) -> Spee
     return SpeedUp(
         pairs=len(usable),
         reached=len(reached),
-        target=_mean([hits.target for hits in shown]),
+        target=_mean([hits.target for _, _, hits in usable]),
         reference_last=_mean([hits.reference_last for hits in shown]),
         reference_first=_mean([hits.reference_first for hits in shown]),
         reference_before=_mean([hits.reference_before for hits in shown]),

@@ -90,7 +90,7 @@ class _Page:
     """What the template shows of each part. charts: those met so far, in order."""
 
     lead: Lead
-    anchors: set[str] = field(default_factory=set)
+    anchors: set[str] = field(default_factory=lambda: {"data", "tools", "tip", "frame"})  # what the script looks up
     charts: list[Chart] = field(default_factory=list)
 
     def entry(self, part: Part, alone: bool = False) -> dict[str, Any]:

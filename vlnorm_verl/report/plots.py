@@ -42,7 +42,7 @@ def _chart(chart: Chart, looks: dict[str, Look]) -> Figure:
     for axes, panel in zip(grid.flat, chart.panels, strict=False):
         keys |= dict.fromkeys(_panel(axes, panel, looks))
         axes.set_xlabel("step")
-        axes.set_title(figure_text(panel.title) if len(chart.panels) > 1 else "")
+        axes.set_title(figure_text(panel.title))
     for axes in grid.flat[len(chart.panels) :]:
         axes.set_visible(False)
     figure.suptitle(figure_text(chart.title))
@@ -70,7 +70,7 @@ def _panel(axes: Axes, panel: Panel, looks: dict[str, Look]) -> list[str]:
         axes.plot(mean.steps[: mean.whole], mean.mean[: mean.whole], **line, markevery=every)
         joined = max(0, mean.whole - 1)
         axes.plot(mean.steps[joined:], mean.mean[joined:], **thin)
-    axes.set_ylim(*y_range(panel, means.values()))
+    axes.set_ylim(*y_range(panel, means))
     if panel.target is not None:
         axes.axhline(panel.target, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         for mark in panel.marks:

@@ -43,7 +43,7 @@ STYLE = {
 
 
 # What the dots of drawn differences mean.
-DOTS = "Filled: the interval does not reach 0; hollow: open; grey: one seed, which knows problems only."
+DOTS = "Filled: the interval does not reach 0; hollow: open; grey: one seed, which knows problems only, or no interval."
 
 
 @dataclass

@@ -31,7 +31,7 @@ def plain(number: float) -> str:
 def panel(shown: Panel, looks: dict[str, Look]) -> str:
     """One panel over steps."""
     means = by_method(shown.series, shown.smooth)
-    low, high = y_range(shown, means.values())
+    low, high = y_range(shown, means)
     last = max((float(series.steps[-1]) for series in shown.series if len(series.steps)), default=1.0) or 1.0
 
     def x(step: Any) -> Any:
@@ -77,7 +77,7 @@ def _method(look: Look, mean: Mean, shown: Panel, key: str, x: Any, y: Any) -> s
     dash = f' stroke-dasharray="{look.dash}"' if look.dash else ""
     if not len(mean.steps):
         seeds = [(x(series.steps), y(series.values)) for series in shown.series if series.key == key]
-        return f'<g class="m{look.place}">{"".join(_path(*seed, "thin") for seed in seeds)}</g>'
+        return f'<g class="m{look.place}">{"".join(_path(*seed, "thin", dash) for seed in seeds)}</g>'
     kept = np.unique(np.linspace(0, len(mean.steps) - 1, min(DRAWN, len(mean.steps))).round().astype(int))
     steps, of_line, low, high = (x(mean.steps[kept]), *(y(line[kept]) for line in (mean.mean, mean.low, mean.high)))
     parts = []
@@ -85,7 +85,7 @@ def _method(look: Look, mean: Mean, shown: Panel, key: str, x: Any, y: Any) -> s
         parts.append(_path(np.append(steps, steps[::-1]), np.append(high, low[::-1]), "band"))
     whole = int((kept < mean.whole).sum())
     if whole < len(kept):
-        parts.append(_path(steps[max(0, whole - 1) :], of_line[max(0, whole - 1) :], "thin"))
+        parts.append(_path(steps[max(0, whole - 1) :], of_line[max(0, whole - 1) :], "thin", dash))
     if whole == 1:
         parts.append(f'<circle cx="{steps[0]:.1f}" cy="{of_line[0]:.1f}" r="3.5"/>')
     parts.append(_path(steps[:whole], of_line[:whole], "line", dash))

@@ -220,7 +220,10 @@ def _sets(compared: Comparison) -> Table | None:
     for group, runs in groups.items():
         row = _start(compared, group)
         for name in (*(known for known in MATH_SETS if known in names), *sorted(names - MATH_SETS.keys())):
-            row[MATH_SETS.get(name, name)] = measures.final_accuracy(runs, name)
+            heading = MATH_SETS.get(name, name)
+            row[f"{heading} (set)" if heading in ("setting", "method") else heading] = measures.final_accuracy(
+                runs, name
+            )
         rows.append(row)
     foot = [": ".join(_accuracy(groups))]
     if any(len(measures.set_sizes(run)) < len(measures.validation_sets([run])) for run in runs_of(groups)):
