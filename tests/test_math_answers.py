@@ -68,6 +68,7 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"\binom{2n}{n}", r"\frac{(2n)!}{n!n!}"), (r"\frac{1}{2n+2}", r"\frac{1}{2(n+1)}"), (r"\ln 8", r"3\ln 2"),
             (r"\frac{d}{d+1}", r"\frac{d}{1+d}"), (r"\frac{d}{\delta}", r"d\delta^{-1}"),
             (r"\frac{d_1}{d_2}", "d_1/d_2"), (r"\frac{1}{d}", r"\frac{d}{d^2}"), ("a^{mn}", "(a^m)^n"),
+            ("0", "(x+1)^2-x^2-2x-1"),
             (r"m+n-\gcd(m,n)", r"m-\gcd(n,m)+n"), ("6", r"\gcd(12,18)"),
         ],
         [
@@ -86,7 +87,8 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         ],
         [
             (r"\frac13", "0.33333"), (r"\frac13", "0.33334"), (r"\sqrt2", "1.4142"),
-            (r"\frac{10^{-9}}{3}", "0.0000000003"),
+            (r"\frac{10^{-9}}{3}", "0.0000000003"), ("1234567", r"1234565.0+\frac13"),
+            ("2^{100}", r"1.26765\times10^{30}+\frac13"),
         ],
     ),
     "letters that are units too": (
@@ -201,10 +203,12 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         [
             ("5", r"5\%"), ("0.05", r"5\%"), (r"50\%", r"\frac12"), ("12.5", r"12.5\text{ percent}"),
             (r"62.5\%", "62.5 %"), ("12.5", r"12\frac{1}{2}\%"), (r"33\frac13\%", r"\frac13"), ("22.5", "22 1/2%"),
-            (r"0.75\%", r"3/4\%"),
+            (r"0.75\%", r"3/4\%"), ("75", r"3/(4\%)"), ("50", r"10\div 20\%"), ("1.05x", r"x(1+5\%)"),
+            ("3.04", r"3+4\%"),
         ],
         [
-            (r"50\%", r"5000\%"), (r"50\%", "0.05"), ("75", r"3/4\%"), ("50", r"1/2\%"),
+            (r"50\%", r"5000\%"), (r"50\%", "0.05"), ("75", r"3/4\%"), ("50", r"1/2\%"), ("7", r"3+4\%"),
+            ("3", r"\frac{197}{99}+\frac{100}{99}\%"), ("12", "6/1(2)"), ("0.12", r"6/1(2)\%"),
         ],
     ),
     "roman letters": (
@@ -246,11 +250,12 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     ),
     "bases": (
         [
-            ("1011_2", "1011_{2}"), ("1011_2", "1011"), ("52_8", r"52_{\text{eight}}"), ("1011_2", "13_8"),
+            ("1011_2", "1011_{2}"), ("1011_2", "1011"), ("52_8", r"52_{\text{eight}}"), ("11_{10}", "11"),
             ("1011_2", "(1011)_2"),
         ],
         [
-            ("1011_2", "1011_3"), ("11", "1011_2"), ("52_8", "25_8"), ("12", "12_2"),
+            ("1011_2", "1011_3"), ("1011_2", "13_8"), ("2104_5", "427_8"), ("52_8", "42_{10}"),
+            ("11", "1011_2"), ("52_8", "25_8"), ("12", "12_2"),
         ],
     ),
     "ratios and times": (
@@ -274,6 +279,7 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("x > 5", "5 < x"), (r"(5,\infty)", "x > 5"), ("[-2,7]", r"-2 \le x \le 7"), (r"x \in [-2,7]", "[-2,7]"),
             ("5", "x=5"), (r"(-\infty,-2]\cup[2,\infty)", r"x \le -2 \text{ or } x \ge 2"), ("y = 2x+3", "2x-y+3=0"),
             ("y=2x+3", "2x+3"), ("0<f(x)<1", "(0,1)"), ("3, -2", r"x = 3 \text{ or } x = -2"), ("(-3,3)", "|x|<3"),
+            ("y=x", "x-y=0"), ("xy=1", r"y=\frac1x"), ("F=ma", r"a=\frac Fm"), ("x>y", "x-y>0"), ("x=a", "x-a=0"),
             ("(p,q)=(3,2)", "(3,2)"), (r"k \geqslant 2", "k >= 2"),
         ],
         [
@@ -284,6 +290,7 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             # The problem, said again.
             ("2, 3", "x^2-5x+6=0"), ("(-1,5)", "|x-2|<3"), (r"(1,\infty)", "3x+2<7x-2"), ("x>1", "3x+2<7x-2"),
             ("x=3", "5x-2=4x+1"), ("x=2", "x^3=8"), ("x=3", "2x=6"), (r"(-\infty,\ln 5)", "e^x<5"),
+            ("x=3", r"\pi x = 3\pi"), (r"\{0,-\pi\}", r"x(x+\pi)=0"), ("x>0", r"\pi^x>1"),
             (r"(1,\infty)", r"3x+2<7x-2 \text{ or } 3x+2<7x-2"), ("2, 3", r"x^2-5x+6=0 \text{ or } x^2-5x+6=0"),
         ],
     ),
@@ -295,6 +302,7 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         [
             ("2", "3 = 2"), ("42", r"41 \implies 42"), ("42", "x = 41 = 42"), ("3", r"\frac{22}{7} \approx 3"),
             ("0", "x + y - 1 = 0"), ("100", r"100 \approx 101"), ("3.14", r"3.14 \approx 3.15"),
+            ("100", r"\sin^2(1)+\cos^2(1)+99 \approx 101"),
         ],
     ),
     "several values": (
@@ -309,7 +317,8 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         ],
         [
             ("(1,2)", "[1,2]"), ("(1,2)", "(2,1)"), ("5", r"5 \text{ or } 7"), ("5", r"\pm 5"), ("1,2", "1,2,3"),
-            ("[0,1)", "[0,1]"), (r"(3,\frac{\pi}{2})", r"\emptyset"), ("(2,2)", r"\{\}"), ("(3,2)", "3 = 2"),
+            ("[0,1)", "[0,1]"), ("[0,1)", "0,1"), ("(0,1]", "0,1"), ("[0,1]", "0,1"),
+            ("[0,1)", "x=0, x=1"), (r"(3,\frac{\pi}{2})", r"\emptyset"), ("(2,2)", r"\{\}"), ("(3,2)", "3 = 2"),
         ],
     ),
     "texts": (
@@ -317,10 +326,13 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"\text{Evelyn}", "Evelyn"), (r"\text{(C)}", "C"), ("C", r"\textbf{(C)}"), ("C", "C."), ("C", "c"),
             (r"\text{even}", r"\text{Even.}"), (r"\text{A, C}", "A, C"), ("MR=SRMC", "SRMC = MR"),
             (r"\{x \mid x>0\}", r"\left\{ x \mid x > 0 \right\}"), (r"\text{June 20}", "june 20"),
+            (r"\text{Yes}", "yes"), ("Yes", r"\text{yes}"), ("No", "no"), (r"\text{(F)}", "F"), (r"\text{SAS}", "SAS"),
+            (r"\text{Ann}", "Ann"), ("odd", r"\text{Odd}"),
         ],
         [
             (r"\text{east}", "seat"), ("5", "approximately 5"), ("10", r"\text{ten}"), ("C", "D"),
-            ("Rr", "rr"), ("mM", "mm"), ("V", "v"), ("(a,B)", "(A,b)"), (r"M\text{ kg}", r"m\text{ kg}"),
+            ("Rr", "rr"), ("mM", "mm"), ("V", "v"), ("(a,B)", "(A,b)"), (r"\text{odd}", "even"),
+            (r"M\text{ kg}", r"m\text{ kg}"),
             (r"\text{odd}", "1"),
         ],
     ),

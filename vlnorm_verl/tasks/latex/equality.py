@@ -39,9 +39,12 @@ _EQUATIONS = {"=", "≈", "∈"}
 
 
 def equal(gold: Answer, answer: Answer) -> bool:
-    if gold.words is not None and gold.words == answer.words:
-        return True
-    compare = _Comparison(gold.decimal or answer.decimal)
+    if gold.words is not None and answer.words is not None:
+        # Of \\text{Yes} and Yes the text, which has lost its case, decides.
+        fold = str if gold.prose == answer.prose else str.casefold
+        if fold(gold.words) == fold(answer.words):
+            return True
+    compare = _Comparison(gold.decimal, answer.decimal)
     pairs = list(itertools.product(gold.readings, answer.readings + answer.dropped))  # a gold keeps its symbols
     if (gold.products or answer.products) and _is_variable(gold, answer):
         pairs += itertools.product(gold.products or gold.readings, answer.products or answer.readings)
@@ -63,8 +66,9 @@ def _is_variable(gold: Answer, answer: Answer) -> bool:
 
 
 class _Comparison:
-    def __init__(self, decimal: bool) -> None:
-        self.decimal = decimal
+    def __init__(self, *decimals: bool) -> None:
+        self.decimals = decimals
+        self.decimal = any(decimals)
 
     def values(self, gold: Any, answer: Any) -> bool:
         if isinstance(gold, Relation) and isinstance(answer, Relation):
@@ -99,7 +103,8 @@ class _Comparison:
             return _equal_sets(gold, answer)
         if ":" in kinds and kinds <= {":", "::"}:
             return self.proportional(gold.values, answer.values)
-        ordered = len(kinds) == 1 or ("" in kinds and not kinds & {":", "::"})
+        intervals = {"[)", "(]"} | ({"[]"} if len(gold.values) == 2 else set())
+        ordered = len(kinds) == 1 or ("" in kinds and not kinds & {":", "::", *intervals})
         if ordered or (len(gold.values) > 2 and kinds == {"()", "[]"}):
             return all(map(self.values, gold.values, answer.values))
         return False
@@ -133,6 +138,8 @@ class _Comparison:
         if last == 0 and isinstance(before, Expr) and before.is_Add:
             return []  # x + y - 1 = 0 says what x and y are, not that anything is 0
         both = relation.operators[-1] == "≈" and before in numbers and not _terminates(before)
+        # Not a whole number in disguise: what is 100 is not about 101.
+        both = both and not (before.is_real and self.numbers(before, sympy.Integer(before.round())))
         return [last, before] if both else [last]
 
     def relations(self, gold: Relation, answer: Relation) -> bool:
@@ -188,7 +195,7 @@ class _Comparison:
         if not (gold.is_finite and answer.is_finite):
             return False
         difference = gold - answer
-        rounded = self.decimal and not (_terminates(gold) and _terminates(answer))
+        rounded = any(d and not _terminates(other) for d, other in zip(self.decimals, (answer, gold), strict=True))
         if difference.is_Rational and not rounded:
             return difference == 0
         return _relative_difference(gold, answer, 50) < (TOLERANCE if rounded else 1e-50)
@@ -205,8 +212,8 @@ def _terminates(value: Expr) -> bool:
 
 
 def _evaluated(value: Expr, at: dict[Any, Expr]) -> Expr | None:
-    # Not exact values first: (a^m)^n would then be powers of huge integers.
-    number = value.evalf(30, subs=at)
+    # Exact values first make differences exact, and of (a^m)^n powers of huge integers.
+    number = value.xreplace(at).evalf(30) if value.is_rational_function(*at) else value.evalf(30, subs=at)
     return number if number.is_number and number.is_finite and not number.has(sympy.Function) else None
 
 
@@ -226,13 +233,14 @@ def _without_markers(gold: Expr, answer: Expr) -> Iterable[tuple[Expr, Expr]]:
     """What one side alone is marked with may be left out: 5% is 5 and 0.05, 3 p.m. is 3, 1011_2 is 1011."""
     marked = [{m for m in MARKERS if side.has(m)} for side in (gold, answer)]
     based = [side.has(Base) for side in (gold, answer)]
-    if any(based):
-        part = 1 if all(based) else 0  # of digits and value
-        gold, answer = (side.replace(Base, lambda *number: number[part]) for side in (gold, answer))
+    if any(based) and not all(based):
+        gold, answer = (side.replace(Base, lambda digits, _: digits) for side in (gold, answer))
     if bool(marked[0]) == bool(marked[1]):
         yield gold, answer
         return
-    for percent in (1, Rational(1, 100)):
+    # 5% is 5 and 0.05, 3 + 4% is 3.04 only.
+    mixed = any(sympy.expand(side / PERCENT).has(PERCENT) for side in (gold, answer) if side.has(PERCENT))
+    for percent in (Rational(1, 100),) if mixed else (1, Rational(1, 100)):
         values = {AM: 0, PM: 0, PERCENT: percent}
         yield gold.subs(values), answer.subs(values)
 
@@ -241,15 +249,19 @@ def _is_name(side: Any) -> bool:
     """x, AB, f(x), (x, y), but not 2x or x + y."""
     if isinstance(side, Items):
         return all(map(_is_name, side.values))
-    return isinstance(side, Expr) and bool(side.free_symbols) and not side.is_Add and not side.atoms(sympy.Number)
+    numbers = side.atoms(sympy.Number, sympy.NumberSymbol) if isinstance(side, Expr) else ()
+    return isinstance(side, Expr) and bool(side.free_symbols) and not side.is_Add and not numbers
 
 
 def _is_solved(value: Any) -> bool:
     """False for an equation or inequality that is still to be solved: x = 3, 1 < x and |x| < 3 are solved."""
     if isinstance(value, Items):
         return all(map(_is_solved, value.values))
-    sides = value.sides if isinstance(value, Relation) else ()
-    names = [side.args[0] if isinstance(side, sympy.Abs) else side for side in sides if isinstance(side, Expr)]
+    if not isinstance(value, Relation):
+        return True
+    if len(_symbols(value)) > 1:
+        return False  # y = x and xy = 1 are equations of curves, F = ma a formula
+    names = [side.args[0] if isinstance(side, sympy.Abs) else side for side in value.sides if isinstance(side, Expr)]
     return all(
         name.is_number or (_is_name(name) and name.atoms(sympy.Function) <= name.atoms(AppliedUndef)) for name in names
     )

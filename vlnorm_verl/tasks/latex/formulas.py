@@ -117,11 +117,14 @@ class Formulas(Cursor):
             sign = -1 if self.accept("-") else 1
             divides = symbol in ("/", r"\div")
             right = operand(self.power() if self.second and divides else self.product())
-            if divides and right.has(PERCENT) and not value.has(PERCENT):
+            if symbol == "/" and self.peek(-1).text != ")" and right.has(PERCENT) and not value.has(PERCENT):
                 right = right / PERCENT**2  # 3/4% is 0.75%
             value = operand(value) / (sign * right) if divides else operand(value) * (sign * right)
             while self.second and divides and self.starts_factor():
-                value = value * operand(self.power())
+                factor = operand(self.power())
+                if value.is_Rational and factor.subs(PERCENT, 1).is_Rational:
+                    raise Unreadable("6/1(2), which is 3 and 12")
+                value = value * factor
             value = self.units(value)
         return value
 

@@ -77,7 +77,9 @@ _UNITS = word_set(
     "cm mm km nm um kg mg gm ft in yd mi lb lbs oz hr hrs min sec ms ml mL eV Hz kHz Pa kPa mph kmh deg mol"
 )
 _UNITS |= word_set("pct am pm st nd rd th erg pc kpc Mpc AU ly rad cal keV MeV GeV kJ MJ kW MW MHz GHz mA mV kV psi")
-_PROSE = word_set("not when where for mod than the to of but nor")  # short words that are no product of variables
+_PROSE = word_set(
+    "not when where for mod than the to of but nor yes no odd"
+)  # short words that are no product of variables
 
 
 def _greek(name: str) -> str:
