@@ -11,6 +11,7 @@ fail() {
   exit 2
 }
 
+[ "$(uname -sm)" = "Linux x86_64" ] || fail "$(uname -sm): the CPU stack is for x86-64 Linux"
 requirements=recipes/requirements-cpu.txt
 target=.venv
 python=${PYTHON:-python3}

@@ -66,7 +66,12 @@ target=${target:-.venv-gpu}
 [ "$(realpath -m "$target")" != "$(realpath -m .venv)" ] ||
   fail "$target is the CPU stack's environment. Leave it (deactivate) for one of its own, .venv-gpu, or activate another"
 python=${PYTHON:-python3}
-[ -x "$target/bin/python" ] && python=$target/bin/python
+version() { "$1" -c 'import sys; print("{}.{}".format(*sys.version_info))' 2> /dev/null || true; }
+if [ -x "$target/bin/python" ]; then
+  [ -z "${PYTHON:-}" ] || [ "$(version "$python")" = "$(version "$target/bin/python")" ] ||
+    fail "PYTHON=$python: $target has Python $(version "$target/bin/python"). Remove it (rm -rf $target) for another one"
+  python=$target/bin/python
+fi
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' ||
   fail "$python: Python 3.11 or 3.12 is needed; name one with PYTHON=python3.12"
 
@@ -115,7 +120,8 @@ else
   cat >&2 << END
 
 Everything is installed but flash-attn $flash_attn: its wheel could not be had, or does not load here; the reason is
-above. If that is the network, try again: bash recipes/install_gpu.sh. Else either
+above. verl builds its wheels for Python 3.12; this is $(version "$python"). If it is the network, try again: bash
+recipes/install_gpu.sh. Else either
   FLASH_ATTN=build bash recipes/install_gpu.sh     compiles it: CUDA 13's nvcc is needed, and half an hour or more
 or give every run attention=sdpa: PyTorch's attention, one response at a time (docs/gpu.md says what that costs)
 

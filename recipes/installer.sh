@@ -2,7 +2,13 @@
 # it is there or pip can fetch it (a third of pip's time); by pip where there is none, and for what uv cannot install.
 
 # From $python, where there is none. Without ensurepip (Debian's python3-venv) it would stay half made.
-[ -x "$target/bin/python" ] || "$python" -m venv "$target" || { rm -rf "$target"; return 1; }
+if [ ! -x "$target/bin/python" ]; then
+  fresh=$([ -e "$target" ] || echo yes)
+  "$python" -m venv "$target" || { [ -z "$fresh" ] || rm -rf "$target"; return 1; }
+fi
+# One whose making was broken off has no pip.
+command -v uv > /dev/null || "$target/bin/python" -m pip --version > /dev/null 2>&1 ||
+  "$target/bin/python" -m ensurepip > /dev/null
 
 pip_install() { "$target/bin/python" -m pip --disable-pip-version-check --no-input install "$@"; }
 
@@ -23,7 +29,7 @@ uninstall() {
   fi
 }
 
-# uv reads no pip.conf: where packages come from, and what certificates are trusted, it is told in variables of its own.
+# uv reads no pip.conf: where packages come from, and what is trusted, it is told in variables of its own.
 # Those that are set already stay.
 hand_on_pips_settings() {
   local settings
@@ -31,12 +37,15 @@ hand_on_pips_settings() {
   settings=$("$target/bin/python" -m pip config list 2> /dev/null) || # uv's environments have no pip
     settings=$(python3 -m pip config list 2> /dev/null) || settings=""
   setting() { sed -n "s/^[^=]*\.$1='\(.*\)'$/\1/p" <<< "$settings" | head -n 1 | sed 's/\\n/ /g; s/  */ /g; s/^ //'; }
-  local main extra links cert
+  local main extra links cert proxy hosts
   main=$(setting index-url) extra=$(setting extra-index-url) links=$(setting find-links) cert=$(setting cert)
+  proxy=$(setting proxy) hosts=$(setting trusted-host)
   [ -z "$main" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$main}
   [ -z "$extra" ] || export UV_INDEX=${UV_INDEX:-$extra} UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}
   [ -z "$links" ] || export UV_FIND_LINKS=${UV_FIND_LINKS:-${links// /,}}
   [ -z "$cert" ] || export SSL_CERT_FILE=${SSL_CERT_FILE:-$cert}
+  [ -z "$proxy" ] || export HTTP_PROXY=${HTTP_PROXY:-$proxy} HTTPS_PROXY=${HTTPS_PROXY:-$proxy}
+  [ -z "$hosts" ] || export UV_INSECURE_HOST=${UV_INSECURE_HOST:-$hosts}
 }
 
 uv=$(command -v uv || true)

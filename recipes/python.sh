@@ -4,7 +4,7 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 installed='import importlib.metadata as m; m.version("verl"); m.version("vlnorm-verl")'
 python=""
-for candidate in "${VIRTUAL_ENV:-}/bin/python" "${CONDA_PREFIX:-}/bin/python" "$PWD"/{.venv-gpu,.venv}/bin/python python3; do
+for candidate in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} ${CONDA_PREFIX:+"$CONDA_PREFIX/bin/python"} "$PWD"/{.venv-gpu,.venv}/bin/python python3; do
   if "$candidate" -c "$installed" 2> /dev/null; then
     python=$candidate
     break

@@ -281,6 +281,7 @@ def test_the_manifest_names_the_image_that_the_dockerfile_makes() -> None:
     text = (PROJECT / "recipes" / "cluster" / "Dockerfile").read_text()
     (container,) = groups(manifest(*CHOICE))[0]["template"]["spec"]["containers"]
     assert f"docker build -f recipes/cluster/Dockerfile -t {container['image']} ." in text
+    assert "~/.ray" in text.splitlines()[-1], "no token of a Ray in the image"
     assert f"WORKDIR {container['workingDir']}\n" in text
     for line in text.splitlines():  # what it copies is there
         if line.startswith("COPY "):

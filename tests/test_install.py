@@ -195,6 +195,22 @@ def test_a_half_made_environment_is_removed(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / ".venv").exists()
 
 
+def test_a_folder_that_was_there_is_never_removed(tmp_path: Path) -> None:
+    """A conda environment without Python, say."""
+    broken = script(tmp_path / "python", f'[ "$2" != venv ] || exit 1\nexec {sys.executable} "$@"')
+    (history := tmp_path / "mine" / "conda-meta" / "history").mkdir(parents=True)
+    done = install(VIRTUAL_ENV=str(tmp_path / "mine"), PYTHON=str(broken), ANY_DRIVER="1")
+    assert done.returncode == 1
+    assert history.exists()
+
+
+def test_the_gpu_stack_does_not_take_another_python_than_it_was_asked_for(tmp_path: Path) -> None:
+    script(tmp_path / "mine" / "bin" / "python", "echo 3.11")
+    asked = script(tmp_path / "python3.12", "echo 3.12")
+    done = install(VIRTUAL_ENV=str(tmp_path / "mine"), PYTHON=str(asked))
+    assert (done.returncode, "mine has Python 3.11. Remove it" in done.stderr) == (2, True)
+
+
 # -------------------------------------------------------------------------------------------- recipes/installer.sh
 
 
@@ -214,7 +230,7 @@ def test_uv_gets_pips_indexes_and_certificates(tmp_path: Path) -> None:
     configuration.write_text(
         "[global]\nindex-url = https://one.invalid/simple\ncert = /some/certificates.pem\n"
         "extra-index-url =\n    https://two.invalid/simple\n    https://three.invalid/simple\n"
-        "find-links = /some/wheels /other/wheels\n"
+        "find-links = /some/wheels /other/wheels\nproxy = http://proxy.invalid:8080\ntrusted-host = one.invalid\n"
     )
     known = {"PIP_CONFIG_FILE": str(configuration), "PIP_INDEX_URL": "https://zero.invalid/simple"}
     done = installer(tmp_path, "install --no-deps package==1", **known)
@@ -226,6 +242,7 @@ def test_uv_gets_pips_indexes_and_certificates(tmp_path: Path) -> None:
         "UV_FIND_LINKS=/some/wheels,/other/wheels",
         "UV_INDEX=https://two.invalid/simple https://three.invalid/simple",
         "UV_INDEX_STRATEGY=unsafe-best-match",
+        "UV_INSECURE_HOST=one.invalid",
     ]
     done = installer(tmp_path, "install package", UV_DEFAULT_INDEX="https://mine.invalid/simple", **known)
     assert "UV_DEFAULT_INDEX=https://mine.invalid/simple" in done.stdout
@@ -275,6 +292,20 @@ def started(project: Path, **variables: str) -> subprocess.CompletedProcess[str]
 
 def environment(folder: Path, has_verl: bool = True) -> None:
     script(folder / "bin" / "python", f'[ "$1" != -c ] || exit {int(not has_verl)}\nprintf "%s|" {folder.name} "$@"')
+
+
+def test_the_systems_python_is_no_active_environment(tmp_path: Path) -> None:
+    """Nothing is active: the first candidate is the project's, not /bin/python."""
+    lines = (PROJECT / "recipes" / "python.sh").read_text().splitlines()
+    (loop,) = [line for line in lines if line.startswith("for candidate in")]
+    shown = subprocess.run(
+        ["bash", "-uc", f'{loop} echo "$candidate"; done'],
+        env={"PATH": "/bin:/usr/bin"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert shown.stdout.splitlines()[0] == f"{tmp_path}/.venv-gpu/bin/python", shown.stderr
 
 
 def test_the_active_environment_comes_first_then_that_for_gpus(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ def ray_worker() -> Iterator[Callable[[], str]]:
     try:
         # Without an address Ray joins any cluster of this machine, and waits for the last one if that was killed.
         address = os.environ.get("RAY_ADDRESS") or "local"
-        ray.init(address, log_to_driver=False, include_dashboard=False, ignore_reinit_error=True)
+        cpus = 1 if address == "local" else None  # else it starts a worker for each core
+        ray.init(address, num_cpus=cpus, log_to_driver=False, include_dashboard=False, ignore_reinit_error=True)
         answer = ray.remote(num_cpus=0)(plugin_state).remote()
         yield lambda: str(ray.get(answer, timeout=120))
     finally:

@@ -11,6 +11,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 what=${1:-both}
 case $what in engine | stack | both) ;; *) echo "unknown argument '$what'; accepted: engine, stack, both" >&2; exit 2 ;; esac
+for tool in xz strip; do
+  command -v "$tool" > /dev/null || { echo "$tool is missing (packages xz-utils and binutils)" >&2; exit 2; }
+done
 here=benchmarks/gpu
 python=${PYTHON:-python3}
 wheels=.gpu/wheels
