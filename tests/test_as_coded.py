@@ -50,15 +50,22 @@ def test_an_empty_response_has_no_weight() -> None:
     weighted, _ = core_algos.get_adv_estimator_fn(as_coded.ESTIMATOR)(**given, config=config)
     assert torch.isfinite(weighted).all()
     assert not weighted[3].any()
+    others = [0, 1, 2, 4, 5, 6, 7]
+    inverse = np.array([1 / LENGTHS[i] for i in others])
+    relative = torch.tensor(inverse / inverse.mean())  # over the seven that have a token
+    advantages = core_algos.compute_grpo_outcome_advantage(**given)[0]
+    torch.testing.assert_close(weighted[others], advantages[others] * relative[:, None], rtol=1e-6, atol=1e-9)
 
 
-def gradient(log_prob: torch.Tensor, rows: list[int], ranks: int, micro_batch: int) -> torch.Tensor:
+def gradient(
+    log_prob: torch.Tensor, rows: list[int], ranks: int, micro_batch: int, mask: torch.Tensor = MASK
+) -> torch.Tensor:
     """Of a mini-batch of `rows`, cut among ranks and micro-batches; d loss / d log_prob [8 x WIDTH]."""
     from verl.utils.config import omega_conf_to_dataclass
 
     actor = omega_conf_to_dataclass(compose(CONFIG, ["method=dapo_norm_as_coded"]).actor_rollout_ref.actor)
     loss_fn = core_algos.get_policy_loss_fn(actor.policy_loss.loss_mode)
-    tokens = int(MASK[rows].sum())
+    tokens = int(mask[rows].sum())
     actor.global_batch_info.update(
         dp_size=ranks, batch_num_tokens=tokens, global_batch_size=len(rows), loss_scale_factor=None
     )
@@ -72,7 +79,7 @@ def gradient(log_prob: torch.Tensor, rows: list[int], ranks: int, micro_batch: i
             old_log_prob=log_prob[part],
             log_prob=leaf[part],
             advantages=advantages[part],
-            response_mask=MASK[part],
+            response_mask=mask[part],
             loss_agg_mode=actor.loss_agg_mode,
             config=actor,
         )
@@ -92,6 +99,14 @@ def test_dapo_norm_is_the_mean_of_the_micro_batches_token_means(ranks: int, micr
         # At old = new the gradient of the token loss -A·ratio is -A.
         expected[part] = -advantages[part] * MASK[part] / MASK[part].sum() / (8 // micro_batch)
     torch.testing.assert_close(gradient(log_prob, rows, ranks, micro_batch), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_a_micro_batch_without_a_valid_token_has_no_gradient() -> None:
+    (mask := MASK.clone())[3] = 0
+    found = gradient(torch.zeros_like(MASK), [5, 0, 3, 6, 1, 2, 7, 4], 1, 1, mask)
+    assert torch.isfinite(found).all()
+    assert not found[3].any()
+    assert found[0].any()
 
 
 def test_it_takes_no_other_aggregation() -> None:

@@ -5,10 +5,13 @@ import datetime
 import importlib
 import importlib.metadata
 import inspect
+import json
 import math
 import os
+import socket
 import subprocess
 import sys
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -104,6 +107,9 @@ from verl.utils.torch_functional import logprobs_from_logits
 logits, labels = torch.randn(3, 5, 7, requires_grad=True), torch.randint(7, (3, 5))
 expected = torch.log_softmax(logits, -1).gather(-1, labels[..., None])[..., 0]
 assert torch.allclose(logprobs_from_logits(logits, labels), expected, atol=1e-6)
+rounded = (20 * logits.detach()).bfloat16()
+expected = torch.log_softmax(rounded, -1).gather(-1, labels[..., None])[..., 0]
+assert torch.equal(logprobs_from_logits(rounded, labels), expected)
 from verl.experimental.agent_loop import agent_loop
 assert agent_loop.hydra.utils.instantiate({"_target_": "fractions.Fraction"}, numerator=3, denominator=6) * 2 == 1
 assert agent_loop.hydra.utils.instantiate({"_target_": "fractions.Fraction", "numerator": 3}, denominator=6) * 2 == 1
@@ -291,9 +297,17 @@ def test_zygote_forks_a_worker(tmp_path: Path) -> None:
         for _ in range(100):
             if zygote.socket_path(os.getpid())[1:] in Path("/proc/net/unix").read_text():
                 break
-            import time
-
             time.sleep(0.1)
+        # One whose shadow is killed right after its request, before it has heard of its fork.
+        killed = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        killed.connect(zygote.socket_path(os.getpid()))
+        zygote.receive(killed, len(zygote.GREETING))
+        request = json.dumps(
+            {"arguments": [str(script)], "environment": {"WORD": ""}, "folder": str(tmp_path)}
+        ).encode()
+        with open(os.devnull, "w") as nowhere:
+            socket.send_fds(killed, [zygote.LENGTH.pack(len(request)) + request], [nowhere.fileno()] * 3)
+        killed.close()
         result = subprocess.run(
             [sys.executable, "-c", wait_code],
             env={**os.environ, "WORD": "hello"},

@@ -15,7 +15,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from vlnorm_verl.paper.overlong import ESTIMATOR, LENGTH_KEY
+from vlnorm_verl.paper.overlong import ESTIMATOR, LENGTH_KEY, up_to_last_valid
 from vlnorm_verl.plugin import checks
 
 # ------------------------------------------------------------------------------------------------ overlong filtering
@@ -52,6 +52,11 @@ def test_only_overlong_responses_lose_their_advantage(std: bool) -> None:
     assert torch.equal(ours[[0, 2]], grpo[[0, 2]])  # their group's mean and deviation still count the overlong ones
     assert not ours[[1, 3]].any()
     assert grpo[[1, 3]].any()
+
+
+def test_the_length_is_up_to_the_last_valid_token() -> None:
+    """A tool's tokens lie between a model's, and count for the limit."""
+    assert up_to_last_valid(torch.tensor([[1, 1, 0, 1], [1, 0, 1, 0], [0, 0, 0, 0]])).tolist() == [4, 3, 0]
 
 
 def test_a_batch_narrower_than_the_limit_has_no_overlong_response() -> None:

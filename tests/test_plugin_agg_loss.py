@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from tests import warm
 from vlnorm_verl import parse_mode
+from vlnorm_verl.methods import OF_VERL
 from vlnorm_verl.metrics import MiniBatchSums, mini_batch_sums
-from vlnorm_verl.plugin import hooks
+from vlnorm_verl.plugin import hooks, modes
 from vlnorm_verl.plugin.mini_batch import MiniBatch, working_on
 
 
@@ -52,6 +53,19 @@ def test_alpha_0_is_verls_dr_grpo_and_the_entropy_metric_takes_the_whole_batch(l
     ours = agg_loss(loss_mat=loss, loss_mask=mask, loss_agg_mode="vl_norm:0", loss_scale_factor=9)
     stock = agg_loss(loss_mat=loss, loss_mask=mask, loss_agg_mode="seq-mean-token-sum-norm", loss_scale_factor=9)
     assert ours.item() == pytest.approx(stock.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", [*OF_VERL, "seq-mean-token-sum"])
+def test_stock_modes_get_every_argument_as_it_was_given(mode: str) -> None:
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    losses, mask = torch.rand(3, 4), torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    for positional, named in (((), {}), ((2, 9, 5), {}), ((2, 9), {"global_batch_size": 5, "loss_scale_factor": 8})):
+        assert torch.equal(
+            agg_loss(losses, mask, mode, *positional, **named),
+            modes.stock_agg_loss(losses, mask, mode, *positional, **named),
+        )
+    assert not torch.equal(agg_loss(losses, mask, mode, 2, 9, 5), agg_loss(losses, mask, mode))
 
 
 def test_stock_modes_compile_to_one_graph_as_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:

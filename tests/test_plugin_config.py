@@ -4,6 +4,7 @@ On verl's real config. Not covered: policy losses (test_plugin_losses.py), train
 """
 
 import contextlib
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -298,6 +299,10 @@ def test_the_engine_is_asked_how_it_reduces_gradients(
         refused = outcome == "refused"
         with pytest.raises(RuntimeError, match="vanilla_mbridge=true") if refused else contextlib.nullcontext():
             engines.check_engine(engine, "vl_norm")
+        if refused:  # before anything else of a mini-batch
+            loss = functools.partial(print, config=SimpleNamespace(loss_agg_mode="vl_norm"))
+            with pytest.raises(RuntimeError, match="vanilla_mbridge=true"):
+                hooks.with_mini_batch(print)(engine, {}, loss)
         engine.tf_config.calculate_per_token_loss = False
         engines.check_engine(engine, "vl_norm")
         engines.check_engine(SimpleNamespace(tf_config=None), "vl_norm")

@@ -4,6 +4,7 @@ The engine's gradients are those of test_features.py.
 """
 
 import dataclasses
+import pickle
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.verl_config import actor, compose
 from vlnorm_verl import parse_mode
 from vlnorm_verl.plugin import policy_loss
 from vlnorm_verl.plugin.checks import check_config
-from vlnorm_verl.plugin.mini_batch import MiniBatch, working_on
+from vlnorm_verl.plugin.mini_batch import IgnoresMode, MiniBatch, working_on
 
 
 def token_losses(old_log_prob: Any, log_prob: Any, advantages: Any, **_: Any) -> torch.Tensor:
@@ -122,6 +123,14 @@ def test_a_users_policy_loss_is_tried() -> None:
             patch.setitem(core_algos.POLICY_LOSS_REGISTRY, name, loss)
             problem = policy_loss.problem(name, actor_config(name))
             assert (problem is None) if refusal is None else (problem and refusal in problem), (name, problem)
+
+
+def test_the_error_of_a_worker_arrives_as_it_is() -> None:
+    """Ray pickles it."""
+    error = IgnoresMode("vl_norm", "it does not", "Do it.")
+    arrived = pickle.loads(pickle.dumps(error))
+    assert (type(arrived), str(arrived), arrived.problem) == (IgnoresMode, str(error), "it does not")
+    assert str(error).endswith("='vl_norm', but it does not. Do it.")
 
 
 def test_the_driver_names_the_policy_losses_that_will_do_and_leaves_unknown_ones_to_the_workers() -> None:

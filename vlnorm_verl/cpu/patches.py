@@ -90,10 +90,12 @@ def log_probs_at_once(module: ModuleType) -> None:
     Its rows are meant to be responses; the FSDP engine's are tokens. Without flash-attn's kernel, also on a GPU, a step
     calls it and differentiates it tens of thousands of times. All rows in one call here.
     """
-    _original(module, "logprobs_from_logits_v2")
+    original = _original(module, "logprobs_from_logits_v2")
 
-    def log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def log_probs(logits: torch.Tensor, labels: torch.Tensor) -> Any:
         """logits: [..., V]; labels: [...]; returns [...]."""
+        if logits.dtype not in (torch.float32, torch.float64):
+            return original(logits, labels)  # verl's way for bfloat16 is a more exact one
         chosen = torch.gather(logits, -1, labels.unsqueeze(-1)).squeeze(-1)
         return chosen - torch.logsumexp(logits, -1)
 

@@ -209,18 +209,21 @@ def fork_worker(connection: socket.socket, server: socket.socket, shadows: dict[
     if len(head) != LENGTH.size or not control:
         raise ValueError("incomplete request")
     streams.frombytes(control[0][2][: 3 * streams.itemsize])
-    request = json.loads(receive(connection, LENGTH.unpack(head)[0]))
-    pid = os.fork()
-    if pid == 0:
-        server.close()
-        for other in shadows.values():
-            other.close()
-        connection.close()
-        run_worker(request, streams)
-    for stream in streams:
-        os.close(stream)
+    try:
+        request = json.loads(receive(connection, LENGTH.unpack(head)[0]))
+        pid = os.fork()
+        if pid == 0:
+            server.close()
+            for other in shadows.values():
+                other.close()
+            connection.close()
+            run_worker(request, streams)
+    finally:
+        for stream in streams:
+            os.close(stream)
     shadows[pid] = connection
-    connection.sendall(LENGTH.pack(pid))
+    with contextlib.suppress(OSError):  # a shadow that was killed meanwhile: kill_orphans sees it
+        connection.sendall(LENGTH.pack(pid))
     connection.setblocking(False)  # from here on it is only looked at (kill_orphans) and gets four bytes at the end
 
 

@@ -23,8 +23,12 @@ class IgnoresMode(ValueError):
     """A loss that does not aggregate by `loss_agg_mode`. problem: what it does, as a clause."""
 
     def __init__(self, mode: str, problem: str, remedy: str) -> None:
-        super().__init__(f"{MODE_KEY}={mode!r}, but {problem}. {remedy}")
+        super().__init__(mode, problem, remedy)  # a Ray worker's is pickled, and made anew from these
         self.problem = problem
+
+    def __str__(self) -> str:
+        mode, problem, remedy = self.args
+        return f"{MODE_KEY}={mode!r}, but {problem}. {remedy}"
 
 
 @dataclass
