@@ -91,7 +91,7 @@ def test_verl_accepts_every_pair_of_choices(overrides: list[str]) -> None:
     validate(config)
     # What `--list` and `--status` look at, without composing.
     run = PlannedRun(overrides, reproduce.outline(CONFIG, overrides))
-    assert run.folder == Path(config.recipe.folder)
+    assert run.folder == Path(config.recipe.folder).absolute()
     assert run.outline.trainer.total_training_steps == config.trainer.total_training_steps
     assert run.name == config.trainer.experiment_name == run.folder.name
 
@@ -152,7 +152,7 @@ def test_a_tiny_run_is_the_recipe_made_small() -> None:
 def test_the_tiny_models_runs_of_a_set_are_made_once() -> None:
     runs = planned("countdown", overrides=("model=tiny",))  # 3b and 7b are one
     assert len(runs) == 10
-    assert {run.folder.parent for run in runs} == {Path("runs/cpu")}
+    assert {run.folder.parent for run in runs} == {Path("runs/cpu").absolute()}
     assert [run.name for run in planned("fig2", overrides=("model=tiny",))] == [
         f"dapo-countdown-tiny-128-{method}-seed0" for method in ("dapo", "vl_norm")
     ]
@@ -213,7 +213,7 @@ def test_sets_share_runs() -> None:
 
 def test_seeds_and_overrides_reach_every_run() -> None:
     runs = planned("fig2", seeds=(0, 1, 2), overrides=("recipe.root=elsewhere", "trainer.n_gpus_per_node=4"))
-    assert [str(run.folder) for run in runs] == [
+    assert [str(run.folder.relative_to(Path.cwd())) for run in runs] == [
         f"elsewhere/dapo-countdown-3b-3072-{method}-seed{seed}" for method in ("dapo", "vl_norm") for seed in (0, 1, 2)
     ]
     config = composed(*runs[-1].overrides)
