@@ -45,7 +45,7 @@ INTEGER, NUMBER = r"-?\d+", r"-?[\d.]+"
 FORMULA = r"(?!.*(text|mbox|circ|matrix|pm|in |[=,%$_])).*"
 SAME: dict[str, Spelling] = {
     r"\dfrac": _replaced(r"\\frac", r"\\dfrac"),
-    "a/b": _replaced(r"(?<!\d)\\d?frac\{(\w+)\}\{(\w+)\}", r"(\1/\2)"),
+    "(a/b)": _replaced(r"(?<!\d)\\d?frac\{(\w+)\}\{(\w+)\}", r"(\1/\2)"),
     r"\[…\], line breaks": lambda gold: f"\\[\n{gold}\n\\]",
     r"\color": lambda gold: rf"\color{{blue}}{{{gold}}}",
     r"\left( … \right)": _replaced(r"(?<!t)([(\[])(.*)([)\]])$", r"\\left\1\2\\right\3"),
