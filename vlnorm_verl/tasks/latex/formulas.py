@@ -9,7 +9,6 @@ Not read: integrals, limits, piecewise functions.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -27,33 +26,13 @@ from vlnorm_verl.tasks.latex.tokens import (
     OPENING,
     RELATIONS,
     TRIGONOMETRIC,
-    UNIT_LETTERS,
     Token,
-    word_set,
 )
-from vlnorm_verl.tasks.latex.values import AM, PERCENT, PM, Base, Items, Unreadable, as_set, operand
+from vlnorm_verl.tasks.latex.units import without_unit
+from vlnorm_verl.tasks.latex.values import PERCENT, Base, Items, Unreadable, as_set, operand
 
 _SETS = {"R": S.Reals, "Z": S.Integers, "N": S.Naturals, "Q": S.Rationals, "C": S.Complexes}
 _CONSTANTS = {"e": S.Exp1, "i": S.ImaginaryUnit, r"\pi": S.Pi}
-# Factors; "second" is a unit of time.
-_POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "quadrillion": 15, "crore": 7}
-_PARTS = "half third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"  # of 2, 3, …
-_SCALES = {part: Rational(1, number) for number, part in enumerate(_PARTS.split(), start=2)}
-_SCALES |= {word: Rational(10**power) for word, power in _POWERS.items()}
-_SCALES |= {f"{word}th": Rational(1, 10**power) for word, power in _POWERS.items()}
-_SCALES |= {"halve": Rational(1, 2), "quarter": Rational(1, 4), "dozen": Rational(12), "lakh": Rational(10**5)}
-_SCALES |= {f"{word}s": scale for word, scale in _SCALES.items()} | {"tens": Rational(10)}
-_UNIT_CHARACTERS = "a-zµμ°ωå"
-# Words that make something else of the number before them than so many of a unit.
-_NO_UNITS = word_set(
-    "or and not no if when where for mod modulo base except times plus minus over to than unless is are nor but of the"
-    " squared cubed doubled tripled halved repeating remainder bc bce ad factorial below above under infinity gross"
-)
-_NO_UNITS |= _SCALES.keys()  # where one is not the first word, and so no factor
-_OF_NO_UNIT = re.compile(
-    rf"[^{_UNIT_CHARACTERS}'-]|(?:twen|thir|fou?r|fif|six|seven|eigh|nine)t(?:y|ie|ee)"  # fifty, fiftieth, fifteen
-    "|^(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)$"  # not the "two-" of two-digit
-)
 # dx/dt, d^2x/dt^2, ∂²u/∂x∂y, δS/δx, without braces and backslashes; not d/(d+1), d_1/d_2, d/δ
 _DERIVATIVE = re.compile(r"(delta|partial|d(?!elta))(\^\w)?(?![-+_^]).*/\1(?!elta)[A-Za-z]([A-Za-z]|\^\w)*")
 # What begins the next factor behind sin x and its like: sin x (1 + x), not sin 2(1 + x).
@@ -208,7 +187,7 @@ class Formulas(Cursor):
             self.raw()
             self.raw()
             fraction = self.tokens[start : self.position]
-            units = {self.unit(S.One, token.text.lower()) for token in fraction if token.kind == "text"}
+            units = {without_unit(S.One, token.text.lower()) for token in fraction if token.kind == "text"}
             signs = "".join(token.text for token in fraction if token.kind != "text")
             if units != {S.One} or re.search(r"\d", re.sub(r"\^\{?-?\d+", "", signs)):
                 raise Unreadable("a number in a unit")
@@ -216,7 +195,7 @@ class Formulas(Cursor):
         while True:
             if self.peek().kind == "text":
                 text, before = self.next().text.lower(), value
-                value = self.unit(value, text)
+                value = without_unit(value, text)
                 if per and value != before:
                     raise Unreadable("a number in a unit")
                 per |= text == "per"
@@ -229,25 +208,6 @@ class Formulas(Cursor):
 
     def unit_fraction(self) -> bool:
         return self.peek().text in FRACTIONS and self.peek(1).text == "{" and self.peek(2).kind == "text"
-
-    def unit(self, value: Any, text: str) -> Any:
-        without_exponents = re.sub(rf"(?<=[{_UNIT_CHARACTERS}])\^?\{{?-?\d\}}?(?!\w)", "", text)
-        words = [word.strip(".,()") for word in re.split(r"[\s/~]+|(?<=-)", without_exponents)]
-        if text.strip("() ") in ("percent", "percentage", "per cent", "pct", "%"):
-            return value * PERCENT
-        if (letters := text.replace(".", "").strip("() ")) in ("am", "pm"):
-            return value + (AM if letters == "am" else PM)
-        if len(text) == 1 and text.upper() not in UNIT_LETTERS:
-            raise Unreadable(f"{text!r} after a value")
-        scales = [_SCALES[word] for word in itertools.takewhile(_SCALES.__contains__, words)]
-        del words[: len(scales)]
-        for scale in scales:
-            value = value * scale
-        unclear = len(scales) > 1 and min(scales) < 1  # hundred thousandths: 100/1000 or 1/100000
-        unclear |= not _NO_UNITS.isdisjoint(word.strip("-") for word in words) or words[-1:] == ["negative"]
-        if unclear or any(map(_OF_NO_UNIT.search, words)):
-            raise Unreadable(f"{text!r} after a value")
-        return value
 
     # --- atoms ---
 

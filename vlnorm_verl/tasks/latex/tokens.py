@@ -77,9 +77,8 @@ _UNITS = word_set(
     "cm mm km nm um kg mg gm ft in yd mi lb lbs oz hr hrs min sec ms ml mL eV Hz kHz Pa kPa mph kmh deg mol"
 )
 _UNITS |= word_set("pct am pm st nd rd th erg pc kpc Mpc AU ly rad cal keV MeV GeV kJ MJ kW MW MHz GHz mA mV kV psi")
-_PROSE = word_set(
-    "not when where for mod than the to of but nor yes no odd"
-)  # short words that are no product of variables
+# Short words that are no product of variables.
+_PROSE = word_set("not when where for mod than the to of but nor yes no odd")
 
 
 def _greek(name: str) -> str:
@@ -88,8 +87,9 @@ def _greek(name: str) -> str:
     return f"GREEK {case} LETTER {name.upper().replace('LAMBDA', 'LAMDA')}"
 
 
-def _vulgar(character: str) -> Fraction:
-    return Fraction(unicodedata.numeric(character)).limit_denominator(10)
+def _fraction(character: str) -> str:
+    numerator, denominator = Fraction(unicodedata.numeric(character)).limit_denominator(10).as_integer_ratio()
+    return rf"\frac{{{numerator}}}{{{denominator}}}"
 
 
 # Each replacement stands for every character in front of it.
@@ -125,7 +125,7 @@ _REPLACEMENTS = {
     "€£¥₹": r"\$",
     **{unicodedata.lookup(_greek(name)): rf"\{name} " for name in _GREEK if not name.startswith("var")},
     "ϕ": r"\phi ",
-    **{c: rf"\frac{{{f.numerator}}}{{{f.denominator}}}" for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞" if (f := _vulgar(c))},
+    **{character: _fraction(character) for character in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"},
 }
 _CHARACTERS = str.maketrans(
     {character: replacement for characters, replacement in _REPLACEMENTS.items() for character in characters}
