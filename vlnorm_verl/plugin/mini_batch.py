@@ -23,7 +23,7 @@ class IgnoresMode(ValueError):
     """A loss that does not aggregate by `loss_agg_mode`. problem: what it does, as a clause."""
 
     def __init__(self, mode: str, problem: str, remedy: str) -> None:
-        super().__init__(mode, problem, remedy)  # a Ray worker's is pickled, and made anew from these
+        super().__init__(mode, problem, remedy)  # what unpickling, of a Ray worker's, passes on
         self.problem = problem
 
     def __str__(self) -> str:

@@ -40,7 +40,7 @@ _EQUATIONS = {"=", "≈", "∈"}
 
 def equal(gold: Answer, answer: Answer) -> bool:
     if gold.words is not None and answer.words is not None:
-        # Of \\text{Yes} and Yes the text, which has lost its case, decides.
+        # Of \text{Yes} and Yes the text, which has lost its case, decides.
         fold = str if gold.prose == answer.prose else str.casefold
         if fold(gold.words) == fold(answer.words):
             return True
@@ -88,13 +88,18 @@ class _Comparison:
 
     def items(self, gold: Any, answer: Any) -> bool:
         if not isinstance(gold, Items) or not isinstance(answer, Items):
-            for items, value in ((gold, answer), (answer, gold)):
-                if not isinstance(items, Items) or not isinstance(value, Expr):
+            for items, other in ((gold, answer), (answer, gold)):
+                if not isinstance(items, Items) or not isinstance(other, Expr):
                     continue
                 if items.brackets == ":" and len(items.values) == 2:
-                    return self.values(items.values[0] / items.values[1], value)
-                if items.brackets == "{}":
-                    return len(items.values) == 1 and self.values(items.values[0], value)
+                    value = items.values[0] / items.values[1]
+                elif items.brackets != "{}":
+                    continue
+                elif len(items.values) == 1:
+                    (value,) = items.values
+                else:
+                    return False
+                return self.values(value, other) if items is gold else self.values(other, value)
             return _equal_sets(gold, answer)
         kinds = {gold.brackets, answer.brackets}
         if kinds <= {"", "or", "{}"}:
