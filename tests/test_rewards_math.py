@@ -201,7 +201,7 @@ def test_a_hanging_answer_is_a_timeout_and_its_worker_dies(new_pool: Callable[..
     (worker,) = workers_of(pool)
     start = time.monotonic()
     assert pool.compare("1", HANGS) == "timeout"
-    assert 0.9 < time.monotonic() - start < 4
+    assert 0.9 < time.monotonic() - start < START_S
     assert not psutil.pid_exists(worker)
     assert pool.compare("0.5", "1/2") == "correct"
     assert not any(pool._failed)
@@ -381,7 +381,7 @@ def test_workers_die_with_their_parent(answer: str) -> None:
     finally:
         parent.kill()
         parent.communicate()
-    gone, alive = psutil.wait_procs(children, timeout=15)
+    gone, alive = psutil.wait_procs(children, timeout=60)
     assert gone
     assert not alive
 
