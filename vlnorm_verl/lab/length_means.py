@@ -35,8 +35,8 @@ class Thirds:
 def _edges(lengths: Ints) -> Ints:
     """The largest length of the short and of the middle third, of at least three different lengths.
 
-    Where more than a third of the responses have the shortest or the longest length (cut at the limit, say), they are
-    that third, and the others are halved.
+    Where more than a third of the responses have the longest length (cut at the limit, say), or more than two thirds
+    the shortest, they are that third, and the others are halved.
     """
     distinct = np.unique(lengths)
     last = len(distinct) - 1
@@ -62,18 +62,17 @@ def thirds(responses: Responses, within: bool) -> Thirds | None:
     """
     third: Ints = np.full(len(responses.lengths), -1)
     groups = responses.prompts if within else np.zeros(len(third))
-    for scope in (groups == group for group in np.unique(groups)):
+    # Products are of different units, and blocks of units: of prompts, or of a prompt's responses, so that what is said
+    # within prompts is said of these prompts.
+    unit = np.concatenate([np.arange(n) for n in np.bincount(responses.prompts)]) if within else responses.prompts
+    parts = []
+    for scope in (np.flatnonzero(groups == group) for group in np.unique(groups)):
         lengths = responses.lengths[scope]
         if len(np.unique(lengths)) > 2:
             third[scope] = np.searchsorted(_edges(lengths), lengths, side="left")
+            allowed = (unit[scope, None] != unit[scope]).astype(np.float64)
+            parts.append((scope, responses.products[np.ix_(scope, scope)] * allowed, allowed))
     onehot = (third[:, None] == np.arange(3)).astype(np.float64)  # [N, 3]
-    if onehot.sum(axis=0).min() < 2:
-        return None
-    parts = []
-    for scope in (np.flatnonzero(groups == group) for group in np.unique(groups)):
-        same = responses.prompts[scope, None] == responses.prompts[scope]
-        allowed = (same & ~np.eye(len(same), dtype=bool) if within else ~same).astype(np.float64)
-        parts.append((scope, responses.products[np.ix_(scope, scope)] * allowed, allowed))
 
     def inner(keep: Bools) -> Floats:
         """Products of the means of two thirds [3, 3]."""
@@ -85,10 +84,8 @@ def thirds(responses: Responses, within: bool) -> Thirds | None:
         whole = [table for table in found if np.isfinite(table).all()]
         return np.mean(whole, axis=0) if whole else np.full((3, 3), np.nan)
 
-    # Blocks of prompts; within prompts, of responses, so that what is said is said of these prompts.
-    position = np.concatenate([np.arange(n) for n in np.bincount(responses.prompts)]) if within else responses.prompts
-    units = int(position.max()) + 1
-    inners = [inner(keep) for keep in kept(blocks_of(units)[position])]
+    units = int(unit.max()) + 1
+    inners = [inner(keep) for keep in kept(blocks_of(units)[unit])]
     if np.isnan(inners[0]).all():
         return None
 
