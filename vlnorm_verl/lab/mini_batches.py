@@ -29,14 +29,8 @@ def draw_mini_batches(prompts: int, size: int, seed: int) -> Bools:
     and no two mini-batches of a round share one.
     """
     rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(ROUNDS):
-        order = rng.permutation(prompts)
-        for first in range(0, prompts - size + 1, size):
-            row: Bools = np.zeros(prompts, dtype=bool)
-            row[order[first : first + size]] = True
-            rows.append(row)
-    return np.array(rows)
+    dealt = [np.argsort(rng.permutation(prompts)) // size for _ in range(ROUNDS)]  # the mini-batch of each prompt
+    return np.concatenate([np.arange(prompts // size)[:, None] == of_prompt for of_prompt in dealt])
 
 
 def weights(mode: str, lengths: Ints, members: Bools, scale: float) -> tuple[Floats, Floats]:
