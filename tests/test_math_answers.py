@@ -43,10 +43,12 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\left(\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right)"),
             (r"\begin{pmatrix} 1/3 \\ 2 \end{pmatrix}", r"\frac13 \begin{pmatrix} 1 \\ 6 \end{pmatrix}"),
             ("-2", r"\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}"),
+            ("-2", r"\det\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
         ],
         [
             (r"\begin{pmatrix}3\\7\end{pmatrix}", "7"),
             (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+            ("-2", r"\det(\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}, 5)"),
         ],
     ),
     "programming notation": (

@@ -55,8 +55,6 @@ def _apply(name: str, arguments: list[Any]) -> Any:
         if all(argument.is_Integer for argument in arguments):
             return getattr(sympy, name)(arguments)
         return sympy.Function(name)(*sorted(arguments, key=sympy.default_sort_key))
-    if name == "det":
-        return arguments[0].det()
     return getattr(sympy, {"max": "Max", "min": "Min", "abs": "Abs", "ceil": "ceiling"}.get(name, name))(*arguments)
 
 
