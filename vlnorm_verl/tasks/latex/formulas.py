@@ -31,8 +31,8 @@ from vlnorm_verl.tasks.latex.tokens import (
 from vlnorm_verl.tasks.latex.units import without_unit
 from vlnorm_verl.tasks.latex.values import PERCENT, Base, Items, Unreadable, as_set, operand
 
-_SETS = {"R": S.Reals, "Z": S.Integers, "N": S.Naturals, "Q": S.Rationals, "C": S.Complexes}
-_CONSTANTS = {"e": S.Exp1, "i": S.ImaginaryUnit, r"\pi": S.Pi}
+_CONSTANTS = {"e": S.Exp1, "i": S.ImaginaryUnit, r"\pi": S.Pi, r"\mathbb{R}": S.Reals, r"\mathbb{Z}": S.Integers}
+_CONSTANTS |= {r"\mathbb{N}": S.Naturals, r"\mathbb{Q}": S.Rationals, r"\mathbb{C}": S.Complexes}
 # dx/dt, d^2x/dt^2, ∂²u/∂x∂y, δS/δx, without braces and backslashes; not d/(d+1), d_1/d_2, d/δ
 _DERIVATIVE = re.compile(r"(delta|partial|d(?!elta))(\^\w)?(?![-+_^]).*/\1(?!elta)[A-Za-z]([A-Za-z]|\^\w)*")
 # What begins the next factor behind sin x and its like: sin x (1 + x), not sin 2(1 + x).
@@ -267,8 +267,6 @@ class Formulas(Cursor):
                 break
         if name in _CONSTANTS and name not in self.indices:
             return _CONSTANTS[name]
-        if name.startswith(r"\mathbb") and letter[7:-1] in _SETS:
-            return _SETS[letter[7:-1]]
         call = self.functions and self.peek().text == "("
         if call and (self.peek(2).text == ")" or letter in _FUNCTION_LETTERS):
             self.next()
