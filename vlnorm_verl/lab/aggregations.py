@@ -100,7 +100,7 @@ def compare(batches: MiniBatches, beta: float) -> list[Comparison]:
         np.array([batches.predicted_noise(mode, exponent) for mode in COMPARED]) for exponent in (1.0, beta)
     )
     columns = (
-        [float(batches.x[mode].sum(axis=1).mean()) for mode in COMPARED],
+        batches.moments[0, statistics.rows, SUM_X].tolist(),
         batches.estimate(statistics.scale),
         batches.estimate(statistics.cosine),
         batches.estimate(noise, log=True),
