@@ -161,7 +161,7 @@ def tradeoff(batches: MiniBatches, responses_of_batch: int) -> Tradeoff:
     best = int(np.argmin(statistics.error(batches.moments[0])))
     # Differences in their own unit: the reference's norm, common to all, is the noisiest number here.
     behind = batches.estimate(lambda m: statistics.error(m) - statistics.error(m)[best])
-    alike = [alpha for alpha, gap in zip(ALPHAS, behind, strict=True) if alpha == ALPHAS[best] or not gap.low > 0]
+    alike = [alpha for alpha, gap in zip(ALPHAS, behind, strict=True) if not gap.low > 0]
     known = not batches.lost
     aligned = batches.estimate(statistics.alignment)
     alignments = np.nan_to_num([estimate.value for estimate in aligned], nan=-np.inf)

@@ -67,7 +67,7 @@ def squared_distances(products: Floats) -> Floats:
 def factor(products: Floats) -> Floats:
     """F [N, r] with F Fᵀ = products [N, N]: each gradient in the r ≤ N dimensions that all of them span."""
     values, vectors = np.linalg.eigh(products)
-    spanned = values > 1e-12 * max(values[-1], 0.0)
+    spanned = values > 1e-12 * values[-1]
     return np.asarray(vectors[:, spanned] * np.sqrt(values[spanned]))
 
 

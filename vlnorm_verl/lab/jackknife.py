@@ -37,9 +37,9 @@ def lost_in_noise(squared_norm: Estimate, count: int, of: str = "prompts") -> st
     if squared_norm.low > 0:
         return ""
     truth = squared_norm.value if squared_norm.value > 0 else squared_norm.high
-    if not truth > 0 or not squared_norm.high > squared_norm.value:
+    if not truth > 0:
         return LOST
-    needed = count * max(1.0, FOUND * (squared_norm.high - squared_norm.value) / truth)
+    needed = count * (FOUND * (squared_norm.high - squared_norm.value) / truth)
     unit = 10 ** (math.floor(math.log10(needed)) - 1)  # of two digits
     rounded = math.ceil(needed / unit) * unit
     return f"{LOST}; {'about' if squared_norm.value > 0 else 'more than'} {rounded:,.0f} {of} would find it"

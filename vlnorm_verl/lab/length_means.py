@@ -93,8 +93,7 @@ def thirds(responses: Responses, within: bool) -> Thirds | None:
     lost = lost_in_noise(weakest, units, "responses to each prompt" if within else "prompts") or LOST
 
     def estimate(statistic: Callable[[Floats], Floats], log: bool = False) -> list[Estimate]:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return jackknife(np.array([statistic(products_of_means) for products_of_means in inners]), log, lost)
+        return jackknife(np.array([statistic(products_of_means) for products_of_means in inners]), log, lost)
 
     a, b = np.array(PAIRS).T
 

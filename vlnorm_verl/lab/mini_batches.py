@@ -7,7 +7,6 @@ mini-batches that share no prompt: the plug-in ‖mean‖² is too large by the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -107,8 +106,7 @@ class MiniBatches:
 
     def estimate(self, statistic: Callable[[Floats], Floats], log: bool = False) -> list[Estimate]:
         """Jackknife over prompts of a vector function of the moments [modes, 4]."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return jackknife(np.array([statistic(moments) for moments in self.moments]), log, self.lost or LOST)
+        return jackknife(np.array([statistic(moments) for moments in self.moments]), log, self.lost or LOST)
 
     def predicted_noise(self, mode: str, beta: float) -> float:
         """√(E Σx² L^β) / E Σx: the closed form's noise for a given sum of weights, in units of √V."""
@@ -127,7 +125,7 @@ def _averages(sums: Floats, g: Floats, reference: Floats) -> Floats:
     def of_pairs(other: Floats) -> float:
         """Mean over pairs r ≠ s of one round of g_r·other_s, from the rounds' totals."""
         totals = [v.reshape(ROUNDS, len(v) // ROUNDS, v.shape[1]).sum(axis=1) for v in (g, other)]
-        product = float((totals[0] * totals[1]).sum() - (g * other).sum()) / pairs if pairs else math.nan
+        product = float((totals[0] * totals[1]).sum() - (g * other).sum()) / pairs
         return 0.0 if abs(product) < ROUNDING * square else product
 
     return np.array([sums[valid].mean(), square, of_pairs(g), of_pairs(reference)])
