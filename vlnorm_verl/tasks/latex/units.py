@@ -40,10 +40,11 @@ def without_unit(value: Any, text: str) -> Any:
     """
     without_exponents = re.sub(rf"(?<=[{_UNIT_CHARACTERS}])\^?\{{?-?\d\}}?(?!\w)", "", text)
     words = [word.strip(".,()") for word in re.split(r"[\s/~]+|(?<=-)", without_exponents)]
-    if text.strip("() ") in ("percent", "percentage", "per cent", "pct", "%"):
+    bare = text.strip("(). ")
+    if bare in ("percent", "percentage", "per cent", "pct", "%"):
         return value * PERCENT
-    if (letters := text.replace(".", "").strip("() ")) in ("am", "pm"):
-        return value + (AM if letters == "am" else PM)
+    if bare in ("am", "pm"):
+        return value + (AM if bare == "am" else PM)
     if len(text) == 1 and text.upper() not in UNIT_LETTERS:
         raise Unreadable(f"{text!r} after a value")
     scales = [_SCALES[word] for word in itertools.takewhile(_SCALES.__contains__, words)]
