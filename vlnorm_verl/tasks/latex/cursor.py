@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from vlnorm_verl.tasks.latex.tokens import Token
 from vlnorm_verl.tasks.latex.values import Unreadable
 
@@ -54,13 +51,6 @@ class Cursor:
         if not text:
             raise Unreadable(f"{self.peek().text!r} instead of {' or '.join(texts)}")
         return text
-
-    def ahead(self, look: Callable[[], Any]) -> Any:
-        """What this reads, without going there."""
-        start = self.position
-        value = look()
-        self.position = start
-        return value
 
     def raw(self) -> str:
         """The text of a group or of one token, without braces and white space."""

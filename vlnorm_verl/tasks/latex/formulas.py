@@ -153,20 +153,18 @@ class Formulas(Cursor):
                 pass
             elif self.accept("%", r"\%"):
                 value = value * PERCENT
-            elif self.peek().text == "^":
-                raw = self.ahead(self.raw_exponent)
+            elif self.accept("^"):
+                start, raw = self.position, self.raw()
                 if raw in ("circ", "degree"):
-                    self.raw_exponent()
                     value = value * sympy.pi / 180 if self.angle else value
                     if self.peek().text in ("C", "F", "K"):
                         self.next()
                 elif re.fullmatch("(prime)+|st|nd|rd|th", raw) and value.is_Number:
-                    self.raw_exponent()  # minutes of arc, ordinals
+                    pass  # minutes of arc, ordinals
                 elif raw in ("top", "T") and isinstance(value, MatrixBase):
-                    self.raw_exponent()
                     value = value.T
                 else:
-                    self.next()
+                    self.position = start
                     value = value ** self.exponent()
             else:
                 return value
@@ -252,18 +250,17 @@ class Formulas(Cursor):
         return Base(value, Rational(int(whole + fraction, base), base ** len(fraction)))
 
     def symbol(self, name: str) -> Any:
-        letter = name.lstrip("\\")
-        while True:
-            if self.accept("_"):
-                name += "_" + self.raw()
-            elif self.accept("'"):
-                name += "'"
-            elif letter in _FUNCTION_LETTERS and self.peek().text == "^" and self.ahead(self.raw_exponent) == "-1":
-                name += "^" + self.raw_exponent()
-            elif self.peek().text == "^" and re.fullmatch("(prime)+", raw := self.ahead(self.raw_exponent)):
-                self.raw_exponent()
+        letter = name
+        while sign := self.accept("_", "'", "^"):
+            start, raw = self.position, "" if sign == "'" else self.raw()
+            if sign != "^":
+                name += sign + raw
+            elif raw == "-1" and letter in _FUNCTION_LETTERS:
+                name += "^-1"
+            elif re.fullmatch("(prime)+", raw):
                 name += "'" * (len(raw) // 5)
             else:
+                self.position = start - 1
                 break
         if name in _CONSTANTS and name not in self.indices:
             return _CONSTANTS[name]
@@ -273,10 +270,6 @@ class Formulas(Cursor):
             self.called = True
             return sympy.Function(name)(*map(operand, self.closed("(")[0]))
         return Symbol(name)
-
-    def raw_exponent(self) -> str:
-        self.expect("^")
-        return self.raw()
 
     def closed(self, opening: str) -> tuple[list[Any], str]:
         """The values in the brackets, and the bracket that closes them."""
