@@ -208,12 +208,8 @@ class _Comparison:
 
 def _terminates(value: Expr) -> bool:
     """Whether it is a number that has a finite decimal form."""
-    if not value.is_Rational:
-        return False
-    denominator = value.q
-    for prime in (2, 5):
-        denominator //= prime ** sympy.multiplicity(prime, denominator)
-    return denominator == 1
+    # Then its denominator divides a power of 10, which need not be above its number of bits.
+    return value.is_Rational and pow(10, value.q.bit_length(), value.q) == 0
 
 
 def _evaluated(value: Expr, at: dict[Any, Expr]) -> Expr | None:
