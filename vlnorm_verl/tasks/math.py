@@ -101,12 +101,10 @@ def extract_boxed(text: str) -> str | None:
     None without one, if its braces do not close, or if it is longer than MAX_ANSWER_LENGTH. Escaped braces (``\{``) are
     text. Time is linear in the text.
     """
-    start = None
-    for match in _BOXED.finditer(text):
-        start = match.end()
-    if start is None:
+    _, *insides = _BOXED.split(text)
+    if not insides:
         return None
-    inside = text[start : start + MAX_ANSWER_LENGTH + 1]  # one more for the closing brace
+    inside = insides[-1][: MAX_ANSWER_LENGTH + 1]  # one more for the closing brace
     depth = 1
     for match in _BRACES.finditer(inside):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
