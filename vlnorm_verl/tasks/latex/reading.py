@@ -16,7 +16,7 @@ from sympy import Basic, Expr, S
 
 from vlnorm_verl.tasks.latex.cursor import END
 from vlnorm_verl.tasks.latex.formulas import Formulas
-from vlnorm_verl.tasks.latex.tokens import RELATIONS, SYMBOL_UNIT, is_ambiguous, rewritten, tokens_of, words
+from vlnorm_verl.tasks.latex.tokens import AMBIGUOUS, RELATIONS, SYMBOL_UNIT, rewritten, tokens_of, words
 from vlnorm_verl.tasks.latex.values import ERRORS, Answer, Items, Relation, Unreadable, as_set, operand, parts
 
 
@@ -29,7 +29,7 @@ def read(text: str) -> Answer:
     readings: list[Any] = []
     products: list[Any] = []
     decimal = False
-    ways = [False, True] if is_ambiguous(text) else [False]
+    ways = [False, True] if AMBIGUOUS.search(text) else [False]
     for second in [] if prose else ways:
         for functions, found in ((True, readings), (False, products)):
             parser = Parser(tokens_of(text, second), second, functions)

@@ -190,7 +190,7 @@ def _lexer(thousands: str) -> re.Pattern[str]:
 
 
 _SEPARATE, _GROUPED = _lexer(""), _lexer(r"\d{1,3}(?:,\d{3})+(?!\d|,\d)(?:\.\d+)?|")
-_AMBIGUOUS = re.compile(r"\d,\d{3}|\d[eE][+-]|\d[A-Za-z]{2}|[/:]|\\mu|\\Omega")
+AMBIGUOUS = re.compile(r"\d,\d{3}|\d[eE][+-]|\d[A-Za-z]{2}|[/:]|\\mu|\\Omega")  # `tokens_of` reads it in two ways
 
 
 def _roman(letters: str) -> str:
@@ -215,12 +215,9 @@ def rewritten(text: str) -> str:
     return text
 
 
-def is_ambiguous(text: str) -> bool:
-    return bool(_AMBIGUOUS.search(text))
-
-
-def canonical(tokens: list[Token]) -> str:
+def canonical(text: str) -> str:
     """A text that is equal for texts that differ in spacing, sizes, wrappers and the case of words only."""
+    tokens = tokens_of(rewritten(text))
     joined = " ".join(token.text.casefold() if token.kind == "text" else token.text for token in tokens)
     return " ".join(joined.split())
 
