@@ -60,6 +60,8 @@ def overview(analyses: Sequence[Analysis]) -> Figure:
 
 
 def draw_deviations(axes: Axes, slope: Slope) -> None:
+    from scipy.stats import binned_statistic
+
     beta = slope.interval
     exponent = beta.value if math.isfinite(beta.value) else 1.0
     # β is fitted with a constant for each prompt; for bins and one line the prompts are put on their common level.
@@ -71,9 +73,7 @@ def draw_deviations(axes: Axes, slope: Slope) -> None:
     x = np.concatenate([lengths for lengths, _ in levelled])
     y = np.concatenate([d for _, d in levelled])
     edges = np.unique(np.quantile(x, np.linspace(0, 1, BINS + 1)))
-    bins = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, len(edges) - 2)
-    means = [(x[bins == b].mean(), y[bins == b].mean()) for b in range(len(edges) - 1) if (bins == b).any()]
-    axes.plot(*zip(*means, strict=True), "ko", markersize=4)
+    axes.plot(*binned_statistic(x, [x, y], bins=edges).statistic, "ko", markersize=4)
     if math.isfinite(beta.value):
         line = np.geomspace(x.min(), x.max(), 50)
         axes.plot(line, level * line**beta.value, color="black", linewidth=1.2)
@@ -87,8 +87,7 @@ def draw_noise(axes: Axes, analysis: Analysis) -> None:
         ends = [[noise.value - noise.low], [noise.high - noise.value]]  # without an end there is no bar
         axes.errorbar([k], [noise.value], yerr=ends, capsize=2.5, fmt=marker, color=color_of(method.mode))
         axes.plot([k + 0.22], [method.noise_predicted], "x", color="#555555")
-        if math.isfinite(method.noise_by_beta):
-            axes.plot([k + 0.36], [method.noise_by_beta], "+", color="#555555", markersize=6)
+        axes.plot([k + 0.36], [method.noise_by_beta], "+", color="#555555", markersize=6)
     axes.axhline(1.0, color="#999999", linewidth=0.8)
     axes.set_xticks(
         range(len(analysis.methods)), [short_label(method.mode) for method in analysis.methods], rotation=30, ha="right"
@@ -109,8 +108,7 @@ def draw_tradeoff(axes: Axes, trade: Tradeoff) -> None:
     axes.plot(ALPHAS, variance, ":", color=BLUE, label="variance")
     axes.plot(ALPHAS, error, color=BLACK, label="error")
     low, high = np.array([e.low for e in trade.error]), np.array([e.high for e in trade.error])
-    band = np.isfinite(low) & np.isfinite(high)
-    axes.fill_between(ALPHAS, low, high, where=band.tolist(), color=BLACK, alpha=0.12, linewidth=0)
+    axes.fill_between(ALPHAS, low, high, color=BLACK, alpha=0.12, linewidth=0)
     if math.isfinite(trade.best):
         axes.axvspan(*trade.among, color=GREEN, alpha=0.12, linewidth=0)
         axes.axvline(trade.best, color=GREEN, linewidth=1.0)
