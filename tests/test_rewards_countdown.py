@@ -202,7 +202,7 @@ def well_formed(draw: st.DrawFn) -> tuple[str, Problem, Fraction | None]:
     return text, problem, value
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(well_formed())
 def test_same_verdict_as_the_papers_rule(case: tuple[str, Problem, Fraction | None]) -> None:
     text, problem, value = case
@@ -216,7 +216,7 @@ def test_same_verdict_as_the_papers_rule(case: tuple[str, Problem, Fraction | No
     assert judge(tagged(text), Problem((*problem.numbers, 1), problem.target)) == "wrong_numbers"
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.text(alphabet="0123+-*/(). ", max_size=12))
 def test_what_we_accept_the_paper_accepts(text: str) -> None:
     """Any text of the paper's characters: we never call correct what it does not."""
@@ -264,12 +264,11 @@ def test_ten_thousand_hostile_responses() -> None:
             answer = extract_answer(response)
             assert answer is not None
             assert not set(answer) - set("1()+- .\t")
-    assert sum(seen.values()) == 10_000
     assert min(seen.values()) > 0, seen
     assert slowest < 0.25, slowest
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.text(), st.text(alphabet="0123456789+-*/(). ٣½\t<answer>", max_size=300))
 def test_any_text_gets_an_outcome(before: str, answer: str) -> None:
     for response in (before, before + answer, f"{before}<answer>{answer}</answer>"):

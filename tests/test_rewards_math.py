@@ -440,7 +440,6 @@ def test_hostile_responses(new_pool: Callable[..., Pool], count: int, limit_s: f
     with ThreadPoolExecutor(2) as executor:
         results = list(executor.map(timed, hostile.responses(count, 1, r"\boxed{", "}", hostile.MATHS)))
     outcomes = Counter(outcome for outcome, _ in results)
-    assert sum(outcomes.values()) == count
     assert set(outcomes) <= set(OUTCOMES)
     assert {"wrong", "unparsable", "timeout"} <= set(outcomes), outcomes
     assert outcomes["gold_unparsed"] == 0
