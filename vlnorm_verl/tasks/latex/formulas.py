@@ -275,7 +275,7 @@ class Formulas(Cursor):
         """The values in the brackets, and the bracket that closes them."""
         bars, angle = self.bars, self.angle
         self.bars, self.angle = 0, angle and opening in "{("
-        values = self.sequence(expand=opening in (r"\{", r"\lbrace"))
+        values = self.sequence(expand=OPENING[opening] == "{")
         self.bars, self.angle = bars, angle
         if opening == "{":
             if len(values) == 1 and self.accept(r"\choose"):

@@ -65,11 +65,9 @@ _ACCENTS = word_set(
     " mathcal mathscr mathfrak mathbb"
 )
 _CONJUNCTIONS = {"and": "and", "land": "and", "wedge": "and", "&": "and", "": ",", "or": "or", "lor": "or", "vee": "or"}
-_JOINS = {"and", "or", *"=+-*/^_,;&<>:|", *RELATIONS, r"\cdot", r"\times", r"\pm", r"\cup", r"\cap"}
+_JOINS = {"and", "or", *"+-*/^_,;&:|", *RELATIONS, r"\cdot", r"\times", r"\pm", r"\cup", r"\cap"}
 _BEFORE_FACTORS = {*_JOINS, *OPENING} - {"_"}
-_KNOWN = (
-    _DROPPED | _TEXT | _ACCENTS | FUNCTIONS | word_set("begin end infty pm cdot times cup cap frac dfrac sqrt binom")
-)
+_KNOWN = _DROPPED | _TEXT | _ACCENTS | FUNCTIONS | word_set("end infty pm cdot times cup cap frac dfrac sqrt binom")
 _KNOWN |= {command[1:] for command in (*NAMES, *RELATIONS, *OPENING, *CLOSING)}
 
 # Behind a number these words, and those of four letters or more, are a unit.

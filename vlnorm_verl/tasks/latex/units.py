@@ -19,7 +19,7 @@ _SCALES |= {word: Rational(10**power) for word, power in _POWERS.items()}
 _SCALES |= {f"{word}th": Rational(1, 10**power) for word, power in _POWERS.items()}
 _SCALES |= {"halve": Rational(1, 2), "quarter": Rational(1, 4), "dozen": Rational(12), "lakh": Rational(10**5)}
 _SCALES |= {f"{word}s": scale for word, scale in _SCALES.items()} | {"tens": Rational(10)}
-_UNIT_CHARACTERS = "a-zµμ°ωå"
+_UNIT_CHARACTERS = "a-zμ°ωå"
 # Words that make something else of the number before them than so many of a unit.
 _NO_UNITS = word_set(
     "or and not no if when where for mod modulo base except times plus minus over to than unless is are nor but of the"
