@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from vlnorm_verl.lab.gram import Bools, Floats, Ints
-from vlnorm_verl.report.estimates import Estimate, t_quantile
+from vlnorm_verl.report.estimates import Estimate, t_half_width, t_quantile
 
 BLOCKS = 16  # of prompts (or responses)
 LOST = "lost in noise"
@@ -74,7 +74,7 @@ def mean_over_prompts(values: Floats) -> Estimate:
     mean = float(known.mean()) if len(known) else math.nan
     if len(known) < max(2, len(values)):
         return Estimate(mean, note=f"known for {len(known)} of {len(values)} prompts")
-    half = float(t_quantile(len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
+    half = float(t_half_width(known))
     return Estimate(mean, mean - half, mean + half)
 
 

@@ -111,7 +111,7 @@ class MiniBatches:
     def predicted_noise(self, mode: str, beta: float) -> float:
         """√(E Σx² L^β) / E Σx: the closed form's noise for a given sum of weights, in units of √V."""
         x = self.x[mode]
-        return float(np.sqrt((x**2 @ self.pool.lengths.astype(np.float64) ** beta).mean()) / x.sum(axis=1).mean())
+        return float(np.sqrt((x**2 @ self.pool.lengths**beta).mean()) / x.sum(axis=1).mean())
 
 
 def _averages(sums: Floats, g: Floats, reference: Floats) -> Floats:

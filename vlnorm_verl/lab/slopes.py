@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlnorm_verl.lab.gram import Floats, inner_products, squared_distances
+from vlnorm_verl.lab.gram import Floats, Ints, inner_products, squared_distances
 from vlnorm_verl.lab.jackknife import mean_over_prompts, percentiles
 from vlnorm_verl.lab.store import Group
 from vlnorm_verl.report.estimates import Estimate
@@ -37,7 +37,7 @@ def unbiased_deviations(products: Floats) -> Floats:
     return (e - e.sum() / (n * (n - 1))) / (1 - 2 / n)
 
 
-Points = list[tuple[Floats, Floats]]  # (L, d) of each prompt [n]
+Points = list[tuple[Ints, Floats]]  # (L, d) of each prompt [n]
 
 
 def log_log_slopes(points: Points, counts: Sequence[Floats]) -> Floats:
@@ -124,9 +124,8 @@ def slope(groups: Sequence[Group], part: str, columns: slice, score_only: bool, 
         of_prompt = inner_products([group], columns, score_only)
         d = deviations(of_prompt.products)
         if len(d) >= 3 and np.all(d > 0) and len(np.unique(of_prompt.lengths)) > 1:
-            lengths: Floats = of_prompt.lengths.astype(np.float64)
-            left_out.append((lengths, d))
-            unbiased.append((lengths, unbiased_deviations(of_prompt.products)))
+            left_out.append((of_prompt.lengths, d))
+            unbiased.append((of_prompt.lengths, unbiased_deviations(of_prompt.products)))
     if not left_out:
         return None
     rng = np.random.default_rng(seed)
