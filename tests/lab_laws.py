@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy.signal import lfilter
 
 from vlnorm_verl.lab.aggregations import COMPARED, OF_ALPHAS
 from vlnorm_verl.lab.gram import Responses, inner_products
@@ -69,11 +70,7 @@ def correlated_sum(rng: np.random.Generator, length: int, rho: float) -> np.ndar
     """Σ_t ξ_t with corr(ξ_t, ξ_s) = ρ^|t-s| and variance 1."""
     shocks = rng.normal(size=(length, D))
     shocks[1:] *= math.sqrt(1 - rho**2)
-    token, total = shocks[0], shocks[0].copy()
-    for shock in shocks[1:]:
-        token = rho * token + shock
-        total += token
-    return total
+    return lfilter([1.0], [1.0, -rho], shocks, axis=0).sum(axis=0)
 
 
 def stored(groups: list[Group], **settings: Any) -> Stored:
@@ -104,12 +101,10 @@ def rate(hits: list[bool]) -> float:
     return sum(hits) / len(hits)
 
 
-def truth(
-    mode: str, beta: float, v: float, mean: Mean, prompts: int = 6, n: int = 8, draws: int = 20_000
-) -> dict[str, float]:
-    """Moments of G under one aggregation from the law itself, without anything of `analysis`."""
+def truth(mode: str, beta: float, mean: Mean) -> tuple[float, float, np.ndarray]:
+    """E M Σx, E‖G − E G‖² and E G under one aggregation from the law itself, without anything of `analysis`."""
     rng = np.random.default_rng(123)
-    N = prompts * n
+    N, v, draws = 48, 0.02, 3000  # responses of `batches_of` a pool of `pool_of`, its noise
     L = np.exp(rng.uniform(math.log(10), math.log(400), (draws, N))).astype(np.int64).astype(float)
     name, _, alpha = mode.partition(":")
     x = {
@@ -122,4 +117,4 @@ def truth(
     conditional = np.einsum("bn,bnd->bd", x, means)
     centre = conditional.mean(axis=0)
     spread = ((conditional - centre) ** 2).sum(axis=1).mean() + (x**2 * v * L**beta).sum(axis=1).mean()
-    return {"sum_x": x.sum(axis=1).mean(), "variance": spread, "centre": centre}  # type: ignore[dict-item]
+    return x.sum(axis=1).mean(), spread, centre
