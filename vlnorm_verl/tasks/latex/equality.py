@@ -93,12 +93,10 @@ class _Comparison:
                     continue
                 if items.brackets == ":" and len(items.values) == 2:
                     value = items.values[0] / items.values[1]
-                elif items.brackets != "{}":
-                    continue
-                elif len(items.values) == 1:
+                elif items.brackets == "{}" and len(items.values) == 1:
                     (value,) = items.values
                 else:
-                    return False
+                    continue
                 return self.values(value, other) if items is gold else self.values(other, value)
             return _equal_sets(gold, answer)
         kinds = {gold.brackets, answer.brackets}
@@ -248,10 +246,9 @@ def _without_markers(gold: Expr, answer: Expr) -> Iterable[tuple[Expr, Expr]]:
 
 def _is_name(side: Any) -> bool:
     """x, AB, f(x), (x, y), but not 2x or x + y."""
-    if isinstance(side, Items):
-        return all(map(_is_name, side.values))
-    numbers = side.atoms(sympy.Number, sympy.NumberSymbol) if isinstance(side, Expr) else ()
-    return isinstance(side, Expr) and bool(side.free_symbols) and not side.is_Add and not numbers
+    if not isinstance(side, Expr):
+        return isinstance(side, Items) and all(map(_is_name, side.values))
+    return bool(side.free_symbols) and not side.is_Add and not side.atoms(sympy.Number, sympy.NumberSymbol)
 
 
 def _is_solved(value: Any) -> bool:
