@@ -68,6 +68,7 @@ def test_every_math_source_is_read_in_its_own_format(tmp_path: Path) -> None:
         ({"id": 0, "problem": "Q", "answer": 142.0, "url": ""}, ("Q", "142.0")),
         ({"question": "Q", "answer": "9.6\n"}, ("Q", "9.6")),
         ({"question": "Q", "answer": 0}, ("Q", "0")),
+        ({"question": "Q", "answer": 10**400}, ("Q", "1" + "0" * 400)),  # above the largest float
     ],
 )
 def test_hub_columns(row: dict[str, Any], expected: tuple[str, str]) -> None:

@@ -80,7 +80,7 @@ def read_row(raw: Any) -> tuple[str, str]:
         raise ValueError(f"neither question nor answer found in {raw!r:.200}") from None
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"the question must be a text, in {raw!r:.200}")
-    number = isinstance(answer, int | float) and not isinstance(answer, bool) and isfinite(answer)
+    number = type(answer) is int or (isinstance(answer, float) and isfinite(answer))  # True is no answer
     if not number and not (isinstance(answer, str) and answer.strip()):
         raise ValueError(f"the answer must be a text or a finite number, in {raw!r:.200}")
     return question, str(answer).strip()
