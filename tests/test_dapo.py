@@ -86,8 +86,6 @@ def test_a_response_cut_at_the_limit_is_overlong_whatever_tokens_its_mask_leaves
 
 def test_several_outputs_of_a_session_have_grpos_advantages() -> None:
     """V1 takes the last output of a session into the group (trainer/ppo/v1/utils.py), and its tags tell the lengths."""
-    from types import SimpleNamespace
-
     from verl import DataProto
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
     from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories

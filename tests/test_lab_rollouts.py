@@ -45,8 +45,8 @@ def hostile_copy(folder: Path) -> Path:
     return folder
 
 
-def request(texts: list[str], counts: list[int], temperature: float, longest: int, seed: int = 0) -> Request:
-    return Request([*map(ids, texts)], counts, seed, temperature, longest, {1})
+def request(texts: list[str], counts: list[int], temperature: float, longest: int) -> Request:
+    return Request([*map(ids, texts)], counts, 0, temperature, longest, {1})
 
 
 def sampled_by_transformers(model: Any, asked: Request, batch_size: int) -> dict[int, list[list[int]]]:
