@@ -1,4 +1,4 @@
-"""The maths: `vlnorm_verl.aggregation` against closed forms written out here with numpy.
+"""The maths: `vlnorm_verl.aggregation` against the closed forms of tests/engine/reference.py.
 
 Covered: weights, splits into parts, permutations, padding, masked rows, dtypes, sizes, the registry and its messages.
 Not covered: anything of verl (test_engine.py has the real engine).
@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.engine import reference
 from vlnorm_verl import Aggregation, available, parse_mode, register_aggregation, registry
 from vlnorm_verl.aggregation import aggregate, mini_batch_sum, response_lengths, response_weights, weight_dtype
 from vlnorm_verl.metrics import MiniBatchSums, mini_batch_statistics, mini_batch_sums, relative_weight_range
@@ -23,26 +24,8 @@ MODES = ["vl_norm", "vl_norm:0.75", "vl_norm:0", "vl_norm:2", "grpo_norm", "dapo
 lengths_strategy = st.lists(st.integers(0, 60), min_size=1, max_size=24).filter(any)
 
 
-def closed_form(mode: str, lengths: list[int], scale: float = M) -> np.ndarray:
-    """x_i of the table in the paper, for the responses with a valid token; 0 for the others."""
-    length = np.array([n for n in lengths if n], dtype=np.float64)
-    count = len(length)
-    x = {
-        "grpo_norm": lambda: 1 / (count * length),
-        "dapo_norm": lambda: np.full(count, 1 / length.sum()),
-        "dr_grpo_norm": lambda: np.full(count, 1 / (count * scale)),
-        "vl_norm": lambda: vl_norm(length, 1.0, scale),
-        "vl_norm:0.75": lambda: vl_norm(length, 0.75, scale),
-        "vl_norm:0": lambda: vl_norm(length, 0.0, scale),
-        "vl_norm:2": lambda: vl_norm(length, 2.0, scale),
-    }[mode]()
-    out = np.zeros(len(lengths))
-    out[np.array(lengths) > 0] = x
-    return out
-
-
-def vl_norm(length: np.ndarray, alpha: float, scale: float) -> np.ndarray:
-    return length**-alpha / (length**-alpha).sum() / scale
+def closed_form(mode: str, lengths: list[int] | np.ndarray) -> np.ndarray:
+    return reference.weights(mode, np.array(lengths), M)
 
 
 def ragged(lengths: list[int], width: int | None = None, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,7 +192,7 @@ def test_statistics_are_those_of_the_definitions(lengths: list[int], alpha: floa
     sums = sums_of(method, length)
     statistics = mini_batch_statistics(method, sums, M)
     valid = np.array([n for n in lengths if n], dtype=float)
-    x = vl_norm(valid, alpha, M)
+    x = closed_form(f"vl_norm:{alpha}", valid)
     assert statistics["length_mean"] == pytest.approx(valid.mean())
     assert statistics["length_harmonic_mean"] == pytest.approx(len(valid) / (1 / valid).sum())
     assert statistics["variance_ratio"] == pytest.approx(math.sqrt(valid.mean() * (1 / valid).mean()))

@@ -31,7 +31,7 @@ class Scenario:
     sabotage: str = ""
 
 
-def weights(mode: str, lengths: np.ndarray) -> np.ndarray:
+def weights(mode: str, lengths: np.ndarray, scale: float = M) -> np.ndarray:
     """x_i by the table of paper §1 over the responses with a valid token."""
     x, n = np.zeros(len(lengths)), lengths[lengths > 0].astype(np.float64)
     if not len(n):
@@ -39,9 +39,9 @@ def weights(mode: str, lengths: np.ndarray) -> np.ndarray:
     name, _, parameter = mode.partition(":")
     if name == "vl_norm":
         z = n ** -float(parameter or 1)
-        x[lengths > 0] = z / z.sum() / M
+        x[lengths > 0] = z / z.sum() / scale
     elif name in ("dr_grpo_norm", "seq-mean-token-sum-norm"):
-        x[lengths > 0] = 1 / (len(n) * M)
+        x[lengths > 0] = 1 / (len(n) * scale)
     elif name == "grpo_norm":
         x[lengths > 0] = 1 / (len(n) * n)
     elif name in ("dapo_norm", "token-mean"):
