@@ -53,6 +53,15 @@ def test_weights_are_the_closed_form(mode: str, lengths: list[int]) -> None:
     np.testing.assert_allclose(weights.numpy(), closed_form(mode, lengths), rtol=1e-13)
 
 
+@given(lengths=lengths_strategy, alpha=st.floats(0, 2))
+def test_weights_of_any_alpha_are_the_closed_form_and_sum_to_one_over_m(lengths: list[int], alpha: float) -> None:
+    mode = f"vl_norm:{alpha}"
+    method, length = parse_mode(mode), torch.tensor(lengths)
+    weights = response_weights(method, length, mini_batch_sum(method, length), M)
+    np.testing.assert_allclose(weights.numpy(), closed_form(mode, lengths), rtol=1e-13)
+    assert weights.sum().item() == pytest.approx(1 / M, rel=1e-13)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @given(lengths=lengths_strategy, data=st.data())
 def test_any_split_order_and_padding_gives_the_same_loss(mode: str, lengths: list[int], data: st.DataObject) -> None:
@@ -75,48 +84,6 @@ def test_any_split_order_and_padding_gives_the_same_loss(mode: str, lengths: lis
         mask = torch.arange(width)[None] < torch.tensor(part_lengths)[:, None]
         loss += aggregate(mat, mask, method, total, M).item()
     assert loss == pytest.approx(expected_loss(mode, lengths, losses), rel=1e-12, abs=1e-14)
-
-
-@given(lengths=lengths_strategy)
-def test_alpha_0_is_dr_grpo_and_equal_lengths_make_alpha_irrelevant(lengths: list[int]) -> None:
-    alpha_0, dr_grpo = (
-        response_weights(m := parse_mode(mode), torch.tensor(lengths), mini_batch_sum(m, torch.tensor(lengths)), M)
-        for mode in ("vl_norm:0", "dr_grpo_norm")
-    )
-    torch.testing.assert_close(alpha_0, dr_grpo, rtol=1e-14, atol=0)
-    length = torch.tensor([max(lengths)] * len(lengths))
-    weights = [
-        response_weights(m := parse_mode(f"vl_norm:{alpha}"), length, mini_batch_sum(m, length), M)
-        for alpha in (0, 0.5, 0.75, 1, 2)
-    ]
-    for other in weights[1:]:
-        torch.testing.assert_close(other, weights[0], rtol=1e-14, atol=0)
-
-
-@given(lengths=lengths_strategy)
-def test_alpha_1_is_grpo_norm_times_h_over_m(lengths: list[int]) -> None:
-    length = torch.tensor(lengths)
-    alpha_1, grpo = (
-        response_weights(m := parse_mode(mode), length, mini_batch_sum(m, length), M)
-        for mode in ("vl_norm", "grpo_norm")
-    )
-    valid = length[length > 0].double()
-    torch.testing.assert_close(alpha_1, grpo * (len(valid) / (1 / valid).sum() / M), rtol=1e-13, atol=0)
-
-
-@given(lengths=lengths_strategy, alpha=st.floats(0, 2))
-def test_weights_sum_to_one_over_m(lengths: list[int], alpha: float) -> None:
-    method, length = parse_mode(f"vl_norm:{alpha}"), torch.tensor(lengths)
-    weights = response_weights(method, length, mini_batch_sum(method, length), M)
-    assert weights.sum().item() == pytest.approx(1 / M, rel=1e-13)
-
-
-def test_micro_batch_of_one_is_not_dr_grpo() -> None:
-    """With the mini-batch's sum a micro-batch of one keeps its own weight; a local sum would make it 1/M."""
-    method, lengths = parse_mode("vl_norm"), [1, 9]
-    total = mini_batch_sum(method, torch.tensor(lengths))
-    alone = [response_weights(method, torch.tensor([n]), total, M).item() for n in lengths]
-    np.testing.assert_allclose(alone, [0.9 / M, 0.1 / M], rtol=1e-14)
 
 
 @pytest.mark.parametrize("mode", MODES)
