@@ -44,7 +44,7 @@ from tests.engine import batch, older_verl, ranks, reference, verl_side
 from tests.engine.batch import VOCAB, M
 from tests.engine.feature_cases import Case, cases, register_user_losses
 from tests.engine.feature_workers import make_worker
-from tests.engine.reference import Rows, Scenario
+from tests.engine.reference import Rows, Scenario, relative_error, weighted_sum
 from vlnorm_verl.cpu import patches
 from vlnorm_verl.plugin import policy_loss as policy_losses
 from vlnorm_verl.plugin.modes import is_ours
@@ -303,16 +303,6 @@ def missing(case: Case) -> str:
     return ""
 
 
-def relative(distance: torch.Tensor, expected: torch.Tensor) -> float:
-    norm = expected.norm().item()
-    return distance.norm().item() / norm if norm else distance.norm().item()
-
-
-def weighted(mode: str, lengths: np.ndarray, g: torch.Tensor) -> torch.Tensor:
-    """Σ x_i g_i by numpy's weights; g_i of a response without a valid token is 0."""
-    return torch.from_numpy(reference.weights(mode, lengths)).to(g.dtype) @ g
-
-
 def exact_row(bench: Bench, case: Case) -> dict[str, Any]:
     """The gradient against Σ x_i g_i."""
     lengths = np.array([int(mask.sum()) for mask in response_masks(case.masks)])
@@ -323,19 +313,19 @@ def exact_row(bench: Bench, case: Case) -> dict[str, Any]:
         mistaken[-PADDING:] = 1
     mode, g = mode_of(case), bench.response_gradients(case, lengths)
     ((gradient, all_to_alls),) = bench.train(case, loss_function(case, mode), bench.batch(case))
-    expected = weighted(mode, lengths, g)
+    expected = weighted_sum(mode, lengths, g)
     mistakes = [g[lengths > 0].mean(0) / M]
     if (lengths != mistaken).any():
-        mistakes.append(weighted(mode, mistaken, g))
+        mistakes.append(weighted_sum(mode, mistaken, g))
     return {
         "kind": "exact",
         "mode": mode,
         "data_parallel": bench.worker(case.worker).engine.get_data_parallel_size(),
         "all_to_alls": all_to_alls,
         "norm": expected.norm().item(),
-        "error": relative(gradient - expected, expected),
+        "error": relative_error(gradient, expected),
         "rounding": case.rounding,
-        "wrong": min(relative(mistake - expected, expected) for mistake in mistakes),
+        "wrong": min(relative_error(mistake, expected) for mistake in mistakes),
     }
 
 

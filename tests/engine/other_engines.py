@@ -51,7 +51,7 @@ from tests.engine import ranks as processes
 from tests.engine.batch import LENGTHS, ROWS
 from tests.engine.engine_parts import Engine, Gradient, hf_model_config, qwen2, still, whole_dtensors
 from tests.engine.megatron import build_megatron, cuda_on_cpu, megatron_gradient, token_model
-from tests.engine.reference import Scenario
+from tests.engine.reference import Scenario, relative_error, weighted_sum
 from vlnorm_verl.cpu.install import register as register_cpu
 
 
@@ -343,9 +343,8 @@ def run_case(case: Case, rank: int, ranks: int, folder: str) -> list[dict[str, A
             scenario = dataclasses.replace(scenario, padded=True, width=60)
         gradient, metrics = train(engine, case, scenario, verl_side.make_data(rows, scenario, mine))
         lengths = np.array([0 if i in scenario.masked else n for i, n in enumerate(LENGTHS)])
-        x = torch.from_numpy(reference.weights(scenario.mode, lengths))
         names = [n for n, _ in model.named_parameters()]
-        expected = x @ reference.response_gradients(model, rows, scenario)
+        expected = weighted_sum(scenario.mode, lengths, reference.response_gradients(model, rows, scenario))
         whole = torch.cat([gradient[n].flatten() for n in names])
         scale = whole @ expected / (expected @ expected)
         results.append(
@@ -354,10 +353,10 @@ def run_case(case: Case, rank: int, ranks: int, folder: str) -> list[dict[str, A
                 "scenario": scenario.name,
                 "mode": scenario.mode,
                 "norm": expected.norm().item(),
-                "error": ((whole - expected).norm() / expected.norm()).item(),
+                "error": relative_error(whole, expected),
                 # The best common factor, and what is left as an error after division by it.
                 "scale": scale.item(),
-                "direction_error": ((whole / scale - expected).norm() / expected.norm()).item(),
+                "direction_error": relative_error(whole / scale, expected),
                 "metrics": metrics,
             }
         )

@@ -105,11 +105,15 @@ def response_gradients(model: torch.nn.Module, rows: Rows, scenario: Scenario) -
     return torch.stack(gradients)
 
 
-def relative_error(gradient: torch.Tensor, x: np.ndarray, g: torch.Tensor) -> tuple[float, float]:
-    """Distance from Σ x_i g_i relative to its norm, and the norm; the distance itself where that is 0."""
-    expected = torch.from_numpy(x).to(g.dtype) @ g
-    distance, norm = (gradient.to(g.dtype) - expected).norm().item(), expected.norm().item()
-    return distance / norm if norm else distance, norm
+def weighted_sum(mode: str, lengths: np.ndarray, g: torch.Tensor) -> torch.Tensor:
+    """Σ x_i g_i; g_i of a response without a valid token is 0."""
+    return torch.from_numpy(weights(mode, lengths)).to(g.dtype) @ g
+
+
+def relative_error(gradient: torch.Tensor, expected: torch.Tensor) -> float:
+    """Distance relative to the norm of what is expected; the distance itself where that is 0."""
+    distance, norm = (gradient.to(expected.dtype) - expected).norm().item(), expected.norm().item()
+    return distance / norm if norm else distance
 
 
 def make_model(folder: str, dtype: torch.dtype) -> torch.nn.Module:

@@ -37,7 +37,7 @@ from tensordict import TensorDict
 from tests.engine import older_verl
 from tests.engine.batch import LENGTHS, ROWS, M
 from tests.engine.ranks import finish, make_parser, prepare, start
-from tests.engine.reference import Rows, Scenario, relative_error, response_gradients, weights
+from tests.engine.reference import Rows, Scenario, relative_error, response_gradients, weighted_sum
 from tests.engine.verl_side import make_data, plugin_is_active, recording, start_rank, train
 
 STOCK_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -123,8 +123,7 @@ def run_exact(rank: int, args: argparse.Namespace) -> None:
             torch.distributed.all_gather_object(of_all_ranks, rows_here)
             used = [i for rank_rows in of_all_ranks for i in rank_rows]
             lengths = np.array([0 if i in scenario.masked + scenario.rejected else LENGTHS[i] for i in used])
-            x = weights(scenario.mode, lengths)
-            error, norm = relative_error(gradient, x, gradients[key][used])
+            expected = weighted_sum(scenario.mode, lengths, gradients[key][used])
             results.append(
                 {
                     "scenario": scenario.name,
@@ -133,13 +132,14 @@ def run_exact(rank: int, args: argparse.Namespace) -> None:
                     "all_reduces": all_reduces,
                     "lengths": lengths.tolist(),
                     "scale": M,
-                    "norm": norm,
-                    "error": error,
+                    "norm": expected.norm().item(),
+                    "error": relative_error(gradient, expected),
                     "metrics": {k: v for k, v in metrics.items() if k.startswith(("vl_norm/", "loss"))},
                 }
             )
             if key in by_engine:
-                results[-1]["error_of_sum"], _ = relative_error(gradient, x, by_engine[key][used])
+                expected = weighted_sum(scenario.mode, lengths, by_engine[key][used])
+                results[-1]["error_of_sum"] = relative_error(gradient, expected)
     finish(rank, args, results)
 
 
