@@ -26,6 +26,9 @@ def since(release: str, why: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(Version(release) > RELEASE, reason=f"verl {RELEASE}: {why}")
 
 
+SLOW = pytest.mark.slow
+VEOMNI = since("0.9.0", "veomni cannot be imported beside its transformers")
+AUTOMODEL = since("0.8.0", "it has no such engine")
 TORCHTITAN = since("0.9.1", "it asks for a mesh that torchtitan 0.3.0 no longer has")
 MEGATRON = since("0.8.0", "other_engines.py does not get through with its engine")
 REFUSED_BEFORE = since("0.9.0", "the layout is refused")
@@ -58,11 +61,6 @@ def of(request: pytest.FixtureRequest) -> Of:
     return rows_of
 
 
-def check_exact(rows: Rows, tolerance: float = TOLERANCE) -> None:
-    for row in honest(rows):
-        assert row["error"] <= tolerance, row
-
-
 def honest(rows: Rows) -> Rows:
     """Without the local sums, which have to be seen."""
     sabotaged = [row for row in rows if row["scenario"].startswith("sabotage")]
@@ -80,37 +78,30 @@ def check_metrics(rows: Rows, logging_ranks: list[int]) -> None:
             assert all(len(row["metrics"][rank]) == 8 for rank in logging_ranks), row
 
 
-def test_fsdp1(of: Of) -> None:
-    rows = of("fsdp", "fsdp1")
-    check_exact(rows)
-    check_metrics(rows, [0, 1])
+# The first pipeline stage never calls the loss; with context parallelism every rank does, on whole responses.
+@pytest.mark.parametrize(
+    ("engine", "case", "logging_ranks"),
+    [
+        ("fsdp", "fsdp1", [0, 1]),
+        pytest.param("veomni", "veomni", [0, 1], marks=[SLOW, VEOMNI]),
+        pytest.param("automodel", "fsdp2", [0, 1], marks=[SLOW, AUTOMODEL]),
+        pytest.param("torchtitan", "sharded", [0, 1], marks=[SLOW, TORCHTITAN]),
+        pytest.param("megatron", "data parallel", [0, 1], marks=[SLOW, MEGATRON]),
+        pytest.param("megatron", "data parallel, distributed optimizer", [0, 1], marks=[SLOW, MEGATRON]),
+        pytest.param("megatron", "pipeline", [1], marks=[SLOW, MEGATRON]),
+        pytest.param("megatron", "virtual pipeline", [1], marks=[SLOW, MEGATRON]),
+        pytest.param("megatron", "context parallel", [0], marks=[SLOW, MEGATRON]),
+    ],
+    ids=str,
+)
+def test_every_gradient_is_the_closed_form(of: Of, engine: str, case: str, logging_ranks: list[int]) -> None:
+    rows = of(engine, case)
+    for row in honest(rows):
+        assert row["error"] <= (CONTEXT_TOLERANCE if case == "context parallel" else TOLERANCE), row
+    check_metrics(rows, logging_ranks)
 
 
-@pytest.mark.slow
-@since("0.9.0", "veomni cannot be imported beside its transformers")
-def test_veomni(of: Of) -> None:
-    rows = of("veomni", "veomni")
-    check_exact(rows)
-    check_metrics(rows, [0, 1])
-
-
-@pytest.mark.slow
-@since("0.8.0", "it has no such engine")
-def test_automodel(of: Of) -> None:
-    rows = of("automodel", "fsdp2")
-    check_exact(rows)
-    check_metrics(rows, [0, 1])
-
-
-@pytest.mark.slow
-@TORCHTITAN
-def test_torchtitan(of: Of) -> None:
-    rows = of("torchtitan", "sharded")
-    check_exact(rows)
-    check_metrics(rows, [0, 1])
-
-
-@pytest.mark.slow
+@SLOW
 @TORCHTITAN
 def test_torchtitan_with_replicas_only_is_refused_for_a_reason(of: Of) -> None:
     """torchtitan sums gradients, verl makes a mean of them for shards only: twice the gradient, in stock modes too."""
@@ -119,26 +110,7 @@ def test_torchtitan_with_replicas_only_is_refused_for_a_reason(of: Of) -> None:
         assert row["direction_error"] <= TOLERANCE, row
 
 
-@pytest.mark.slow
-@MEGATRON
-@pytest.mark.parametrize("case", ["data parallel", "data parallel, distributed optimizer"])
-def test_megatron(of: Of, case: str) -> None:
-    rows = of("megatron", case)
-    check_exact(rows)
-    check_metrics(rows, [0, 1])
-
-
-@pytest.mark.slow
-@MEGATRON
-@pytest.mark.parametrize(("case", "logging_rank"), [("pipeline", 1), ("virtual pipeline", 1), ("context parallel", 0)])
-def test_megatron_model_parallel(of: Of, case: str, logging_rank: int) -> None:
-    """The first pipeline stage never calls the loss; with context parallelism every rank does, on whole responses."""
-    rows = of("megatron", case)
-    check_exact(rows, CONTEXT_TOLERANCE if case == "context parallel" else TOLERANCE)
-    check_metrics(rows, [logging_rank])
-
-
-@pytest.mark.slow
+@SLOW
 @REFUSED_BEFORE
 def test_megatron_dynamic_context_parallel(of: Of) -> None:
     """Every rank holds the mini-batch, a group of one rank sums it, the ranks share the work unevenly."""
@@ -150,7 +122,7 @@ def test_megatron_dynamic_context_parallel(of: Of) -> None:
         assert row["scale"] == pytest.approx(1.0, abs=1e-7), row
 
 
-@pytest.mark.slow
+@SLOW
 @REFUSED_BEFORE
 def test_megatron_context_parallel_with_per_token_loss_is_off_by_a_known_factor(of: Of) -> None:
     """verl reports ⌊n/cp⌋ tokens a micro-batch (megatron/transformer_impl.py:1489); the sum of these divides."""
