@@ -49,8 +49,7 @@ def python(
             "environment": {**os.environ, **environment},
             "folder": folder,
         }
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
+        server.stdin.write(json.dumps(request).encode() + b"\n")
         pid = int(_line(server, 60))
         try:
             code = int(_line(server, timeout))
@@ -66,8 +65,9 @@ def python(
 def _server() -> Any:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     command = [sys.executable, "-m", "tests.warm"]
+    # Unbuffered: `select` would not see a second line that was read along with the first.
     server = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        command, cwd=REPOSITORY, env=environment, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     atexit.register(_end, server)
     _line(server, 600)  # its imports are done
@@ -79,7 +79,7 @@ def _end(server: Any) -> None:
     server.wait()  # so that what the programs took is in this process's times
 
 
-def _line(server: Any, timeout: float) -> str:
+def _line(server: Any, timeout: float) -> bytes:
     ready, _, _ = select.select([server.stdout], [], [], timeout)
     if not ready:
         raise TimeoutError
