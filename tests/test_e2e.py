@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from tests import warm
+from tests.processes import kill, named, processes_of, wait_for
 from vlnorm_verl.runs.process import read_metrics
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -58,25 +59,6 @@ def trained(script: str, root: Path, data: Path, *overrides: str) -> tuple[Path,
 
 def dumped(folder: Path, kind: str, step: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / kind / f"{step}.jsonl").read_text().splitlines()]
-
-
-def processes_of(folder: Path) -> list[psutil.Process]:
-    """Processes, Ray's included, that were started with this run's metrics file in their environment."""
-    running = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("VERL_FILE_LOGGER_PATH", "").startswith(f"{folder.resolve()}/"):
-                running.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return [p for p in running if p.pid != os.getpid() and p.status() != psutil.STATUS_ZOMBIE]
-
-
-def wait_for(condition: Callable[[], Any], seconds: float, every: float = 0.2) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(every)
 
 
 # ------------------------------------------------------------------------------------------------------ two steps, once
@@ -313,12 +295,13 @@ def background(tmp_path: Path, data: Path) -> Iterator[tuple[subprocess.Popen[st
     folder = tmp_path / "run"
     arguments = command("countdown.sh", tmp_path, data, *QUICKSTART, f"recipe.folder={folder}", "recipe.steps=50")
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(lambda: len(read_metrics(folder)) > 1 or process.poll() is not None, seconds=240)
-    assert process.poll() is None, process.communicate()[0]
-    yield process, folder
-    process.kill()
-    for member in processes_of(folder):
-        member.kill()
+    try:
+        wait_for(lambda: len(read_metrics(folder)) > 1 or process.poll() is not None, seconds=400)
+        assert process.poll() is None, process.communicate()[0]
+        yield process, folder
+    finally:
+        process.kill()
+        kill(processes_of(folder))
 
 
 @pytest.mark.slow
@@ -327,31 +310,24 @@ def test_ctrl_c_leaves_nothing_behind(background: tuple[subprocess.Popen[str], P
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)  # as people do
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "the same command goes on from there" in text
-    wait_for(lambda: not processes_of(folder), seconds=15)
+    wait_for(lambda: not processes_of(folder), seconds=60)
 
 
 @pytest.mark.slow
 def test_engine_that_dies_inside_a_weight_sync_ends_the_run(background: tuple[subprocess.Popen[str], Path]) -> None:
     process, folder = background
-    running = processes_of(folder)
     # Ray writes the method that an actor runs into its process title.
-    trainer = next(p for p in running if "WorkerDict" in "".join(p.cmdline()))
-    engine = next(p for p in running if "EngineCore" in "".join(p.cmdline()))
+    trainer, engine = (named(processes_of(folder), part) for part in ("WorkerDict", "EngineCore"))
     title = Path(f"/proc/{trainer.pid}/cmdline")
     wait_for(lambda: b"update_weights" in title.read_bytes(), seconds=120, every=0.002)
     engine.kill()
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 1, text
     assert "weight sync: the rollout engine" in (folder / "train.log").read_text(errors="replace")
-    wait_for(lambda: not processes_of(folder), seconds=15)
-
-
-def named(folder: Path, part: str) -> psutil.Process:
-    """The first process of the run with this in its command line or title."""
-    return next(p for p in processes_of(folder) if part in " ".join(p.cmdline()))
+    wait_for(lambda: not processes_of(folder), seconds=60)
 
 
 @pytest.mark.slow
@@ -371,10 +347,10 @@ def test_a_killed_run_goes_on_where_it_was(victims: list[str], tmp_path: Path, d
     folder = tmp_path / "aggregation-countdown-tiny-128-vl_norm-seed0"
     tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
     launcher = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(lambda: tracker.exists() and int(tracker.read_text()) >= 2, 300)
+    wait_for(lambda: tracker.exists() and int(tracker.read_text() or 0) >= 2, 300)
     family = processes_of(folder)
     for victim in victims:
-        (psutil.Process(launcher.pid) if victim == "launcher" else named(folder, victim)).kill()
+        (psutil.Process(launcher.pid) if victim == "launcher" else named(family, victim)).kill()
     output = launcher.communicate(timeout=120)[0]
     if "launcher" not in victims:
         assert launcher.returncode == 1, output

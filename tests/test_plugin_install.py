@@ -20,7 +20,7 @@ PLATFORM = {} if older_verl.needed() else {"VERL_PLATFORM": "cpu"}
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return warm.python("-c", code, timeout=180, **(PLATFORM | environment))
+    return warm.python("-c", code, **(PLATFORM | environment))
 
 
 IS_ACTIVE = """

@@ -28,7 +28,7 @@ from pathlib import Path
 import pytest
 
 from tests import warm
-from tests.test_e2e import processes_of
+from tests.processes import processes_of
 from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.files import locked
 from vlnorm_verl.runs.process import TrainingFailed, last_lines, train
