@@ -10,10 +10,12 @@ method: `bash recipes/reproduce.sh each model=tiny`.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ import psutil
 import pytest
 
 from tests import warm
-from tests.processes import kill, named, processes_of, wait_for
+from tests.engine.ranks import free_port
+from tests.processes import kill, named, processes_of, wait_for, with_variable
 from vlnorm_verl.runs.process import read_metrics
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -393,40 +396,29 @@ def test_a_validation_that_a_crash_took_is_made(tmp_path: Path, data: Path) -> N
 
 # ------------------------------------------------------------------------------------------------------------ clusters
 
-PORT, DASHBOARD = 6391, 8291
-
-
-def ray(*arguments: str, **variables: str) -> None:
-    environment = {**os.environ, **variables}
-    subprocess.run(
-        [Path(sys.executable).with_name("ray"), *arguments],
-        env=environment,
-        check=True,
-        timeout=120,
-        capture_output=True,
-    )
-
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Callable[..., dict[str, str]]]:
-    """Starts a head and a second raylet, each with one logical GPU; gives the variables that a client needs."""
+def cluster() -> Iterator[Callable[..., dict[str, str]]]:
+    """Starts a head and a second raylet, each with one logical GPU; gives the variables of a client at that address."""
     from vlnorm_verl.cpu import cpu_environment
 
     # Ray tells nodes of one machine apart by port, and unpacks a job's files into the temporary folder: one each.
     folders = [Path(f"/tmp/vlnorm-{os.getpid()}-{node}") for node in (0, 1)]
     client = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}
+    mark = {"MARK": uuid.uuid4().hex}
+    ports = {"port": free_port(), "dashboard-port": free_port()}
     resources = ["--num-cpus=8", "--num-gpus=1", "--object-store-memory=300000000", "--disable-usage-stats"]
 
-    def start(second_python: str = sys.executable, **variables: str) -> dict[str, str]:
+    def start(address: str, second_python: str = sys.executable, **variables: str) -> dict[str, str]:
         for node, python in enumerate((sys.executable, second_python)):
             # As in an activated environment: a job's `python` is the raylet's.
             path = f"{Path(python).parent}:{os.environ['PATH']}"
             where = (
-                ["--head", "--node-ip-address=127.0.0.1", f"--port={PORT}", f"--dashboard-port={DASHBOARD}"]
+                ["--head", "--node-ip-address=127.0.0.1", *(f"--{name}={port}" for name, port in ports.items())]
                 if node == 0
-                else [f"--address=127.0.0.1:{PORT}"]
+                else [f"--address=127.0.0.1:{ports['port']}"]
             )
-            environment = {**os.environ, **cpu_environment(), **client, "PATH": path, **variables}
+            environment = {**os.environ, **cpu_environment(), **client, **mark, "PATH": path, **variables}
             subprocess.run(
                 [python, "-m", "ray.scripts.scripts", "start", *where, f"--temp-dir={folders[node]}", *resources],
                 env=environment,
@@ -434,10 +426,13 @@ def cluster(tmp_path: Path) -> Iterator[Callable[..., dict[str, str]]]:
                 timeout=120,
                 capture_output=True,
             )
-        return client
+        return client | {"RAY_ADDRESS": address.format(**ports)}
 
     yield start
-    ray("stop", "--force")
+    # Not `ray stop`, which ends every Ray of this machine.
+    kill(with_variable("MARK", mark["MARK"]))
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 MISSING = """
@@ -466,9 +461,9 @@ def test_a_ray_job_trains_on_two_nodes(
     cluster: Callable[..., dict[str, str]], without_package: str, tmp_path: Path, data: Path
 ) -> None:
     """No node has the plugin by an entry point, the second has no vlnorm_verl at all: Ray sends it with the job."""
-    client = cluster(second_python=without_package, VERL_USE_EXTERNAL_PLUGINS="none")
+    client = cluster("http://127.0.0.1:{dashboard-port}", without_package, VERL_USE_EXTERNAL_PLUGINS="none")
     arguments = command("countdown.sh", tmp_path / "runs", data, "method=vl_norm", "trainer.nnodes=2")
-    done = started(arguments, RAY_ADDRESS=f"http://127.0.0.1:{DASHBOARD}", **client)
+    done = started(arguments, **client)
     assert done.returncode == 0, done.stdout[-5000:]
     assert done.stdout.count("\nnode ") == 2
     folder = tmp_path / "runs" / "aggregation-countdown-tiny-128-vl_norm-seed0"
@@ -492,9 +487,9 @@ def test_a_node_without_the_package_is_named(
     """
     (packages,) = (tmp_path / "venv/lib").glob("python*/site-packages")
     (packages / "sitecustomize.py").write_text(MISSING)
-    client = cluster(second_python=without_package)
+    client = cluster("127.0.0.1:{port}", without_package)
     arguments = command("countdown.sh", tmp_path / "runs", data, "method=vl_norm", "trainer.nnodes=2")
-    done = started(arguments, RAY_ADDRESS=f"127.0.0.1:{PORT}", **client)
+    done = started(arguments, **client)
     assert done.returncode == 2, done.stdout[-3000:]
     assert "the run cannot work on every node" in done.stderr
     assert done.stderr.count("cannot import vlnorm_verl") == 1  # and the other node is not accused
