@@ -237,9 +237,9 @@ def test_hostile_text_never_raises(text: str) -> None:
 @pytest.mark.parametrize("piece", ["A:", "9", "A:9*9*", "((((", "A:2+3*4.", "\x00", "𝟙+"])
 def test_long_text_is_bounded(piece: str) -> None:
     text = piece * (5_000_000 // len(piece))
-    started = time.perf_counter()
+    started = time.thread_time()
     compute_score("any", text, ground_truth(PROBLEM))
-    assert time.perf_counter() - started < 0.1
+    assert time.thread_time() - started < 0.1
 
 
 # --- tokenizer and data files -------------------------------------------------------------------------------
