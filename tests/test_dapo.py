@@ -235,10 +235,7 @@ class Queue:
     def kv_clear(self, partition_id: str, keys: list[str]) -> None:
         for key in keys:
             self.prompts.pop(key, None)
-            if key in self.rows and key.split("_")[0] not in self.kept:
-                self.rows.pop(key)
-
-    kept: tuple[str, ...] = ()
+            self.rows.pop(key, None)
 
 
 def connected(monkeypatch: pytest.MonkeyPatch, queue: Queue) -> None:
