@@ -92,26 +92,19 @@ def users_losses() -> dict[str, tuple[Any, str | None]]:
     def geo_mean_inside(**batch: Any) -> Any:
         return get_policy_loss_fn("geo_mean")(**batch)
 
-    share = "its gradient depends on which responses share a micro-batch"
     part = "a part of its gradient does not go through agg_loss"
-    return {
-        "passes_sizes_on": (passes_sizes_on, None),
-        "metric_of_another_mode": (metric_of_another_mode, None),
-        "k3_to_old_policy_by_mode": (k3_to_old_policy_by_mode, None),
-        "vanilla_inside": (vanilla_inside, None),
-        "fixed_mode": (fixed_mode, "the policy loss 'fixed_mode' calls agg_loss with 'token-mean' whatever the mode"),
-        "own_mean": (own_mean, "never calls agg_loss"),
-        "only_a_metric": (only_a_metric, "never calls agg_loss"),
-        "needs_more": (needs_more, "it raised KeyError on four short responses ('teacher_log_prob')"),
-        "narrow_mask": (narrow_mask, "another mask than response_mask"),
-        "mean_beside": (mean_beside, part),
-        "k2_to_old_policy": (k2_to_old_policy, part),
-        "hinge_beyond_the_clip_range": (hinge_beyond_the_clip_range, part),
-        "divides_by_micro_batch": (divides_by_micro_batch, share),
-        "divides_by_width": (divides_by_width, share),
-        "own_m": (own_m, "loss_scale_factor=4, and the mini-batch has 7"),
-        "geo_mean_inside": (geo_mean_inside, "the policy loss 'geo_mean' never calls agg_loss"),
+    refusals: dict[str | None, tuple[Any, ...]] = {
+        None: (passes_sizes_on, metric_of_another_mode, k3_to_old_policy_by_mode, vanilla_inside),
+        "the policy loss 'fixed_mode' calls agg_loss with 'token-mean' whatever the mode": (fixed_mode,),
+        "never calls agg_loss": (own_mean, only_a_metric),
+        "it raised KeyError on four short responses ('teacher_log_prob')": (needs_more,),
+        "another mask than response_mask": (narrow_mask,),
+        part: (mean_beside, k2_to_old_policy, hinge_beyond_the_clip_range),
+        "its gradient depends on which responses share a micro-batch": (divides_by_micro_batch, divides_by_width),
+        "loss_scale_factor=4, and the mini-batch has 7": (own_m,),
+        "the policy loss 'geo_mean' never calls agg_loss": (geo_mean_inside,),
     }
+    return {loss.__name__: (loss, refusal) for refusal, losses in refusals.items() for loss in losses}
 
 
 def test_a_users_policy_loss_is_tried() -> None:
