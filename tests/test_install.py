@@ -214,9 +214,11 @@ def test_the_gpu_stack_does_not_take_another_python_than_it_was_asked_for(tmp_pa
 # -------------------------------------------------------------------------------------------- recipes/installer.sh
 
 
-def installer(folder: Path, command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def installer(
+    folder: Path, command: str, python: str = f'exec {sys.executable} "$@"', **variables: str
+) -> subprocess.CompletedProcess[str]:
     """`command` after recipes/installer.sh, with this Python's pip and a PATH of `folder`/path and the system's."""
-    script(folder / "target" / "bin" / "python", f'exec {sys.executable} "$@"')
+    script(folder / "target" / "bin" / "python", python)
     offline = {"PATH": f"{folder}/path:/usr/bin:/bin", "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
     lines = f"set -euo pipefail; target={folder}/target; source {PROJECT}/recipes/installer.sh; {command}"
     return subprocess.run(
@@ -253,10 +255,7 @@ def test_uv_is_enough_for_an_environment_without_pip(tmp_path: Path) -> None:
     script(tmp_path / "path" / "uv", 'echo "$@"')
     script(tmp_path / "path" / "python3", "exit 1")
     installed = "index=https://one.invalid/simple install package; install another; uninstall package"
-    lines = f"set -euo pipefail; target={tmp_path}/target; source {PROJECT}/recipes/installer.sh; {installed}"
-    environment = {"PATH": f"{tmp_path}/path:/usr/bin:/bin"}
-    script(tmp_path / "target" / "bin" / "python", "exit 1")
-    done = subprocess.run(["bash", "-c", lines], env=environment, capture_output=True, text=True, timeout=60)
+    done = installer(tmp_path, installed, python="exit 1")
     assert done.returncode == 0, done.stderr
     where = f"--python {tmp_path}/target/bin/python"
     assert done.stdout.splitlines() == [
