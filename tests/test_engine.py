@@ -1,8 +1,6 @@
 """verl's real FSDP2 engine with the plugin: every gradient is Σ x_i g_i (tests/engine/scenarios.py says what runs)."""
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +18,10 @@ Run = tuple[str, Rows]  # number type, what scenarios.py writes
 @pytest.fixture(
     scope="module", params=[*EVERY_COMMIT, *(pytest.param(run, marks=pytest.mark.slow) for run in SLOW)], ids=str
 )
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(request: pytest.FixtureRequest) -> Run:
     ranks, dtype, modes = request.param
-    out: Path = tmp_path_factory.mktemp("engine") / "results.json"
-    options = ("--ranks", str(ranks), "--dtype", dtype, "--out", str(out), *(("--mode", *modes) if modes else ()))
-    done = warm.python("-m", "tests.engine.scenarios", *options, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dtype, json.loads(out.read_text())
+    options = ("--ranks", str(ranks), "--dtype", dtype, *(("--mode", *modes) if modes else ()))
+    return dtype, warm.results("scenarios", *options)
 
 
 def rows(results: Rows, name: str) -> Rows:

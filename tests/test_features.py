@@ -1,7 +1,5 @@
 """Policy losses and features of verl on its real FSDP2 engine; tests/engine/features.py says what runs."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,14 +28,10 @@ Run = tuple[int, str, Rows]  # ranks, number type, what features.py writes
     ],
     ids=lambda run: f"{run[0]} ranks, {run[1]}, {'some' if run[2] else 'all'} rows",
 )
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(request: pytest.FixtureRequest) -> Run:
     """The rows; as many are exact, and as many refused, as the last numbers of the parameters say."""
     ranks, dtype, only, counts = request.param
-    out: Path = tmp_path_factory.mktemp("features") / "results.json"
-    options = ("--ranks", str(ranks), "--dtype", dtype, "--out", str(out), *(("--only", *only) if only else ()))
-    done = warm.python("-m", "tests.engine.features", *options, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = json.loads(out.read_text())
+    rows = warm.results("features", "--ranks", str(ranks), "--dtype", dtype, *(("--only", *only) if only else ()))
     assert (len(of_kind(rows, "exact")), len(of_kind(rows, "refused"))) == counts
     return ranks, dtype, rows
 

@@ -1,8 +1,6 @@
 """verl's engines other than FSDP2 (tests/engine/other_engines.py says what runs, docs/engines.md what follows)."""
 
 import functools
-import json
-import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -36,12 +34,7 @@ REFUSED_BEFORE = since("0.9.0", "the layout is refused")
 
 @functools.cache
 def results_of(engine: str, packages: Path) -> Rows:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "results.json"
-        options = ("--engine", engine, "--packages", str(packages), "--out", str(out))
-        done = warm.python("-m", "tests.engine.other_engines", *options, timeout=400)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return json.loads(out.read_text())
+    return warm.results("other_engines", "--engine", engine, "--packages", str(packages))
 
 
 @pytest.fixture

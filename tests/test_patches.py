@@ -271,12 +271,9 @@ def test_plugin_leaves_the_mode_to_a_patched_verl_and_says_so(
 
 
 @pytest.mark.slow
-def test_plugin_beside_the_registry_answers_for_its_own_modes(tree: Callable[[str], Path], tmp_path: Path) -> None:
+def test_plugin_beside_the_registry_answers_for_its_own_modes(tree: Callable[[str], Path]) -> None:
     """The patched losses ask the registry for the mode; the plugin's modes are not in it."""
-    out = tmp_path / "results.json"
-    arguments = ["-m", "tests.engine.features", "--ranks", "1", "--dtype", "float64", "--out", str(out)]
-    done = python(tree(REGISTRY), *arguments, "--only", "KL loss", "critic", plugin="auto")
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = json.loads(out.read_text())
+    options = ("--ranks", "1", "--dtype", "float64", "--only", "KL loss", "critic")
+    rows = warm.results("features", *options, PYTHONPATH=str(tree(REGISTRY)), VERL_USE_EXTERNAL_PLUGINS="auto")
     assert [row["row"] for row in rows] == ["KL loss", "critic", "critic, dynamic, tool masks"]
     assert all(row["kind"] == "exact" and row["error"] <= TOLERANCE["float64"] for row in rows), rows

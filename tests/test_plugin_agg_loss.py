@@ -3,8 +3,6 @@
 Gradients of our modes in verl's engine: test_engine.py.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,15 +82,10 @@ def test_stock_modes_compile_to_one_graph_as_without_the_plugin(monkeypatch: pyt
     assert len(graphs) == 1
 
 
-def test_stock_modes_are_bit_identical_with_and_without_the_plugin(tmp_path: Path) -> None:
+def test_stock_modes_are_bit_identical_with_and_without_the_plugin() -> None:
     """Whole gradients of the real engine on two ranks, and metrics, with the package's entry point on and off."""
-    results = []
-    for switch in ("auto", "none"):
-        out = tmp_path / f"{switch}.json"
-        options = ("--ranks", "2", "--dtype", "float32", "--stock", "--out", str(out))
-        done = warm.python("-m", "tests.engine.scenarios", *options, VERL_USE_EXTERNAL_PLUGINS=switch)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(json.loads(out.read_text()))
+    options = ("--ranks", "2", "--dtype", "float32", "--stock")
+    results = [warm.results("scenarios", *options, VERL_USE_EXTERNAL_PLUGINS=switch) for switch in ("auto", "none")]
     assert [row["plugin"] for row in results[0]] == [True] * len(results[0])
     assert [row["plugin"] for row in results[1]] == [False] * len(results[1])
     for with_plugin, without in zip(*results, strict=True):

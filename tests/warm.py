@@ -61,6 +61,15 @@ def python(
     return subprocess.CompletedProcess(arguments, code, out, err)
 
 
+def results(program: str, *options: str, **environment: str) -> Any:
+    """What a program of tests/engine writes to --out."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "results.json"
+        done = python("-m", f"tests.engine.{program}", *options, "--out", str(out), timeout=500, **environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(out.read_text())
+
+
 @functools.cache
 def _server() -> Any:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
