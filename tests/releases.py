@@ -87,7 +87,7 @@ VERL_TESTS = (
 VERL_TESTS_OF_MORE_CPUS = ("test_reissue_inflight_on_cpu.py", "test_replay_buffer_on_cpu.py")
 # They want NCCL or flash-attn on any machine, and take minutes to say so.
 VERL_TESTS_OF_GPUS = "not test_distributed_mean and not test_distributed_masked and not distributed_params"
-TEST_SECONDS, PART_SECONDS = 120, 1800
+TEST_SECONDS, PART_SECONDS = 300, 1800
 HEAD = """# Releases of verl
 
 Written by `bash recipes/test_releases.sh`, and copied: `cp .releases/table.md docs/results/releases.md`.

@@ -28,6 +28,8 @@ from tests.engine.ranks import free_port
 from tests.processes import kill, named, processes_of, wait_for, with_variable
 from vlnorm_verl.runs.process import read_metrics
 
+pytestmark = pytest.mark.timeout(1800)  # up to three runs in a test, each with a limit of its own
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 ACCURACY = "val-core/vlnorm_tiny_countdown/acc/mean@8"
 # The fewest responses that still make two mini-batches of whole groups a step.
