@@ -5,13 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.processes import wait_for
 from vlnorm_verl.files import locked
 from vlnorm_verl.runs import process
 from vlnorm_verl.runs.process import train
@@ -51,13 +50,6 @@ def running(pid: int) -> bool:
     return False
 
 
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_steps_are_whole_and_nothing_is_left_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "STOP_SECONDS", 2.0)  # where SIGINT is ignored, as behind nohup
     with locked(tmp_path) as lock:
@@ -65,7 +57,7 @@ def test_steps_are_whole_and_nothing_is_left_running(tmp_path: Path, monkeypatch
         with contextlib.closing(records):
             assert [next(records), next(records)] == [{"step": 1, "data": {"a": 0.5}}, {"step": 2, "data": {}}]
             assert all(map(running, processes(tmp_path)))
-        until(lambda: not any(map(running, processes(tmp_path))))
+        wait_for(lambda: not any(map(running, processes(tmp_path))), 120)
 
 
 def test_a_folder_stays_locked_while_the_trainer_of_a_killed_launcher_runs(tmp_path: Path) -> None:
@@ -86,4 +78,4 @@ def test_a_folder_stays_locked_while_the_trainer_of_a_killed_launcher_runs(tmp_p
             return True
         return False
 
-    until(free)
+    wait_for(free, 120)
