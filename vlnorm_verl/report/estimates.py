@@ -159,7 +159,7 @@ def _nested(values: list[np.ndarray], sizes: list[tuple[int, ...]], rate: bool) 
     within = [_over_problems(of_seed, size) for of_seed, size in zip(values, sizes, strict=True)]
     of_problems = sum(variance for variance, _ in within) / count**2
     quantile = t_quantile(sum(freedom for _, freedom in within))
-    half = max(float(t_half_width(means)), quantile * of_problems**0.5)
+    half = max(t_half_width(means), quantile * of_problems**0.5)
     return _around(value, half, min(map(len, values)), rate).noted(note)
 
 
@@ -171,20 +171,13 @@ def over_seeds(values: Sequence[float], low: float = -np.inf, high: float = np.i
         return Estimate(value).of_one_seed()
     if np.ptp(numbers) <= 1e-6 * np.abs(numbers).max():  # tensorboard's float32
         return Estimate(value, note="the same in every seed")
-    half = float(t_half_width(numbers))
+    half = t_half_width(numbers)
     return Estimate(value, max(low, value - half), min(high, value + half))
 
 
-def t_half_width(values: np.ndarray) -> np.ndarray:
-    """Half the width of Student's 95% interval of the mean over the first axis of values [S, …], NaN left out.
-
-    Of fewer than two values it is what a standard deviation of 0 would give.
-    """
-    from scipy.stats import t
-
-    count = np.maximum(np.isfinite(values).sum(axis=0), 2)
-    spread = np.sqrt(np.nansum((values - np.nanmean(values, axis=0)) ** 2, axis=0) / (count - 1))
-    return np.asarray(t.isf(TAIL, count - 1) * spread / np.sqrt(count))
+def t_half_width(values: np.ndarray) -> float:
+    """Half the width of Student's 95% interval of the mean of two values or more."""
+    return float(t_quantile(len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def rank_correlation(curve: np.ndarray, values: np.ndarray, sizes: tuple[int, ...]) -> Estimate:
@@ -266,7 +259,7 @@ def _interval(samples: list[np.ndarray], sizes: tuple[int, ...], rate: bool) -> 
     half = quantile * variance**0.5
     if several := len(first) > 1:
         rest = sum(_rest(values, sizes) for values in samples)
-        of_seeds = sum(float(t_half_width(values.mean(1))) ** 2 for values in samples)
+        of_seeds = sum(t_half_width(values.mean(1)) ** 2 for values in samples)
         half = max(half, (of_seeds + quantile**2 * max(0.0, variance - rest)) ** 0.5)
     estimate = _around(value, half, len(of_problems), rate)
     if several or half < NOTHING:
