@@ -12,7 +12,7 @@ from math import isfinite, nan
 import numpy as np
 
 from vlnorm_verl.report.estimates import Estimate, over_seeds
-from vlnorm_verl.report.measures import accuracy_curve, of_seed, trailing_mean, unfinished, validated_steps
+from vlnorm_verl.report.measures import accuracy_curve, same_seed, trailing_mean, unfinished, validated_steps
 from vlnorm_verl.report.run import Run
 
 
@@ -145,9 +145,7 @@ def speed_up(runs: Sequence[Run], reference: Sequence[Run], smooth: int) -> Spee
     if no pair has validations after the first step.
     """
     notes = []
-    if {run.seed for run in runs} & {run.seed for run in reference}:
-        pairs = [(run, other) for run in runs if (other := of_seed(reference, run.seed)) is not None]
-    else:
+    if not (pairs := same_seed(runs, reference)):
         pairs = list(zip(runs, reference, strict=False))
         notes.append("other seeds")
     compared = [(run, other, hits) for run, other in pairs if (hits := first_hits(run, other, smooth)) is not None]

@@ -42,8 +42,9 @@ def passes(validation: Validation) -> dict[str, float]:
     return dict(zip([validation.problems[index] for index in kept], values.tolist(), strict=True))
 
 
-def of_seed(runs: Sequence[Run], seed: int) -> Run | None:
-    return next((run for run in runs if run.seed == seed), None)
+def same_seed(runs: Sequence[Run], reference: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Each run with the one of the reference that has its seed."""
+    return [(run, other) for run in runs for other in reference if run.seed == other.seed]
 
 
 # ------------------------------------------------------------------------------------------------------- over steps
@@ -306,13 +307,8 @@ def _difference_at(runs: Sequence[Run], reference: Sequence[Run], step: int) -> 
 
 def _pairs_of_seeds(runs: Sequence[Run], reference: Sequence[Run], step: int) -> list[tuple[Scores, Scores]]:
     """The scores of each seed that has a dump on both sides, which may be of problems of its own."""
-    pairs = []
-    for run in runs:
-        other = of_seed(reference, run.seed)
-        table, other_table = scores([run], step), scores([other] if other else [], step)
-        if table is not None and other_table is not None:
-            pairs.append((table, other_table))
-    return pairs
+    pairs = [(scores([run], step), scores([other], step)) for run, other in same_seed(runs, reference)]
+    return [(table, other) for table, other in pairs if table is not None and other is not None]
 
 
 def own_best(runs: Sequence[Run]) -> float | None:
