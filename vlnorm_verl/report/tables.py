@@ -15,7 +15,6 @@ and a column in which no row says anything is left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import isnan
 
 from vlnorm_verl.methods import label_of
@@ -71,7 +70,7 @@ def tables(compared: Comparison, smooth: int | None = None) -> list[Table]:
     return [table for table in made if table is not None] + [inputs(compared)]
 
 
-def _table(name: str, rows: list[Row], foot: list[str], hidden: Sequence[str] = (), **options: object) -> Table | None:
+def _table(name: str, rows: list[Row], foot: list[str], **options: object) -> Table | None:
     """Without the columns in which no row says anything; None without a row, or if only setting and method are left."""
 
     def says(cell: Cell) -> bool:
@@ -84,8 +83,7 @@ def _table(name: str, rows: list[Row], foot: list[str], hidden: Sequence[str] = 
     if len(columns) < 3:
         return None
     cells = [[row.get(heading) for heading in columns] for row in rows]
-    hidden = [column for column in hidden if column in columns]
-    return Table(name, TITLES[name], columns, cells, foot, hidden=tuple(hidden), grouped=True, **options)  # type: ignore[arg-type]
+    return Table(name, TITLES[name], columns, cells, foot, grouped=True, **options)  # type: ignore[arg-type]
 
 
 def _start(compared: Comparison, group: Group) -> Row:
@@ -239,7 +237,7 @@ def _sets(compared: Comparison) -> Table | None:
 
 def _speed_up(compared: Comparison, smooth: int | None) -> Table | None:
     rows: list[Row] = []
-    hidden: dict[str, None] = {}
+    hidden: tuple[str, ...] = ()
     for higher, lower, raw in compared.pairs:
         window = smoothing(runs_of(by_setting(compared.validated)[higher.setting]), smooth)
         smoothed = speed_up(compared.validated[higher], measures.final_runs(compared.validated[lower]), window)
@@ -264,7 +262,7 @@ def _speed_up(compared: Comparison, smooth: int | None) -> Table | None:
                 f"{name}: last step / first hit": hits.by_last,
                 f"{name}: first hit / first hit": hits.by_first,
             }
-        hidden |= dict.fromkeys(more)
+        hidden = tuple(more)
         rows.append(row | more)
     foot = [
         "Target: the other method's accuracy at its last validation, of the seeds that its result is of. A first hit "
@@ -276,7 +274,7 @@ def _speed_up(compared: Comparison, smooth: int | None) -> Table | None:
         "other too was at its own final accuracy before its last step: first hit / first hit does not.",
         *paper.sources([pair.higher for pair in compared.pairs], ("first_hit", "speed_up")),
     ]
-    return _table("speedup", rows, foot, [*hidden], digits_of={"first hit / first hit": 2})
+    return _table("speedup", rows, foot, hidden=hidden, digits_of={"first hit / first hit": 2})
 
 
 def _first(hits: SpeedUp) -> str:
