@@ -178,7 +178,8 @@ def _write(
     accuracy, drawn = charts(compared, request.smooth, plots_asked)
     looks = labels.looks(group.key for group in compared.groups)
     found = verdicts(compared)
-    several, odd = several_at_once(found), look_at(compared)
+    several = several_at_once(found)
+    odd = {what: shortened(which) for what, which in look_at(compared).items()}
     write_tables(made, out / "tables")
     named = {table.name: table for table in made}
     pictures: list[Figure] = []
@@ -198,7 +199,7 @@ def _write(
     lead = Lead(found, several, odd, looks)
     write_page(page, "Report on runs of verl", [origin], _parts(compared, accuracy, drawn, named), lead)
     said = [verdict.sentence() for verdict in found] or ["No validation in these runs: nothing can be compared."]
-    said += [f"Look at: {what}: {shortened(which)}." for what, which in odd.items()]
+    said += [f"Look at: {what}: {which}." for what, which in odd.items()]
     said += [several] if several else []
     return [*map(one_line, said), f"page: {page}", f"tables: {out / 'tables'}"], files
 

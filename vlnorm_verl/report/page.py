@@ -19,7 +19,7 @@ from vlnorm_verl.report.examples import Example
 from vlnorm_verl.report.labels import Look
 from vlnorm_verl.report.style import DOTS, Figure
 from vlnorm_verl.report.table import Table, layout_of
-from vlnorm_verl.report.verdict import Verdict, shortened
+from vlnorm_verl.report.verdict import Verdict
 from vlnorm_verl.report.writers import FORMATS
 
 SVG_LIMIT = 400_000  # bytes; a larger figure is put into the page as PNG
@@ -33,7 +33,7 @@ class Lead:
 
     verdicts: Sequence[Verdict]
     several: str
-    look_at: dict[str, list[str]]
+    look_at: dict[str, str]
     looks: dict[str, Look]
 
 
@@ -66,17 +66,16 @@ def write_page(path: Path, title: str, intro: list[str], parts: Sequence[Part], 
         parts: in order.
         lead: what a report begins with; charts need its looks.
     """
-    page = _Page(lead or Lead((), "", {}, {}))
+    page = _Page(lead.looks if lead else {})
     shown = [page.entry(part) for part in parts]
     script = (FOLDER / "charts.js").read_text() if page.charts else ""
-    data = json.dumps(svg.data(page.charts, page.lead.looks), separators=(",", ":"), ensure_ascii=False)
+    data = json.dumps(svg.data(page.charts, page.looks), separators=(",", ":"), ensure_ascii=False)
     text = _template().render(
         title=title,
         intro=intro,
         lead=lead,
-        look_at={what: shortened(which) for what, which in page.lead.look_at.items()},
         frame=svg.FRAME,
-        looks=list(page.lead.looks.values()) if page.charts else [],
+        looks=list(page.looks.values()) if page.charts else [],
         parts=shown,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -89,7 +88,7 @@ def write_page(path: Path, title: str, intro: list[str], parts: Sequence[Part], 
 class _Page:
     """What the template shows of each part. charts: those met so far, in order."""
 
-    lead: Lead
+    looks: dict[str, Look]
     anchors: set[str] = field(default_factory=lambda: {"data", "tools", "tip", "frame"})  # what the script looks up
     charts: list[Chart] = field(default_factory=list)
 
@@ -104,8 +103,7 @@ class _Page:
         elif isinstance(part, Chart):
             self.charts.append(part)
             panels = [
-                {"title": shown.title, "svg": svg.panel(shown, self.lead.looks), "note": shown.note}
-                for shown in part.panels
+                {"title": shown.title, "svg": svg.panel(shown, self.looks), "note": shown.note} for shown in part.panels
             ]
             entry |= {"kind": "chart", "panels": panels, "caption": part.caption}
         elif isinstance(part, Fold):
