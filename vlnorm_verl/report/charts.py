@@ -163,9 +163,7 @@ def _pair(pair: Pair, groups: Groups) -> Panel:
     hits, name, other = pair.hits, pair.higher.label, pair.lower.label
     marks = [Mark(pair.lower.key, hits.reference_first, hits.reference_hit, False)]
     marks += [Mark(pair.higher.key, hits.first, hits.hit, True)] if hits.first is not None else []
-    times = f", {hits.times_sooner} sooner than {other}'s last step" if hits.times_sooner else ""
-    times += f", in {hits.reached} of {hits.pairs} seeds" if hits.reached < hits.pairs else ""
-    words = f"{name} reaches it at step {hits.hit}{times}" if hits.hit else f"{name} has not reached it"
+    words = f"{name} reaches it {hits.when(other)}" if hits.hit else f"{name} has not reached it"
     notes = f" ({hits.note})" if hits.note else ""
     return Panel(
         f"{name} against {other}",

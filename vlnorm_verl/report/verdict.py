@@ -135,9 +135,7 @@ def _reach(runs: Sequence[Run], other: Sequence[Run], name: str) -> str:
     hits = speed_up(runs, measures.final_runs(other), 1)
     if hits is None or hits.first is None:
         return ""
-    times = f", {hits.times_sooner} sooner than {name}'s last step" if hits.times_sooner else ""
-    seeds = f", in {hits.reached} of {hits.pairs} seeds" if hits.reached < hits.pairs else ""
-    return f"It reaches {name}'s final accuracy at step {hits.hit}{times}{seeds}."
+    return f"It reaches {name}'s final accuracy {hits.when(name)}."
 
 
 def step_of(runs: Sequence[Run]) -> str:
