@@ -64,7 +64,10 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """smooth: steps of the trailing mean of each seed, 1 for none. target: a line across, with marks on it."""
+    """series: one or more, none without a step. smooth: steps of the trailing mean of each seed, 1 for none.
+
+    target: a line across, with marks on it.
+    """
 
     title: str
     series: list[Series]
@@ -126,11 +129,10 @@ def charts(
         "seed's end: the mean of the others."
     )
     accuracy = Chart("accuracy", "Accuracy over training", caption, panels)
-    rest = {
-        setting: [_reached(setting, compared), _training(setting, groups, smooth, plots)]
-        for setting, groups in by_setting(compared.groups).items()
-    }
-    others = {setting: [chart for chart in drawn if chart.panels] for setting, drawn in rest.items()}
+    others = {}
+    for setting, groups in by_setting(compared.groups).items():
+        drawn = _reached(setting, compared), _training(setting, groups, smooth, plots)
+        others[setting] = [chart for chart in drawn if chart.panels]
     return [accuracy] if panels else [], others
 
 
@@ -206,8 +208,7 @@ def _training(setting: Setting, groups: Groups, smooth: int | None, plots: Seque
 def _binned(key: str, run: Run, metric: str, width: int) -> Series | None:
     """A metric's means over bins of `width` steps, at the bins' middles; None where the run has no value of it."""
     values = measures.entropy_per_token(run) if metric == "actor/entropy" else run.metrics.get(metric)
-    has = np.isfinite(values) & (run.steps > 0) if values is not None else np.zeros(0, dtype=bool)
-    if values is None or not has.any():
+    if values is None or not (has := np.isfinite(values) & (run.steps > 0)).any():
         return None
     bins = (run.steps[has] - 1) // width
     each, index = np.unique(bins, return_inverse=True)
@@ -263,9 +264,7 @@ def y_range(panel: Panel, means: Mapping[str, Mean]) -> tuple[float, float]:
     """Of the axis: from the 1% to the 99% quantile of what is drawn, and the target, with a margin."""
     ranges = [part for mean in means.values() for part in (mean.low, mean.high)]
     alone = [series.values for series in panel.series if not len(means[series.key].steps)]  # drawn seed by seed
-    values = np.concatenate([np.empty(0), *ranges, *alone])
-    if not len(values):
-        return 0.0, 1.0
+    values = np.concatenate([*ranges, *alone])
     outer = 0.01 if len(values) > 50 else 0.0
     low, high = float(np.quantile(values, outer)), float(np.quantile(values, 1 - outer))
     if panel.target is not None:

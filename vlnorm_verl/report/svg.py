@@ -32,7 +32,7 @@ def panel(shown: Panel, looks: dict[str, Look]) -> str:
     """One panel over steps."""
     means = by_method(shown.series, shown.smooth)
     low, high = y_range(shown, means)
-    last = max((float(series.steps[-1]) for series in shown.series if len(series.steps)), default=1.0) or 1.0
+    last = max(float(series.steps[-1]) for series in shown.series) or 1.0
 
     def x(step: Any) -> Any:
         return LEFT + (WIDTH - LEFT - RIGHT) * step / last
