@@ -40,9 +40,6 @@ class Setting(NamedTuple):
     length: str = ""
 
 
-NO_SETTING = Setting()
-
-
 @dataclass(kw_only=True)
 class Identity:
     """What a run is, as far as it is known.
@@ -55,7 +52,7 @@ class Identity:
     rest: what they say beside method and seed. named: whether the method is of names, or not known.
     """
 
-    setting: Setting = NO_SETTING
+    setting: Setting = field(default_factory=Setting)
     method: str = ""
     alpha: float | None = None
     seed: int = UNKNOWN_SEED
