@@ -352,7 +352,7 @@ def accuracies_of(runs: Sequence[Run]) -> tuple[set[str], set[int]]:
     """
     logged = [accuracy for run in runs for accuracy in logged_accuracies(run).values()]
     dumped = [validation for run in runs for sets in run.validations.values() for validation in sets.values()]
-    counts = {accuracy.n for accuracy in logged} | {int(counts.n.max()) for counts in dumped if len(counts.n)}
+    counts = {accuracy.n for accuracy in logged} | {int(counts.n.max()) for counts in dumped}
     return {accuracy.variable for accuracy in logged}, (counts - {0}) or counts
 
 
