@@ -57,7 +57,7 @@ def write_run(
         "trainer": {"total_training_steps": planned},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    lines = [json.dumps({"step": step, "data": accuracy(value, name)}) + "\n" for step, value in curve.items()]
+    lines = [record(step, **accuracy(value, name)) for step, value in curve.items()]
     (folder / "metrics-000.jsonl").write_text("".join(lines))
     for step, problems in (dumps or {}).items():
         (folder / "validation").mkdir(exist_ok=True)

@@ -209,7 +209,7 @@ def test_a_run_with_dumps_and_no_records_is_in_every_part_of_the_report(tmp_path
 def test_accuracies_that_are_not_avg_at_8_are_not_called_so(tmp_path: Path) -> None:
     folder = write_run(tmp_path, curve={10: 0.5})
     data = {"val-core/set/reward/mean@1": 0.25, "val-core/set/reward/best@8/mean": 0.75}
-    (folder / "metrics-000.jsonl").write_text(json.dumps({"step": 10, "data": data}) + "\n")
+    (folder / "metrics-000.jsonl").write_text(record(10, **data))
     (row,) = made([run := read_one(folder)], "results")
     assert row["Avg@1"].value == 0.25
     assert row["verl's best@8"] == 0.75
@@ -226,7 +226,7 @@ def test_a_reward_that_is_no_share_is_in_its_own_unit(tmp_path: Path) -> None:
         for seed in (0, 1):
             folder = write_run(tmp_path, method, seed, curve={0: 0.5, 10: 0.5}, planned=10)
             data = [{"val-core/set/reward/mean@8": reward + seed / 50} for reward in rewards]
-            records = [json.dumps({"step": 10 * i, "data": of_step}) + "\n" for i, of_step in enumerate(data)]
+            records = [record(10 * i, **of_step) for i, of_step in enumerate(data)]
             (folder / "metrics-000.jsonl").write_text("".join(records))
     runs = read(tmp_path)
     assert not measures.is_rate(runs)
@@ -256,7 +256,7 @@ def write_math(root: Path, method: str, right: dict[str, int], seed: int = 0, fi
     recipe = {"task": "math", "alpha": 0.75}
     folder = write_run(root, method, seed, curve={0: 0.0}, recipe=recipe)
     data = {key: v for name, count in right.items() for key, v in accuracy(count / 8, name).items()}
-    (folder / "metrics-000.jsonl").write_text(json.dumps({"step": 1000, "data": data}) + "\n")
+    (folder / "metrics-000.jsonl").write_text(record(1000, **data))
     (folder / "validation").mkdir()
     lines = [
         dump_line(f"{name} {i}", float(r < right[name]), **({"validation_set": name} if field else {}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -91,7 +90,7 @@ def test_a_run_without_metrics_is_named_and_breaks_nothing(tmp_path: Path) -> No
 
 def test_a_label_is_the_method_and_several_seeds_are_counted(tmp_path: Path) -> None:
     for name, value in (("x", 0.5), ("y", 0.7)):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"step": 5, "data": accuracy(value)}) + "\n")
+        (tmp_path / f"{name}.jsonl").write_text(record(5, **accuracy(value)))
     runs = read(f"token-mean={tmp_path}/x.jsonl", f"token-mean={tmp_path}/y.jsonl", f"vl_norm:0.5={tmp_path}/x.jsonl")
     assert [run.method_key for run in runs] == ["dapo_norm", "dapo_norm"]  # the third is the first again
     assert [run.seed for run in runs] == [0, 1]
@@ -124,7 +123,7 @@ def test_a_label_of_several_runs_only_names_those_that_say_their_method(tmp_path
     alone = read_one(f"grpo_norm={tmp_path}/runs/dapo_norm-0")
     assert (alone.name, alone.method_key) == ("grpo_norm", "grpo_norm")
     for name in ("x", "y"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"step": 5, "data": accuracy(0.5)}) + "\n")
+        (tmp_path / f"{name}.jsonl").write_text(record(5, **accuracy(0.5)))
     (tmp_path / "runs").rename(tmp_path / ".hidden")
     assert [run.method_key for run in read(f"dr_grpo={tmp_path}")] == ["dr_grpo", "dr_grpo"]
 
@@ -158,7 +157,7 @@ def test_several_experiments_in_one_folder_share_no_configuration_and_no_dumps(t
 
 
 def test_a_plain_run_of_verl_with_hydras_configuration(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 7, "data": accuracy(0.5)}) + "\n")
+    (tmp_path / "log.jsonl").write_text(record(7, **accuracy(0.5)))
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "config.yaml").write_text(
         "base: ${oc.env:NOT_SET_ANYWHERE}/x\n"

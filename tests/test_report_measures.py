@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.report_runs import KEY, accuracy, foot, looked_at, made, put, random_dump, read, read_one, text, write_run
+from tests.report_runs import KEY, foot, looked_at, made, put, random_dump, read, read_one, record, text, write_run
 from vlnorm_verl.report import first_hit, groups, measures, verdict
 from vlnorm_verl.report.identity import Setting
 from vlnorm_verl.report.run import Run
@@ -387,15 +387,9 @@ def test_smoothing_treats_both_curves_and_the_target_alike(tmp_path: Path) -> No
 
 def test_smoothing_is_over_the_same_steps_for_runs_validated_at_other_distances(tmp_path: Path) -> None:
     often = {step: 0.5 + 0.4 * (step % 20 == 10) for step in range(0, 101, 10)}
-    put(
-        tmp_path / "vl_norm.jsonl",
-        "".join(json.dumps({"step": s, "data": accuracy(v)}) + "\n" for s, v in often.items()),
-    )
     rarely = {0: 0.4, 50: 0.5, 100: 0.6}
-    put(
-        tmp_path / "token-mean.jsonl",
-        "".join(json.dumps({"step": s, "data": accuracy(v)}) + "\n" for s, v in rarely.items()),
-    )
+    for name, curve in (("vl_norm", often), ("token-mean", rarely)):
+        put(tmp_path / f"{name}.jsonl", "".join(record(step, **{KEY: value}) for step, value in curve.items()))
     runs = read(tmp_path)
     assert first_hit.smoothing(runs, None) == 150
     assert first_hit.smoothing(runs, 20) == 20
@@ -505,8 +499,7 @@ def test_entropy_is_nats_a_token_where_the_modes_scale_is_known(
 ) -> None:
     if mode == "vl_norm":  # Σ L^(1-α) and M Σ L^-α
         more = {"actor/vl_norm/weighted_tokens": 3.0, "actor/vl_norm/divisor": 64 * (1 / 3 + 1 / 10 + 1 / 2000)}
-    record = {"step": 1, "data": {"actor/entropy": logged, **more}}
-    run = read_one(put(tmp_path / f"{mode}.jsonl", json.dumps(record) + "\n"))
+    run = read_one(put(tmp_path / f"{mode}.jsonl", record(1, actor__entropy=logged, **more)))
     run.scale_factor = 64.0
     found = measures.entropy_per_token(run)
     assert found is None if expected is None else found == pytest.approx([expected])

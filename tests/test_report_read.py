@@ -130,9 +130,7 @@ def test_what_a_run_logged_after_the_step_it_is_resumed_from_is_left_out(tmp_pat
 def test_a_run_that_starts_over_has_nothing_of_its_first_start(tmp_path: Path) -> None:
     dumps = {step: {"p": [step > 5] * 8, "q": [1] * 8} for step in (0, 5, 10)}
     folder = write_run(tmp_path, dumps=dumps, planned=10)
-    (folder / "metrics-001.jsonl").write_text(
-        "".join(json.dumps({"step": step, "data": accuracy(0.5)}) + "\n" for step in (0, 5))
-    )
+    (folder / "metrics-001.jsonl").write_text("".join(record(step, **accuracy(0.5)) for step in (0, 5)))
     run = read_one(folder)
     assert run.steps.tolist() == [0, 5]
     assert sorted(run.validations) == [0, 5]
@@ -316,7 +314,7 @@ def test_scores_as_verls_trainers_write_them(scores: dict[str, Any], right: int 
     others = "".join(dump_line("other", r) for r in (1, 0))
     put(tmp_path / "validation" / "40.jsonl", others + dump_line("p", 0.5, **scores))
     total = 1.5 / 3 if right is None else (1 + right) / 3
-    put(tmp_path / "metrics-000.jsonl", json.dumps({"step": 40, "data": accuracy(0.5 if right is None else total)}))
+    put(tmp_path / "metrics-000.jsonl", record(40, **accuracy(0.5 if right is None else total)))
     (run,) = read(tmp_path)
     counts = run.validations[40]["set"]
     assert counts.n.sum() == (2 if right is None else 3)
@@ -382,7 +380,7 @@ def test_counts_are_kept_until_a_dump_changes(tmp_path: Path) -> None:
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     kept = read_one(folder, cache_folder=tmp_path / "out")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    (folder / "metrics-000.jsonl").write_text(json.dumps({"step": 1, "data": accuracy(1.0)}) + "\n")
+    (folder / "metrics-000.jsonl").write_text(record(1, **accuracy(1.0)))
     changed = read_one(folder, cache_folder=tmp_path / "out")
     found = [run.validations[1]["set"].correct.sum() for run in (before, kept, changed)]
     assert found == [2, 2, 4]
