@@ -233,6 +233,13 @@ def test_a_panel_says_whose_last_step_it_means(tmp_path: Path) -> None:
     assert "sooner than DAPO Norm's last step; DAPO Norm itself at 90–100." in panel.note
 
 
+def test_a_mark_at_the_foot_of_a_panel_keeps_its_label_inside() -> None:
+    series = charts.Series("vl_norm:1", np.array([1.0, 2.0]), np.array([0.9, 0.5]))
+    shown = charts.Panel("p", [series], target=0.5, marks=(charts.Mark("vl_norm:1", 2.0, "1–2", False),))
+    (y,) = re.findall(r'y="([\d.]+)" text-anchor="end">1–2<', svg.panel(shown, labels.looks(["vl_norm:1"])))
+    assert float(y) < svg.HEIGHT - svg.BOTTOM
+
+
 def test_a_difference_of_nothing_has_no_sign() -> None:
     assert [labels.points(value, True) for value in (0.046, 0.0001, -0.0001, -0.02)] == ["+4.6", "0.0", "0.0", "−2.0"]
     assert [labels.points(value, False) for value in (0.046, -0.0001)] == ["+0.046", "0.000"]

@@ -49,11 +49,11 @@ def panel(shown: Panel, looks: dict[str, Look]) -> str:
         for mark in shown.marks:
             at_x, at_y = x(mark.step), y(shown.target)
             side = "end" if at_x > 0.8 * WIDTH else "start"
+            label_y = min(at_y + (-9 if mark.filled else 20), HEIGHT - BOTTOM - 3)
             drawn.append(
                 f'<g class="m{looks[mark.key].place} mark{" filled" if mark.filled else ""}">'
                 f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="{5 if mark.filled else 7}"/>'
-                f'<text x="{at_x:.1f}" y="{at_y + (-9 if mark.filled else 20):.1f}" text-anchor="{side}">'
-                f"{escape(mark.label)}</text></g>"
+                f'<text x="{at_x:.1f}" y="{label_y:.1f}" text-anchor="{side}">{escape(mark.label)}</text></g>'
             )
     return (
         f'<svg class="panel" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(shown.title)}">'
