@@ -72,7 +72,7 @@ class _Written(msgspec.Struct):
     said: list[str] = []
 
 
-def build(request: Request, console: Console | None = None, memo: Memo | None = None) -> list[str]:
+def build(request: Request, console: Console, memo: Memo | None = None) -> list[str]:
     """Write the report, unless one of the same inputs is there; what it says first, as lines of text.
 
     memo: of an earlier call; logs that have not changed since are not read again, nor the same tables printed.
@@ -80,7 +80,7 @@ def build(request: Request, console: Console | None = None, memo: Memo | None = 
     Raises:
         UserError: a wrong request, also where no run is found.
     """
-    console, memo = console or Console(), memo or Memo()
+    memo = memo or Memo()
     with _folder(request.out):
         earlier, options = _earlier(request.out), asdict(request) | {"verbose": False}
         sources = find([*request.arguments])
