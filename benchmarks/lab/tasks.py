@@ -18,32 +18,23 @@ import random
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import typer
 
+from vlnorm_verl.files import whole
+from vlnorm_verl.tasks.base import row, write_parquet
 from vlnorm_verl.tasks.math import extract_boxed
 
-Messages = list[dict[str, str]]
-
-
-class Item(NamedTuple):
-    messages: Messages
-    ground_truth: str
-
-
-def asked(text: str) -> Messages:
-    return [{"role": "user", "content": text}]
+Items = Iterable[tuple[str, str]]  # prompt, ground truth
 
 
 # ------------------------------------------------------------------------------------------------------ multiplication
 
 
-def multiplications() -> Iterable[Item]:
+def multiplications() -> Items:
     for a, b in itertools.product(range(3, 10), range(12, 100)):
-        yield Item(asked(f"What is {a} times {b}? Put the final answer in \\boxed{{}}."), str(a * b))
+        yield f"What is {a} times {b}? Put the final answer in \\boxed{{}}.", str(a * b)
 
 
 def boxed(response: str, truth: str) -> bool:
@@ -59,18 +50,18 @@ KINDS = (
 )
 
 
-def lists() -> Iterable[Item]:
+def lists() -> Items:
     for kind, count in itertools.product(KINDS, range(3, 8)):
-        yield Item(asked(f"List exactly {count} {kind}, one per line."), str(count))
+        yield f"List exactly {count} {kind}, one per line.", str(count)
 
 
 def counted(response: str, truth: str) -> bool:
     return sum(bool(line.strip()) for line in response.splitlines()) == int(truth)
 
 
-def additions() -> Iterable[Item]:
+def additions() -> Items:
     for a, b in itertools.product(range(1, 13), repeat=2):
-        yield Item(asked(f"What is {a} + {b}?"), str(a + b))
+        yield f"What is {a} + {b}?", str(a + b)
 
 
 def last_number(response: str, truth: str) -> bool:
@@ -80,7 +71,7 @@ def last_number(response: str, truth: str) -> bool:
 
 # --------------------------------------------------------------------------------------------------------------- files
 
-TASKS: dict[str, tuple[Callable[[], Iterable[Item]], Callable[[str, str], bool]]] = {
+TASKS: dict[str, tuple[Callable[[], Items], Callable[[str, str], bool]]] = {
     "multiplication": (multiplications, boxed),
     "list": (lists, counted),
     "addition": (additions, last_number),
@@ -101,18 +92,9 @@ def main(
         raise typer.BadParameter(f"{task!r} is not known; accepted: {', '.join(TASKS)}")
     items = list(TASKS[task][0]())
     random.Random(0).shuffle(items)
-    rows = [
-        {
-            "data_source": task,
-            "prompt": item.messages,
-            "ability": "math",
-            "reward_model": {"style": "rule", "ground_truth": item.ground_truth},
-            "extra_info": {"index": index, "split": "train"},
-        }
-        for index, item in enumerate(items)
-    ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), out)
+    rows = [row(task, prompt, truth, "train", index, "generated") for index, (prompt, truth) in enumerate(items)]
+    with whole(out) as temporary:
+        write_parquet(rows, temporary)
     print(f"{out}: {len(rows)} problems")
 
 
