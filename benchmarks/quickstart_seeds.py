@@ -15,15 +15,20 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from origin import ROOT, origin
 from rich.console import Console
 from rich.table import Table
 
-from vlnorm_verl.files import write_json
+from vlnorm_verl.files import write, write_json
+from vlnorm_verl.methods import BLUE, GREEN, VERMILION
+from vlnorm_verl.report.measures import trailing_mean
+from vlnorm_verl.report.style import Figure, render, use_style
 from vlnorm_verl.runs.process import read_metrics
-from vlnorm_verl.runs.progress import summarize
+from vlnorm_verl.runs.progress import LENGTH, REWARD, summarize
 
+WINDOW = 5  # steps
 ROWS = {
     "avg_at_8_before": "Avg@8 before",
     "avg_at_8_after": "Avg@8 after",
@@ -53,50 +58,31 @@ def summary_of(folder: Path, seed: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def figure(runs: list[Path], path: Path) -> None:
-    import matplotlib
+def figure(runs: list[Path], summaries: list[dict[str, Any]]) -> Figure:
+    with use_style():
+        import matplotlib.pyplot as plt
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    canvas, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    window = 5
-    for seed, folder in enumerate(runs):
-        records = [r for r in read_metrics(folder) if "critic/score/mean" in r["data"]]
-        x = [r["step"] for r in records]
-        reward = [r["data"]["critic/score/mean"] for r in records]
-        smooth = [statistics.fmean(reward[max(0, i - window + 1) : i + 1]) for i in range(len(reward))]
-        label = f"training reward, mean of {window} steps" if not seed else None
-        axes[0].plot(x, smooth, color="#0072B2", alpha=0.8, label=label)
-        summary = json.loads((folder / "summary.json").read_text())
-        axes[0].plot(
-            [0, summary["steps"]],
-            [summary["avg_at_8_before"], summary["avg_at_8_after"]],
-            "D",
-            color="#D55E00",
-            label="validation Avg@8" if not seed else None,
-        )
-        axes[1].plot(
-            x,
-            [r["data"]["response_length/mean"] for r in records],
-            color="#0072B2",
-            alpha=0.8,
-            label="arithmetic mean A" if not seed else None,
-        )
-        axes[1].plot(
-            x,
-            [r["data"]["actor/vl_norm/length_harmonic_mean"] for r in records],
-            color="#009E73",
-            alpha=0.8,
-            label="harmonic mean H of a mini-batch" if not seed else None,
-        )
-    axes[0].set(xlabel="step", ylabel="accuracy", ylim=(0, 1))
-    axes[1].set(xlabel="step", ylabel="response length, tokens", ylim=(0, None))
-    for panel in axes:
-        panel.legend(frameon=False)
-        panel.spines[["top", "right"]].set_visible(False)
-    canvas.suptitle(f"quickstart: tiny CountDown, vl_norm, {len(runs)} seeds")
-    canvas.savefig(path, dpi=110)
+        canvas, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+        for folder, summary in zip(runs, summaries, strict=True):
+            records = [record for record in read_metrics(folder) if REWARD in record["data"]]
+            steps = np.array([record["step"] for record in records])
+            reward, mean, harmonic = (
+                np.array([record["data"][key] for record in records])
+                for key in (REWARD, LENGTH, "actor/vl_norm/length_harmonic_mean")
+            )
+            accuracies = [summary["avg_at_8_before"], summary["avg_at_8_after"]]
+            left.plot(steps, trailing_mean(steps, reward, WINDOW), color=BLUE, alpha=0.8)
+            left.plot([0, summary["steps"]], accuracies, "D", color=VERMILION)
+            right.plot(steps, mean, color=BLUE, alpha=0.8)
+            right.plot(steps, harmonic, color=GREEN, alpha=0.8)
+        left.set(xlabel="step", ylabel="accuracy", ylim=(0, 1))
+        right.set(xlabel="step", ylabel="response length, tokens", ylim=(0, None))
+        # The lines of the first seed stand for all.
+        left.legend(left.lines[:2], [f"training reward, mean of {WINDOW} steps", "validation Avg@8"])
+        right.legend(right.lines[:2], ["arithmetic mean A", "harmonic mean H of a mini-batch"])
+        title = f"quickstart: tiny CountDown, vl_norm, {len(runs)} seeds"
+        canvas.suptitle(title)
+    return render(canvas, "quickstart", title, "")
 
 
 def main(
@@ -128,7 +114,7 @@ def main(
     Console().print(table)
 
     write_json(out / "quickstart_seeds.json", {**origin(), "runs": summaries})
-    figure(runs, out / "quickstart.png")
+    write(out / "quickstart.png", figure(runs, summaries).png)
 
 
 if __name__ == "__main__":
