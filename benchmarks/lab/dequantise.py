@@ -11,10 +11,12 @@ one matrix, which the file has twice and better as the head.
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import torch
 import typer
+
+from vlnorm_verl.files import write_json
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {
@@ -29,15 +31,13 @@ ENDS = {"smollm2": [2], "qwen": [151645, 151643]}
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="smollm2 or qwen")],
+    model: Annotated[Literal["smollm2", "qwen"], typer.Argument(help="Which of the two.")],
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The GGUF file.")],
     out: Annotated[Path, typer.Argument(file_okay=False, help="Folder of the checkpoint.")],
 ) -> None:
     """Write the checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if model not in PAD:
-        raise typer.BadParameter(f"{model!r} is not known; accepted: smollm2, qwen")
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     if model == "qwen":
@@ -45,15 +45,10 @@ def main(
     loaded.config.tie_word_embeddings = True
     loaded.generation_config.eos_token_id = ENDS[model]
     loaded.save_pretrained(out)
-    change(out / "tokenizer_config.json", {**TOKENIZER, "pad_token": PAD[model]}, keep=False)
+    write_json(out / "tokenizer_config.json", {**TOKENIZER, "pad_token": PAD[model]})
     if model == "smollm2":
-        change(out / "tokenizer.json", DIGITS)
-
-
-def change(path: Path, fields: dict[str, Any], keep: bool = True) -> None:
-    """Set these fields of a JSON file; those that it has besides are kept or dropped."""
-    there = json.loads(path.read_text(encoding="utf-8")) if keep else {}
-    path.write_text(json.dumps({**there, **fields}, ensure_ascii=False), encoding="utf-8")
+        tokenizer = out / "tokenizer.json"
+        write_json(tokenizer, json.loads(tokenizer.read_text(encoding="utf-8")) | DIGITS)
 
 
 if __name__ == "__main__":
