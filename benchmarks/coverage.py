@@ -17,6 +17,7 @@ import typer
 from origin import line
 from rich.console import Console
 from rich.table import Table
+from scipy.special import expit, logit
 
 from vlnorm_verl.report.estimates import Estimate, Scores, difference, mean, pass_at_k, rank_correlation
 
@@ -24,13 +25,8 @@ N, MANY = 8, 400_000
 GENERATOR = np.random.default_rng(0)
 
 
-def chance(log_odds: np.ndarray) -> np.ndarray:
-    return np.asarray(1 / (1 + np.exp(-log_odds)))
-
-
 def problems(count: int, rate: float) -> np.ndarray:
-    drawn = np.clip(GENERATOR.beta(rate * 1.5, (1 - rate) * 1.5, count), 1e-9, 1 - 1e-9)
-    return np.log(drawn / (1 - drawn))
+    return np.asarray(logit(np.clip(GENERATOR.beta(rate * 1.5, (1 - rate) * 1.5, count), 1e-9, 1 - 1e-9)))
 
 
 def shift(size: int | tuple[int, int], spread: float) -> np.ndarray:
@@ -38,7 +34,7 @@ def shift(size: int | tuple[int, int], spread: float) -> np.ndarray:
 
 
 def answers(log_odds: np.ndarray, seeds: int, spread: float) -> np.ndarray:
-    return np.asarray(GENERATOR.binomial(N, chance(log_odds + shift((seeds, 1), spread))))
+    return np.asarray(GENERATOR.binomial(N, expit(log_odds + shift((seeds, 1), spread))))
 
 
 def scores(values: np.ndarray, sizes: tuple[int, ...] | None = None) -> Scores:
@@ -82,17 +78,13 @@ def truth_of(kind: str, count: int, rate: float, spread: float) -> float:
     if kind == "monotonicity":  # the mean of what is measured: τ of a curve with the noise of so many problems
         return float(np.mean([curve(count, 1, rate, 0.0).value for _ in range(2000)]))
     if kind == "weighted":
-        return float(
-            np.average(
-                [float(chance(problems(MANY, rate) + shift(MANY, spread)).mean()) for rate in SETS.values()],
-                weights=list(SETS),
-            )
-        )
+        means = [expit(problems(MANY, rate) + shift(MANY, spread)).mean() for rate in SETS.values()]
+        return float(np.average(means, weights=list(SETS)))
     log_odds = problems(MANY, rate)
     if kind == "difference":
-        a, b = (chance(log_odds + up + shift(MANY, 0.3) + shift(MANY, spread)) for up in (0.3, 0.0))
+        a, b = (expit(log_odds + up + shift(MANY, 0.3) + shift(MANY, spread)) for up in (0.3, 0.0))
         return float((a - b).mean())
-    one = chance(log_odds + shift(MANY, spread))
+    one = expit(log_odds + shift(MANY, spread))
     return float((1 - (1 - one) ** N).mean() if kind == "Pass@8" else one.mean())
 
 
