@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 Spelling = Callable[[str], str]
-console = Console(width=200)
 
 
 def _replaced(pattern: str, replacement: str | Callable[[re.Match[str]], str], count: int = 0) -> Spelling:
@@ -117,7 +115,7 @@ def main(
         ("correct, of", {"the gold": str} | SAME, True),
         ("correct though it is not, of", OTHER, False),
     ):
-        console.print(f"\n| {title} | | {' | '.join(rules)} |\n|---|---|{'---|' * len(rules)}", markup=False)
+        print(f"\n| {title} | | {' | '.join(rules)} |\n|---|---|{'---|' * len(rules)}")
         for name, spelling in spellings.items():
             answers = [(gold, spelling(gold)) for gold in texts]
             answers = [pair for pair in answers if name == "the gold" or pair[0] != pair[1]]
@@ -128,9 +126,9 @@ def main(
                     right[rule] += verdict
                     if verdict != correct and shown[rule] < examples:
                         shown[rule] += 1
-                        console.print(f"{rule}: {gold!r} {answer!r}", markup=False)
+                        print(f"{rule}: {gold!r} {answer!r}")
             counts = " | ".join(str(right[rule]) for rule in rules)
-            console.print(f"| `{name}` | {len(answers)} | {counts} |", markup=False)
+            print(f"| `{name}` | {len(answers)} | {counts} |")
     pool.close()
 
 
