@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from origin import ROOT
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +32,7 @@ from vlnorm_verl.runs.launch import start
 from vlnorm_verl.tasks.tiny import WEIGHTS
 from vlnorm_verl.tasks.tiny.data import make as make_tiny_files
 
-CONFIG = Path(__file__).parent.parent / "recipes" / "config"
+CONFIG = ROOT / "recipes" / "config"
 QUICKSTART = ["family=quickstart", "task=countdown", "length=8192", "model=tiny"]  # as recipes/quickstart.sh
 
 WARM_UP = 2  # steps: first generation and first update pay for lazy initialisation
@@ -87,13 +88,15 @@ def vllm_alone(model: Path) -> float:
 def in_turns(rounds: int, against: Path, out: Path, arguments: list[str]) -> dict[str, list[dict[str, float]]]:
     """The medians of each round, by checkout: this file's work with the package that is there."""
     found: dict[str, list[dict[str, float]]] = {"before": [], "now": []}
+    sides = [("before", against), ("now", ROOT)]
     for turn in range(rounds):
-        for name, root in (("before", against), ("now", Path(__file__).parent.parent)):
+        for name, root in sides:
             environment = {**os.environ, "PYTHONPATH": str(root.resolve())}
             folder = out / f"{name}-{turn}"
             command = [sys.executable, __file__, "--out", str(folder), *arguments]
             subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
             found[name].append(json.loads((folder / "seconds.json").read_text()))
+        sides.reverse()  # none is always first: the very first start reads from a cold disk
     return found
 
 
