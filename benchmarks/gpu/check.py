@@ -154,7 +154,7 @@ def parts(group: str, device: str) -> list[Part]:
     whole = ["benchmarks/gpu/stack.py", "--device", device, "--steps", "1" if tiny else "8"]
     # One host refuses NCCL on a shared card, one vLLM has no FLASH_ATTN: the next way shows what is left.
     share = ("nccl", "gloo") if device == "cuda" else ("gloo",)
-    losses = ["--only", *(["vanilla"] if tiny else [""])]
+    losses = ["--only", "vanilla"] if tiny else []
     return {
         "engine": [
             gradient("float64", "float64", 120),
