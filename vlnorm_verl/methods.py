@@ -123,3 +123,9 @@ def alpha_color(alpha: float) -> str:
     own = [int(METHODS["vl_norm"].color[index : index + 2], 16) for index in (1, 3, 5)]
     end, share = (250, min(1 - alpha, 1) * 0.62) if alpha <= 1 else (0, min(alpha - 1, 1) * 0.65)
     return "#" + "".join(f"{round(part + (end - part) * share):02X}" for part in own)
+
+
+def color_of(key: str) -> str:
+    """Of a method in a comparison over α: VL Norm's by shades."""
+    alpha = alpha_of(key)
+    return method_of(key).color if alpha is None else alpha_color(alpha)

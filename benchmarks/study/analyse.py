@@ -23,7 +23,7 @@ from benchmarks.study.design import FACTORIAL, FLOOR, HELD_OUT, METHODS, PARTS, 
 from benchmarks.study.effects import DAPO, DR_GRPO, GRPO, VL, Blocks, bootstrap
 from benchmarks.study.record import RECORDS, read_records
 from vlnorm_verl import files
-from vlnorm_verl.methods import alpha_color, alpha_of, label_of, method_of
+from vlnorm_verl.methods import BLUE, color_of, label_of, method_of
 from vlnorm_verl.report.estimates import Estimate, Scores, difference, mean, over_seeds
 from vlnorm_verl.report.measures import trailing_mean
 from vlnorm_verl.report.style import Figure, render, use_style
@@ -188,14 +188,12 @@ def draw(main: dict[str, Records], y: Blocks) -> Figure:
         for place, effect in enumerate(shown.values()):
             estimate = over_blocks(effect)
             left.plot(effect, np.full(len(effect), place), "|", color="#BBBBBB")
-            left.plot([estimate.low, estimate.value, estimate.high], [place] * 3, "o-", color="#0072B2", markevery=[1])
+            left.plot([estimate.low, estimate.value, estimate.high], [place] * 3, "o-", color=BLUE, markevery=[1])
         left.set(yticks=range(len(shown)), yticklabels=shown, xlabel="difference of mean accuracy, steps 1–60")
         left.invert_yaxis()
         for method, of in main.items():
-            look, alpha = method_of(method), alpha_of(method)
-            color = look.color if alpha is None else alpha_color(alpha)
             curve = trailing_mean(steps, np.mean([r["columns"]["accuracy"] for r in of], axis=0), 5)
-            right.plot(steps, curve, color=color, linestyle=look.line, label=label_of(method))
+            right.plot(steps, curve, color=color_of(method), linestyle=method_of(method).line, label=label_of(method))
         right.set(xlabel="step", ylabel="training accuracy, mean of 5 steps")
         right.legend()
     return render(figure, "study", "CPU study", "")

@@ -17,19 +17,13 @@ from vlnorm_verl.lab.analysis import Analysis
 from vlnorm_verl.lab.jackknife import LOST
 from vlnorm_verl.lab.slopes import Slope
 from vlnorm_verl.lab.verdict import interval
-from vlnorm_verl.methods import BLACK, BLUE, GREEN, PALETTE, VERMILION, alpha_color, alpha_of, label_of, method_of
+from vlnorm_verl.methods import BLACK, BLUE, GREEN, PALETTE, VERMILION, color_of, label_of, method_of
 from vlnorm_verl.report.style import Figure, figure_text, render, use_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BINS = 8
-
-
-def color_of(mode: str) -> str:
-    """As everywhere; VL Norm's α by shades."""
-    alpha = alpha_of(mode)
-    return method_of(mode).color if alpha is None else alpha_color(alpha)
 
 
 def overview(analyses: Sequence[Analysis]) -> Figure:
