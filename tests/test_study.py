@@ -124,6 +124,14 @@ def test_runs_are_compared_without_the_levels_of_their_starts() -> None:
     assert {m: of.mean() for m, of in rest.items()} == pytest.approx({m: of.mean() for m, of in y.items()})
 
 
+def test_a_method_that_spreads_more_is_seen_beside_the_levels_of_their_starts() -> None:
+    generator, starts = np.random.default_rng(0), np.tile([1, 4, 3], 4)
+    y = {str(k): 0.1 * starts + generator.normal(0, 0.05 if k == 4 else 0.01, 12) for k in range(5)}
+    assert effects.p_equal_spread(y, starts) < 0.01
+    same = {str(k): 0.1 * starts + generator.normal(0, 0.01, 12) for k in range(5)}
+    assert effects.p_equal_spread(same, starts) > 0.05
+
+
 @pytest.mark.slow
 def test_error_rates_of_the_tests() -> None:
     """Over 600 studies: 5% where there is no effect or one at the margin, and nearly always where there is one."""
@@ -244,10 +252,15 @@ def test_the_page_has_the_results_and_keeps_the_rest(tmp_path: Path) -> None:
     assert page.read_text() == text
 
 
-def test_no_test_before_the_last_run(tmp_path: Path) -> None:
-    records, page = tmp_path / "study", tmp_path / "study.md"
+@pytest.mark.parametrize("stale", [False, True])
+def test_no_test_before_the_last_run(tmp_path: Path, stale: bool) -> None:
+    """A run from a warm start that was replaced is not the run of the design."""
+    records, page, missing = tmp_path / "study", tmp_path / "study.md", design.runs()[40]
     page.write_text(f"{analyse.BEGIN}{analyse.END}")
-    write_study(records, weighting=0.03, without=design.runs()[40].name)
+    write_study(records, weighting=0.03, without="" if stale else missing.name)
+    if stale:
+        file = records / f"{missing.name}.json"
+        write_json(file, json.loads(file.read_text()) | {"warm_start": 2})
     analyse.main(records, page)
     assert "main 59 of 60" in page.read_text()
     assert "effect" not in page.read_text()

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from scipy.stats import levene
 
 from benchmarks.study import effects
 from benchmarks.study.design import FACTORIAL, FLOOR, HELD_OUT, METHODS, PARTS, STEPS, WARM_STARTS, runs
@@ -129,7 +128,7 @@ def warm_starts(main: dict[str, Records], y: Blocks) -> Table:
         "it is not 0, the scale effect is a mean of two different ones, which are among all pairs.",
         f"Correlation of two methods within blocks: {effects.correlation(y, 0 * start):.2f}; within warm starts "
         f"{effects.correlation(y, start):.2f}. Equal variances of the methods (Brown and Forsythe): "
-        f"p = {levene(*y.values()).pvalue:.2f}. Standard deviation of a run around its method and block: "
+        f"p = {effects.p_equal_spread(y, start):.2f}, each warm start moved to the mean of all. Standard deviation of a run around its method and block: "
         "{0.value:.4f} [{0.low:.4f}, {0.high:.4f}].".format(effects.residual_spread(y)),
     ]
     return Table("warm", "By warm start", ["", *chosen], rows, foot, digits=4)
@@ -205,8 +204,9 @@ def main(
 ) -> None:
     """Write the results of the study."""
     found, replaced = read_records(records), read_records(records / "replaced")
-    names = {part: {(run.name, run.steps) for run in runs() if run.part == part} for part in PARTS}
-    known, of_main = {(record["name"], record["steps"]) for record in found}, main_part(found)
+    names = {part: {(run.name, run.steps, run.warm_start) for run in runs() if run.part == part} for part in PARTS}
+    known = {(record["name"], record["steps"], record["warm_start"]) for record in found}
+    of_main = main_part(found)
     counts = ", ".join(f"{part} {len(of & known)} of {len(of)}" for part, of in names.items())
     text, tables = f"Finished runs: {counts}.\n", list[Table]()
     if names["main"] <= known:

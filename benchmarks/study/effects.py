@@ -108,6 +108,11 @@ def correlation(y: Blocks, groups: np.ndarray) -> float:
     return float(np.corrcoef(rest)[np.triu_indices(len(rest), 1)].mean())
 
 
+def p_equal_spread(y: Blocks, groups: np.ndarray) -> float:
+    """Of Brown and Forsythe's test that runs of all methods spread alike around their group's level."""
+    return float(stats.levene(*without_levels(y, groups).values()).pvalue)
+
+
 def residual_spread(y: Blocks) -> Estimate:
     """Standard deviation of a run around the means of its method and of its block."""
     table = np.array([*y.values()])
