@@ -60,6 +60,18 @@ def test_steps_are_whole_and_nothing_is_left_running(tmp_path: Path, monkeypatch
         wait_for(lambda: not any(map(running, processes(tmp_path))), 120)
 
 
+def test_whoever_has_the_id_of_an_ended_trainer_is_left_alone() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    ended.pid = os.getpid()
+    with subprocess.Popen(["sleep", "60"]) as another:
+        try:
+            process.stop(ended)
+            assert another.poll() is None
+        finally:
+            another.kill()
+
+
 def test_a_folder_stays_locked_while_the_trainer_of_a_killed_launcher_runs(tmp_path: Path) -> None:
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path), TRAINER], stdout=subprocess.PIPE)
     assert launcher.stdout is not None

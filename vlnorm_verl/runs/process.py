@@ -105,11 +105,9 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """End a trainer and all that it started: asked by SIGINT first, so that Ray shuts down; then killed."""
     # An impatient second Ctrl-C must not leave the rest running.
     handlers = [(end, signal.signal(end, signal.SIG_IGN)) for end in STOP_SIGNALS]
-    try:
+    family: list[psutil.Process] = []
+    if process.poll() is None:  # else its id may be another's by now
         family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
