@@ -170,10 +170,10 @@ def test_a_full_disk_leaves_no_empty_marker(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_each_start_has_metrics_of_its_own(tmp_path: Path) -> None:
-    """Also where a file was removed: verl empties the one that it is given."""
+    """Also where a file was removed, or copied: verl empties the one that it is given."""
     assert next_metrics(tmp_path).name == "metrics-000.jsonl"
-    for number in (1, 2):
-        (tmp_path / f"metrics-{number:03d}.jsonl").touch()
+    for number in ("001", "002", "002-old"):
+        (tmp_path / f"metrics-{number}.jsonl").touch()
     assert next_metrics(tmp_path).name == "metrics-003.jsonl"
 
 

@@ -129,8 +129,9 @@ def last_lines(path: Path, count: int = 40) -> list[str]:
 
 def next_metrics(folder: Path) -> Path:
     """The file for the metrics of the next start: verl's file logger empties the file that it is given."""
-    numbers = [int(path.stem.removeprefix("metrics-")) for path in folder.glob("metrics-*.jsonl")]
-    return folder / f"metrics-{max(numbers, default=-1) + 1:03d}.jsonl"
+    names = [path.stem.removeprefix("metrics-") for path in folder.glob("metrics-*.jsonl")]
+    last = max((int(name) for name in names if name.isdecimal()), default=-1)  # not a user's metrics-000-old
+    return folder / f"metrics-{last + 1:03d}.jsonl"
 
 
 def read_metrics(folder: Path) -> list[Record]:
