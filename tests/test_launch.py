@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from vlnorm_verl import machine
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs import clusters, launch, reproduce, smoke
+from vlnorm_verl.runs import clusters, launch, probe, reproduce, smoke
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs.check import validate
 from vlnorm_verl.runs.launch import Request
@@ -472,6 +472,10 @@ def test_a_ray_jobs_own_configuration_is_kept(monkeypatch: pytest.MonkeyPatch) -
     job = json.loads(clusters.job_environment()["RAY_JOB_CONFIG_JSON_ENV_VAR"])
     assert (job["metadata"], job["runtime_env"]["working_dir"]) == ({"a": "b"}, "gcs://x.zip")
     assert job["runtime_env"]["env_vars"]["WANDB_API_KEY"] == "the job's"
+
+
+def test_what_a_node_answers_may_be_an_error_without_text() -> None:
+    assert [probe._last_line(ConnectionError(text)) for text in ("", "first\nlast\n")] == ["", "last"]
 
 
 def test_a_missing_login_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,4 +128,4 @@ def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
 
 
 def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
+    return str(error).strip().rpartition("\n")[2]
