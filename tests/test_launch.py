@@ -231,7 +231,7 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
         (["recipe.data=/tmp/run(copy)"], "Hydra cannot read this"),
         (["data.max_prompt_length=2000"], "max_model_len=9216: vLLM would cut responses. Accepted: at least"),
         (["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=6"], "a divisor of 40"),
-        (["trainer.nnodes=3", "data.train_batch_size=96"], "ppo_micro_batch_size_per_gpu=4"),
+        (["trainer.nnodes=3", "data.train_batch_size=96"], "cannot be dealt out evenly to 24 GPUs"),
         (["actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=7"], "a divisor of 160"),
     ],
 )

@@ -101,6 +101,11 @@ def check_micro_batches(config: DictConfig) -> None:
     """
     actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
     ranks = trainer.nnodes * trainer.n_gpus_per_node
+    if actor.ppo_mini_batch_size * rollout.n % ranks:  # with micro-batches by tokens, too
+        raise UserError(
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} prompts · rollout.n={rollout.n} "
+            f"responses cannot be dealt out evenly to {ranks} GPUs (trainer.nnodes · n_gpus_per_node)"
+        )
     batches = {
         "actor.ppo_micro_batch_size_per_gpu": (
             actor.use_dynamic_bsz,
@@ -122,11 +127,6 @@ def check_micro_batches(config: DictConfig) -> None:
                 f"{ranks} GPUs (trainer.nnodes · n_gpus_per_node) is no whole number of micro-batches. Accepted: "
                 f"a divisor of {prompts * rollout.n / ranks:g}"
             )
-    if actor.ppo_mini_batch_size * rollout.n % ranks:  # with micro-batches by tokens, too
-        raise UserError(
-            f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} prompts · rollout.n={rollout.n} "
-            f"responses cannot be dealt out evenly to {ranks} GPUs (trainer.nnodes · n_gpus_per_node)"
-        )
 
 
 # What is handed on whole, to Ray, vLLM, transformers and TransferQueue: its keys are theirs. recipe.* is interpolated.
