@@ -502,6 +502,14 @@ def test_slurm_needs_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "--on slurm: no sbatch here" in refused(Request(RECIPES, on="slurm"))
 
 
+def test_slurm_needs_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job would be given its nodes, and end: an installed package has no recipes/python.sh."""
+    (tmp_path / "sbatch").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    shutil.copytree(RECIPES / "config", tmp_path / "recipes" / "config")
+    assert "a job starts in a checkout" in refused(Request(tmp_path / "recipes", on="slurm"))
+
+
 def test_a_wrong_request_is_one_message_and_exit_code_2() -> None:
     result = CliRunner().invoke(app, ["launch", f"--recipes={RECIPES}", "model=14b"])
     assert (result.exit_code, result.output) == (2, "model=14b is not accepted. Accepted: 3b, 7b, tiny\n")

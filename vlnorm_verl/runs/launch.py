@@ -113,6 +113,10 @@ def launch(request: Request, console: Console | None = None) -> int:
     if request.on == "slurm":
         if not shutil.which("sbatch"):
             raise UserError("--on slurm: no sbatch here; start it on a login node of the cluster")
+        if not (request.recipes / "python.sh").is_file():  # as in an installed package
+            raise UserError(
+                f"--on slurm: {request.recipes} has no python.sh; a job starts in a checkout of this project"
+            )
         return subprocess.call(
             clusters.sbatch_command(request.recipes, arguments, config), cwd=request.recipes.resolve().parent
         )
