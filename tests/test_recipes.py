@@ -631,6 +631,7 @@ def test_one_failing_run_does_not_stop_the_next(monkeypatch: pytest.MonkeyPatch,
         f"recipe.root={tmp_path}"
     )
     assert "failed with exit code 3" in output
+    assert "train.log" not in output  # it ended before verl's trainer began
     assert "1 of 2 runs are finished" in output
 
     code, _, calls = run_pretended(monkeypatch, tmp_path, "exit 0")

@@ -223,8 +223,8 @@ def show_states(runs: list[PlannedRun], codes: dict[Path, int], console: Console
     """codes: exit codes of the runs that were started just now."""
     table = Table("run", "state")
     for run in runs:
-        code = codes.get(run.folder, 0)
-        failed = f"; failed with exit code {code}, see {run.folder}/train.log" if code else ""
+        code, log = codes.get(run.folder, 0), run.folder / "train.log"
+        failed = f"; failed with exit code {code}{f', see {log}' if log.exists() else ''}" if code else ""
         table.add_row(run.name, run.state + failed)
     console.print(table, soft_wrap=False)
     states = [run.state for run in runs]
