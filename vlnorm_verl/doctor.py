@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -84,37 +84,22 @@ def not_loaded() -> str:
     return ""
 
 
-@contextlib.contextmanager
-def ray_worker() -> Iterator[Callable[[], str]]:
-    """Has `plugin_state` computed in a worker of the Ray cluster of RAY_ADDRESS, or of a local Ray started for it.
-
-    Yields what waits for the answer.
-    """
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # as verl does before it imports Ray
-    import ray
-
-    started_here = not ray.is_initialized()
-    try:
-        # Without an address Ray joins any cluster of this machine, and waits for the last one if that was killed.
-        address = os.environ.get("RAY_ADDRESS") or "local"
-        cpus = 1 if address == "local" else None  # else it starts a worker for each core
-        ray.init(address, num_cpus=cpus, log_to_driver=False, include_dashboard=False, ignore_reinit_error=True)
-        answer = ray.remote(num_cpus=0)(plugin_state).remote()
-        yield lambda: str(ray.get(answer, timeout=120))
-    finally:
-        if started_here:
-            ray.shutdown()
-
-
 def plugin_states(ask_ray: bool) -> dict[str, str]:
-    """`plugin_state` of this process, and of a Ray worker, which imports verl at the same time."""
+    """`plugin_state` of this process, and of a worker of the Ray cluster of RAY_ADDRESS, or of a local Ray."""
     if not ask_ray:
         return {"this process": plugin_state()}
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # as verl does before it imports Ray
+    # Without an address Ray joins any cluster of this machine, and waits for the last one if that was killed.
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    cpus = 1 if address == "local" else None  # else it starts a worker for each core
     here = ""
     try:
-        with ray_worker() as answer:
-            here = plugin_state()
-            worker = answer()
+        import ray
+
+        with ray.init(address, num_cpus=cpus, log_to_driver=False, include_dashboard=False):
+            answer = ray.remote(num_cpus=0)(plugin_state).remote()
+            here = plugin_state()  # both import verl at the same time
+            worker = str(ray.get(answer, timeout=120))
     except Exception as error:
         worker = f"{type(error).__name__}: {error}"
     of = os.environ.get("RAY_ADDRESS") or "a Ray of its own (with RAY_ADDRESS=auto: of the cluster that runs here)"
@@ -162,9 +147,9 @@ def torchvision_problem() -> str | None:
     return None
 
 
-def examine(ask_ray: bool = True, console: Console | None = None) -> bool:
+def examine(ask_ray: bool) -> bool:
     """Print the report; whether vl_norm works in this process (and in a Ray worker, if asked)."""
-    console = console or Console()
+    console = Console()
     versions = Table("distribution", "version", title=f"Python {platform.python_version()}, {platform.machine()}")
     for name in DISTRIBUTIONS:
         versions.add_row(name, version(name) or "[dim]not installed")
