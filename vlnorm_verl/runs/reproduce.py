@@ -164,14 +164,13 @@ def reproduce(
     status: bool = False,
     dry_run: bool = False,
     on: str = "",
-    console: Console | None = None,
 ) -> int:
     """Run, check or only list sets of runs. Returns the exit code: 1 if a run is not valid or failed.
 
     Raises:
         UserError: the request is wrong.
     """
-    console = console or terminal(stderr=on == "kubernetes")  # whose manifests are the output
+    console = terminal(stderr=on == "kubernetes")  # whose manifests are the output
     launch.check_place(on)
     manifest = read_manifest(recipes)
     sets = list({run_set.name: run_set for name in names for run_set in manifest.find(name)}.values())
