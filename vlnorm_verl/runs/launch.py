@@ -278,8 +278,6 @@ def show(request: Request, config: DictConfig, changed: dict[str, Any], console:
 
 # --------------------------------------------------------------------------------------------------------- run here
 
-TRAINER = "trainer"  # .yaml in the folder of a run: what verl's trainer is given
-
 
 def run_here(request: Request, asked: DictConfig, config: DictConfig, console: Console) -> int:
     folder = Path(config.recipe.folder)
@@ -332,9 +330,9 @@ def start(config: DictConfig, lock: IO[str]) -> Generator[Record, None, None]:
     """One start of verl's trainer with a whole configuration in the run's folder; its metrics, see `process.train`."""
     folder = Path(config.recipe.folder)
     hydra = {"hydra": {"run": {"dir": str(folder)}}}
-    files.write(folder / f"{TRAINER}.yaml", OmegaConf.to_yaml(config) + OmegaConf.to_yaml(hydra))
+    files.write(folder / "trainer.yaml", OmegaConf.to_yaml(config) + OmegaConf.to_yaml(hydra))
     variables = clusters.job_environment() if os.environ.get("RAY_ADDRESS") else {}
-    return train(trainer_command(folder, TRAINER, []), variables, next_metrics(folder), folder / "train.log", lock)
+    return train(trainer_command(folder, "trainer", []), variables, next_metrics(folder), folder / "train.log", lock)
 
 
 def train_once(config: DictConfig, console: Console, lock: IO[str]) -> int:
