@@ -279,7 +279,6 @@ def test_the_quickstarts_values() -> None:
         (["family=dapo", "length=8192"], "family=dapo length=8192 is not accepted. Accepted: 3072"),
         (["method=vlnorm"], "Did you mean 'vl_norm'?"),
         (["length=4096"], "Accepted: 3072, 8192"),
-        (["model=14b"], "model=14b is not accepted. Accepted: 3b, 7b, tiny"),
         (["trainer.n_gpu=4"], "trainer.n_gpu"),
     ],
 )
