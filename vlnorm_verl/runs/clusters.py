@@ -90,13 +90,10 @@ def job_environment() -> dict[str, str]:
 
 
 def check_nodes(config: DictConfig, console: Console) -> None:
-    """Raises UserError that names each node of the cluster where the run could not work."""
+    """Raises UserError that names each node of the cluster where the run could not work, or says that there is none."""
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # see job_environment
     with console.status("asking every node of the Ray cluster …"):
-        try:
-            reports = probe(config, forwarded() | worker_variables(config))
-        except ConnectionError as error:
-            raise UserError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
+        reports = probe(config, forwarded() | worker_variables(config))
     for report in reports:
         versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
         console.print(f"node {report.node}: {versions or 'no answer'}", markup=False, highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ disk.
 
 from __future__ import annotations
 
+import os
 import sys
 import uuid
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from vlnorm_verl.files import UserError
 from vlnorm_verl.runs.config import data_files, is_cpu, wants_flash_attention
 
 TIMEOUT_SECONDS = 300.0  # importing torch and verl from a cold shared disk takes minutes
@@ -38,7 +40,7 @@ def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
     environment: variables that the run's workers get.
 
     Raises:
-        ConnectionError: there is no cluster at RAY_ADDRESS.
+        UserError: there is no cluster at RAY_ADDRESS.
     """
     import ray
     import verl
@@ -86,9 +88,10 @@ def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
     try:
         ray.init(address="auto", runtime_env={"env_vars": environment}, log_to_driver=False, logging_level="warning")
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-        raise ConnectionError(
-            f"no living Ray cluster that lets us in ({type(error).__name__}: {_last_line(error)}). A cluster that was "
-            "started with a token wants RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        raise UserError(
+            f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no living Ray cluster that lets us in "
+            f"({type(error).__name__}: {_last_line(error)}). A cluster that was started with a token wants "
+            "RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from error
     token = Path(config.recipe.folder) / f".probe-{uuid.uuid4().hex}"
     token.touch()
