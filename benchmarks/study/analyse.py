@@ -127,9 +127,9 @@ def warm_starts(main: dict[str, Records], y: Blocks) -> Table:
         f"Descriptive. Interaction: ({label_of(VL)} − {label_of(GRPO)}) − ({label_of(DR_GRPO)} − {label_of(DAPO)}); if "
         "it is not 0, the scale effect is a mean of two different ones, which are among all pairs.",
         f"Correlation of two methods within blocks: {effects.correlation(y, 0 * start):.2f}; within warm starts "
-        f"{effects.correlation(y, start):.2f}. Equal variances of the methods (Brown and Forsythe): "
-        f"p = {effects.p_equal_spread(y, start):.2f}, each warm start moved to the mean of all. Standard deviation of a run around its method and block: "
-        "{0.value:.4f} [{0.low:.4f}, {0.high:.4f}].".format(effects.residual_spread(y)),
+        f"{effects.correlation(y, start):.2f}. Equal variances of the methods (Brown and Forsythe, each warm start "
+        f"moved to the mean of all): p = {effects.p_equal_spread(y, start):.2f}. Standard deviation of a run around "
+        "its method and block: {0.value:.4f} [{0.low:.4f}, {0.high:.4f}].".format(effects.residual_spread(y)),
     ]
     return Table("warm", "By warm start", ["", *chosen], rows, foot, digits=4)
 
