@@ -3,7 +3,8 @@ r"""Answers per second of the rewards, and hostile responses.
     python benchmarks/rewards.py [--answers 1000] [--rounds 5] [--hostile 10000] [--limit-s 0.5]
 
 CountDown against the paper's rule (regular expressions and `eval`); Math with one worker and with one per CPU against
-math-verify called in this process. The sides take turns, round after round, and the medians are shown. Hostile
+math-verify called in this process. The sides take turns, round after round, and the medians are shown. Each round has
+answers and golds of its own, and one round before the first is not counted: a gold is never read from a cache. Hostile
 responses are tests/hostile.py's: the longest time of one includes the start of a worker, where the one before had to be
 killed, and the kill.
 """
@@ -19,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -35,9 +36,9 @@ from vlnorm_verl.tasks import math as math_reward
 console = Console()
 
 
-def countdown_answers(count: int) -> list[tuple[str, countdown.Problem]]:
+def countdown_answers(count: int, seed: int) -> list[tuple[str, countdown.Problem]]:
     """Responses of about 2,000 characters, half of them correct."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     cases = []
     for _ in range(count):
         a, b, c, d = (rng.randint(1, 99) for _ in range(4))
@@ -47,9 +48,9 @@ def countdown_answers(count: int) -> list[tuple[str, countdown.Problem]]:
     return cases
 
 
-def math_answers(count: int) -> list[tuple[str, str]]:
+def math_answers(count: int, seed: int) -> list[tuple[str, str]]:
     """(gold, answer) in other words; three of four are equal."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     cases = []
     for i in range(count):
         n, m = rng.randint(2, 999), rng.randint(2, 99)
@@ -65,22 +66,33 @@ def math_answers(count: int) -> list[tuple[str, str]]:
     return cases
 
 
-def race(title: str, count: int, rounds: int, sides: dict[str, Callable[[], list[bool]]]) -> None:
-    """Run the sides in turn; the first is what the others are compared with."""
+def race(
+    title: str,
+    make: Callable[[int, int], list[Any]],
+    count: int,
+    rounds: int,
+    sides: dict[str, Callable[[list[Any]], list[bool]]],
+) -> None:
+    """Run the sides in turn on what `make(count, seed)` gives; the first is what the others are compared with."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    verdicts = {}
-    for _ in range(rounds):
+    correct = dict.fromkeys(sides, 0)
+    for turn in range(rounds + 1):
+        cases = make(count, turn)
         for name, side in sides.items():
             start = time.perf_counter()
-            verdicts[name] = side()
-            seconds[name].append(time.perf_counter() - start)
+            verdicts = side(cases)
+            if turn:  # the first starts the workers
+                seconds[name].append(time.perf_counter() - start)
+                correct[name] += sum(verdicts)
     first = next(iter(sides))
     table = Table("", "answers / s", "ratio", "least ... most", "correct", title=title)
     for name in sides:
         rates = sorted(count / s for s in seconds[name])
         ratio = statistics.median(a / b for a, b in zip(seconds[first], seconds[name], strict=True))
         spread = f"{rates[0]:,.0f} ... {rates[-1]:,.0f}"
-        table.add_row(name, f"{statistics.median(rates):,.0f}", f"{ratio:.2f}", spread, f"{sum(verdicts[name])}")
+        table.add_row(
+            name, f"{statistics.median(rates):,.0f}", f"{ratio:.2f}", spread, f"{correct[name]} of {rounds * count}"
+        )
     console.print(table)
 
 
@@ -112,36 +124,34 @@ def main(
     from math_verify import parse, verify
 
     cpus = len(os.sched_getaffinity(0))
-    cases = countdown_answers(answers)
     race(
         "CountDown",
+        countdown_answers,
         answers,
         rounds,
         {
-            "paper's rule (eval)": lambda: [papers_rule(response, problem) for response, problem in cases],
-            "ours": lambda: [countdown.judge(response, problem) == "correct" for response, problem in cases],
+            "paper's rule (eval)": lambda cases: [papers_rule(response, problem) for response, problem in cases],
+            "ours": lambda cases: [countdown.judge(response, problem) == "correct" for response, problem in cases],
         },
     )
 
-    pairs = math_answers(answers)
     one, many = math_reward.Pool(workers=1), math_reward.Pool(workers=cpus)
 
-    def in_threads(pool: math_reward.Pool, threads: int) -> list[bool]:
+    def in_threads(pairs: list[tuple[str, str]], pool: math_reward.Pool, threads: int) -> list[bool]:
         with ThreadPoolExecutor(threads) as executor:
             return list(executor.map(lambda pair: pool.compare(*pair) == "correct", pairs))
 
-    in_threads(one, 1)  # the workers start here and not in the first round
-    in_threads(many, cpus)
     race(
         "Math",
+        math_answers,
         answers,
         rounds,
         {
-            "math-verify in this process": lambda: [
+            "math-verify in this process": lambda pairs: [
                 verify(parse(f"${gold}$"), parse(f"${answer}$")) for gold, answer in pairs
             ],
-            "ours, 1 worker": lambda: in_threads(one, 1),
-            f"ours, {cpus} workers": lambda: in_threads(many, cpus),
+            "ours, 1 worker": lambda pairs: in_threads(pairs, one, 1),
+            f"ours, {cpus} workers": lambda pairs: in_threads(pairs, many, cpus),
         },
     )
     one.close()
