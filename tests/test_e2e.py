@@ -307,10 +307,10 @@ def test_ctrl_c_leaves_nothing_behind(background: tuple[subprocess.Popen[str], P
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)  # as people do
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command goes on from there" in text
-    wait_for(lambda: not processes_of(folder), seconds=60)
+    wait_for(lambda: not processes_of(folder), seconds=15)
 
 
 @pytest.mark.slow
@@ -324,7 +324,7 @@ def test_engine_that_dies_inside_a_weight_sync_ends_the_run(background: tuple[su
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 1, text
     assert "weight sync: the rollout engine" in (folder / "train.log").read_text(errors="replace")
-    wait_for(lambda: not processes_of(folder), seconds=60)
+    wait_for(lambda: not processes_of(folder), seconds=15)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +76,9 @@ def test_says_why_there_is_no_result(
 
 def test_the_limit_ends_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "LEAST", 0)
+    begin = time.monotonic()
     row = run(tmp_path, SLEEPS, seconds=3)
+    assert time.monotonic() - begin < 30
     assert row["status"] == "failed"
     assert row["words"].startswith("reached its time limit: ")
     assert not psutil.pid_exists(int(row["words"].rpartition(" ")[2]))

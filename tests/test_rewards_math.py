@@ -201,7 +201,7 @@ def test_a_hanging_answer_is_a_timeout_and_its_worker_dies(new_pool: Callable[..
     (worker,) = workers_of(pool)
     start = time.monotonic()
     assert pool.compare("1", HANGS) == "timeout"
-    assert 0.9 < time.monotonic() - start < START_S
+    assert 0.9 < time.monotonic() - start < 4
     assert not psutil.pid_exists(worker)
     assert pool.compare("0.5", "1/2") == "correct"
     assert not any(pool._failed)
