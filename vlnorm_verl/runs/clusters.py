@@ -138,7 +138,7 @@ def sbatch_command(recipes: Path, arguments: list[str], config: DictConfig) -> l
     return [
         "sbatch",
         f"--nodes={config.trainer.nnodes}",
-        f"--gpus-per-node={config.trainer.n_gpus_per_node}",
+        *([] if is_cpu(config) else [f"--gpus-per-node={config.trainer.n_gpus_per_node}"]),
         f"--job-name={config.recipe.name}-seed{config.recipe.seed}",
         "--dependency=singleton",  # submitted twice, a run waits for itself
         str((recipes / "cluster" / "slurm.sbatch").resolve()),
