@@ -55,14 +55,14 @@ def test_the_example_trains(how: str, tmp_path: Path) -> None:
         variables |= cpu_environment()
     # As docs/report.md has it.
     folder = tmp_path / "vl_norm_s0"
-    folder.mkdir()
     variables["VERL_FILE_LOGGER_PATH"] = str(folder / "metrics-000.jsonl")
     logged = [
         "trainer.logger=[console,file]",
+        f"hydra.run.dir={folder}",
         f"trainer.validation_data_dir={folder}/validation",
         "trainer.test_freq=2",
     ]
-    said = run([*script, f"hydra.run.dir={tmp_path}/hydra", *logged], **variables)
+    said = run([*script, *logged], **variables)
     assert re.findall(r"step:(\d+) .*actor/vl_norm/variance_ratio:[12]\.", said)[-1] == "2"
     said = run([sys.executable, "-m", "vlnorm_verl", "report", str(folder), "--out", str(tmp_path / "report")])
     assert "VL Norm" in said
