@@ -33,14 +33,14 @@ class Commands(typer.core.TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    help="VL Norm (arXiv 2509.07558, ΔL Normalization) for stock verl.",
+    help="VL Norm (arXiv 2509.07558, ΔL Normalization) for stock verl.\n\n"
+    "A run of yours needs none of these commands: set actor_rollout_ref.actor.loss_agg_mode=vl_norm.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(data_app, name="data")
 app.add_typer(lab_app, name="lab")
-app.command()(report)
 
 
 def _version(wanted: bool) -> None:
@@ -114,16 +114,18 @@ On = Annotated[str, typer.Option(help="slurm: submit with sbatch. kubernetes: pr
 def launch(
     recipes: Recipes,
     overrides: Annotated[list[str] | None, typer.Argument(help="Choices and Hydra overrides, key=value.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every value and the command; check; stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every value, its source, the command; check; stop.")
+    ] = False,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="The worst case and an ordinary step: memory, time, disk.")
+        bool, typer.Option("--smoke", help="Two steps, the first the worst case: print memory, time, disk; stop.")
     ] = False,
     logger: Annotated[
-        str, typer.Option(help="Beside console and file: wandb,tensorboard,trackio,swanlab,mlflow.")
+        str, typer.Option(help="Log to these too, beside console and file: wandb,tensorboard,trackio,swanlab,mlflow.")
     ] = "",
     on: On = "",
     report: Annotated[
-        bool, typer.Option("--report", help="Once it is finished: vlnorm-verl report, into its folder.")
+        bool, typer.Option("--report", help="When it is finished, write its report into its folder.")
     ] = False,
     python: Annotated[bool, typer.Option("--python", help="Print the Python that this run takes; stop.")] = False,
 ) -> None:
@@ -159,10 +161,10 @@ def reproduce(
     what: Annotated[
         list[str] | None, typer.Argument(help="Sets of runs; then choices and Hydra overrides, key=value.")
     ] = None,
-    list_sets: Annotated[bool, typer.Option("--list", help="Sets, numbers of runs, how far they are.")] = False,
-    status: Annotated[bool, typer.Option("--status", help="How far each run is.")] = False,
+    list_sets: Annotated[bool, typer.Option("--list", help="Print the sets and how far they are; stop.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Print how far each run is; stop.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check each run against verl; stop.")] = False,
-    seeds: Annotated[str, typer.Option(help="Seeds of each run: 0,1,2.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds of each run, as in 0,1,2.")] = "",
     on: On = "",
 ) -> None:
     """Run the paper's experiments by table and figure (recipes/manifest.yaml): one after the other, or --on as jobs.
@@ -180,3 +182,6 @@ def reproduce(
     overrides = [word for word in what or [] if "=" in word]
     numbers = module.parse_seeds(seeds)
     _in_its_environment(lambda: module.reproduce(recipes, names, overrides, numbers, list_sets, status, dry_run, on))
+
+
+app.command()(report)

@@ -14,7 +14,7 @@ lab_app = typer.Typer(
     help="The gradient lab: does variance grow with length, is VL Norm unbiased, and which α for your model and task?",
     no_args_is_help=True,
 )
-MiniBatch = Annotated[int, typer.Option(min=1, help="Responses of your optimizer mini-batch: which α for it?")]
+MiniBatch = Annotated[int, typer.Option(min=1, help="Responses in your optimizer mini-batch, for which the answer is.")]
 
 
 @lab_app.command()
@@ -23,18 +23,24 @@ def run(
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder of this model's rollouts and gradients.")],
     task: Annotated[str, typer.Option(help="tiny, countdown, math, or custom with --reward.")] = "tiny",
     data: Annotated[
-        Path | None, typer.Option(help="Parquet file of `vlnorm-verl data`, or for custom of verl.")
+        Path | None, typer.Option(help="Parquet file of `vlnorm-verl data`; for custom, any in verl's format.")
     ] = None,
     reward: Annotated[
         str | None, typer.Option(help="pkg://module or file of a reward, as verl's custom_reward_function.path.")
     ] = None,
     reward_name: Annotated[str, typer.Option(help="The function in it.")] = "compute_score",
     chat_template: Annotated[
-        bool, typer.Option(help="The tokenizer's, as verl does; without it prompts are as in the recipes: base models.")
+        bool,
+        typer.Option(
+            help="Prompts in the tokenizer's chat template, as in verl; without it as they are, as in the recipes."
+        ),
     ] = True,
     modules: Annotated[
         list[str] | None,
-        typer.Option(help="Parameters: last-qkv, all, or a regular expression on their names. Again for more."),
+        typer.Option(
+            help="Parameters: last-qkv, all, or a regular expression on their names. May be given several times.",
+            show_default="last-qkv",
+        ),
     ] = None,
     slope_prompts: Annotated[
         int, typer.Option(min=1, help="Prompts with many responses each: exponent β of the variance.")
@@ -55,7 +61,9 @@ def run(
             min=0, help="Project each gradient to so many numbers; 0: never.", show_default="above 1,000,000 entries"
         ),
     ] = None,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Gradient checkpointing: less memory, more time.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the prompts and the sampling.")] = 0,
     mini_batch: MiniBatch = 320,
     analyse: Annotated[bool, typer.Option("--report/--no-report", help="Also write OUT/report.")] = True,

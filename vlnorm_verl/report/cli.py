@@ -19,15 +19,19 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("runs/report"),
     metric: Annotated[
         str,
-        typer.Option(help="What the accuracy is.", metavar="KEY", show_default="verl's mean@n of the validation sets"),
+        typer.Option(
+            help="The metric that counts as accuracy.", metavar="KEY", show_default="verl's mean@n of the validation sets"
+        ),
     ] = "",
     baseline: Annotated[
-        str, typer.Option(help="What the others are compared with.", metavar="METHOD", show_default="VL Norm")
+        str,
+        typer.Option(help="The method that the others are compared with.", metavar="METHOD", show_default="VL Norm"),
     ] = "",
     plot: Annotated[
         list[str] | None,
         typer.Option(
-            help="Draw this metric, too; a pattern as 'timing_s/*'. May be given several times.", metavar="KEY"
+            help="Draw this metric too, or all of a pattern like 'timing_s/*'. May be given several times.",
+            metavar="KEY",
         ),
     ] = None,
     smooth: Annotated[
@@ -43,12 +47,12 @@ def report(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the tables, too.")] = False,
     watch: Annotated[
         float | None,
-        typer.Option(
-            min=1, help="Look every so often, and report again what has changed. Ends at Ctrl-C.", metavar="SECONDS"
-        ),
+        typer.Option(min=1, help="Look for changes this often, and report them, until Ctrl-C.", metavar="SECONDS"),
     ] = None,
 ) -> None:
     """What verl's runs show, finished or running: which method is best, by how much, and whether that is established.
+
+    For example:
 
         vlnorm-verl report runs                                    every run below runs/
 
