@@ -29,9 +29,8 @@ def test_works_here_and_in_a_ray_worker() -> None:
     asked = "a worker of a Ray of its own (with RAY_ADDRESS=auto: of the cluster that runs here)"
     assert f"works in {asked}: yes" in done.stdout
     assert "docs/support.md" in done.stdout
-    assert re.search(
-        r"What a run on GPUs would fail for here.*built without CUDA +│ bash recipes/install_gpu.sh", done.stdout, re.S
-    )
+    on_gpus = r"What a recipe on GPUs would fail for here.*built without CUDA +│ bash recipes/install_gpu.sh"
+    assert re.search(on_gpus, done.stdout, re.S)
     assert re.search(r"flash-attn cannot be loaded.*attention=sdpa", done.stdout, re.S)
     # Nothing of what verl, Ray and vLLM say meanwhile.
     assert "arning" not in done.stdout + done.stderr

@@ -126,7 +126,7 @@ def quiet() -> Iterator[IO[str]]:
 
 
 def gpu_problems() -> list[machine.Defect]:
-    """What a run on GPUs would fail for in this environment, on this machine."""
+    """What a run of the recipes on GPUs would fail for in this environment, on this machine."""
     problems = machine.environment_problems(on_cpu=False, flash_attention=True)
     if problem := machine.driver_problem(machine.this_environment().cuda or machine.WHEELS_CUDA):
         problems.append(problem)
@@ -175,12 +175,12 @@ def examine(ask_ray: bool) -> bool:
     console.print(wanted)
 
     if problems:
-        gpus = Table("what", "what mends it", title="What a run on GPUs would fail for here")
+        gpus = Table("what", "what mends it", title="What a recipe on GPUs would fail for here")
         for problem in problems:
             gpus.add_row(escape(problem.what), escape(problem.mend))
         console.print(gpus)
     else:
-        console.print("Nothing here is in the way of a run on GPUs")
+        console.print("Nothing here is in the way of a recipe on GPUs")
     if torchvision:
         console.print(torchvision, style="red", markup=False)
     return active

@@ -20,7 +20,9 @@ def report(
     metric: Annotated[
         str,
         typer.Option(
-            help="The metric that counts as accuracy.", metavar="KEY", show_default="verl's mean@n of the validation sets"
+            help="The metric that counts as accuracy.",
+            metavar="KEY",
+            show_default="verl's mean@n of the validation sets",
         ),
     ] = "",
     baseline: Annotated[
