@@ -225,6 +225,24 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
             "loss_scale_factor='3072': M must be",
         ),
         (["trainer.nnodes=two"], "trainer.nnodes='two': accepted is a number, as in trainer.nnodes=1"),
+        (["trainer.n_gpus_per_node=0"], "trainer.n_gpus_per_node=0: accepted is a whole number of at least 1"),
+        (["recipe.steps=0"], "recipe.steps=0: accepted is a whole number of at least 1"),
+        (["recipe.steps=1e3"], "recipe.steps=1000.0: accepted is a whole number of at least 1"),
+        (["recipe.seed=-1"], "recipe.seed=-1: accepted is a whole number of at least 0"),
+        (["trainer.total_training_steps=null"], "trainer.total_training_steps=None: accepted is a whole number"),
+        (["method=vl_norm_as_coded", "recipe.alpha=3"], "(recipe.alpha): α = 3 is out of range; accepted: 0 ≤ α ≤ 2"),
+        *(
+            (
+                ["family=dapo", "length=3072", "method=soft_punishment", f"recipe.overlong_buffer={tokens}"],
+                f"overlong_buffer_cfg.len={tokens} (recipe.overlong_buffer): accepted is a whole number",
+            )
+            for tokens in (0, 3073)
+        ),
+        (["family=dapo", "length=3072", "algorithm.filter_groups.metric=null"], "metric=null with enable=true"),
+        (["trainer.logger=wandb"], "trainer.logger=wandb: accepted is a list that has `file`"),
+        (["recipe.task=math"], "the run's name alone: its task is countdown. Accepted: task=math"),
+        (["recipe.length=3072"], "its length is 8192. Accepted: length=3072"),
+        (["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=0"], "micro-batches. Accepted: a divisor of 40"),
         (["recipe.steps=[3]"], "recipe.steps=[3]: accepted is a number"),
         (["actor_rollout_ref.actor.shuffle=yes"], "actor_rollout_ref.actor.shuffle='yes': accepted is true or false"),
         (["recipe.data=/tmp/a,b"], """"recipe.root='~/a, (b)=#1'\""""),

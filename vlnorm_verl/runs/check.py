@@ -16,6 +16,25 @@ from omegaconf import DictConfig, OmegaConf
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs.config import LOGGERS
 
+# Whole numbers, and the least that each may be. verl notices a wrong one late (a seed), by an error that does not name
+# it (division by 0 GPUs), or not at all (a run of 0 steps ends at once).
+LEAST = {
+    "recipe.seed": 0,
+    "recipe.steps": 1,
+    "trainer.total_training_steps": 1,
+    "trainer.total_epochs": 1,
+    "trainer.nnodes": 1,
+    "trainer.n_gpus_per_node": 1,
+    "data.train_batch_size": 1,
+    "data.max_prompt_length": 1,
+    "data.max_response_length": 1,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": 1,
+    "actor_rollout_ref.actor.ppo_epochs": 1,
+    "actor_rollout_ref.rollout.n": 1,
+    "actor_rollout_ref.rollout.val_kwargs.n": 1,
+    "algorithm.filter_groups.max_inflight_gen_batches": 1,
+}
+
 
 def validate(config: DictConfig) -> None:
     """Check a composed run with verl's own classes, as far as that needs neither a GPU nor a network.
@@ -39,8 +58,8 @@ def validate(config: DictConfig) -> None:
 
     from vlnorm_verl.paper import whole_groups
     from vlnorm_verl.plugin.checks import check_scale
-    from vlnorm_verl.registry import vl_norm
 
+    check_numbers(config)
     actor = config.actor_rollout_ref.actor
     needs_m = actor.loss_agg_mode == "seq-mean-token-sum-norm"  # of verl's own modes; the plugin checks ours
     if needs_m and actor.loss_scale_factor is None:
@@ -64,7 +83,6 @@ def validate(config: DictConfig) -> None:
             import_external_libs(config.actor_rollout_ref.model.external_lib)  # may register what is asked for next
             get_adv_estimator_fn(config.algorithm.adv_estimator)
             get_policy_loss_fn(config.actor_rollout_ref.actor.policy_loss.loss_mode)
-            vl_norm(config.algorithm.get("vl_norm_as_coded_alpha", 1.0))  # as_coded's, which is not imported for others
             config = migrate_legacy_reward_impl(config)
             get_custom_reward_fn(config)
             resolve_reward_manager_cls(config)
@@ -84,6 +102,11 @@ def validate(config: DictConfig) -> None:
             f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len}: vLLM would cut responses. Accepted: at "
             f"least data.max_prompt_length + data.max_response_length = {needed}, or null"
         )
+    if not OmegaConf.is_list(config.trainer.logger):
+        raise UserError(
+            f"trainer.logger={config.trainer.logger}: accepted is a list that has `file`, as in "
+            "'trainer.logger=[console,file]'; --logger NAME adds to the recipe's"
+        )
     unknown = [name for name in config.trainer.logger if name not in Tracking.supported_backend]
     if unknown:
         raise UserError(
@@ -92,6 +115,38 @@ def validate(config: DictConfig) -> None:
         )
     if "file" not in config.trainer.logger:
         raise UserError("trainer.logger must have `file`: progress, resume and the report read its metrics")
+
+
+def check_numbers(config: DictConfig) -> None:
+    """Raises UserError for numbers out of their range that verl would find out after the start, or not at all."""
+    from vlnorm_verl.registry import vl_norm
+
+    for key, least in LEAST.items():
+        if not _is_whole(value := OmegaConf.select(config, key), least):
+            raise UserError(f"{key}={value}: accepted is a whole number of at least {least}")
+    alpha = config.algorithm.get("vl_norm_as_coded_alpha", 1.0)  # of paper/as_coded.py
+    try:
+        vl_norm(alpha)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"algorithm.vl_norm_as_coded_alpha={alpha} (recipe.alpha): {error}") from error
+    punishment = OmegaConf.select(config, "reward.reward_kwargs.overlong_buffer_cfg")
+    if punishment and punishment.enable:
+        tokens, limit = punishment.len, config.reward.reward_kwargs.max_resp_len
+        if not (_is_whole(limit, 1) and _is_whole(tokens, 1) and tokens <= limit):
+            raise UserError(
+                f"reward.reward_kwargs.overlong_buffer_cfg.len={tokens} (recipe.overlong_buffer): accepted is a whole "
+                f"number of tokens from 1 to reward.reward_kwargs.max_resp_len={limit}"
+            )
+    groups = config.algorithm.filter_groups
+    if groups.enable and not groups.metric:
+        raise UserError(
+            "algorithm.filter_groups.metric=null with enable=true: no group would be dropped. Accepted: acc, reward, "
+            "or another number that the reward function returns"
+        )
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def check_micro_batches(config: DictConfig) -> None:
@@ -121,7 +176,7 @@ def check_micro_batches(config: DictConfig) -> None:
         ),
     }
     for key, (dynamic, what, prompts, micro) in batches.items():
-        if not dynamic and micro and prompts * rollout.n % (ranks * micro):
+        if not dynamic and micro is not None and (micro < 1 or prompts * rollout.n % (ranks * micro)):
             raise UserError(
                 f"actor_rollout_ref.{key}={micro}: {what}={prompts} prompts · rollout.n={rollout.n} responses over "
                 f"{ranks} GPUs (trainer.nnodes · n_gpus_per_node) is no whole number of micro-batches. Accepted: "

@@ -91,8 +91,12 @@ def choices(config_folder: Path, overrides: list[str]) -> dict[str, str]:
         if given.key_or_group in chosen:
             chosen[given.key_or_group] = str(given.value())
     for group, choice in chosen.items():
-        require(f"{group}={choice}", choice, sorted(file.stem for file in (config_folder / group).glob("*.yaml")))
+        require(f"{group}={choice}", choice, _accepted(config_folder, group))
     return chosen
+
+
+def _accepted(config_folder: Path, group: str) -> list[str]:
+    return sorted(file.stem for file in (config_folder / group).glob("*.yaml"))
 
 
 @functools.cache
@@ -119,6 +123,14 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
         )
     chosen = choices(config_folder, overrides)
     given = parsed(hydra_overrides(overrides))
+    for o in given:
+        section, _, group = o.key_or_group.partition(".")
+        value = str(o.value())
+        if section == "recipe" and value != chosen.get(group) and value in _accepted(config_folder, group):
+            raise UserError(
+                f"recipe.{group}={value} changes the run's name alone: its {group} is {chosen[group]}. "
+                f"Accepted: {group}={value}"
+            )
     try:
         config = _composed(config_folder.resolve(), tuple(o.input_line for o in given)).copy()
         values = flatten(config)
