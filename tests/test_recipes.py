@@ -38,7 +38,7 @@ RECIPES = PROJECT / "recipes"
 CONFIG = RECIPES / "config"
 DOCS = PROJECT / "docs"
 SCALE = DOCS / "scale.md"
-SOURCES = ("ours", "verl", "paper", "code")  # of a value; see recipes/config/recipe.yaml
+SOURCES = ("ours", "paper", "code")  # of a value; see recipes/config/recipe.yaml
 SCRIPTS = {"countdown.sh", "math.sh", "dapo_countdown.sh", "dapo_math.sh"}
 
 
@@ -299,7 +299,7 @@ def test_every_value_has_a_source() -> None:
         for key, line, comment in commented_values(file)
         if not key.startswith("recipe.") and comment.partition(":")[0] not in SOURCES
     ]
-    assert not bare, "two spaces, `# `, and code, paper, verl or ours are missing behind\n" + "\n".join(bare)
+    assert not bare, "two spaces, `# `, and code, paper or ours are missing behind\n" + "\n".join(bare)
 
 
 def test_every_key_is_read_by_somebody() -> None:
