@@ -111,6 +111,13 @@ def test_mini_batch_without_a_valid_token_gives_zero_and_zero_gradient(mode: str
     assert relative_weight_range(method, lengths, sums_of(method, lengths)) == (0.0, 0.0)
 
 
+def test_a_sum_of_nan_is_seen_in_every_weight() -> None:
+    """A method of a user's, with a bad length in another micro-batch: weights without their sum would look right."""
+    method = Aggregation(numerator=torch.ones_like, summand=lambda n: (n - 3.0).log(), divide_by_m=False)
+    total = mini_batch_sum(method, torch.tensor([2, 9]))
+    assert response_weights(method, torch.tensor([9]), total, None).isnan().all()
+
+
 def test_bf16_losses_are_weighted_in_float64_and_summed_in_float32() -> None:
     """4,097 tokens of 1/256: a bf16 sum stops growing at 2.0, far from 16.004."""
     losses, mask = torch.full((1, 4097), 1 / 256, dtype=torch.bfloat16), torch.ones(1, 4097, dtype=torch.bool)

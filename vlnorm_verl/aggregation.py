@@ -72,7 +72,8 @@ def response_weights(
         scale = 1.0
     numerators = of_each_response(aggregation.numerator, lengths)
     # The total is 0 only if no response of the mini-batch is valid; then every numerator is 0 and so is every weight.
-    return numerators / (torch.where(total > 0, total, 1.0) * scale)
+    # A total of NaN stays: it must show.
+    return numerators / (torch.where(total == 0, 1.0, total) * scale)
 
 
 def mini_batch_sum(aggregation: Aggregation, lengths: torch.Tensor) -> torch.Tensor:
