@@ -126,7 +126,9 @@ def test_the_error_of_a_worker_arrives_as_it_is() -> None:
     assert str(error).endswith("='vl_norm', but it does not. Do it.")
 
 
-def test_the_driver_names_the_policy_losses_that_will_do_and_leaves_unknown_ones_to_the_workers() -> None:
+def test_the_driver_names_the_policy_losses_that_will_do_and_leaves_unknown_ones_to_the_workers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     from verl.trainer.ppo import core_algos
 
     losses = users_losses()
@@ -137,6 +139,8 @@ def test_the_driver_names_the_policy_losses_that_will_do_and_leaves_unknown_ones
             check_config(
                 compose(*actor(loss_agg_mode="vl_norm"), f"actor_rollout_ref.actor.policy_loss.loss_mode={name}")
             )
+        assert "loss_mode='known_to_workers_only' is not registered in this process" in caplog.text
+        assert "loss_mode='passes_sizes_on'" not in caplog.text
         config = compose(*actor(loss_agg_mode="vl_norm"), "actor_rollout_ref.actor.policy_loss.loss_mode=own_mean")
         with pytest.raises(
             ValueError, match=r"loss_mode='own_mean'.*never calls agg_loss.*Accepted: .*passes_sizes_on, "

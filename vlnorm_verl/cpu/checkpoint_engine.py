@@ -9,7 +9,7 @@ those of verl move weights with CUDA or NPU libraries. Used by verl's own settin
 One broadcast a parameter from rank 0 of the actor, in a process group of its own that lives for one update. Meant for
 small models on one machine: nothing is bucketed or overlapped.
 
-Base class and order of calls: verl 0.9.1, checkpoint_engine/base.py:108 and :458.
+Base class and order of calls: verl 0.9.1, checkpoint_engine/base.py:116 and :510.
 """
 
 import asyncio

@@ -31,7 +31,7 @@ def current_device() -> torch.device:
 
 
 def get_device_name(device: object = None) -> str:
-    """verl's name for its table of peak FLOPS (utils/flops_counter.py:79 knows torch.cpu itself only)."""
+    """verl's name for its table of peak FLOPS (utils/flops_counter.py:77 knows torch.cpu itself only)."""
     return "CPU"
 
 

@@ -1,8 +1,8 @@
 """Ends a run whose rollout engine died inside a weight sync, with the cause.
 
 verl's sender waits for the engine without a limit (workers/rollout/vllm_rollout/bucketed_weight_transfer.py:136,
-148, 197: `socket.send_pyobj`, `socket.recv`), while the error of the engine sits unread in the Ray future of
-`update_weights_from_ipc` (vllm_rollout.py:247, 262). So the sender's socket is wrapped: every wait is cut into slices,
+164, 197: `socket.send_pyobj`, `socket.recv`), while the error of the engine sits unread in the Ray future of
+`update_weights_from_ipc` (vllm_rollout.py:229, 244). So the sender's socket is wrapped: every wait is cut into slices,
 and after each slice the future is looked at. It is ready before the sender is done only if the update failed: an
 exception in the engine, a dead engine process, a dead Ray actor.
 

@@ -5,8 +5,9 @@ It is used in two places, since each sees what the other cannot:
 
 - `check` tries the policy loss of a run before Ray starts, on four short responses, where gradients can be compared as
   well: that shows a term beside agg_loss, and a dependence on the micro-batch.
-- `watched` has every policy loss run so in training, by the responses that there are: this shows what only workers
-  register, and what depends on the data. KL and entropy terms, which verl aggregates itself, do not count there.
+- `watched` has every policy loss run so in training, by the responses that there are: this shows a loss that never
+  calls agg_loss, or with another mode, mask or M, also if only workers register it, or if it depends on the data. KL
+  and entropy terms, which verl aggregates itself, do not count there.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def watched(stock: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def check(actor: Any) -> None:
-    """Try the policy loss of an ActorConfig, unless only workers know it.
+    """Try the policy loss of an ActorConfig, unless only workers know it: checks.py warns of that.
 
     Raises:
         ValueError: it does not aggregate by `loss_agg_mode`, or raises itself; the message names those that do.
