@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from origin import ROOT
+from origin import ROOT, line
 from rich.console import Console
 from rich.table import Table
 
@@ -118,9 +118,8 @@ def main(
         arguments = ["--steps", str(steps), "--ranks", str(ranks), *(overrides or [])]
         with console.status("training in turns …"):
             found = in_turns(rounds, against, out, arguments)
-        table = Table(
-            "part", "before, s", "now, s", "now / before, round by round", title=f"medians of {rounds} rounds"
-        )
+        title = f"medians of {rounds} rounds; {line()}"
+        table = Table("part", "before, s", "now, s", "now / before, round by round", title=title)
         for name in found["now"][0]:
             before, now = ([seconds[name] for seconds in found[side]] for side in ("before", "now"))
             ratios = ", ".join(f"{b / a:.2f}" for a, b in zip(before, now, strict=True))
@@ -151,7 +150,8 @@ def main(
                 ready = ready or time.monotonic() - begin - record["data"]["timing_s/step"]
                 records.append(record["data"])
     measured = records[WARM_UP:]
-    table = Table("part", "median s", "min", "max", title=f"{parameters / 1e6:.2f} M parameters, {ranks} rank(s)")
+    title = f"{parameters / 1e6:.2f} M parameters, {ranks} rank(s); {line()}"
+    table = Table("part", "median s", "min", "max", title=title)
     table.add_row("start to ready", f"{ready:.1f}", "", "")
     medians = {"start to ready": ready}
     for key, name in PARTS.items():

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from origin import line
 
 Spelling = Callable[[str], str]
 
@@ -103,6 +104,7 @@ def main(
 
     from vlnorm_verl.tasks import math, sources
 
+    print(line())
     pool = math.Pool(workers=2)
     rules: dict[str, Callable[[str, str], bool]] = {
         "ours": lambda response, gold: math.judge(response, math.parse_ground_truth(gold), pool) == "correct",

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from origin import line
 from rich.console import Console
 from rich.table import Table
 
@@ -123,6 +124,7 @@ def main(
     """Print the tables."""
     from math_verify import parse, verify
 
+    console.print(line(), markup=False)
     cpus = len(os.sched_getaffinity(0))
     race(
         "CountDown",

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import torch
 import typer
+from origin import line
 from rich.console import Console
 from rich.table import Table
 
@@ -49,7 +50,8 @@ def main(prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] 
             )
 
     joined = {name: torch.cat(parts) for name, parts in columns.items()}
-    table = Table("difference of token probabilities", "largest", "mean", title=f"{len(joined['vllm'])} sampled tokens")
+    title = f"{len(joined['vllm'])} sampled tokens; {line()}"
+    table = Table("difference of token probabilities", "largest", "mean", title=title)
     for one, other in (("vllm", "float64"), ("float32", "float64"), ("vllm", "float32")):
         difference = (joined[one] - joined[other]).abs()
         names = [{"vllm": "vLLM float32"}.get(name, f"transformers {name}") for name in (one, other)]
