@@ -47,7 +47,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "patches/README.md
 COMMANDS = {
     "bash recipes/quickstart.sh": "tests/test_benchmarks.py::test_every_benchmark_runs",
     r"bash recipes/(dapo_)?(countdown|math)\.sh": "tests/test_e2e.py::test_the_mode_is_at_work",
-    "bash recipes/reproduce.sh": "tests/test_recipes.py::test_dry_run_of_a_set",
+    "bash recipes/reproduce.sh": "tests/test_reproduce.py::test_dry_run_of_a_set",
     "bash recipes/lab_cpu.sh": "tests/test_lab_report.py::test_the_recipe_measures_before_and_after_a_run",
     "bash recipes/install_cpu.sh": "recipes/test.sh",
     "bash recipes/install_gpu.sh": "tests/test_install.py::test_wrong_requests",
