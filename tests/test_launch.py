@@ -239,7 +239,7 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
             for tokens in (0, 3073)
         ),
         (["family=dapo", "length=3072", "algorithm.filter_groups.metric=null"], "metric=null with enable=true"),
-        (["trainer.logger=wandb"], "trainer.logger=wandb: accepted is a list that has `file`"),
+        (["trainer.logger=wandb"], "trainer.logger=wandb: it must have `file` in a list"),
         (["recipe.task=math"], "the run's name alone: its task is countdown. Accepted: task=math"),
         (["recipe.length=3072"], "its length is 8192. Accepted: length=3072"),
         (["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=0"], "micro-batches. Accepted: a divisor of 40"),

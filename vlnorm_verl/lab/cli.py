@@ -14,7 +14,7 @@ lab_app = typer.Typer(
     help="The gradient lab: does variance grow with length, is VL Norm unbiased, and which α for your model and task?",
     no_args_is_help=True,
 )
-MiniBatch = Annotated[int, typer.Option(min=1, help="Responses in your optimizer mini-batch, for which the answer is.")]
+MiniBatch = Annotated[int, typer.Option(min=1, help="Responses in your mini-batch; the best α depends on it.")]
 
 
 @lab_app.command()

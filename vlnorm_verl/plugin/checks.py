@@ -104,9 +104,8 @@ def check_actor(config: Any, actor: Any) -> None:
     if is_ours(actor.loss_agg_mode):
         from verl.utils.config import omega_conf_to_dataclass
 
-        made = omega_conf_to_dataclass(actor)
-        policy_loss.check(made)
-        warn_of_untried_policy_loss(made.policy_loss.get("loss_mode", "vanilla"))
+        if not policy_loss.check(omega_conf_to_dataclass(actor)):
+            warn_of_untried_policy_loss(actor.policy_loss.loss_mode)
 
 
 def check_critic(config: Any, critic: Any) -> None:
@@ -172,14 +171,11 @@ def warn_of_untested_release() -> None:
 
 def warn_of_untried_policy_loss(name: str) -> None:
     """Workers refuse a loss that does not aggregate by the mode; a term beside agg_loss shows only when it is tried."""
-    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
-
-    if name not in POLICY_LOSS_REGISTRY:
-        say(
-            f"actor_rollout_ref.actor.policy_loss.loss_mode={name!r} is not registered in this process, so it was not "
-            "tried: a term of it beside agg_loss would be trained without the mode's weights. Register it in a module "
-            "that every process imports, named in VERL_USE_EXTERNAL_MODULES or by an entry point verl.plugins."
-        )
+    say(
+        f"actor_rollout_ref.actor.policy_loss.loss_mode={name!r} is not registered in this process, so it was not "
+        "tried: a term of it beside agg_loss would be trained without the mode's weights. Register it in a module "
+        "that every process imports, named in VERL_USE_EXTERNAL_MODULES or by an entry point verl.plugins."
+    )
 
 
 def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:

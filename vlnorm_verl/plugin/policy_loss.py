@@ -52,8 +52,8 @@ def watched(stock: Callable[[str], Any]) -> Callable[[str], Any]:
     return get_policy_loss_fn
 
 
-def check(actor: Any) -> None:
-    """Try the policy loss of an ActorConfig, unless only workers know it: checks.py warns of that.
+def check(actor: Any) -> bool:
+    """Try the policy loss of an ActorConfig. False if it could not be tried, since only workers know it.
 
     Raises:
         ValueError: it does not aggregate by `loss_agg_mode`, or raises itself; the message names those that do.
@@ -67,12 +67,15 @@ def check(actor: Any) -> None:
         "actor_rollout_ref.actor.policy_loss",
         "it takes tokens out of a response inside each micro-batch, after the mini-batch's lengths were summed",
     )
-    if name in POLICY_LOSS_REGISTRY and (reason := problem(name, actor)):
+    if name not in POLICY_LOSS_REGISTRY:
+        return False
+    if reason := problem(name, actor):
         accepted = [other for other in sorted(POLICY_LOSS_REGISTRY) if problem(other, actor) is None]
         raise ValueError(
             f"actor_rollout_ref.actor.policy_loss.loss_mode={name!r} cannot be used with "
             f"{MODE_KEY}={actor.loss_agg_mode!r}: {reason}. Accepted: {', '.join(accepted)}."
         )
+    return True
 
 
 def correction_of(name: str, actor: Any) -> Any:

@@ -102,10 +102,10 @@ def validate(config: DictConfig) -> None:
             f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len}: vLLM would cut responses. Accepted: at "
             f"least data.max_prompt_length + data.max_response_length = {needed}, or null"
         )
-    if not OmegaConf.is_list(config.trainer.logger):
+    if not OmegaConf.is_list(config.trainer.logger) or "file" not in config.trainer.logger:
         raise UserError(
-            f"trainer.logger={config.trainer.logger}: accepted is a list that has `file`, as in "
-            "'trainer.logger=[console,file]'; --logger NAME adds to the recipe's"
+            f"trainer.logger={config.trainer.logger}: it must have `file` in a list, as in "
+            "'trainer.logger=[console,file]': progress, resume and the report read its metrics. --logger NAME adds one"
         )
     unknown = [name for name in config.trainer.logger if name not in Tracking.supported_backend]
     if unknown:
@@ -113,8 +113,6 @@ def validate(config: DictConfig) -> None:
             f"trainer.logger={list(config.trainer.logger)}: verl has no {', '.join(unknown)}. "
             f"Accepted: {', '.join(LOGGERS)}"
         )
-    if "file" not in config.trainer.logger:
-        raise UserError("trainer.logger must have `file`: progress, resume and the report read its metrics")
 
 
 def check_numbers(config: DictConfig) -> None:
@@ -122,7 +120,8 @@ def check_numbers(config: DictConfig) -> None:
     from vlnorm_verl.registry import vl_norm
 
     for key, least in LEAST.items():
-        if not _is_whole(value := OmegaConf.select(config, key), least):
+        value = OmegaConf.select(config, key)
+        if type(value) is not int or value < least:  # True is an int, too
             raise UserError(f"{key}={value}: accepted is a whole number of at least {least}")
     alpha = config.algorithm.get("vl_norm_as_coded_alpha", 1.0)  # of paper/as_coded.py
     try:
@@ -132,7 +131,7 @@ def check_numbers(config: DictConfig) -> None:
     punishment = OmegaConf.select(config, "reward.reward_kwargs.overlong_buffer_cfg")
     if punishment and punishment.enable:
         tokens, limit = punishment.len, config.reward.reward_kwargs.max_resp_len
-        if not (_is_whole(limit, 1) and _is_whole(tokens, 1) and tokens <= limit):
+        if type(tokens) is not int or not 1 <= tokens <= limit:
             raise UserError(
                 f"reward.reward_kwargs.overlong_buffer_cfg.len={tokens} (recipe.overlong_buffer): accepted is a whole "
                 f"number of tokens from 1 to reward.reward_kwargs.max_resp_len={limit}"
@@ -143,10 +142,6 @@ def check_numbers(config: DictConfig) -> None:
             "algorithm.filter_groups.metric=null with enable=true: no group would be dropped. Accepted: acc, reward, "
             "or another number that the reward function returns"
         )
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def check_micro_batches(config: DictConfig) -> None:

@@ -84,19 +84,19 @@ def choices(config_folder: Path, overrides: list[str]) -> dict[str, str]:
     """{group: choice} of a run: those of recipe.yaml's defaults, in its order, and over them those that are given.
 
     Raises:
-        UserError: a group has no such choice.
+        UserError: a group has no such choice, or recipe.GROUP, which is only in the run's name, says another one.
     """
-    chosen = dict(_default_choices(config_folder))
-    for given in parsed(overrides):
-        if given.key_or_group in chosen:
-            chosen[given.key_or_group] = str(given.value())
+    given = {o.key_or_group: str(o.value()) for o in parsed(overrides)}
+    chosen = {group: given.get(group, default) for group, default in _default_choices(config_folder).items()}
     for group, choice in chosen.items():
-        require(f"{group}={choice}", choice, _accepted(config_folder, group))
+        accepted = sorted(file.stem for file in (config_folder / group).glob("*.yaml"))
+        require(f"{group}={choice}", choice, accepted)
+        if (named := given.get(f"recipe.{group}", choice)) != choice and named in accepted:
+            raise UserError(
+                f"recipe.{group}={named} changes the run's name alone: its {group} is {choice}. "
+                f"Accepted: {group}={named}"
+            )
     return chosen
-
-
-def _accepted(config_folder: Path, group: str) -> list[str]:
-    return sorted(file.stem for file in (config_folder / group).glob("*.yaml"))
 
 
 @functools.cache
@@ -123,14 +123,6 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
         )
     chosen = choices(config_folder, overrides)
     given = parsed(hydra_overrides(overrides))
-    for o in given:
-        section, _, group = o.key_or_group.partition(".")
-        value = str(o.value())
-        if section == "recipe" and value != chosen.get(group) and value in _accepted(config_folder, group):
-            raise UserError(
-                f"recipe.{group}={value} changes the run's name alone: its {group} is {chosen[group]}. "
-                f"Accepted: {group}={value}"
-            )
     try:
         config = _composed(config_folder.resolve(), tuple(o.input_line for o in given)).copy()
         values = flatten(config)
