@@ -238,7 +238,13 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
             )
             for tokens in (0, 3073)
         ),
-        (["family=dapo", "length=3072", "algorithm.filter_groups.metric=null"], "metric=null with enable=true"),
+        *(
+            (
+                ["family=dapo", "length=3072", f"algorithm.filter_groups.metric={metric}"],
+                f"metric={shown}: no group could be dropped by it. Accepted: acc, reward",
+            )
+            for metric, shown in (("null", "None"), ("seq_reward", "seq_reward"))  # the second is older verl's name
+        ),
         (["trainer.logger=wandb"], "trainer.logger=wandb: it must have `file` in a list"),
         (["recipe.task=math"], "the run's name alone: its task is countdown. Accepted: task=math"),
         (["recipe.length=3072"], "its length is 8192. Accepted: length=3072"),

@@ -136,10 +136,11 @@ def check_numbers(config: DictConfig) -> None:
                 f"reward.reward_kwargs.overlong_buffer_cfg.len={tokens} (recipe.overlong_buffer): accepted is a whole "
                 f"number of tokens from 1 to reward.reward_kwargs.max_resp_len={limit}"
             )
-    groups = config.algorithm.filter_groups
-    if groups.enable and not groups.metric:
+    groups, reward_file = config.algorithm.filter_groups, config.reward.custom_reward_function.path or ""
+    here = reward_file.startswith("pkg://vlnorm_verl.")  # what another one returns is not known
+    if groups.enable and (not groups.metric or (here and groups.metric not in ("acc", "score", "reward"))):
         raise UserError(
-            "algorithm.filter_groups.metric=null with enable=true: no group would be dropped. Accepted: acc, reward, "
+            f"algorithm.filter_groups.metric={groups.metric}: no group could be dropped by it. Accepted: acc, reward, "
             "or another number that the reward function returns"
         )
 
