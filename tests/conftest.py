@@ -1,8 +1,12 @@
 """Settings of every test: hypothesis without a deadline (two busy cores make any deadline flaky), and the order."""
 
+import os
+
 import pytest
 from hypothesis import settings
 
+# With it typer colours what it writes into pipes, too, which cuts the words that tests look for in pieces.
+os.environ.pop("GITHUB_ACTIONS", None)
 settings.register_profile("vlnorm", deadline=None)
 settings.load_profile("vlnorm")
 
