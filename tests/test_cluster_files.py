@@ -119,8 +119,6 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 def test_the_script_is_bash() -> None:
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", str(SCRIPT)], check=True)
 
 
 def test_sbatch_sees_every_option() -> None:
