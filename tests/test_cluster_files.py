@@ -190,7 +190,7 @@ def test_two_nodes_and_the_real_launcher(job: Job) -> None:
     assert f"environment: {sys.executable}" in log
     assert f"Ray: 2 node(s) at 127.0.0.1:{job.environment['VLNORM_RAY_PORT']}" in log
     assert "ray_kwargs.ray_init.runtime_env.env_vars" in log  # the launcher has seen that it is on a cluster
-    assert {"--nodes=1", "--ntasks=1", "--relative=1"} <= set(job.recorded("srun").split())
+    assert {"--export=ALL", "--nodes=1", "--ntasks=1", "--relative=1"} <= set(job.recorded("srun").split())
     assert not job.processes()
 
 
