@@ -2,10 +2,11 @@
 # .venv-gpu, else of .venv. A run that cannot be done in that one (no CUDA in its torch, or no vLLM for CPUs) goes over
 # to the other, or is refused.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Safe path: `pip install .` leaves vlnorm_verl.egg-info in this folder, which says nothing of the environment.
 installed='import importlib.metadata as m; m.version("verl"); m.version("vlnorm-verl")'
 python=""
 for candidate in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} ${CONDA_PREFIX:+"$CONDA_PREFIX/bin/python"} "$PWD"/{.venv-gpu,.venv}/bin/python python3; do
-  if "$candidate" -c "$installed" 2> /dev/null; then
+  if PYTHONSAFEPATH=1 "$candidate" -c "$installed" 2> /dev/null; then
     python=$candidate
     break
   fi

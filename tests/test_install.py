@@ -307,6 +307,16 @@ def test_the_systems_python_is_no_active_environment(tmp_path: Path) -> None:
     assert shown.stdout.splitlines()[0] == f"{tmp_path}/.venv-gpu/bin/python", shown.stderr
 
 
+def test_what_a_build_leaves_in_the_project_is_no_installation(tmp_path: Path) -> None:
+    """`pip install .` into one environment leaves an egg-info, which every Python finds in its working directory."""
+    for name in ("verl", "vlnorm_verl"):
+        (tmp_path / f"{name}.egg-info").mkdir()
+        (tmp_path / f"{name}.egg-info" / "PKG-INFO").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: 1\n")
+    script(tmp_path / "mine" / "bin" / "python", f'exec {sys.executable} -S "$@"')
+    done = started(tmp_path, VIRTUAL_ENV=str(tmp_path / "mine"))
+    assert (done.returncode, "Nothing is installed yet" in done.stderr) == (2, True)
+
+
 def test_the_active_environment_comes_first_then_that_for_gpus(tmp_path: Path) -> None:
     done = started(tmp_path)
     assert done.returncode == 2
