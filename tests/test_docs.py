@@ -310,3 +310,5 @@ def test_one_version_everywhere() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == vlnorm_verl.__version__
     assert f"\n## {vlnorm_verl.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    for file in ("recipes/cluster/Dockerfile", "recipes/cluster/rayjob.yaml", "docs/clusters.md"):
+        assert f"your-registry/vlnorm-verl:{vlnorm_verl.__version__}" in (ROOT / file).read_text()
