@@ -482,11 +482,13 @@ def test_a_node_without_the_package_is_named(
     (packages,) = (tmp_path / "venv/lib").glob("python*/site-packages")
     (packages / "sitecustomize.py").write_text(MISSING)
     client = cluster("127.0.0.1:{port}", without_package)
-    arguments = command("countdown.sh", tmp_path / "runs", data, "method=vl_norm", "trainer.nnodes=2")
+    many = "transfer_queue.backend.SimpleStorage.num_data_storage_units=9"
+    arguments = command("countdown.sh", tmp_path / "runs", data, "method=vl_norm", "trainer.nnodes=2", many)
     done = started(arguments, **client)
     assert done.returncode == 2, done.stdout[-3000:]
     assert "the run cannot work on every node" in done.stderr
     assert done.stderr.count("cannot import vlnorm_verl") == 1  # and the other node is not accused
+    assert "all nodes: verl reserves 17 CPUs of Ray, and they have 16: the run would wait" in done.stderr
 
 
 @pytest.mark.slow

@@ -534,6 +534,13 @@ def test_slurm_needs_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "a job starts in a checkout" in refused(Request(tmp_path / "recipes", on="slurm"))
 
 
+def test_a_slurm_job_without_data_is_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be given its nodes, and end."""
+    (tmp_path / "sbatch").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no data: " in refused(Request(RECIPES, [f"recipe.data={tmp_path}/none"], on="slurm"))
+
+
 def test_a_wrong_request_is_one_message_and_exit_code_2() -> None:
     result = CliRunner().invoke(app, ["launch", f"--recipes={RECIPES}", "model=14b"])
     assert (result.exit_code, result.output) == (2, "model=14b is not accepted. Accepted: 3b, 7b, tiny\n")

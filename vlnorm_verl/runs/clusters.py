@@ -25,7 +25,7 @@ from rich.console import Console
 
 from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs.config import is_cpu
+from vlnorm_verl.runs.config import is_cpu, reserved_cpus
 from vlnorm_verl.runs.probe import probe
 from vlnorm_verl.runs.process import log_variables
 
@@ -98,6 +98,12 @@ def check_nodes(config: DictConfig, console: Console) -> None:
         versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
         console.print(f"node {report.node}: {versions or 'no answer'}", markup=False, highlight=False, soft_wrap=True)
     bad = [f"node {report.node}: {problem}" for report in reports for problem in report.problems]
+    needed, cpus = reserved_cpus(config), sum(report.cpus for report in reports)
+    if cpus < needed:
+        bad.append(
+            f"all nodes: verl reserves {needed} CPUs of Ray, and they have {cpus:g}: the run would wait for ever. "
+            "`ray start --num-cpus=…` tells Ray of more than there are (on SLURM: VLNORM_RAY_OPTIONS=--num-cpus=…)"
+        )
     if bad:
         raise UserError("the run cannot work on every node:\n  " + "\n  ".join(bad))
 

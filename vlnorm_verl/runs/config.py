@@ -193,6 +193,13 @@ def wants_flash_attention(config: DictConfig) -> bool:
     return bool(attention == "flash_attention_2")
 
 
+def reserved_cpus(config: DictConfig) -> int:
+    """CPUs that verl reserves of Ray, on all nodes: it waits for ever for more than there are."""
+    # Three a GPU (single_controller/ray/base.py:146), TransferQueue's, and two for what starts later.
+    units = config.transfer_queue.backend.SimpleStorage.num_data_storage_units
+    return int(3 * config.trainer.nnodes * config.trainer.n_gpus_per_node + units + 2)
+
+
 def depends_on_micro_batches(config: DictConfig) -> bool:
     """Whether the loss is another one with other micro-batches (vlnorm_verl/paper/as_coded.py)."""
     return bool(config.actor_rollout_ref.actor.policy_loss.loss_mode == "dapo_norm_as_coded")

@@ -38,7 +38,15 @@ from vlnorm_verl.files import UserError, locked
 from vlnorm_verl.runs import clusters, resources, smoke
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs.check import unread_keys, validate
-from vlnorm_verl.runs.config import LOGGERS, is_cpu, missing_files, override, wants_flash_attention, with_settings
+from vlnorm_verl.runs.config import (
+    LOGGERS,
+    is_cpu,
+    missing_files,
+    override,
+    reserved_cpus,
+    wants_flash_attention,
+    with_settings,
+)
 from vlnorm_verl.runs.folder import (
     begin,
     completed_steps,
@@ -117,6 +125,8 @@ def launch(request: Request, console: Console | None = None) -> int:
             raise UserError(
                 f"--on slurm: {request.recipes} has no python.sh; a job starts in a checkout of this project"
             )
+        if problem := missing_files(config):
+            raise UserError(problem)
         return subprocess.call(
             clusters.sbatch_command(request.recipes, arguments, config), cwd=request.recipes.resolve().parent
         )
@@ -229,9 +239,7 @@ def cannot_run(config: DictConfig) -> str:
         cuda, gpus = machine.this_environment().cuda or machine.WHEELS_CUDA, config.trainer.n_gpus_per_node
         problems += [machine.driver_problem(cuda, gpus), machine.compiler_problem()]
         if config.ray_kwargs.ray_init.num_cpus is None:
-            # Three a GPU (single_controller/ray/base.py:146), TransferQueue's, and one for what starts later.
-            units = config.transfer_queue.backend.SimpleStorage.num_data_storage_units
-            problems.append(machine.cpus_problem(3 * gpus + units + 2))
+            problems.append(machine.cpus_problem(reserved_cpus(config)))
     return "\n".join(str(problem) for problem in problems if problem)
 
 

@@ -4,8 +4,8 @@ A node that lacks verl or this package fails minutes into the start of a run, in
 all: verl hides plugin load errors. The answers are named by node here.
 
 Covered: imports and versions, whether torch and vLLM are those for the run, flash-attn, whether the plugin is in verl,
-whether the node sees the run's folder and data, logins of loggers. Not covered: drivers and GPUs, network speed, free
-disk.
+whether the node sees the run's folder and data, logins of loggers, Ray's CPUs. Not covered: drivers and GPUs, network
+speed, free disk.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class NodeReport:
     """What one node answered. `problems` is empty if a run can work there."""
 
     node: str  # host name and address
+    cpus: float  # that Ray has there
     versions: dict[str, str]
     problems: list[str]
 
@@ -116,13 +117,14 @@ def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
         ray.wait(list(pending.values()), num_returns=len(pending), timeout=TIMEOUT_SECONDS)
         reports = []
         for node_id, answer in pending.items():
-            node = f"{nodes[node_id]['NodeManagerHostname']} ({nodes[node_id]['NodeName']})"
+            facts = nodes[node_id]
+            node = f"{facts['NodeManagerHostname']} ({facts['NodeName']})", facts["Resources"].get("CPU", 0.0)
             try:
-                report = NodeReport(node, **ray.get(answer, timeout=0))
+                report = NodeReport(*node, **ray.get(answer, timeout=0))
             except ray.exceptions.GetTimeoutError:
-                report = NodeReport(node, {}, [f"no answer within {TIMEOUT_SECONDS:.0f} s"])
+                report = NodeReport(*node, {}, [f"no answer within {TIMEOUT_SECONDS:.0f} s"])
             except ray.exceptions.RayError as error:
-                report = NodeReport(node, {}, [f"{type(error).__name__}: {_last_line(error)}"])
+                report = NodeReport(*node, {}, [f"{type(error).__name__}: {_last_line(error)}"])
             reports.append(report)
         return reports
     finally:
