@@ -3,8 +3,6 @@
 Covered: both prompts to the character; checksums, idempotence, refusals, the lock, processes killed in the middle; the
 files through verl's RLHFDataset. Not covered: where rows come from (test_data_local.py, test_data_network.py,
 test_data_generated.py).
-
-    pytest tests/test_data.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""`vlnorm-verl data --offline`: the generated problems, worked out another way.
-
-pytest tests/test_data_generated.py
-"""
+"""`vlnorm-verl data --offline`: the generated problems, worked out another way."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`vlnorm-verl data` from local files: row counts, and each source's format by small files (data_samples/README.md).
-
-pytest tests/test_data_local.py
-"""
+"""`vlnorm-verl data` from local files: row counts, and each source's format by small files (data_samples/README.md)."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 Covered: real `datasets` and `huggingface_hub` against a hub on this machine, GitHub's files from a server here, and
 both without a network. Not covered: huggingface.co and GitHub themselves, which the tests never reach.
-
-    pytest tests/test_data_network.py
 """
 
 from __future__ import annotations

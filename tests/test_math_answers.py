@@ -3,8 +3,6 @@ r"""Which Math answers are equal: what is read as what, what is exact, and what 
 Covered: kinds of notation, each by a few answers that are equal and a few that are not; texts of which a part is not
 understood; the tolerance; golds of the MATH and Minerva test sets. Not covered: limits of time and memory and the
 worker processes (`tests/test_rewards_math.py`); the sets themselves (`benchmarks/math_rules.py` takes a file of them).
-
-    pytest tests/test_math_answers.py
 """
 
 from __future__ import annotations

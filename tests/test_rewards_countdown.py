@@ -3,8 +3,6 @@
 Covered: every outcome class; the same verdicts as the paper's rule on well-formed answers, and the documented
 differences; exactness; 10,000 hostile responses and hypothesis's own, each in bounded time; linear time; ground truths;
 loading and scoring by verl. Not covered: a training run (the end-to-end tests do that).
-
-    pytest tests/test_rewards_countdown.py
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ Covered: every outcome class, by real worker processes; hanging answers, memory 
 crashed, broken, recycled or orphaned, and that none of these becomes a score; threads; hostile responses (10,000 with
 ``-m slow``); verl's loader and reward manager in an event loop off the main thread. Not covered: which texts are equal
 (`tests/test_math_answers.py`); a training run; what verl's trainer makes of an `InfrastructureError`.
-
-    pytest tests/test_rewards_math.py
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ Covered: every trace is parsed and recomputed; the noise rates are as documented
 text included; held-out split; fixed prompt length; tokenizer and chat template; parquet files; determinism;
 accuracy and lengths of the shipped weights. Not covered: that the warm start, run in full, reaches them (it takes
 minutes; weights/warmstart.json records the run), verl and vLLM on these files (the end-to-end tests do that).
-
-    pytest tests/test_tiny.py
 """
 
 from __future__ import annotations
