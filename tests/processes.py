@@ -1,4 +1,4 @@
-"""Processes that a test has started, and a wait for what they do."""
+"""Programs that stand for others, processes that a test has started, and a wait for what they do."""
 
 import contextlib
 import os
@@ -8,6 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+
+def script(path: Path, text: str) -> Path:
+    """A program in bash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+    return path
 
 
 def with_variable(name: str, beginning: str) -> list[psutil.Process]:

@@ -26,7 +26,7 @@ import typer.main
 import yaml
 
 from tests.engine.ranks import free_port
-from tests.processes import kill, named, wait_for, with_variable
+from tests.processes import kill, named, script, wait_for, with_variable
 from vlnorm_verl.cli import app
 from vlnorm_verl.runs.clusters import rayjob, sbatch_command
 from vlnorm_verl.runs.config import compose
@@ -56,7 +56,7 @@ class Job:
         for path in (self.record, self.bin, self.project / "recipes"):
             path.mkdir(parents=True)
         for name, text in STAND_INS.items():
-            self.put(self.bin / name, text)
+            script(self.bin / name, text)
         self.mark = uuid.uuid4().hex
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SLURM_", "VIRTUAL_"))},
@@ -74,17 +74,12 @@ class Job:
             "VLNORM_RAY_OPTIONS": "--num-cpus=1 --object-store-memory=80000000 --dashboard-agent-listen-port=0",
         }
 
-    @staticmethod
-    def put(path: Path, text: str) -> None:
-        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
-        path.chmod(0o755)
-
     def launcher(self, text: str) -> None:
         """A python3 whose launcher is this text; it says too which Python the run takes, as the real one does."""
         real = f'if [ "$1" != -m ]; then exec {sys.executable} "$@"; fi; shift 3  # -m vlnorm_verl launch'
         answer = f'if [ "${{@: -1}}" = --python ]; then echo {self.bin}/python3; exit; fi'
-        self.put(self.bin / "python3", f"{real}\n{answer}\n{text}")
-        self.put(self.bin / "ray", f'exec {Path(sys.executable).with_name("ray")} "$@"')
+        script(self.bin / "python3", f"{real}\n{answer}\n{text}")
+        script(self.bin / "ray", f'exec {Path(sys.executable).with_name("ray")} "$@"')
         shutil.copy(PROJECT / "recipes" / "python.sh", self.project / "recipes")
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
@@ -146,7 +141,7 @@ def test_outside_the_project(job: Job) -> None:
 
 def test_without_an_environment_for_the_run_the_job_ends_and_says_why(job: Job) -> None:
     job.launcher("")
-    Job.put(job.bin / "python3", '[ "$1" = -c ] || { echo no environment here can do it >&2; exit 2; }')
+    script(job.bin / "python3", '[ "$1" = -c ] || { echo no environment here can do it >&2; exit 2; }')
     assert job.run("task=countdown") == 2
     assert job.recorded("log") == "no environment here can do it\n"
 
@@ -164,8 +159,8 @@ def test_without_an_environment_for_the_run_the_job_ends_and_says_why(job: Job) 
     ],
 )
 def test_address_of_the_head(tmp_path: Path, named: str, own: str, taken: str) -> None:
-    Job.put(tmp_path / "getent", f"[ -n '{named}' ] && printf '%s STREAM\\n%s DGRAM\\n' '{named}' '{named}'")
-    Job.put(tmp_path / "hostname", f"echo '{own} '" if own else "echo 'invalid option -- I' >&2; exit 64")
+    script(tmp_path / "getent", f"[ -n '{named}' ] && printf '%s STREAM\\n%s DGRAM\\n' '{named}' '{named}'")
+    script(tmp_path / "hostname", f"echo '{own} '" if own else "echo 'invalid option -- I' >&2; exit 64")
     text = SCRIPT.read_text()
     function = text[text.index("own_address() {") :].split("\n}\n")[0] + "\n}\n"
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -214,7 +209,7 @@ def test_a_node_that_does_not_come_is_named(job: Job) -> None:
     job.launcher('touch "$RECORD/launcher"')
     here = socket.gethostname()
     job.environment |= {"NODES": f"{here} node-b", "VLNORM_RAY_SECONDS": "60"}
-    Job.put(job.bin / "srun", "exec sleep 300")
+    script(job.bin / "srun", "exec sleep 300")
     assert job.run() == 1
     assert "1 of 2 nodes are in the Ray cluster after 60 s; missing: node-b" in job.recorded("log")
     assert not (job.record / "launcher").exists()
@@ -224,7 +219,7 @@ def test_a_node_that_does_not_come_is_named(job: Job) -> None:
 @pytest.mark.slow
 def test_a_ray_that_cannot_start_ends_the_job_at_once(job: Job) -> None:
     job.launcher('touch "$RECORD/launcher"')
-    Job.put(job.bin / "srun", "echo srun: error >&2; exit 1")
+    script(job.bin / "srun", "echo srun: error >&2; exit 1")
     job.environment["NODES"] = "node-a node-b"
     start = time.monotonic()
     assert job.run() == 1

@@ -18,6 +18,7 @@ import pytest
 import typer
 
 from benchmarks.gpu import check, metadata, strip_gpu_code
+from tests import processes
 
 ROOT = Path(__file__).parent.parent
 # A program of a part, which gets --out FILE.
@@ -237,9 +238,7 @@ def test_a_check_of_which_nothing_ran_fails(tmp_path: Path) -> None:
     [(False, True, "ran\n"), (True, True, ".gpu/engine.tar.xz"), (True, False, "see docs/gpu.md\n")],
 )
 def test_archives_are_for_a_python_without_verl(tmp_path: Path, bare: bool, archive: bool, says: str) -> None:
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {"-S" if bare else ""} "$@"\n')
-    python.chmod(0o755)
+    python = processes.script(tmp_path / "python", f'exec {sys.executable} {"-S" if bare else ""} "$@"')
     folder = tmp_path / "benchmarks/gpu"
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "benchmarks/gpu/check.sh", folder)

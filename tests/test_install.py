@@ -17,6 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.processes import script
+
 PROJECT = Path(__file__).parent.parent
 LOCK = PROJECT / "recipes" / "requirements-gpu.txt"
 WHEELS = ["--only-binary", ":all:", "--no-binary", "antlr4-python3-runtime"]  # as install_gpu.sh has them
@@ -102,13 +104,6 @@ def install(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
         text=True,
         timeout=120,
     )
-
-
-def script(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
-    path.chmod(0o755)
-    return path
 
 
 def test_the_environment_of_the_cpu_stack_is_refused() -> None:

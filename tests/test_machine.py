@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.processes import script
 from vlnorm_verl import machine
 from vlnorm_verl.machine import Environment
 
@@ -60,15 +61,13 @@ def project(tmp_path: Path) -> Path:
     """A project with .venv-gpu, whose Python tells what it was started with."""
     shutil.copytree(RECIPES, tmp_path / "recipes")
     python = tmp_path / ".venv-gpu" / "bin" / "python"
-    python.parent.mkdir(parents=True)
     answer = json.dumps(asdict(replace(GPU, python=str(python))))
-    python.write_text(f"#!/bin/sh\ncase $2 in environment) echo '{answer}' ;; *) echo took over: $* ;; esac\n")
-    python.chmod(0o755)
+    script(python, f"case $2 in environment) echo '{answer}' ;; *) echo took over: $* ;; esac")
     return tmp_path
 
 
 def test_without_an_environment_that_can_each_one_says_why_not(project: Path) -> None:
-    (project / ".venv-gpu" / "bin" / "python").write_text("#!/bin/sh\necho broken >&2; exit 1\n")
+    script(project / ".venv-gpu" / "bin" / "python", "echo broken >&2; exit 1")
     unfit = machine.require_environment(False, project)
     assert "built without CUDA" in unfit
     assert "does not work (broken)" in unfit

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig
 
+from tests import processes
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs import reproduce, resources
@@ -141,10 +142,7 @@ def test_a_tiny_run_is_the_recipe_made_small() -> None:
 
 def test_every_recipe_script(tmp_path: Path) -> None:
     """What each script asks the launcher for, with the user's choices behind it; and no script is missing here."""
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\n[ "$1" = -c ] || printf "%s\\n" "$@"\n')
-    python.chmod(0o755)
+    processes.script(tmp_path / ".venv" / "bin" / "python", '[ "$1" = -c ] || printf "%s\\n" "$@"')
     environment = {"PATH": "/usr/bin:/bin"}
     asked: dict[str, DictConfig] = {}
     shutil.copytree(RECIPES, tmp_path / "recipes")

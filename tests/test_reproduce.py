@@ -16,6 +16,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tests.processes import script
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import config as configs
@@ -230,8 +231,7 @@ def test_a_finished_run_of_other_values_is_not_taken_for_this_one(tmp_path: Path
 
 
 def test_one_job_for_each_run_on_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sbatch").write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/jobs\n')
-    (tmp_path / "sbatch").chmod(0o755)
+    script(tmp_path / "sbatch", f'echo "$@" >> {tmp_path}/jobs')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for file in ("countdown/train.parquet", "countdown/test.parquet"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -264,7 +264,7 @@ def test_one_manifest_for_each_run_on_kubernetes() -> None:
 
 # --------------------------------------------------------------------------- running: a launcher that only pretends
 
-PRETENDS = """#!/usr/bin/env bash
+PRETENDS = """
 echo "$@" >> {folder}/calls
 case " $* " in
   *" method=dapo "*) {dapo} ;;
@@ -284,10 +284,9 @@ def _own_signals() -> Iterator[None]:
 
 def run_pretended(monkeypatch: pytest.MonkeyPatch, folder: Path, dapo: str) -> tuple[int, str, list[str]]:
     """Run fig2 with `dapo` as what its first run does; exit code, output, and the launcher's command lines."""
-    (folder / "python").write_text(PRETENDS.format(folder=folder, dapo=dapo))
-    (folder / "python").chmod(0o755)
+    python = script(folder / "python", PRETENDS.format(folder=folder, dapo=dapo))
     (folder / "calls").write_text("")
-    monkeypatch.setattr(reproduce.sys, "executable", str(folder / "python"))
+    monkeypatch.setattr(reproduce.sys, "executable", str(python))
     console = terminal(record=True, width=200, file=io.StringIO())
     code = reproduce.run_all(RECIPES, planned("fig2", overrides=(f"recipe.root={folder}",)), console)
     return code, console.export_text(), (folder / "calls").read_text().splitlines()
