@@ -3,7 +3,6 @@
 Those in folders of benchmarks/ have tests of their own (test_gpu_check.py for gpu/).
 """
 
-import csv
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.report_runs import table_of
 from tests.warm import REPOSITORY
 from vlnorm_verl.cpu import cpu_environment
 
@@ -66,7 +66,7 @@ def test_the_example_trains(how: str, tmp_path: Path) -> None:
     assert re.findall(r"step:(\d+) .*actor/vl_norm/variance_ratio:[12]\.", said)[-1] == "2"
     said = run([sys.executable, "-m", "vlnorm_verl", "report", str(folder), "--out", str(tmp_path / "report")])
     assert "VL Norm" in said
-    (row,) = csv.DictReader((tmp_path / "report/tables/inputs.csv").open())
+    (row,) = table_of(tmp_path / "report", "inputs")
     assert (row["method"], row["seed"]) == ("vl_norm:1", "0")
 
 

@@ -6,7 +6,6 @@ Not covered: whether the numbers are right (the other test_lab files); how the f
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 import shutil
@@ -21,6 +20,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.lab_laws import group, stored
+from tests.report_runs import table_of
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import locked
 from vlnorm_verl.lab import build, mini_batches, verdict
@@ -53,27 +53,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def read(folder: Path, table: str) -> list[dict[str, str]]:
-    with open(folder / "tables" / f"{table}.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_one_command_makes_the_page_with_its_tables_and_figures(folder: Path) -> None:
     page = (folder / "report" / "lab.html").read_text()
     for heading in ("Which α should I use?", "<summary>How variance grows with length", "What was sampled"):
         assert heading in page
     assert "α" in page[page.index("<h1>") : page.index("</h1>")]
-    slopes = read(folder / "report", "slopes")
+    slopes = table_of(folder / "report", "slopes")
     mlp = folder_of("layers.2.mlp")
     assert {(row["gradients"], row["part"]) for row in slopes} == {
         *(("last-qkv", part) for part in ("all", "q_proj", "k_proj", "v_proj")),
         *((mlp, part) for part in ("all", "gate_proj", "up_proj", "down_proj")),
     }
     assert {row["g_i"] for row in slopes} == {"score only (A = 1)", "advantages"}
-    methods = read(folder / "report", "methods")
+    methods = table_of(folder / "report", "methods")
     assert {row["aggregation"] for row in methods} >= {"GRPO Norm", "DAPO Norm", "Dr. GRPO Norm", "VL Norm (α = 1)"}
-    assert {row["model"] for row in read(folder / "report", "alpha")} == {"tiny"}
-    assert float(read(folder / "report", "noisy_responses")[0]["share of the noise"]) > 0.1
+    assert {row["model"] for row in table_of(folder / "report", "alpha")} == {"tiny"}
+    assert float(table_of(folder / "report", "noisy_responses")[0]["share of the noise"]) > 0.1
     assert {path.name for path in (folder / "report" / "figures").iterdir()} == {"overview.png", "overview.svg"}
 
 
@@ -98,7 +93,7 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_several_models_side_by_side(folder: Path, tmp_path: Path) -> None:
     done = lab("report", f"start={folder}", f"<b>end</b>={folder}", "--out", tmp_path, "--mini-batch=640")
     assert done.exit_code == 0, done.output
-    assert [row["model"] for row in read(tmp_path, "summary")] == ["start"] * 2 + ["<b>end</b>"] * 2
+    assert [row["model"] for row in table_of(tmp_path, "summary")] == ["start"] * 2 + ["<b>end</b>"] * 2
     page = (tmp_path / "lab.html").read_text()
     assert "for mini-batches of 640 responses" in page
     assert "<b>end" not in page
@@ -111,10 +106,10 @@ def test_a_folders_name_may_be_any(folder: Path, tmp_path: Path, monkeypatch: py
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("report"))
     done = lab("run", MODEL, "--out", copy, "--modules=last-qkv", *FEW)
     assert done.exit_code == 0, done.output
-    assert {row["model"] for row in read(copy / "report", "summary")} == {"alpha=0.75"}
+    assert {row["model"] for row in table_of(copy / "report", "summary")} == {"alpha=0.75"}
     monkeypatch.chdir(folder)
     assert lab("report", ".", "--out", tmp_path / "out").exit_code == 0
-    assert {row["model"] for row in read(tmp_path / "out", "summary")} == {"tiny"}
+    assert {row["model"] for row in table_of(tmp_path / "out", "summary")} == {"tiny"}
 
 
 @pytest.mark.usefixtures("_no_figures")
@@ -190,10 +185,10 @@ def test_the_recipe_measures_before_and_after_a_run(tmp_path: Path) -> None:
     assert trained.returncode == 0
     done = recipe(run, tmp_path / "lab")
     assert done.returncode == 0, done.stderr
-    summary = read(tmp_path / "lab" / "report", "summary")
+    summary = table_of(tmp_path / "lab" / "report", "summary")
     assert {row["model"] for row in summary} == {"before", "step 2"}
     assert {row["gradients"] for row in summary} == {"last-qkv", "all"}
-    slopes = read(tmp_path / "lab" / "report", "slopes")
+    slopes = table_of(tmp_path / "lab" / "report", "slopes")
     assert {"q_proj", "k_proj", "v_proj", "layer 0", "layer 1", "layer 2"} <= {row["part"] for row in slopes}
 
 
@@ -300,7 +295,7 @@ def test_numbers_are_on_the_disk_before_anything_is_drawn(
     monkeypatch.setattr(build, "overview", cannot_draw)
     with pytest.raises(ZeroDivisionError):
         build.write(little, tmp_path, Console(quiet=True))
-    assert {row["model"] for row in read(tmp_path, "summary")} == {analysis.name for analysis in little}
+    assert {row["model"] for row in table_of(tmp_path, "summary")} == {analysis.name for analysis in little}
 
 
 # ---------------------------------------------------------------------------------------------------------- sentences
