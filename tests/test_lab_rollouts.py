@@ -27,11 +27,6 @@ from vlnorm_verl.tasks.tiny.model import EOS, VOCABULARY
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Any:
-    return models.load_model(str(WEIGHTS))
-
-
-@pytest.fixture(scope="module")
 def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sample_small(tmp_path_factory.mktemp("lab"))
 
@@ -84,8 +79,9 @@ def test_samples_have_the_policys_distribution(tmp_path: Path, temperature: floa
     check_first_tokens(responses[1], temperature)
 
 
-def test_batches_that_span_prompts_of_other_lengths(tiny: Any) -> None:
+def test_batches_that_span_prompts_of_other_lengths() -> None:
     """At almost no temperature each response is its prompt's greedy continuation, computed alone and unpadded."""
+    tiny = models.load_model(str(WEIGHTS))
     texts, limit = [PROMPT, "01,05,09>cm:1+5=6", "12,12,02>cm:A"], 12
     responses = sampled_by_transformers(tiny, request(texts, [2, 4, 1], 1e-4, limit), 3)
     assert [len(of_prompt) for of_prompt in responses.values()] == [2, 4, 1]
