@@ -143,7 +143,7 @@ def test_of_equal_methods_the_bold_one_is_the_verdicts(tmp_path: Path) -> None:
 
 
 def test_what_configurations_differ_in(runs: list[Run]) -> None:
-    found = configs.differing(Comparison(runs), "t")
+    found = configs.differing(Comparison(runs))
     assert found is not None
     rows = [row for row in found.rows if str(row[0]).startswith("Math")]
     assert [row[1] for row in rows] == ["actor_rollout_ref.actor.optim.lr"]
@@ -154,7 +154,7 @@ def test_long_values_are_compared_whole(tmp_path: Path) -> None:
     for method in ("vl_norm", "dapo_norm"):
         config = write_run(tmp_path, method, curve={1: 0.5}) / "config.yaml"
         config.write_text(f"{config.read_text()}data: {{prompt: {'x' * 100} {method}}}\n")
-    found = configs.differing(Comparison(read(tmp_path)), "t")
+    found = configs.differing(Comparison(read(tmp_path)))
     assert found is not None
     assert [row[1] for row in found.rows] == ["data.prompt"]
     assert str(found.rows[0][2]).startswith(f"{'x' * (configs.LONGEST - 1)}…: ")

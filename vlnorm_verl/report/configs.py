@@ -31,7 +31,7 @@ def differing_keys(configs: Sequence[Any]) -> list[str]:
     return [key for key in keys if len({config.get(key) for config in every}) > 1]
 
 
-def differing(compared: Comparison, title: str) -> Table | None:
+def differing(compared: Comparison) -> Table | None:
     """One row a key in which runs of one setting differ: each value with the methods, or seeds of one, that have it."""
     rows: list[list[Any]] = []
     for setting, groups in by_setting(compared.groups).items():
@@ -47,7 +47,8 @@ def differing(compared: Comparison, title: str) -> Table | None:
     if not rows:
         return None
     more = [f"{len(rows) - MOST} more keys differ."] if len(rows) > MOST else []
-    return Table("settings", title, ["setting", "key", "values"], rows[:MOST], more, grouped=True)
+    columns = ["setting", "key", "values"]
+    return Table("settings", "What else the runs differ in", columns, rows[:MOST], more, grouped=True)
 
 
 def _said(value: str, having: dict[str, list[int]], configs: list[tuple[str, int, dict[str, str]]]) -> str:

@@ -34,7 +34,6 @@ TITLES = {
     "details": "More on each method",
     "sets": "Each validation set",
     "speedup": "Steps to another method's final accuracy",
-    "settings": "What else the runs differ in",
     "inputs": "What was read",
 }
 MATH_SETS = {"aime2024": "AIME2024", "amc": "AMC", "math500": "MATH500", "minerva": "Minerva"}
@@ -60,13 +59,7 @@ def tables(compared: Comparison, smooth: int | None = None) -> list[Table]:
 
     smooth: steps of the speed-up's trailing mean, see `first_hit.smoothing`.
     """
-    made = [
-        _results(compared),
-        _details(compared),
-        _sets(compared),
-        _speed_up(compared, smooth),
-        differing(compared, TITLES["settings"]),
-    ]
+    made = [_results(compared), _details(compared), _sets(compared), _speed_up(compared, smooth), differing(compared)]
     return [table for table in made if table is not None] + [inputs(compared)]
 
 
