@@ -98,8 +98,5 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
 
 def of_most_parameters(analyses: Sequence[Analysis]) -> list[Analysis]:
     """Of each model, what the most parameters say: the update is of all of them."""
-    largest: dict[str, Analysis] = {}
-    for analysis in analyses:
-        if analysis.name not in largest or analysis.entries > largest[analysis.name].entries:
-            largest[analysis.name] = analysis
-    return list(largest.values())
+    names = dict.fromkeys(analysis.name for analysis in analyses)
+    return [max((a for a in analyses if a.name == name), key=lambda a: a.entries) for name in names]

@@ -74,7 +74,7 @@ def mean_over_prompts(values: Floats) -> Estimate:
     mean = float(known.mean()) if len(known) else math.nan
     if len(known) < max(2, len(values)):
         return Estimate(mean, note=f"known for {len(known)} of {len(values)} prompts")
-    half = float(t_half_width(known))
+    half = t_half_width(known)
     return Estimate(mean, mean - half, mean + half)
 
 
