@@ -43,7 +43,7 @@ class Memo:
         return known[1]
 
 
-def fingerprint(sources: Sequence[Source], options: object, dumps: Iterable[str] = ()) -> str:
+def fingerprint(sources: Sequence[Source], options: object, dumps: Iterable[str]) -> str:
     """Of all that a report is made of: logs, configurations, dumps, what was asked for, and this package.
 
     dumps: folders of dumps that are not in the runs' own.
