@@ -45,8 +45,6 @@ from vlnorm_verl.report.groups import Comparison
 from vlnorm_verl.report.identity import Setting
 
 NAME = "aggregation-countdown-tiny-256"
-
-
 SET = "vlnorm_tiny_countdown"
 
 
