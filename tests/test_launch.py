@@ -1,8 +1,8 @@
 """The launcher without a cluster: what it decides, refuses and would start.
 
-Covered: settings and loggers, the folder of a run, checks before anything starts, the commands for a local Ray, a Ray
-cluster and a Ray job. Not covered: runs (test_e2e.py), SLURM and Kubernetes (test_cluster_files.py), the
-recipes' values (test_recipes.py).
+Covered: settings and loggers, the folder of a run, checks before anything starts. Not covered: runs (test_e2e.py), Ray
+clusters and jobs (test_clusters.py), SLURM and Kubernetes (test_cluster_files.py), the recipes' values
+(test_recipes.py).
 """
 
 import importlib.metadata
@@ -12,8 +12,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +24,7 @@ from typer.testing import CliRunner
 from vlnorm_verl import machine
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs import clusters, launch, probe, reproduce, smoke
+from vlnorm_verl.runs import launch, reproduce, smoke
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs.check import validate
 from vlnorm_verl.runs.launch import Request
@@ -380,119 +378,13 @@ def test_several_nodes_need_a_cluster(tmp_path: Path, monkeypatch: pytest.Monkey
     assert launch.cannot_run(config) == ""
 
 
-# ------------------------------------------------------------------------------------------------------- the commands
+# ------------------------------------------------------------------------------------------------------ where it runs
 
 
 def test_a_local_run_gets_a_ray_of_its_own(tmp_path: Path) -> None:
     ray_init = composed(tmp_path, "model=tiny").ray_kwargs.ray_init
     assert ray_init.address == "local"
     assert "env_vars" not in ray_init.runtime_env
-
-
-def test_a_cluster_keeps_its_resources_and_is_given_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
-    config = composed(tmp_path, "model=tiny")
-    ray_init = config.ray_kwargs.ray_init
-    assert ray_init.address == "auto"
-    assert (ray_init.num_cpus, ray_init.num_gpus, ray_init.object_store_memory) == (None, None, None)
-    assert ray_init.runtime_env.py_executable is None
-    variables = dict(ray_init.runtime_env.env_vars)
-    assert variables["VERL_USE_EXTERNAL_MODULES"] == "vlnorm_verl.verl_entry"
-    assert variables["VERL_FILE_LOGGER_PATH"] == f"{config.recipe.folder}/metrics-000.jsonl"
-    # Without it, where the trainer's actor starts.
-    assert variables["TENSORBOARD_DIR"] == f"{config.recipe.folder}/tensorboard"
-
-
-@pytest.mark.parametrize("given", ["+{}=json", "++{}=json", "+{}='vlnorm_verl.verl_entry, json'", "in the environment"])
-def test_a_cluster_keeps_the_users_modules(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
-    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "csv")
-    lines = dry_run(f"recipe.root={tmp_path}", *([given.format(MODULES)] if "{}" in given else []))
-    wanted = "vlnorm_verl.verl_entry,json" if "{}" in given else "vlnorm_verl.verl_entry,csv"
-    assert f"{MODULES}={wanted}  # launcher" in lines
-
-
-def test_a_ray_job_is_the_same_command_with_this_project_sent_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
-    given = ["method=dr_grpo", "trainer.nnodes=2", f"recipe.root={tmp_path}/runs"]
-    request = Request(RECIPES, given, smoke=True, report=True)
-    config = complete(request)
-    command = clusters.submit_command(RECIPES, launch.again(request, config), config, tmp_path / "runtime_env.yaml")
-    assert "--address=http://head:8265" in command
-    (folder,) = [a.split("=", 1)[1] for a in command if a.startswith("--working-dir=")]
-    assert Path(folder) == RECIPES.parent
-    assert all(name.startswith("/") for name in clusters.NOT_SHIPPED)  # /data, and not vlnorm_verl/tasks
-    entry = command[command.index("--") + 1 :]
-    assert entry[:6] == ["python", "-m", "vlnorm_verl", "launch", "--recipes", "recipes"]
-    assert {"--smoke", "--report", *given} <= set(entry)
-    assert shlex.split(shlex.join(entry)) == entry
-
-
-def test_a_ray_job_registers_the_plugin_without_its_installation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
-    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "csv")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    sent: list[dict[str, Any]] = []
-
-    def ray(command: list[str]) -> int:
-        (file,) = [word.partition("=")[2] for word in command if word.startswith("--runtime-env=")]
-        sent.append(json.loads(Path(file).read_text())["env_vars"])
-        return 0
-
-    monkeypatch.setattr(clusters.subprocess, "call", ray)
-    assert clusters.submit(RECIPES, [], composed(tmp_path), terminal()) == 0
-    assert sent[0]["VERL_USE_EXTERNAL_MODULES"] == "vlnorm_verl.verl_entry,csv"
-    assert sent[0]["WANDB_MODE"] == "offline"
-
-
-VARIABLES = {
-    "WANDB_API_KEY": "secret",
-    "HF_HOME": "/shared/hf",
-    "NCCL_SOCKET_IFNAME": "ib0",
-    "https_proxy": "http://proxy",
-}
-ON_A_WORKER = """
-import json, os, ray
-verls = {"env_vars": {"NCCL_SOCKET_IFNAME": "verl's"}}
-ray.init(address="local", num_cpus=1, include_dashboard=False, runtime_env=verls, log_to_driver=False)
-print(json.dumps(ray.get(ray.remote(lambda: dict(os.environ)).remote())))
-"""
-
-
-def test_variables_are_forwarded_past_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real Ray's worker has them, and the configuration, which verl logs, has no key."""
-    monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
-    for name, value in (VARIABLES | {"OTHER_TOKEN": "x"}).items():
-        monkeypatch.setenv(name, value)
-    job = clusters.job_environment()
-    lines = dry_run(f"recipe.root={tmp_path}")
-    assert "forwarded to the workers: HF_HOME, NCCL_SOCKET_IFNAME, WANDB_API_KEY, https_proxy" in lines
-    assert not [line for line in lines if "secret" in line]
-    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES and k != "RAY_ADDRESS"} | job
-    done = subprocess.run([sys.executable, "-c", ON_A_WORKER], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    worker = json.loads(done.stdout.splitlines()[-1])
-    assert {name: worker.get(name) for name in VARIABLES} == VARIABLES | {"NCCL_SOCKET_IFNAME": "verl's"}
-
-
-def test_a_ray_jobs_own_configuration_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "mine")
-    given = {
-        "runtime_env": {"working_dir": "gcs://x.zip", "env_vars": {"WANDB_API_KEY": "the job's"}},
-        "metadata": {"a": "b"},
-    }
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(given))
-    job = json.loads(clusters.job_environment()["RAY_JOB_CONFIG_JSON_ENV_VAR"])
-    assert (job["metadata"], job["runtime_env"]["working_dir"]) == ({"a": "b"}, "gcs://x.zip")
-    assert job["runtime_env"]["env_vars"]["WANDB_API_KEY"] == "the job's"
-
-
-def test_what_a_node_answers_may_be_an_error_without_text() -> None:
-    assert [probe._last_line(ConnectionError(text)) for text in ("", "first\nlast\n")] == ["", "last"]
 
 
 def test_a_missing_login_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
