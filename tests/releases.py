@@ -90,7 +90,8 @@ VERL_TESTS_OF_GPUS = "not test_distributed_mean and not test_distributed_masked 
 TEST_SECONDS, PART_SECONDS = 300, 1800
 HEAD = """# Releases of verl
 
-Written by `bash recipes/test_releases.sh --verl-repo DIR`, and copied: `cp .releases/table.md docs/results/releases.md`.
+Written by `bash recipes/test_releases.sh --verl-repo DIR`, and copied by `cp .releases/table.md
+docs/results/releases.md`.
 Run on: {machine}. Seeds are fixed in the programs. *Exact*, *refused*, *absent*: as in [support](../support.md). A row
 of `tests/engine/features.py` is one feature with one mode. They became more over time, so columns of other commits have
 other numbers of rows.

@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 from vlnorm_verl import machine
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs import launch, reproduce, smoke
 from vlnorm_verl.runs import config as configs
+from vlnorm_verl.runs import launch, reproduce, smoke
 from vlnorm_verl.runs.check import validate
 from vlnorm_verl.runs.launch import Request
 from vlnorm_verl.runs.process import Record, TrainingFailed

@@ -125,8 +125,8 @@ def launch(request: Request, console: Console | None = None) -> int:
             raise UserError(
                 f"--on slurm: {request.recipes} has no python.sh; a job starts in a checkout of this project"
             )
-        if problem := missing_files(config):
-            raise UserError(problem)
+        if unfit := missing_files(config):
+            raise UserError(unfit)
         return subprocess.call(
             clusters.sbatch_command(request.recipes, arguments, config), cwd=request.recipes.resolve().parent
         )
