@@ -5,8 +5,14 @@ import os
 import pytest
 from hypothesis import settings
 
-# With it typer colours what it writes into pipes, too, which cuts the words that tests look for in pieces.
-os.environ.pop("GITHUB_ACTIONS", None)
+from vlnorm_verl import machine
+
+# With the first three typer and rich colour what they write into pipes, too, which cuts the words that tests look for
+# in pieces. With the last, which docs/your-own-run.md has a shell set, no run is on GPUs.
+for name in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "VERL_PLATFORM"):
+    os.environ.pop(name, None)
+# Else a run on GPUs would go over to this checkout's .venv-gpu: `vlnorm-verl` would take the place of pytest.
+machine.ENVIRONMENTS = ()
 settings.register_profile("vlnorm", deadline=None)
 settings.load_profile("vlnorm")
 

@@ -66,7 +66,8 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_without_an_environment_that_can_each_one_says_why_not(project: Path) -> None:
+def test_without_an_environment_that_can_each_one_says_why_not(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "ENVIRONMENTS", (".venv-gpu", ".venv"))  # conftest.py has taken them away
     script(project / ".venv-gpu" / "bin" / "python", "echo broken >&2; exit 1")
     unfit = machine.require_environment(False, project)
     assert "built without CUDA" in unfit
