@@ -295,7 +295,7 @@ def github(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         blob = subprocess.run(["git", "hash-object", path], capture_output=True, text=True, check=True).stdout.strip()
         monkeypatch.setitem(sources.PAPER, name, dataclasses.replace(file, blob=blob))
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(root))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # which goes before NO_PROXY
     with served(handler) as url:
         monkeypatch.setattr(sources, "GITHUB", url)
         yield root
