@@ -30,6 +30,12 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 CONFIG = RECIPES / "config"
 
 
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are in `runs` of the working directory by default, where the checkout may have begun or finished ones."""
+    monkeypatch.chdir(tmp_path)
+
+
 def planned(*names: str, seeds: tuple[int, ...] = (), overrides: tuple[str, ...] = ()) -> list[PlannedRun]:
     manifest = reproduce.read_manifest(RECIPES)
     sets = [run_set for name in names for run_set in manifest.find(name)]
