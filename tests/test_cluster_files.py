@@ -68,6 +68,7 @@ class Job:
             "SLURM_JOB_NODELIST": "any",
             "SLURM_JOB_ID": "7",
             "RAY_ADDRESS": "another-cluster:6379",
+            "ROCR_VISIBLE_DEVICES": "0",
             "VLNORM_RAY_IP": "127.0.0.1",
             "VLNORM_RAY_PORT": str(free_port()),
             # Two nodes on one machine may not share a port.
@@ -170,7 +171,7 @@ def test_address_of_the_head(tmp_path: Path, named: str, own: str, taken: str) -
 
 @pytest.mark.slow
 def test_exit_code_of_the_launcher_and_nothing_left(job: Job) -> None:
-    job.launcher('echo "$RAY_ADDRESS $*" >"$RECORD/launcher"; exit 3')
+    job.launcher('echo "$RAY_ADDRESS${ROCR_VISIBLE_DEVICES-} $*" >"$RECORD/launcher"; exit 3')
     assert job.run("a=1", "b='x y'") == 3
     assert job.recorded("launcher") == f"127.0.0.1:{job.environment['VLNORM_RAY_PORT']} a=1 b='x y'\n"
     assert not job.recorded("scontrol")
