@@ -252,6 +252,11 @@ def test_workers_are_recycled(new_pool: Callable[..., Pool], monkeypatch: pytest
     assert used[3] == used[4] != used[0]
 
 
+def test_a_worker_maps_no_locales(pool: Pool) -> None:
+    """Where all are installed, they take half of its address space: it would be replaced after each answer."""
+    assert psutil.Process(workers_of(pool)[0]).environ()["LC_ALL"] == "C"
+
+
 # --- failures -----------------------------------------------------------------------------------------------
 
 

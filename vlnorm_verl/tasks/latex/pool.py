@@ -24,6 +24,7 @@ import collections
 import contextlib
 import json
 import logging
+import os
 import queue
 import select
 import signal
@@ -82,8 +83,10 @@ class _Worker:
         self.peak_kib = 0
         try:
             # A plain pipe, not multiprocessing: its workers would import the caller's main module, Ray's here.
+            # Without a locale: glibc maps the file of all of them, 200 MiB on some systems, into the limited space.
             self.process = subprocess.Popen(
                 [sys.executable, str(_WORKER_FILE), str(memory_mib * 2**20), str(limit_s)],
+                env={**os.environ, "LC_ALL": "C"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,
