@@ -8,7 +8,6 @@ clusters and jobs (test_clusters.py), SLURM and Kubernetes (test_cluster_files.p
 import importlib.metadata
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -352,7 +351,7 @@ def test_a_leftover_of_a_cpu_run_in_the_shell_is_refused(monkeypatch: pytest.Mon
 
 def test_without_flash_attn_a_run_on_gpus_is_told_of_sdpa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "driver", lambda: ((13, 0), 8))
-    monkeypatch.setattr(os, "cpu_count", lambda: 34)
+    monkeypatch.setattr(machine, "cpus", lambda: 34)
     assert "Give runs attention=sdpa" in launch.cannot_run(composed(tmp_path))
     said = launch.cannot_run(composed(tmp_path, "attention=sdpa"))
     assert said == ""
@@ -366,7 +365,7 @@ def test_a_machine_with_fewer_cpus_than_verl_reserves_is_told_so(
     tmp_path: Path, overrides: list[str], needed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "driver", lambda: ((13, 0), 8))
-    monkeypatch.setattr(os, "cpu_count", lambda: 21)
+    monkeypatch.setattr(machine, "cpus", lambda: 21)
     said = launch.cannot_run(composed(tmp_path, "attention=sdpa", *overrides))
     assert said == "" if not needed else f"verl reserves {needed} CPUs of Ray, and this machine has 21" in said
 

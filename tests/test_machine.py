@@ -127,6 +127,12 @@ def test_triton_needs_a_compiler_and_pythons_headers(monkeypatch: pytest.MonkeyP
     assert f"{tmp_path}/Python.h is missing" in machine.compiler_problem().what
 
 
+def test_a_containers_cpus_are_its_limit_as_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_USE_MULTIPROCESSING_CPU_COUNT", raising=False)
+    monkeypatch.setattr("ray._private.utils._get_docker_cpus", lambda: 3.0)
+    assert machine.cpus() == 3
+
+
 def test_small_shared_memory_and_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sizes = {"/dev/shm": 64e6, str(tmp_path): 100e9}
     monkeypatch.setattr(

@@ -1,7 +1,7 @@
 """What a Python environment and a machine lack for a run on GPUs, or on the CPU, each with what mends it.
 
-Only the standard library; only `flash_attention_problem` imports torch. So recipes/install_gpu.sh can run this file
-before anything is installed, and the launcher in environments other than its own.
+Only the standard library; only `flash_attention_problem` imports torch, and `cpus` Ray. So recipes/install_gpu.sh can
+run this file before anything is installed, and the launcher in environments other than its own.
 
     python vlnorm_verl/machine.py driver         in words; exit code 1 if the driver is too old for the wheels
     python vlnorm_verl/machine.py environment    the versions that decide between CPU and GPU, as JSON
@@ -11,6 +11,7 @@ Covered: this machine, NVIDIA. Not covered: other nodes of a cluster, AMD, how f
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import importlib.metadata
@@ -215,10 +216,18 @@ def environment_problems(on_cpu: bool, flash_attention: bool) -> list[Defect]:
     return problems + [problem for problem in further if problem]
 
 
+def cpus() -> int:
+    """Of a Ray that is started here: the container's limit, if there is one (ray/_private/utils.py:432)."""
+    with contextlib.suppress(ImportError):
+        from ray._private.utils import get_num_cpus
+
+        return int(get_num_cpus(override_docker_cpu_warning=True))
+    return os.cpu_count() or 1
+
+
 def cpus_problem(needed: int) -> Defect | None:
     """Why Ray would wait for ever (verl's single_controller/ray/base.py:160 has no time limit)."""
-    found = os.cpu_count() or 1
-    if found >= needed:
+    if (found := cpus()) >= needed:
         return None
     return Defect(
         f"verl reserves {needed} CPUs of Ray, and this machine has {found}: the run would wait for ever",
