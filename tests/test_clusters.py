@@ -96,6 +96,8 @@ print(json.dumps(ray.get(ray.remote(lambda: dict(os.environ)).remote())))
 def test_variables_are_forwarded_past_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real Ray's worker has them, and the configuration, which verl logs, has no key."""
     monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
+    for name in clusters.forwarded():  # of whoever runs the tests
+        monkeypatch.delenv(name)
     for name, value in (VARIABLES | {"OTHER_TOKEN": "x"}).items():
         monkeypatch.setenv(name, value)
     job = clusters.job_environment()
