@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from vlnorm_verl import machine
 from vlnorm_verl.cli import app
-from vlnorm_verl.files import UserError
+from vlnorm_verl.files import UserError, locked
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs import launch, reproduce, smoke
 from vlnorm_verl.runs.check import validate
@@ -139,6 +139,7 @@ def test_after_a_failure_a_run_goes_on_and_a_smoke_run_leaves_no_checkpoint(
         yield {"step": 1, "data": {}}
 
     monkeypatch.setattr(launch, "start", start)
+    monkeypatch.setattr(launch, "OWN_RAY", tmp_path / "own-ray")
     monkeypatch.setattr(launch, "raise_on_stop", lambda: None)
     monkeypatch.setattr(launch, "make_tiny_files", lambda data, task: None)
     request = Request(RECIPES, ["model=tiny", f"recipe.root={tmp_path}"], smoke=is_smoke)
@@ -148,6 +149,17 @@ def test_after_a_failure_a_run_goes_on_and_a_smoke_run_leaves_no_checkpoint(
     assert not list(fails)
     assert ("the same command goes on from there" in console.export_text()) != is_smoke
     assert (Path(config.recipe.folder) / "checkpoints").exists() != is_smoke
+
+
+def test_two_runs_with_a_ray_of_their_own_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both would send their weights through one socket."""
+    monkeypatch.setattr(launch, "OWN_RAY", tmp_path / "own-ray")
+    monkeypatch.setattr(launch, "raise_on_stop", lambda: None)
+    monkeypatch.setattr(launch, "make_tiny_files", lambda data, task: None)
+    request = Request(RECIPES, ["model=tiny", f"recipe.root={tmp_path}"])
+    asked = configs.compose(RECIPES / "config", request.overrides)
+    with locked(tmp_path / "own-ray"), pytest.raises(UserError, match="another run here has a Ray of its own"):
+        launch.run_here(request, asked, complete(request), terminal(quiet=True))
 
 
 def test_what_a_smoke_run_shows(tmp_path: Path) -> None:

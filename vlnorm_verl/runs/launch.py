@@ -71,6 +71,10 @@ from vlnorm_verl.runs.progress import progress_line, summarize, summary_table, t
 from vlnorm_verl.runs.provenance import provenance
 from vlnorm_verl.tasks.tiny.data import make as make_tiny_files
 
+# Held by a run that starts Ray itself. verl sends weights to vLLM through a socket in /tmp, whose name is that of Ray's
+# job (workers/rollout/vllm_rollout/vllm_rollout.py:141): the first job of each Ray has the same.
+OWN_RAY = Path(f"/tmp/vlnorm-verl-{os.getuid()}")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -308,6 +312,14 @@ def run_here(request: Request, asked: DictConfig, config: DictConfig, console: C
         begin(config, folder)
         if os.environ.get("RAY_ADDRESS"):
             clusters.check_nodes(config, console)
+        else:
+            try:
+                stack.enter_context(locked(OWN_RAY))
+            except BlockingIOError:
+                raise UserError(
+                    "another run here has a Ray of its own, and verl could mix the weights of the two; wait for it, "
+                    "or start one Ray for both (`ray start --head`) and set RAY_ADDRESS=127.0.0.1:6379"
+                ) from None
         began = time.monotonic()
 
         def start_once() -> int:
