@@ -71,5 +71,6 @@ def test_the_example_trains(how: str, tmp_path: Path) -> None:
 
 
 def test_the_variables_of_the_cpu_stack_reach_a_shell() -> None:
-    said = run(["bash", "-c", f'eval "$({sys.executable} -m vlnorm_verl.cpu)" && env'])
+    said = run(["bash", "-c", f'export CUDA_VISIBLE_DEVICES=; eval "$({sys.executable} -m vlnorm_verl.cpu)" && env'])
+    assert "CUDA_VISIBLE_DEVICES" not in said
     assert {f"{name}={value}" for name, value in cpu_environment().items()} <= set(said.splitlines())

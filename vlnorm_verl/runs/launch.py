@@ -221,6 +221,7 @@ def prepare_environment(recipes: Path, config: DictConfig) -> str:
     unfit = machine.require_environment(is_cpu(config), recipes.resolve().parent)
     if is_cpu(config):
         os.environ.update(cpu.cpu_environment())
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # an empty one hides Ray's GPUs, too, which are only logical here
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # verl's engines that are not installed
             install.register()  # composing has imported verl already
