@@ -375,3 +375,33 @@ def test_entropy_is_nats_a_token_where_the_modes_scale_is_known(
     run.scale_factor = 64.0
     found = measures.entropy_per_token(run)
     assert found is None if expected is None else found == pytest.approx([expected])
+
+
+# -------------------------------------------------------------------------------------------------------------- lengths
+
+
+@pytest.mark.parametrize(("limit", "share"), [(256, [0.0, 0.5]), (None, [0.25, 0.5])])
+def test_no_response_is_cut_off_in_a_batch_shorter_than_the_limit(
+    limit: int | None, share: list[float], tmp_path: Path
+) -> None:
+    """verl's V1 trainer pads to the longest response, and counts how many are as long as that."""
+    lengths = [{"response_length/max": 200.0, "response_length/clip_ratio": 0.25}]
+    lengths += [{"response_length/max": 256.0, "response_length/clip_ratio": 0.5}]
+    lines = "".join(record(step, **logged) for step, logged in enumerate(lengths, 1))
+    run = read_one(put(tmp_path / "vl_norm.jsonl", lines))
+    run.limit = limit
+    found = measures.cut_off_share(run)
+    assert found is not None
+    assert found.tolist() == share
+
+
+def test_the_limit_is_of_the_runs_configuration(tmp_path: Path) -> None:
+    config = {
+        "data": {"limit": 512, "max_response_length": "${data.limit}"},
+        "actor_rollout_ref": {"actor": {"loss_agg_mode": "token-mean"}},
+    }
+    put(tmp_path / "config.yaml", yaml.safe_dump(config))
+    put(tmp_path / "metrics.jsonl", record(1, **{"response_length/clip_ratio": 0.25}))
+    run = read_one(tmp_path)
+    assert run.limit == 512
+    assert measures.cut_off_share(run) == pytest.approx([0.25])  # without the longest response, as verl logs it

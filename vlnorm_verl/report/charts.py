@@ -40,6 +40,10 @@ TRAINING = {
     "actor/vl_norm/effective_responses": "effective responses of a mini-batch",
     "actor/vl_norm/weight_max": "largest weight M·N·x",
 }
+MEASURED = {  # drawn instead of what verl logs under this name
+    "actor/entropy": measures.entropy_per_token,
+    "response_length/clip_ratio": measures.cut_off_share,
+}
 MOST_PLOTTED = 24  # metrics that --plot adds to a setting
 
 
@@ -207,7 +211,8 @@ def _training(setting: Setting, groups: Groups, smooth: int | None, plots: Seque
 
 def _binned(key: str, run: Run, metric: str, width: int) -> Series | None:
     """A metric's means over bins of `width` steps, at the bins' middles; None where the run has no value of it."""
-    values = measures.entropy_per_token(run) if metric == "actor/entropy" else run.metrics.get(metric)
+    of = MEASURED.get(metric)
+    values = of(run) if of else run.metrics.get(metric)
     if values is None or not (has := np.isfinite(values) & (run.steps > 0)).any():
         return None
     bins = (run.steps[has] - 1) // width

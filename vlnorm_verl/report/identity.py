@@ -46,6 +46,7 @@ class Identity:
 
     method: the recipe's, else verl's loss_agg_mode. alpha: VL Norm's.
     scale_factor: M, verl's loss_scale_factor, tokens.
+    limit: of a response, tokens.
     notes: what was odd while reading.
     config: what its configuration says, as far as it has one.
     names: of the log and the folders above it, nearest first, from the first that says something.
@@ -58,6 +59,7 @@ class Identity:
     seed: int = UNKNOWN_SEED
     planned_steps: int | None = None
     scale_factor: float | None = None
+    limit: int | None = None
     validation_folder: str = ""
     notes: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
@@ -190,6 +192,7 @@ def from_config(config: dict[str, Any], where: str) -> Identity:
         seed=_whole(recipe.get("seed", get("data.seed")), UNKNOWN_SEED),
         planned_steps=_whole(get("trainer.total_training_steps"), 0) or None,
         scale_factor=_whole(get("actor_rollout_ref.actor.loss_scale_factor"), 0) or None,
+        limit=_whole(get("data.max_response_length"), 0) or None,
         validation_folder=str(get("trainer.validation_data_dir") or ""),
     )
     if recipe:

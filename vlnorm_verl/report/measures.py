@@ -130,6 +130,18 @@ def entropy_per_token(run: Run) -> np.ndarray | None:
     return None
 
 
+def cut_off_share(run: Run) -> np.ndarray | None:
+    """`response_length/clip_ratio` [T] as the share of responses that are cut off at the limit.
+
+    verl counts the responses that are as long as the batch is wide (metric_utils.py:460). The V1 trainer pads a batch
+    to its longest response only, so there the share is never 0. As logged where limit or longest is not known.
+    """
+    share, longest = (run.metrics.get(f"response_length/{name}") for name in ("clip_ratio", "max"))
+    if share is None or longest is None or run.limit is None:
+        return share
+    return np.asarray(np.where(longest < run.limit, 0.0, share))
+
+
 def trailing_mean(steps: np.ndarray, values: np.ndarray, window: int) -> np.ndarray:
     """Mean of each value and those before it that are less than `window` steps away."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
