@@ -1,7 +1,7 @@
 """DAPO's parts: overlong filtering, soft punishment, and the bound on dynamic sampling, each through verl's own door.
 
 Covered: the estimator against verl's GRPO; what verl's reward manager gives in training and in validation; the replay
-buffer's limit, its settings and its metrics with a stand-in for the queue's contents. Not covered: whole runs with
+buffer's limits, its settings and its metrics with a stand-in for the queue's contents. Not covered: whole runs with
 them (test_e2e.py).
 """
 
@@ -293,3 +293,38 @@ def test_a_failed_rollout_or_reward_ends_the_run(partition: str, monkeypatch: py
     monkeypatch.setattr("transfer_queue.kv_list", lambda: {partition: queue.kv_list()["train"]})
     with pytest.raises(RuntimeError, match=f"1 prompts failed in {partition}"):
         buffer(queue.add).sample(global_steps=1, partition_id=partition, batch_size=4)
+
+
+@pytest.mark.timeout(60)  # stock verl waits for ever
+@pytest.mark.parametrize("partition", ["train", "val"])
+def test_a_rollout_that_hangs_ends_the_run(partition: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue(acc=[1.0, 0.0])
+    connected(monkeypatch, queue)
+    queue.add(4)
+    next(iter(queue.prompts.values()))["status"] = "running"
+    monkeypatch.setattr("transfer_queue.kv_list", lambda: {partition: queue.kv_list()["train"]})
+    monkeypatch.setattr("vlnorm_verl.paper.replay_buffer.STALL_S", 0.3)
+    with pytest.raises(RuntimeError, match="no response has come in .* and 1 prompts are not finished"):
+        buffer(queue.add).sample(global_steps=1, partition_id=partition, batch_size=4)
+
+
+def test_a_slow_rollout_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as responses come in, and however long the step before took."""
+    queue = Queue(acc=[1.0, 0.0])
+    connected(monkeypatch, queue)
+    monkeypatch.setattr("vlnorm_verl.paper.replay_buffer.STALL_S", 0.05)
+    queue.add(4)
+    slow = next(iter(queue.prompts))
+    queue.prompts[slow]["status"] = "running"
+    polls = itertools.count(1)
+
+    def kv_list() -> dict[str, Any]:
+        if (poll := next(polls)) % 4 == 0:
+            queue.rows[f"{slow}_{poll}_0"] = {"acc": 1.0}
+        if poll == 40:
+            queue.prompts[slow]["status"] = "finished"
+        return queue.kv_list()
+
+    monkeypatch.setattr("transfer_queue.kv_list", kv_list)
+    chosen, _ = buffer(queue.add).sample(global_steps=1, partition_id="train", batch_size=4)
+    assert len(chosen.keys) == 18

@@ -9,6 +9,8 @@
 - Failures. verl's V1 agent loop catches what a rollout or a reward function raises, and marks the prompt's group as
   failed (trainer/ppo/v1/agent_loop_tq.py). In training its missing responses are then padded away, in validation they
   count as wrong. Here a failed group ends the run.
+- Hangs. verl waits for its responses without a time limit: an engine or a reward process that hangs keeps all GPUs
+  idle until somebody looks. Here the run ends when no response has come in for STALL_S.
 
 Dropping the groups of equal outcome is verl's own code. A custom sampler has to hand `algorithm.filter_groups` to it
 (trainer_base.py:162), which is what `trainer.v1.sampler.sampler_kwargs` is for.
@@ -21,6 +23,9 @@ from typing import Any
 import transfer_queue as tq
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
+# Seconds of polling. The longest responses of the recipes, on the slowest cards, take minutes.
+STALL_S = 3600.0
+
 
 class BoundedReplayBuffer(ReplayBuffer):
     """verl's synchronous ReplayBuffer; see the module. Its `sampler_kwargs` are
@@ -30,8 +35,9 @@ class BoundedReplayBuffer(ReplayBuffer):
     poll_interval     seconds
 
     Raises:
-        RuntimeError (in `sample`): a rollout or its reward failed; or a step has used up its max_num_gen_batches, each
-            max_inflight_gen_batches · train_batch_size prompts, what verl has in flight at most.
+        RuntimeError (in `sample`): a rollout or its reward failed; no response came in for STALL_S; or a step has used
+            up its max_num_gen_batches, each max_inflight_gen_batches · train_batch_size prompts, what verl has in
+            flight at most.
     """
 
     def __init__(self, sampler_kwargs: Any, refill_fn: Callable[[int], int], **kwargs: Any) -> None:
@@ -41,6 +47,8 @@ class BoundedReplayBuffer(ReplayBuffer):
         self._limit = groups.max_num_gen_batches * groups.max_inflight_gen_batches * prompts
         self._generated = 0
         self._outcomes: set[str] = set()  # seen so far
+        self._seen: tuple[frozenset[str], int] | None = None  # prompts not finished, responses: at the last poll
+        self._idle_polls = 0
         super().__init__(
             sampler_kwargs=sampler_kwargs,
             refill_fn=self._refill_within_limit,
@@ -54,6 +62,7 @@ class BoundedReplayBuffer(ReplayBuffer):
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> Any:
         self._generated = batch_size  # what the trainer itself has asked for
+        self._seen = None
         batch, metrics = super().sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
         if partition_id == "train":
             fields = tq.kv_batch_get(keys=batch.keys, partition_id=partition_id, select_fields=["extra_fields"])
@@ -68,6 +77,20 @@ class BoundedReplayBuffer(ReplayBuffer):
                     f"{len(failed)} prompts failed in {partition}: a rollout or the reward function raised an error. "
                     'verl has logged it as "Error in _run_prompt", and would go on without these prompts'
                 )
+        self._refuse_stall()
+
+    def _refuse_stall(self) -> None:
+        """End a run that waits in vain. Polls are counted: time in which this process was stopped is not."""
+        waiting = frozenset[str]().union(*self.pending_keys.values(), *self.running_keys.values())
+        seen = waiting, sum(map(len, self.partitions.values()))
+        self._idle_polls = self._idle_polls + 1 if seen == self._seen else 0
+        self._seen = seen
+        if self._idle_polls * self.poll_interval > STALL_S:
+            raise RuntimeError(
+                f"no response has come in for {STALL_S / 60:.0f} minutes, and {len(waiting)} prompts are not finished: "
+                "a vLLM engine or a reward process hangs. verl would wait for ever; the same command goes on from the "
+                "last checkpoint"
+            )
 
     def _refill_within_limit(self, prompts: int) -> int:
         self._generated += prompts
