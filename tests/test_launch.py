@@ -369,6 +369,16 @@ def test_without_flash_attn_a_run_on_gpus_is_told_of_sdpa(tmp_path: Path, monkey
     assert said == ""
 
 
+def test_vllms_one_port_for_all_engines_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "driver", lambda: ((13, 0), 8))
+    monkeypatch.setattr(machine, "cpus", lambda: 34)
+    monkeypatch.setenv("VLLM_PORT", "8000")
+    said = launch.cannot_run(composed(tmp_path, "attention=sdpa"))
+    assert said == "VLLM_PORT=8000 is set, and all vLLM engines of a node would take that port. Unset it"
+    assert said in map(str, machine.environment_problems(on_cpu=False, flash_attention=False))  # of a cluster's node
+    assert launch.cannot_run(composed(tmp_path, "model=tiny")) == ""
+
+
 @pytest.mark.parametrize(
     ("overrides", "needed"),
     [([], "34"), (["trainer.n_gpus_per_node=4"], "22"), (["ray_kwargs.ray_init.num_cpus=34"], "")],

@@ -208,11 +208,26 @@ def compiler_problem() -> Defect | None:
     return Defect(f"Triton cannot build its kernels: {' and '.join(lacking)} is missing", "Install gcc and python3-dev")
 
 
+def vllm_port_problem() -> Defect | None:
+    """Why vLLM's engines, of which verl starts one a GPU at once, would take each other's port.
+
+    Each looks for the first free port from VLLM_PORT on (vllm/utils/network_utils.py), and opens it a moment later.
+    Kubernetes sets the variable to an URL, which vLLM refuses, where a Service has the name vllm.
+    """
+    if not (port := os.environ.get("VLLM_PORT")):
+        return None
+    return Defect(f"VLLM_PORT={port} is set, and all vLLM engines of a node would take that port", "Unset it")
+
+
 def environment_problems(on_cpu: bool, flash_attention: bool) -> list[Defect]:
     """What this process's environment lacks for a run, which may want verl's default attention."""
     here, mend = this_environment(), INSTALL_CPU if on_cpu else INSTALL_GPU
     problems = [Defect(f"{here.prefix} {reason}", mend) for reason in here.lacks(on_cpu)]
-    further = (flash_attention and flash_attention_problem(), not on_cpu and compiler_problem())
+    further = (
+        flash_attention and flash_attention_problem(),
+        not on_cpu and compiler_problem(),
+        not on_cpu and vllm_port_problem(),
+    )
     return problems + [problem for problem in further if problem]
 
 

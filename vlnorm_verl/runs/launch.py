@@ -242,7 +242,7 @@ def cannot_run(config: DictConfig) -> str:
     problems = [machine.flash_attention_problem()] if wants_flash_attention(config) else []
     if not os.environ.get("RAY_ADDRESS"):
         cuda, gpus = machine.this_environment().cuda or machine.WHEELS_CUDA, config.trainer.n_gpus_per_node
-        problems += [machine.driver_problem(cuda, gpus), machine.compiler_problem()]
+        problems += [machine.driver_problem(cuda, gpus), machine.compiler_problem(), machine.vllm_port_problem()]
         if config.ray_kwargs.ray_init.num_cpus is None:
             problems.append(machine.cpus_problem(reserved_cpus(config)))
     return "\n".join(str(problem) for problem in problems if problem)
