@@ -134,6 +134,7 @@ def test_a_containers_cpus_are_its_limit_as_for_ray(monkeypatch: pytest.MonkeyPa
 
 
 def test_small_shared_memory_and_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (1024, 65536))
     sizes = {"/dev/shm": 64e6, str(tmp_path): 100e9}
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: SimpleNamespace(total=sizes[str(path)], free=sizes[str(path)])
@@ -150,3 +151,16 @@ def test_small_shared_memory_and_disk(monkeypatch: pytest.MonkeyPatch, tmp_path:
     for step in (20, 40):
         (tmp_path / f"run/checkpoints/global_step_{step}").mkdir(parents=True)
     assert not machine.tight(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("hard", "said"), [(4096, "may open 4096 files at most"), (8192, ""), (-1, "")])
+def test_few_open_files(hard: int, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1e12, free=1e12))
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (1024, hard))  # -1: no limit
+    problems = [problem.what for problem in machine.tight(tmp_path)]
+    assert [said in what for what in problems] == ([True] if said else [])
+
+
+def test_a_containers_memory_is_its_limit_as_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray._common.utils.get_system_memory", lambda: 3 * 2**30)
+    assert machine.memory_gib() == 3

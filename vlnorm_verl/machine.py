@@ -1,7 +1,8 @@
 """What a Python environment and a machine lack for a run on GPUs, or on the CPU, each with what mends it.
 
-Only the standard library; only `flash_attention_problem` imports torch, and `cpus` Ray. So recipes/install_gpu.sh can
-run this file before anything is installed, and the launcher in environments other than its own.
+Only the standard library; only `flash_attention_problem` imports torch, and `cpus` and `memory_gib` Ray. So
+recipes/install_gpu.sh can run this file before anything is installed, and the launcher in environments other than its
+own.
 
     python vlnorm_verl/machine.py driver         in words; exit code 1 if the driver is too old for the wheels
     python vlnorm_verl/machine.py environment    the versions that decide between CPU and GPU, as JSON
@@ -18,6 +19,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import resource
 import runpy
 import shutil
 import subprocess
@@ -33,6 +35,7 @@ WHEELS_CUDA = "13.0"  # of torch and vllm in recipes/requirements-gpu.txt
 # NVIDIA's first driver for Linux with each major version of CUDA; within one, a driver runs newer minor versions too.
 FIRST_DRIVER = {12: "525.60", 13: "580.65"}
 SHARED_MEMORY_GB = 10  # verl's own containers have it; a container's default is 0.064
+OPEN_FILES = 8192  # of a process; Ray raises its soft limit up to the hard one (ray/_private/worker.py:1763)
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weights, Adam's moments
 PARAMETERS = {"3b": 3.09e9, "7b": 7.62e9}  # Qwen2.5
 
@@ -240,6 +243,15 @@ def cpus() -> int:
     return os.cpu_count() or 1
 
 
+def memory_gib() -> float:
+    """Of a Ray that is started here, as for `cpus`; it ends processes at 95% of it."""
+    with contextlib.suppress(ImportError):
+        from ray._common.utils import get_system_memory
+
+        return float(get_system_memory()) / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
 def cpus_problem(needed: int) -> Defect | None:
     """Why Ray would wait for ever (verl's single_controller/ray/base.py:160 has no time limit)."""
     if (found := cpus()) >= needed:
@@ -251,7 +263,7 @@ def cpus_problem(needed: int) -> Defect | None:
 
 
 def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Defect]:
-    """What ends a run late: a small /dev/shm, a disk without room for the checkpoints that are kept below `folder`."""
+    """What ends a run late: a small /dev/shm, few open files, a disk without room for the checkpoints in `folder`."""
     problems = []
     shared = shutil.disk_usage("/dev/shm").total / 1e9
     if shared < SHARED_MEMORY_GB:
@@ -259,6 +271,14 @@ def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Def
             Defect(
                 f"/dev/shm has {shared:.2g} GB; Ray's object store and NCCL want {SHARED_MEMORY_GB} and more",
                 "In a container: --shm-size=64g, or --ipc=host",
+            )
+        )
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if files != resource.RLIM_INFINITY and files < OPEN_FILES:
+        problems.append(
+            Defect(
+                f"a process here may open {files} files at most; Ray wants {OPEN_FILES} and more",
+                "Raise the hard limit (`ulimit -Hn`); in a container: --ulimit nofile=65536",
             )
         )
     there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
