@@ -23,7 +23,8 @@ Formulas; P parameters, N GPUs, V vocabulary, T tokens of one micro-batch if all
                             FSDP gathers bf16 parameters twice, and reduces fp32 gradients. Under the computation
                             (favourable) or after it
 
-Left out: attention's own FLOPs, offloading (about a second a step), reward, weight sync, checkpoints, validation.
+Left out: attention's own FLOPs, offloading (about a second a step), reward, weight sync, checkpoints, validation, what
+verl writes of each response.
 """
 
 import argparse
