@@ -304,7 +304,7 @@ def test_a_rollout_that_hangs_ends_the_run(partition: str, monkeypatch: pytest.M
     next(iter(queue.prompts.values()))["status"] = "running"
     monkeypatch.setattr("transfer_queue.kv_list", lambda: {partition: queue.kv_list()["train"]})
     monkeypatch.setattr("vlnorm_verl.paper.replay_buffer.STALL_S", 0.3)
-    with pytest.raises(RuntimeError, match="no response has come in .* and 1 prompts are not finished"):
+    with pytest.raises(RuntimeError, match=r"no response has come in .* and 1 prompts are not finished"):
         buffer(queue.add).sample(global_steps=1, partition_id=partition, batch_size=4)
 
 
