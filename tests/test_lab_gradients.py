@@ -10,6 +10,7 @@ import itertools
 import math
 import re
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +357,21 @@ def test_many_entries_are_projected_unless_told_otherwise(sampled: Path, tmp_pat
         ("told", "last-qkv", 0, 3 * 96 * 97),
     ):
         assert computed(sampled, tmp_path / folder, modules, projection).dimension == dimension
+
+
+def test_one_gradient_is_held_at_a_time(sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient of all parameters is as large as the model."""
+    last: list[weakref.ref[torch.Tensor]] = []
+
+    def noting(*arguments: Any) -> Any:
+        assert all(gradient() is None for gradient in last)
+        found = score_gradient(*arguments)
+        last[:] = [weakref.ref(gradient) for gradient in found.values()]
+        return found
+
+    monkeypatch.setattr(gradients, "score_gradient", noting)
+    computed(sampled, tmp_path / "lab", "all", 4096)
+    assert last
 
 
 def test_checkpointing_does_not_change_gradients(sampled: Path, tmp_path: Path) -> None:

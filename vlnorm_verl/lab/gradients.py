@@ -8,9 +8,13 @@ layer autograd stops there. Logits are computed at the response's positions alon
 parameters a prompt goes once (prompt_cache.py), if the model's first response has the same gradient without that.
 
 Memory: the model and one gradient of the chosen parameters in float32, about four matrices of response length ×
-vocabulary, one prompt's result. With a projection (sketch.py) a gradient is stored as K numbers. Each of the P parts of
-the model (`parameters.parts_of`) has K/P of them for itself, so that parts can be told apart: products of one part have
-a standard deviation of at most √(2P/K) of the product of the norms.
+vocabulary, one prompt's result, and the activations of the layers from the first chosen one on, or of one layer with
+checkpointing. On a GPU a layer with grouped heads has heads × tokens² numbers among them: in float32 PyTorch has no
+other kernel for what transformers asks of it (`use_gqa_in_sdpa`).
+
+With a projection (sketch.py) a gradient is stored as K numbers. Each of the P parts of the model
+(`parameters.parts_of`) has K/P of them for itself, so that parts can be told apart: products of one part have a
+standard deviation of at most √(2P/K) of the product of the norms.
 
 Covered: any causal LM of transformers; tied parameters count once; a call that was stopped goes on where it was; a
 folder of other settings is refused. Not covered: several GPUs. On a GPU some sums have no fixed order, so a second run
@@ -116,6 +120,7 @@ def compute(
             for row, response in enumerate(rollouts.responses):
                 gradient = score_gradient(model, chosen, rollouts.prompt_ids, response, sampled["temperature"], cache)
                 rows[row] = projected(gradient).cpu().numpy()
+                del gradient  # its memory is for the next one
                 bar.update()
             if not np.isfinite(rows).all():
                 raise UserError(f"{file}: a score gradient is not finite; the model overflows in float32")
