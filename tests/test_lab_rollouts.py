@@ -5,9 +5,12 @@ vLLM is `slow`. Not covered: a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -237,6 +240,21 @@ def test_vllm_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.M
     sample(*arguments[:-1], tmp_path / "whole")
     stopped, whole = (store.read_rollouts(folder) for folder in (tmp_path, tmp_path / "whole"))
     assert [group.responses for group in stopped] == [group.responses for group in whole]
+
+
+def test_vllm_on_a_gpu_is_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its end frees the GPU. No GPU here: what would be started."""
+    started: dict[str, Any] = {}
+
+    def start(_: list[str], **options: Any) -> Any:
+        started.update(json.load(options["stdin"])["engine"], environment=options["env"])
+        return contextlib.nullcontext(SimpleNamespace(stdout=iter(["[0, [5, 1]]\n"])))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    assert list(vllm_engine.responses("model", request([PROMPT], [1], 1.0, 4), tmp_path)) == [(0, [5, 1])]
+    assert started["environment"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert (started["dtype"], started["enforce_eager"]) == ("auto", False)
 
 
 @pytest.mark.slow
