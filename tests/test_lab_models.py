@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,22 @@ def test_verl_checkpoint_is_merged(tmp_path: Path, ranks: int, monkeypatch: pyte
     model = models.load_model(str(out / "model"))
     wanted = score_gradient(model, select_parameters(model, "last-qkv"), raw.prompt_ids, raw.responses[0], 1.0)
     assert differences(torch.tensor(group.score_gradients[0]), flat(wanted)) < 1e-5
+
+
+def test_lora_adapters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl's merger writes them into a folder of their own, beside the weights without them."""
+    actor = tmp_path / "global_step_1" / "actor"
+    actor.mkdir(parents=True)
+    (actor / "fsdp_config.json").write_text('{"FSDP_version": 2, "world_size": 1}')
+
+    def merge(command: list[str], **_: Any) -> Any:
+        (Path(command[-1]) / "lora_adapter").mkdir()
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setattr(subprocess, "run", merge)
+    with pytest.raises(UserError, match="has LoRA adapters: .* with the adapters merged into the weights"):
+        models.resolve(str(actor), tmp_path / "lab")
+    assert list((tmp_path / "lab").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ folder. verl's merger rounds the weights to bfloat16, as verl's GPU rollouts do.
 weights and differentiated at them, so they are on policy.
 
 Covered: FSDP2 checkpoints of any number of ranks; weights that change between sampling and gradients are noticed.
-Not covered: Megatron checkpoints, LoRA adapters, quantised weights.
+Not covered: Megatron checkpoints, LoRA adapters (refused), quantised weights.
 """
 
 from __future__ import annotations
@@ -94,6 +94,11 @@ def _merged(actor: Path, target: Path) -> Path:
         )
         if done.returncode != 0:
             raise UserError(f"MODEL {actor}: verl cannot merge this checkpoint:\n{done.stdout[-2000:]}")
+        if (temporary / "lora_adapter").exists():
+            raise UserError(
+                f"MODEL {actor} has LoRA adapters: verl's merger leaves them out of the weights, which are those "
+                "before training. Accepted: a Hugging Face folder with the adapters merged into the weights"
+            )
         write_json(temporary / MERGED_FROM, source)
         os.replace(temporary, target)
     finally:
