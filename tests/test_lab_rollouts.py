@@ -390,6 +390,7 @@ def test_wrong_tasks_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["a"], "answer": ["b"]}), tmp_path / "other.parquet")
     (tmp_path / "text.parquet").write_text("prompt")
     (tmp_path / "broken.py").write_text("import a_module_that_is_not_there")
+    (tmp_path / "waits.py").write_text("async def compute_score(**_):\n    return 1.0\n")
     for arguments, message in (
         (("countdwn", data), "Did you mean 'countdown'? Accepted: tiny, countdown, math, custom"),
         (("countdown",), "needs --data FILE"),
@@ -402,7 +403,8 @@ def test_wrong_tasks_are_refused(tmp_path: Path) -> None:
         (("custom", data, str(tmp_path / "none.py")), "cannot be loaded"),
         (("custom", data, str(tmp_path / "broken.py")), "No module named 'a_module_that_is_not_there'"),
         (("custom", data, "pkg://vlnorm_verl.files", "score"), "cannot be loaded"),
-        (("custom", data, "pkg://vlnorm_verl.files", "UserError"), "is not a function"),
+        (("custom", data, "pkg://vlnorm_verl.files", "UserError"), "is not a plain function (def)"),
+        (("custom", data, str(tmp_path / "waits.py")), "is not a plain function (def)"),
     ):
         with pytest.raises(UserError) as caught:
             load_task(*arguments)
@@ -423,6 +425,13 @@ def test_a_reward_of_ones_own(tmp_path: Path) -> None:
     assert (changed["path"], changed["name"]) == (task.reward["path"], task.reward["name"])
     assert changed["sha256"] != task.reward["sha256"]
     assert load_task("custom", data, "pkg://vlnorm_verl.tasks.countdown").score(task.questions(1, 0)[0], "no") == 0.0
+
+
+def test_extra_info_that_the_data_lack_is_empty(tmp_path: Path) -> None:
+    """As verl's data set has it."""
+    without = [{key: value for key, value in row.items() if key != "extra_info"} for row in rows(1)]
+    task = Task("custom", parquet(tmp_path / "train.parquet", without), lambda extra_info, **_: len(extra_info))
+    assert task.score(task.questions(1, 0)[0], "response") == 0.0
 
 
 @pytest.mark.parametrize("result", [float("nan"), "good", None, {"acc": 1.0}, {"score": float("inf")}])

@@ -132,8 +132,8 @@ def _own_reward(path: str, name: str) -> Callable[..., Any]:
     except (OSError, ImportError, RuntimeError, AttributeError) as error:
         reason = error.__cause__ or error
         raise UserError(f"--reward {path}, --reward-name {name}: cannot be loaded: {reason}") from error
-    if not inspect.isfunction(function):
-        raise UserError(f"--reward {path}, --reward-name {name}: {function!r:.100} is not a function")
+    if not inspect.isfunction(function) or inspect.iscoroutinefunction(function):
+        raise UserError(f"--reward {path}, --reward-name {name}: {function!r:.100} is not a plain function (def)")
     return function
 
 
@@ -154,7 +154,8 @@ def _question(row: dict[str, Any], data: Path | None) -> Question:
     try:
         if not row["prompt"] or not all(isinstance(message["content"], str) for message in row["prompt"]):
             raise TypeError
-        return Question(row["prompt"], row["reward_model"]["ground_truth"], row["data_source"], row.get("extra_info"))
+        extra_info = row.get("extra_info") or {}  # as verl's data set
+        return Question(row["prompt"], row["reward_model"]["ground_truth"], row["data_source"], extra_info)
     except (KeyError, TypeError):
         raise UserError(
             f"--data {data}: `prompt` must be a chat, a list of messages with a text, and `reward_model` must have a "
