@@ -20,7 +20,7 @@ import torch
 from tests.lab_tiny import PROMPT, SMALL_DESIGN, ids, sample_small
 from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import models, store, vllm_engine
-from vlnorm_verl.lab.engines import Request, by_prompt, with_transformers
+from vlnorm_verl.lab.engines import Request, by_prompt, end_tokens, with_transformers
 from vlnorm_verl.lab.rollouts import Design, prompt_text, sample
 from vlnorm_verl.lab.store import Rollouts
 from vlnorm_verl.lab.tasks import Question, Task, load_task
@@ -113,6 +113,16 @@ def test_responses_end_with_the_end_token_or_are_cut(sampled: Path) -> None:
             assert reward == compute_score(DATA_SOURCE, text, truth)["score"]
             seen |= {("truncated", truncated), ("reward", reward)}
     assert seen == {("truncated", True), ("truncated", False), ("reward", 0.0), ("reward", 1.0)}
+
+
+def test_tokens_that_end_a_response_are_vllms(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(WEIGHTS, tmp_path / "model"))
+    for name, ends in (("config.json", 5), ("generation_config.json", [6, 7])):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**settings, "eos_token_id": ends}))
+    assert end_tokens(str(folder), 1) == {1, 6, 7}
+    (folder / "generation_config.json").unlink()
+    assert end_tokens(str(folder), 1) == {1, 5}
 
 
 def test_same_seed_same_rollouts(tmp_path: Path, sampled: Path) -> None:

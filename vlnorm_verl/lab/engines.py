@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlnorm_verl.files import UserError
+from vlnorm_verl.lab import models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,12 +78,14 @@ def end_tokens(resolved: str, eos_token_id: int | None) -> set[int]:
 
     try:
         configured = GenerationConfig.from_pretrained(resolved).eos_token_id
-    except OSError:  # a model need not have the file
-        configured = None
+    except OSError:  # a model need not have the file; vLLM then takes those of config.json
+        configured = getattr(models.load_config(resolved), "eos_token_id", None)
     candidates = [eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     ends = {token for token in candidates if token is not None}
     if not ends:
-        raise UserError(f"MODEL {resolved} has no end-of-sequence token in its tokenizer or generation_config.json")
+        raise UserError(
+            f"MODEL {resolved} has no end-of-sequence token in its tokenizer, generation_config.json or config.json"
+        )
     return ends
 
 
