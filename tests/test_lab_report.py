@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -23,7 +24,7 @@ from tests.lab_laws import group, stored
 from tests.report_runs import table_of
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import locked
-from vlnorm_verl.lab import build, mini_batches, verdict
+from vlnorm_verl.lab import build, mini_batches, rollouts, verdict
 from vlnorm_verl.lab.aggregations import ALPHAS, NoisyResponse, Tradeoff
 from vlnorm_verl.lab.analysis import Analysis, analyse, of_most_parameters
 from vlnorm_verl.lab.figures import overview
@@ -87,6 +88,17 @@ def test_the_same_command_again_computes_nothing_anew(folder: Path) -> None:
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longest, and the first test has drawn everything."""
     monkeypatch.setattr(build, "overview", lambda analyses: Figure("overview", "nothing", "", b"", "<svg/>"))
+
+
+def test_a_full_gpu_is_said_with_what_needs_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 1.74 GiB.")
+
+    monkeypatch.setattr(rollouts, "sample", full)
+    done = lab("run", MODEL, "--out", tmp_path)
+    assert done.exit_code == 2
+    assert "--checkpointing" in done.output
+    assert "Tried to allocate 1.74 GiB." in done.output
 
 
 @pytest.mark.usefixtures("_no_figures")

@@ -80,6 +80,8 @@ def run(
       vlnorm-verl lab run MODEL --task custom --data train.parquet --reward my_reward.py --out lab/mine
     """
     extras.require("lab")
+    import torch
+
     from vlnorm_verl.lab import gradients, rollouts, tasks
     from vlnorm_verl.lab.build import build
 
@@ -95,6 +97,11 @@ def run(
                 build({out.resolve().name: out}, out / "report", mini_batch, seed)
     except BlockingIOError:
         raise UserError(f"--out {out}: another `vlnorm-verl lab run` writes into it; take another") from None
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "The GPU's memory is full. Gradients need less of it with --checkpointing or of fewer parameters "
+            f"(--modules), sampling by transformers with a smaller --batch-size. {error}"
+        ) from None
 
 
 @lab_app.command()
