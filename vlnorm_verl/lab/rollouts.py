@@ -8,8 +8,8 @@ end-of-sequence token is part of the response and counted in its length.
 Covered: transformers' `generate` in batches (the same seed and batch size give the same responses on the same machine,
 also in a call that goes on from a stopped one) and vLLM (vllm_engine.py; the same but for its rounding, which depends
 on what is sampled at the same time). Each prompt is on the disk as soon as it is finished. Not covered: several GPUs.
-On a GPU vLLM samples in the model's own dtype, usually bfloat16, while the gradients are in float32: a difference that
-training has as well.
+On a GPU vLLM samples in the model's own dtype, usually bfloat16, and in bfloat16 where that is float32, while the
+gradients are in float32: a difference that training has as well.
 """
 
 from __future__ import annotations
