@@ -189,7 +189,7 @@ def test_lora_adapters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return subprocess.CompletedProcess(command, 0, "")
 
     monkeypatch.setattr(subprocess, "run", merge)
-    with pytest.raises(UserError, match="has LoRA adapters: .* with the adapters merged into the weights"):
+    with pytest.raises(UserError, match=r"has LoRA adapters: .* with the adapters merged into the weights"):
         models.resolve(str(actor), tmp_path / "lab")
     assert list((tmp_path / "lab").iterdir()) == []
 
