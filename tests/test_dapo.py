@@ -283,28 +283,26 @@ def test_a_mixed_batch_is_sampled_with_its_outcomes(monkeypatch: pytest.MonkeyPa
     assert metrics["training/outcome/wrong"] == 0.75
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("partition", ["train", "val"])
-def test_a_failed_rollout_or_reward_ends_the_run(partition: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stock verl pads the group's responses away in training, and counts them as wrong in validation."""
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ("failure", "1 prompts failed in {}"),
+        ("running", "no response has come in .* and 1 prompts are not finished"),
+    ],
+)
+def test_a_rollout_or_reward_that_fails_or_hangs_ends_the_run(
+    status: str, said: str, partition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stock verl pads a failed group away in training, counts it as wrong in validation, and waits for ever."""
     queue = Queue(acc=[1.0, 0.0])
     connected(monkeypatch, queue)
     queue.add(4)
-    next(iter(queue.prompts.values()))["status"] = "failure"
-    monkeypatch.setattr("transfer_queue.kv_list", lambda: {partition: queue.kv_list()["train"]})
-    with pytest.raises(RuntimeError, match=f"1 prompts failed in {partition}"):
-        buffer(queue.add).sample(global_steps=1, partition_id=partition, batch_size=4)
-
-
-@pytest.mark.timeout(60)  # stock verl waits for ever
-@pytest.mark.parametrize("partition", ["train", "val"])
-def test_a_rollout_that_hangs_ends_the_run(partition: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    queue = Queue(acc=[1.0, 0.0])
-    connected(monkeypatch, queue)
-    queue.add(4)
-    next(iter(queue.prompts.values()))["status"] = "running"
+    next(iter(queue.prompts.values()))["status"] = status
     monkeypatch.setattr("transfer_queue.kv_list", lambda: {partition: queue.kv_list()["train"]})
     monkeypatch.setattr("vlnorm_verl.paper.replay_buffer.STALL_S", 0.3)
-    with pytest.raises(RuntimeError, match=r"no response has come in .* and 1 prompts are not finished"):
+    with pytest.raises(RuntimeError, match=said.format(partition)):
         buffer(queue.add).sample(global_steps=1, partition_id=partition, batch_size=4)
 
 

@@ -262,11 +262,12 @@ def test_uv_is_enough_for_an_environment_without_pip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("has_uv", [False, True])
 def test_pip_installs_where_no_uv_can_be_had_and_what_uv_cannot_install(tmp_path: Path, has_uv: bool) -> None:
+    (tmp_path / "path").mkdir()
+    for name in ("bash", "head", "sed"):  # and no uv of the system's
+        (tmp_path / "path" / name).symlink_to(shutil.which(name) or name)
     if has_uv:
         script(tmp_path / "path" / "uv", "exit 1")
-    elif shutil.which("uv", path="/usr/bin:/bin"):  # where its documentation has images put it
-        pytest.skip("the system has a uv")
-    done = installer(tmp_path, "install no-such-package")
+    done = installer(tmp_path, "install no-such-package", PATH=str(tmp_path / "path"))
     assert ("uv could not; pip tries" if has_uv else "pip has no uv for this machine") in done.stderr
     assert "No matching distribution found for no-such-package" in done.stderr
     assert done.returncode == 1

@@ -24,7 +24,7 @@ from vlnorm_verl import machine
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import UserError, locked
 from vlnorm_verl.runs import config as configs
-from vlnorm_verl.runs import launch, reproduce, resources, smoke
+from vlnorm_verl.runs import launch, reproduce, smoke
 from vlnorm_verl.runs.check import validate
 from vlnorm_verl.runs.launch import Request
 from vlnorm_verl.runs.process import Record, TrainingFailed
@@ -390,16 +390,6 @@ def test_a_machine_with_fewer_cpus_than_verl_reserves_is_told_so(
     monkeypatch.setattr(machine, "cpus", lambda: 21)
     said = launch.cannot_run(composed(tmp_path, "attention=sdpa", *overrides))
     assert said == "" if not needed else f"verl reserves {needed} CPUs of Ray, and this machine has 21" in said
-
-
-def test_a_machine_with_little_memory_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "memory_gib", lambda: 128.0)
-    assert "has 128 GiB of memory; model=7b on 8 GPUs takes 220–280" in str(
-        resources.memory_problem(composed(tmp_path, "model=7b"))
-    )
-    assert "Take fewer GPUs" in str(resources.memory_problem(composed(tmp_path, "model=3b")))
-    assert resources.memory_problem(composed(tmp_path, "model=3b", "trainer.n_gpus_per_node=4")) is None
-    assert resources.memory_problem(composed(tmp_path, "model=tiny")) is None
 
 
 def test_several_nodes_need_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,8 +159,3 @@ def test_few_open_files(hard: int, said: str, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr("resource.getrlimit", lambda kind: (1024, hard))  # -1: no limit
     problems = [problem.what for problem in machine.tight(tmp_path)]
     assert [said in what for what in problems] == ([True] if said else [])
-
-
-def test_a_containers_memory_is_its_limit_as_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray._common.utils.get_system_memory", lambda: 3 * 2**30)
-    assert machine.memory_gib() == 3

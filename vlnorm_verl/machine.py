@@ -1,8 +1,7 @@
 """What a Python environment and a machine lack for a run on GPUs, or on the CPU, each with what mends it.
 
-Only the standard library; only `flash_attention_problem` imports torch, and `cpus` and `memory_gib` Ray. So
-recipes/install_gpu.sh can run this file before anything is installed, and the launcher in environments other than its
-own.
+Only the standard library; only `flash_attention_problem` imports torch, and `cpus` Ray. So recipes/install_gpu.sh can
+run this file before anything is installed, and the launcher in environments other than its own.
 
     python vlnorm_verl/machine.py driver         in words; exit code 1 if the driver is too old for the wheels
     python vlnorm_verl/machine.py environment    the versions that decide between CPU and GPU, as JSON
@@ -12,7 +11,6 @@ Covered: this machine, NVIDIA. Not covered: other nodes of a cluster, AMD, how f
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib
 import importlib.metadata
@@ -236,20 +234,9 @@ def environment_problems(on_cpu: bool, flash_attention: bool) -> list[Defect]:
 
 def cpus() -> int:
     """Of a Ray that is started here: the container's limit, if there is one (ray/_private/utils.py:432)."""
-    with contextlib.suppress(ImportError):
-        from ray._private.utils import get_num_cpus
+    from ray._private.utils import get_num_cpus
 
-        return int(get_num_cpus(override_docker_cpu_warning=True))
-    return os.cpu_count() or 1
-
-
-def memory_gib() -> float:
-    """Of a Ray that is started here, as for `cpus`; it ends processes at 95% of it."""
-    with contextlib.suppress(ImportError):
-        from ray._common.utils import get_system_memory
-
-        return float(get_system_memory()) / 2**30
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return int(get_num_cpus(override_docker_cpu_warning=True))
 
 
 def cpus_problem(needed: int) -> Defect | None:

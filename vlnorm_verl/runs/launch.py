@@ -140,10 +140,7 @@ def launch(request: Request, console: Console | None = None) -> int:
         raise UserError("\n".join(filter(None, [unfit, missing_files(config)])))
     console.print(f"environment: {machine.this_environment()}")
     if not is_cpu(config):
-        problems = machine.tight(Path(config.recipe.folder), (config.recipe.model,))
-        if not request.on_cluster and resources.applies_to(request.overrides):
-            problems += filter(None, [resources.memory_problem(config)])
-        for problem in problems:
+        for problem in machine.tight(Path(config.recipe.folder), (config.recipe.model,)):
             console.print(f"note: {problem}", style="yellow")
     code = run_here(request, asked, config, console)
     if request.report and state(config) == "finished":

@@ -117,14 +117,14 @@ def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
         ray.wait(list(pending.values()), num_returns=len(pending), timeout=TIMEOUT_SECONDS)
         reports = []
         for node_id, answer in pending.items():
-            facts = nodes[node_id]
-            node = f"{facts['NodeManagerHostname']} ({facts['NodeName']})", facts["Resources"].get("CPU", 0.0)
+            node = nodes[node_id]
+            name, cpus = f"{node['NodeManagerHostname']} ({node['NodeName']})", node["Resources"].get("CPU", 0.0)
             try:
-                report = NodeReport(*node, **ray.get(answer, timeout=0))
+                report = NodeReport(name, cpus, **ray.get(answer, timeout=0))
             except ray.exceptions.GetTimeoutError:
-                report = NodeReport(*node, {}, [f"no answer within {TIMEOUT_SECONDS:.0f} s"])
+                report = NodeReport(name, cpus, {}, [f"no answer within {TIMEOUT_SECONDS:.0f} s"])
             except ray.exceptions.RayError as error:
-                report = NodeReport(*node, {}, [f"{type(error).__name__}: {_last_line(error)}"])
+                report = NodeReport(name, cpus, {}, [f"{type(error).__name__}: {_last_line(error)}"])
             reports.append(report)
         return reports
     finally:

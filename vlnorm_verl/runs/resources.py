@@ -34,8 +34,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from vlnorm_verl import machine
-from vlnorm_verl.machine import CHECKPOINT_BYTES, PARAMETERS, Defect
+from vlnorm_verl.machine import CHECKPOINT_BYTES, PARAMETERS
 from vlnorm_verl.runs.config import parsed
 
 GIB, GB = 2**30, 10**9
@@ -43,7 +42,6 @@ PROMPTS, MICRO_BATCH = 128, 4
 VLLM_SHARE, VLLM_OVERHEAD_GIB = 0.8, 4.0
 RESERVE_GIB = 5.0  # CUDA contexts, NCCL, what a sleeping vLLM keeps, fragmentation
 ENTROPY_CHUNK_GIB = 5.0  # 2048 tokens · V · 4 bytes · four arrays
-RAY_SHARE = 0.95  # of the memory, from which on Ray ends processes
 # Assumptions, (favourable, unfavourable)
 LENGTH_SHARE = (1 / 8, 1 / 2)  # mean response length over the limit
 PROMPT_SHARE = 1 / 3  # mean prompt length over its limit
@@ -236,24 +234,6 @@ def run_hours(model: Model, recipe: Recipe, gpu: Gpu, gpus: int, steps: int) -> 
 def applies_to(overrides: list[str]) -> bool:
     """Whether `cost` is that of a run with these overrides."""
     return not ASSUMED & {given.key_or_group for given in parsed(overrides)}
-
-
-def memory_problem(run: DictConfig) -> Defect | None:
-    """Whether this machine has too little memory for a run on it alone, even by the lower estimate."""
-    model = next((model for model in MODELS if model.name == run.recipe.model), None)
-    gpus, found = run.trainer.n_gpus_per_node, machine.memory_gib()
-    if model is None or RAY_SHARE * found >= host_gib(model, gpus)[0]:
-        return None
-    mend = (
-        "Take fewer GPUs: verl loads the whole model for each"
-        if model.embeddings == 1
-        else "Give actor_rollout_ref.actor.fsdp_config.optimizer_offload=false, and vLLM a lower share of the GPU"
-    )
-    return Defect(
-        f"this machine has {found:.0f} GiB of memory; model={model.name} on {gpus} GPUs takes "
-        f"{between(*host_gib(model, gpus))} by arithmetic, and Ray ends processes at {RAY_SHARE:.0%}",
-        mend,
-    )
 
 
 def cost(runs: list[DictConfig]) -> str:
