@@ -47,17 +47,7 @@ def write_parquet(rows: list[Row], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    text = pa.string()
-    schema = pa.schema(
-        {
-            "data_source": text,
-            "prompt": pa.list_(pa.struct({"role": text, "content": text})),
-            "ability": text,
-            "reward_model": pa.struct({"style": text, "ground_truth": text}),
-            "extra_info": pa.struct({"split": text, "index": pa.int64(), "origin": text, "solution": text}),
-        }
-    )
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def hash_picks(text: str, one_in: int) -> bool:
