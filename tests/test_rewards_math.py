@@ -461,6 +461,6 @@ def test_verl_scores_with_it() -> None:
     assert [r["reward_score"] for r in results] == [1.0, 0.0, 0.0, 0.0] * 3
     outcomes = [r["reward_extra_info"]["outcome"] for r in results]
     assert outcomes == ["correct", "wrong", "timeout", "unparsable"] * 3
-    (pool,) = [p for key, p in reward._pools.items() if dict(key)["limit_s"] == 1]
+    (pool,) = [p for p in reward._pools.values() if p.limit_s == 1]
     assert len(workers_of(pool)) <= 2
     pool.close()

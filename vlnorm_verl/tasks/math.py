@@ -86,13 +86,8 @@ def read_row(raw: Any) -> tuple[str, str]:
     return question, str(answer).strip()
 
 
-_pools: dict[tuple[tuple[str, Any], ...], Pool] = {}
+_pools: dict[tuple[float, ...], Pool] = {}  # one for each set of settings in this process
 os.register_at_fork(after_in_child=_pools.clear)  # a child would read the verdicts of its parent's answers
-
-
-def _pool(**settings: Any) -> Pool:
-    """One pool for each set of settings in this process; one that is not used has no workers."""
-    return _pools.setdefault(tuple(sorted(settings.items())), Pool(**settings))
 
 
 def extract_boxed(text: str) -> str | None:
@@ -173,7 +168,8 @@ def compute_score(
         ValueError: ``ground_truth`` is not this task's. A bad response never raises.
         InfrastructureError: see the module.
     """
-    pool = _pool(limit_s=limit_s, workers=workers, memory_mib=memory_mib, max_failure_rate=max_failure_rate)
+    settings = (limit_s, workers, memory_mib, max_failure_rate)
+    pool = _pools.setdefault(settings, Pool(*settings))  # one that is not used has no workers
     outcome = judge(solution_str, parse_ground_truth(ground_truth), pool)
     score = float(outcome == "correct")
     return {"score": score, "acc": score, "outcome": outcome, "validation_set": data_source}
