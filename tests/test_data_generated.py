@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
-import operator
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -24,24 +21,6 @@ from tests.data_command import (
 )
 from vlnorm_verl.tasks import countdown as countdown_task
 from vlnorm_verl.tasks import generate, sources
-from vlnorm_verl.tasks.countdown import Problem
-
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-
-
-def evaluate(text: str) -> tuple[Fraction, list[int]]:
-    """Value and numbers of an expression, by Python's own grammar and exact fractions."""
-    used: list[int] = []
-
-    def walk(node: ast.expr) -> Fraction:
-        if isinstance(node, ast.BinOp):
-            return OPERATORS[type(node.op)](walk(node.left), walk(node.right))
-        assert isinstance(node, ast.Constant)
-        assert type(node.value) is int
-        used.append(node.value)
-        return Fraction(node.value)
-
-    return walk(ast.parse(text, mode="eval").body), used
 
 
 def test_every_generated_countdown_is_solved_by_its_solution(tmp_path: Path) -> None:
@@ -51,18 +30,15 @@ def test_every_generated_countdown_is_solved_by_its_solution(tmp_path: Path) -> 
         rows = rows_of(tmp_path / f"{split}.parquet")
         keys[split] = set()
         for row in rows:
-            truth = json.loads(row["reward_model"]["ground_truth"])
-            value, used = evaluate(row["extra_info"]["solution"])
-            assert value == truth["target"]
-            assert sorted(used) == sorted(truth["numbers"])
-            assert len(used) in (3, 4)
-            assert set(used) <= set(range(1, 100))
-            assert 10 <= truth["target"] <= 100
-            assert row["prompt"][0]["content"] == countdown_task.prompt(
-                Problem(tuple(truth["numbers"]), truth["target"])
-            )
+            problem = countdown_task.parse_ground_truth(row["reward_model"]["ground_truth"])
+            answer = f"<answer>{row['extra_info']['solution']}</answer>"
+            assert countdown_task.judge(answer, problem) == "correct"
+            assert len(problem.numbers) in (3, 4)
+            assert set(problem.numbers) <= set(range(1, 100))
+            assert 10 <= problem.target <= 100
+            assert row["prompt"][0]["content"] == countdown_task.prompt(problem)
             assert row["extra_info"]["origin"] == "generated"
-            keys[split].add((tuple(sorted(used)), truth["target"]))
+            keys[split].add((tuple(sorted(problem.numbers)), problem.target))
         assert len(keys[split]) == len(rows) == count
     assert not keys["train"] & keys["test"]
     solutions = "".join(row["extra_info"]["solution"] for row in rows)
@@ -105,8 +81,8 @@ def test_more_problems_than_there_are(tmp_path: Path, monkeypatch: pytest.Monkey
 def solve(question: str) -> Fraction:
     """The answer of a generated Math question, worked out another way than the generator does."""
     numbers = [int(n) for n in re.findall(r"\d+", question)]
-    if m := re.fullmatch(r"Compute \$(.*)\$\.", question):
-        return evaluate(m[1].replace("\\cdot", "*"))[0]
+    if m := re.fullmatch(r"Compute \$(\d+) \\cdot (\d+) ([+-] \d+)\$\.", question):
+        return Fraction(int(m[1]) * int(m[2]) + int(m[3].replace(" ", "")))
     if m := re.fullmatch(r"Solve \$(\d+)x ([+-] \d+) = (-?\d+)\$ for \$x\$\.", question):
         x = Fraction(int(m[3]) - int(m[2].replace(" ", "")), int(m[1]))
         assert int(m[1]) * x + int(m[2].replace(" ", "")) == int(m[3])
