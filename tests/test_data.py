@@ -252,25 +252,12 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 # --- read by verl --------------------------------------------------------------------------------------------
 
 
-def byte_level_tokenizer() -> Any:
-    """One token a byte: encodes any text. The chat template passes the prompt through, as the base models need it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate([*letters, "<end>"])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    return tokenizer
-
-
 @pytest.mark.parametrize("task", ["countdown", "math"])
 def test_verls_dataset_reads_the_files(tmp_path: Path, task: str) -> None:
     from omegaconf import OmegaConf
     from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    from tests.test_prompts import byte_level_tokenizer
 
     must_run(*(SMALL_COUNTDOWN if task == "countdown" else SMALL_MATH), "--out", tmp_path / "generated")
     files = {"countdown": ["test.parquet"], "math": MATH_FILES[1:]}[task]
@@ -282,7 +269,7 @@ def test_verls_dataset_reads_the_files(tmp_path: Path, task: str) -> None:
     # All test sets together, generated and real: they must have one schema.
     paths = [str(tmp_path / kind / name) for kind in ("generated", "file") for name in files]
     expected = [row for path in paths for row in rows_of(Path(path))]
-    tokenizer = byte_level_tokenizer()
+    tokenizer = byte_level_tokenizer("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     config = {"max_prompt_length": 4096, "filter_overlong_prompts": True, "cache_dir": str(tmp_path / "cache")}
     dataset = RLHFDataset(paths, tokenizer, OmegaConf.create(config | {"filter_overlong_prompts_workers": 1}))
     assert len(dataset) == len(expected) >= 12

@@ -30,12 +30,17 @@ PROMPTS = {
 }
 
 
+def byte_level_tokenizer(chat_template: str) -> Qwen2Tokenizer:
+    """One token a byte: encodes any text."""
+    vocabulary = {letter: i for i, letter in enumerate(bytes_to_unicode().values())}
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token="<|endoftext|>", chat_template=chat_template)
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as of a base model: byte-level Qwen2 tokenizer, its special tokens, its own chat format."""
     folder = tmp_path_factory.mktemp("model")
-    vocabulary = {letter: i for i, letter in enumerate(bytes_to_unicode().values())}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token="<|endoftext|>", chat_template=CHATML)
+    tokenizer = byte_level_tokenizer(CHATML)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.save_pretrained(folder)
     Qwen2Config(
