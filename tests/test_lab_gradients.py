@@ -37,7 +37,7 @@ from vlnorm_verl.lab.gradients import _checkpoint, compute, score_gradient
 from vlnorm_verl.lab.parameters import LAST_QKV, parts_of, select_parameters
 from vlnorm_verl.lab.prompt_cache import prompt_cache
 from vlnorm_verl.lab.sketch import CountSketch
-from vlnorm_verl.lab.store import Stored, folder_of, gradients_folder, grpo_advantages, load
+from vlnorm_verl.lab.store import Stored, folder_of, grpo_advantages, load
 from vlnorm_verl.tasks.tiny import WEIGHTS
 
 
@@ -401,7 +401,7 @@ def test_a_stopped_call_goes_on_to_the_same_bytes(
     out = tmp_path / "lab"
     out.mkdir()
     shutil.copy(sampled / store.ROLLOUTS, out)
-    made, wanted = (gradients_folder(folder, LAST_QKV) for folder in (out, sampled))
+    made, wanted = (folder / store.GRADIENTS / LAST_QKV for folder in (out, sampled))
     left = [9]  # two to try the cache with; the first prompt has six responses
 
     def stop(*arguments: Any) -> Any:

@@ -91,7 +91,8 @@ def compute(
         "sizes": list(sizes.values()),
         "parts": projected.widths,
     }
-    folder = store.gradients_folder(out, store.folder_of(modules))
+    choice = store.folder_of(modules)
+    folder = out / store.GRADIENTS / choice
     path = folder / store.SETTINGS
     if path.exists():
         store.refuse_other(folder, json.loads(path.read_text(encoding="utf-8")), settings)
@@ -102,7 +103,7 @@ def compute(
         parameter.requires_grad_(True)
     if checkpointing:
         _checkpoint(model)
-    files = {store.gradient_path(folder, i): rollouts for i, rollouts in enumerate(store.read_rollouts(out))}
+    files = store.gradient_files(out, choice)
     missing = {file: rollouts for file, rollouts in files.items() if not file.exists()}
     total, left = (sum(len(rollouts.responses) for rollouts in each.values()) for each in (files, missing))
     fewer = f" projected to {width:,}" if width < size else ""

@@ -183,12 +183,10 @@ def folder_of(modules: str) -> str:
     return modules if plain == modules else f"{plain[:40]}-{zlib.crc32(modules.encode()):08x}"
 
 
-def gradients_folder(out: Path, choice: str) -> Path:
-    return out / GRADIENTS / choice
-
-
-def gradient_path(folder: Path, index: int) -> Path:
-    return folder / f"{index:03d}.npy"
+def gradient_files(out: Path, choice: str) -> dict[Path, Rollouts]:
+    """{file of a prompt's gradients, there or not: its rollouts}."""
+    folder = out / GRADIENTS / choice
+    return {folder / f"{index:03d}.npy": rollouts for index, rollouts in enumerate(read_rollouts(out))}
 
 
 def load(out: Path, choice: str) -> Stored:
@@ -203,11 +201,11 @@ def load(out: Path, choice: str) -> Stored:
         UserError: the gradients are of other rollouts.
     """
     sampled = read_settings(out)
-    folder = gradients_folder(out, choice)
+    folder = out / GRADIENTS / choice
     settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     if settings["rollouts_sha256"] != content_sha256(out / ROLLOUTS):
         raise UserError(f"{folder} has the gradients of other rollouts than {out / ROLLOUTS}: compute them again")
-    files = {gradient_path(folder, index): rollouts for index, rollouts in enumerate(read_rollouts(out))}
+    files = gradient_files(out, choice)
     if missing := sum(not file.exists() for file in files):
         raise Incomplete(f"{folder} lacks the gradients of {missing} prompts: compute again, which goes on there")
     ends = np.cumsum([0, *settings["parts"].values()]).tolist()
