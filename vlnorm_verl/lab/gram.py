@@ -1,6 +1,5 @@
-"""Inner products of per-response gradients: all that the analysis needs of them.
+"""Inner products of per-response gradients g_i = A_i s_i (see gradients.py): all that the analysis needs of them.
 
-Response i of length L_i has, on policy, the gradient g_i = A_i s_i with the score gradient s_i = Σ_t ∇ log π(o_it).
 Numpy only: no model, no verl.
 """
 

@@ -35,10 +35,7 @@ FORMAT = 3  # of both files; raise it when either changes
 
 @dataclass
 class Group:
-    """One prompt with its n responses, all sampled from the model whose gradients are stored.
-
-    The score gradient of response i is s_i = Σ_t ∇ log π(o_it | q, o_i<t). On policy the PPO ratio is 1, so the
-    paper's un-normalised gradient is g_i = A_i s_i.
+    """One prompt with its n responses, all sampled from the model whose gradients are stored (see gradients.py).
 
     Args:
         kind: "slope" (many responses, for how variance grows with length) or "pool" (few, as in training).
