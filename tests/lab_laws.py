@@ -33,7 +33,7 @@ def turning(lengths: np.ndarray) -> np.ndarray:
     return (1 - share)[:, None] * MU + share[:, None] * other
 
 
-def lengths_of(rng: np.random.Generator, n: int) -> np.ndarray:
+def lengths_of(rng: np.random.Generator, n: int | tuple[int, int]) -> np.ndarray:
     """Tokens, 10 to 400, √(A/H) about 1.5."""
     return np.exp(rng.uniform(math.log(10), math.log(400), n)).astype(np.int64)
 
@@ -105,7 +105,7 @@ def truth(mode: str, beta: float, mean: Mean) -> tuple[float, float, np.ndarray]
     """E M Σx, E‖G − E G‖² and E G under one aggregation from the law itself, without anything of `analysis`."""
     rng = np.random.default_rng(123)
     N, v, draws = 48, 0.02, 3000  # responses of `batches_of` a pool of `pool_of`, its noise
-    L = np.exp(rng.uniform(math.log(10), math.log(400), (draws, N))).astype(np.int64).astype(float)
+    L = lengths_of(rng, (draws, N)).astype(float)
     name, _, alpha = mode.partition(":")
     x = {
         "grpo_norm": lambda: M / (N * L),

@@ -38,6 +38,12 @@ def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([gradient.reshape(-1) for gradient in gradients.values()])
 
 
+def by_autograd(value: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The flat gradient of a scalar."""
+    gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=True)
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+
 def score(model: Any, response: list[int], temperature: float = 1.0, modules: str = "last-qkv") -> torch.Tensor:
     return flat(score_gradient(model, select_parameters(model, modules), ids(PROMPT), response, temperature))
 

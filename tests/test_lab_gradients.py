@@ -24,6 +24,7 @@ from tests.lab_tiny import (
     RESPONSE,
     ROUNDING,
     SIZES,
+    by_autograd,
     differences,
     flat,
     ids,
@@ -71,12 +72,9 @@ def computed(sampled: Path, out: Path, modules: str, *arguments: Any, **options:
 @pytest.mark.parametrize("modules", ["last-qkv", "all"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_score_gradient_is_that_of_the_definition(exact: Any, modules: str, temperature: float) -> None:
-    parameters = select_parameters(exact, modules)
-    expected = torch.autograd.grad(
-        log_probability(exact, ids(PROMPT), ids(RESPONSE), temperature), list(parameters.values())
-    )
-    actual = score(exact, ids(RESPONSE), temperature, modules)
-    assert differences(actual, torch.cat([g.reshape(-1) for g in expected])) < ROUNDING
+    value = log_probability(exact, ids(PROMPT), ids(RESPONSE), temperature)
+    expected = by_autograd(value, select_parameters(exact, modules))
+    assert differences(score(exact, ids(RESPONSE), temperature, modules), expected) < ROUNDING
 
 
 def test_score_gradient_is_that_of_finite_differences() -> None:
@@ -118,9 +116,7 @@ def test_padding_and_batching_do_not_matter(exact: Any) -> None:
     log_probs = torch.log_softmax(logits[:, start - 1 : -1], dim=-1)
     chosen = log_probs.gather(2, torch.tensor(rows)[:, start:, None])[..., 0] * mask[:, start:]
     for row, response in enumerate(responses):
-        gradients = torch.autograd.grad(chosen[row].sum(), list(parameters.values()), retain_graph=True)
-        expected = torch.cat([g.reshape(-1) for g in gradients])
-        assert differences(score(exact, response), expected) < ROUNDING
+        assert differences(score(exact, response), by_autograd(chosen[row].sum(), parameters)) < ROUNDING
 
 
 LLAMA = {**SIZES, "intermediate_size": 32, "initializer_range": 0.5}
@@ -229,7 +225,6 @@ def test_advantage_times_score_is_verls_policy_gradient(exact: Any, advantage: f
     config = FSDPActorConfig(
         strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_low=0.2, clip_ratio_high=0.3
     )
-    parameters = select_parameters(exact, "last-qkv")
     response = ids(RESPONSE)
     logits = exact(input_ids=torch.tensor([ids(PROMPT) + response])).logits[0, len(PROMPT) - 1 : -1]
     log_prob = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(response)[:, None]).T  # [1 x L]
@@ -237,8 +232,8 @@ def test_advantage_times_score_is_verls_policy_gradient(exact: Any, advantage: f
     loss, _ = compute_policy_loss_vanilla(
         log_prob.detach(), log_prob, advantage * ones, ones, "token-mean", config, rollout_is_weights=None
     )
-    expected = torch.autograd.grad(loss * len(response), list(parameters.values()))
-    assert differences(-advantage * score(exact, response), torch.cat([g.reshape(-1) for g in expected])) < ROUNDING
+    expected = by_autograd(loss * len(response), select_parameters(exact, "last-qkv"))
+    assert differences(-advantage * score(exact, response), expected) < ROUNDING
 
 
 def test_stored_groups_are_what_was_sampled(sampled: Path) -> None:
@@ -249,6 +244,7 @@ def test_stored_groups_are_what_was_sampled(sampled: Path) -> None:
     assert stored.dimension == stored.entries == 3 * (96 * 96 + 96)
     assert all(name.startswith("model.layers.2.self_attn.") for name in stored.settings["names"])
     model = models.load_model(str(WEIGHTS))
+    parameters = select_parameters(model, "last-qkv")
     for group, raw in zip(stored.groups, store.read_rollouts(sampled), strict=True):
         assert isinstance(group.score_gradients, np.memmap)
         assert group.score_gradients.dtype == np.float32
@@ -257,11 +253,8 @@ def test_stored_groups_are_what_was_sampled(sampled: Path) -> None:
         assert group.truncated.tolist() == raw.truncated
         assert group.advantages.tolist() == grpo_advantages(group.rewards).tolist()
         for row, response in zip(group.score_gradients, raw.responses, strict=True):
-            parameters = select_parameters(model, "last-qkv")
-            expected = torch.autograd.grad(
-                log_probability(model, raw.prompt_ids, response, 1.0), list(parameters.values())
-            )
-            assert differences(torch.tensor(row), torch.cat([g.reshape(-1) for g in expected])) < 1e-4
+            expected = by_autograd(log_probability(model, raw.prompt_ids, response, 1.0), parameters)
+            assert differences(torch.tensor(row), expected) < 1e-4
 
 
 def test_stored_gradients_are_at_the_sampling_temperature(sampled: Path, tmp_path: Path, exact: Any) -> None:

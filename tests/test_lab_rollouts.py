@@ -393,11 +393,8 @@ def test_a_row_that_cannot_be_asked_is_refused(tmp_path: Path, changed: dict[str
 
 
 def test_wrong_tasks_are_refused(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     data = parquet(tmp_path / "train.parquet", rows())
-    pq.write_table(pa.table({"prompt": ["a"], "answer": ["b"]}), tmp_path / "other.parquet")
+    parquet(tmp_path / "other.parquet", [{"prompt": "a", "answer": "b"}])
     (tmp_path / "text.parquet").write_text("prompt")
     (tmp_path / "broken.py").write_text("import a_module_that_is_not_there")
     (tmp_path / "waits.py").write_text("async def compute_score(**_):\n    return 1.0\n")
