@@ -445,4 +445,4 @@ def test_extra_info_that_the_data_lack_is_empty(tmp_path: Path) -> None:
 def test_a_reward_that_is_no_number_is_refused(result: Any) -> None:
     task = Task("custom", None, lambda **_: result)
     with pytest.raises(UserError, match="accepted: a finite number, or a dictionary with one as 'score'"):
-        task.score(Question([], None, ""), "response")
+        task.score(Question([], None, "", {}), "response")

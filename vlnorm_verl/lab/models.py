@@ -114,7 +114,7 @@ def fingerprint(resolved: str) -> str:
     """
     folder = Path(resolved)
     if not folder.is_dir():
-        return str(getattr(load_config(resolved), "_commit_hash", None))
+        return str(load_config(resolved)._commit_hash)
     files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS)
     if not files:
         raise UserError(f"MODEL {resolved} has no weights ({' or '.join(f'*{suffix}' for suffix in _WEIGHTS)})")

@@ -37,7 +37,7 @@ class Question(NamedTuple):
     messages: Messages
     ground_truth: Any
     data_source: str
-    extra_info: dict[str, Any] | None = None
+    extra_info: dict[str, Any]
 
 
 @dataclass(frozen=True)
