@@ -179,7 +179,9 @@ def test_verl_checkpoint_is_merged(tmp_path: Path, ranks: int, monkeypatch: pyte
 
 
 def test_lora_adapters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """verl's merger writes them into a folder of their own, beside the weights without them."""
+    """verl's merger writes them into a folder of their own, beside the weights without them. Nothing stays on the disk,
+    nor what a call that was killed had merged."""
+    (tmp_path / "lab" / ".model.1.tmp" / "lora_adapter").mkdir(parents=True)
     actor = tmp_path / "global_step_1" / "actor"
     actor.mkdir(parents=True)
     (actor / "fsdp_config.json").write_text('{"FSDP_version": 2, "world_size": 1}')

@@ -80,6 +80,8 @@ def _merged(actor: Path, target: Path) -> Path:
         raise UserError(
             f"{target} was merged from {merged['checkpoint']} as it was then, not from {actor}: take another --out"
         )
+    for killed in target.parent.glob(f".{target.name}.*.tmp"):  # of a call that was killed: gigabytes
+        shutil.rmtree(killed, ignore_errors=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     command = ["merge", "--backend", "fsdp", "--local_dir", str(actor), "--target_dir", str(temporary)]
