@@ -10,7 +10,7 @@ import pytest
 from packaging.version import Version
 
 from tests import warm
-from tests.engine.batch import LENGTHS, PROMPT, ROWS
+from tests.engine.reference import LENGTHS, PROMPT, ROWS
 
 RELEASE = Version(metadata.version("verl"))
 TOLERANCE = 1e-12

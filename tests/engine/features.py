@@ -40,18 +40,17 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from tests.engine import batch, older_verl, ranks, reference, verl_side
-from tests.engine.batch import VOCAB, M
+from tests.engine import older_verl, ranks, reference, verl_side
 from tests.engine.feature_cases import Case, cases, register_user_losses
 from tests.engine.feature_workers import make_worker
-from tests.engine.reference import Rows, Scenario, relative_error, weighted_sum
+from tests.engine.reference import VOCAB, M, Rows, Scenario, relative_error, weighted_sum
 from vlnorm_verl.cpu import patches
 from vlnorm_verl.plugin import policy_loss as policy_losses
 from vlnorm_verl.plugin.modes import is_ours
 
 # Half of the scenarios' responses, since every row needs the gradient of each one by itself.
 ROWS = 8
-LENGTHS = batch.LENGTHS[:ROWS]
+LENGTHS = reference.LENGTHS[:ROWS]
 MODE = "vl_norm:0.75"  # scenarios.py has more
 REFERENCE_MODE = "seq-mean-token-sum"
 REMOVED = (1, 4)  # responses that rejection takes out as a whole

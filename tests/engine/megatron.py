@@ -8,9 +8,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from tests.engine import older_verl
-from tests.engine.batch import VOCAB
-from tests.engine.engine_parts import Engine, Gradient, hf_model_config
+from tests.engine.reference import VOCAB
+from tests.engine.verl_side import hf_model_config
 
+Engine = Any
+Gradient = dict[str, torch.Tensor]  # parameter's name -> the whole, reduced gradient
 HIDDEN = 16
 
 

@@ -48,10 +48,9 @@ from torch import nn
 
 from tests.engine import older_verl, reference, verl_side
 from tests.engine import ranks as processes
-from tests.engine.batch import LENGTHS, ROWS
-from tests.engine.engine_parts import Engine, Gradient, hf_model_config, qwen2, still, whole_dtensors
-from tests.engine.megatron import build_megatron, cuda_on_cpu, megatron_gradient, token_model
-from tests.engine.reference import Scenario, relative_error, weighted_sum
+from tests.engine.megatron import Engine, Gradient, build_megatron, cuda_on_cpu, megatron_gradient, token_model
+from tests.engine.reference import LENGTHS, ROWS, Scenario, relative_error, weighted_sum
+from tests.engine.verl_side import hf_model_config
 from vlnorm_verl.cpu.install import register as register_cpu
 
 
@@ -79,6 +78,26 @@ SCENARIOS = [
     Scenario("sabotage: micro-batch-local sum", sabotage="micro"),
     Scenario("sabotage: rank-local sum", sabotage="rank"),
 ]
+
+
+def qwen2(folder: str) -> nn.Module:
+    from transformers import Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM.from_pretrained(folder, attn_implementation="sdpa").to(torch.float64)
+
+
+def still(module: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer that leaves the weights where the reference was taken."""
+    return torch.optim.SGD(module.parameters(), lr=0.0)
+
+
+def whole_dtensors(engine: Engine) -> Gradient:
+    modules = engine.module if isinstance(engine.module, list) else [engine.module]
+    return {
+        name.replace("_orig_mod.", "").replace("inner.", ""): p.grad.full_tensor()
+        for module in modules
+        for name, p in module.named_parameters()
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- FSDP1

@@ -35,9 +35,8 @@ import torch
 from tensordict import TensorDict
 
 from tests.engine import older_verl
-from tests.engine.batch import LENGTHS, ROWS, M
 from tests.engine.ranks import finish, make_parser, prepare, start
-from tests.engine.reference import Rows, Scenario, relative_error, response_gradients, weighted_sum
+from tests.engine.reference import LENGTHS, ROWS, M, Rows, Scenario, relative_error, response_gradients, weighted_sum
 from tests.engine.verl_side import make_data, plugin_is_active, recording, start_rank, train
 
 STOCK_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")

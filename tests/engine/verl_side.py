@@ -10,10 +10,8 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from tests.engine import older_verl, ranks
-from tests.engine.batch import CLIP_C, CLIP_HIGH, CLIP_LOW, LENGTHS, PROMPT, ROWS, M
-from tests.engine.engine_parts import hf_model_config
-from tests.engine.reference import Rows, Scenario, make_model, make_rows
+from tests.engine import older_verl, ranks, reference
+from tests.engine.reference import LENGTHS, PROMPT, ROWS, M, Rows, Scenario, make_model, make_rows
 
 
 def make_data(rows: Rows, scenario: Scenario, mine: range) -> TensorDict:
@@ -88,15 +86,27 @@ def actor_config(scenario: Scenario) -> Any:
         ppo_micro_batch_size_per_gpu=1,
         loss_agg_mode=scenario.mode,
         loss_scale_factor=M,
-        clip_ratio=CLIP_LOW,
-        clip_ratio_low=CLIP_LOW,
-        clip_ratio_high=CLIP_HIGH,
-        clip_ratio_c=CLIP_C,
+        clip_ratio=reference.CLIP_LOW,
+        clip_ratio_low=reference.CLIP_LOW,
+        clip_ratio_high=reference.CLIP_HIGH,
+        clip_ratio_c=reference.CLIP_C,
         entropy_coeff=scenario.entropy_coeff,
         use_kl_loss=bool(scenario.kl_coef),
         kl_loss_coef=scenario.kl_coef,
         kl_loss_type="low_var_kl",
         policy_loss=PolicyLossConfig(loss_mode="vanilla"),
+    )
+
+
+def hf_model_config(folder: str) -> Any:
+    from verl.workers.config import HFModelConfig
+
+    return HFModelConfig(
+        path=folder,
+        load_tokenizer=False,
+        use_remove_padding=False,
+        enable_gradient_checkpointing=False,
+        override_config={"attn_implementation": "sdpa"},
     )
 
 
@@ -157,14 +167,14 @@ def start_rank(rank: int, args: argparse.Namespace) -> tuple[torch.nn.Module, Ro
     rounded = args.dtype == "bfloat16"
     if args.dtype != "float32":
         allow_float64()
-    reference = make_model(folder, torch.float64 if rounded else getattr(torch, args.dtype)).to(args.device)
+    model = make_model(folder, torch.float64 if rounded else getattr(torch, args.dtype)).to(args.device)
     if rounded:  # FSDP2 rounds the parameters, not the buffers
         with torch.no_grad():
-            for parameter in reference.parameters():
+            for parameter in model.parameters():
                 parameter.copy_(parameter.to(torch.bfloat16))
     if older_verl.needed():
         older_verl.start_process_group()  # after the model is saved: in a group, transformers 5.24 saves on rank 0 only
-    rows = make_rows(reference, torch.float32 if rounded else getattr(torch, args.dtype))
+    rows = make_rows(model, torch.float32 if rounded else getattr(torch, args.dtype))
     worker = make_worker(folder, args.dtype)
     if not rounded:
         # Autocast knows no float64; with the parameters in the wanted type there is nothing to cast.
@@ -173,7 +183,7 @@ def start_rank(rank: int, args: argparse.Namespace) -> tuple[torch.nn.Module, Ro
         raise SystemExit(f"--device {args.device}: verl did not put its engine there")
 
     per_rank = ROWS // args.ranks
-    return reference, rows, worker, range(rank * per_rank, (rank + 1) * per_rank)
+    return model, rows, worker, range(rank * per_rank, (rank + 1) * per_rank)
 
 
 def train(worker: Any, scenario: Scenario, data: TensorDict) -> dict[str, float]:
