@@ -30,7 +30,6 @@ import dataclasses
 import functools
 import importlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -51,7 +50,6 @@ from tests.engine import ranks as processes
 from tests.engine.megatron import Engine, Gradient, build_megatron, cuda_on_cpu, megatron_gradient, token_model
 from tests.engine.reference import LENGTHS, ROWS, Scenario, relative_error, weighted_sum
 from tests.engine.verl_side import hf_model_config
-from vlnorm_verl.cpu.install import register as register_cpu
 
 
 @dataclass
@@ -322,26 +320,24 @@ def install(name: str, folder: Path) -> Path:
     return target
 
 
-def run(rank: int, ranks: int, port: int, name: str, packages: str, folder: str, out: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def run(rank: int, args: argparse.Namespace) -> None:
+    processes.join(rank, args)
+    folder = f"{args.folder}/{rank}"
+    reference.make_model(folder, torch.float64)  # in a process group, transformers 5.24 would save on rank 0 only
     torch.distributed.init_process_group("gloo")
-    sys.path.insert(0, packages)
+    sys.path.insert(0, str(args.site))
     verl_side.allow_float64()
-    backend = BACKENDS[name]
+    backend = BACKENDS[args.engine]
     backend.prepare()
     if older_verl.needed():
         older_verl.prepare()
     results = []
     for case in backend.cases:
         try:
-            results += [{"engine": name} | row for row in run_case(case, rank, ranks, folder)]
+            results += [{"engine": args.engine} | row for row in run_case(case, rank, args.ranks, folder)]
         except Exception:  # every rank raises it alike; the other cases have their say
-            results.append({"engine": name, "case": case.name, "failed": traceback.format_exc()})
-    if rank == 0:
-        Path(out).write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+            results.append({"engine": args.engine, "case": case.name, "failed": traceback.format_exc()})
+    processes.finish(rank, args, results)
 
 
 def run_case(case: Case, rank: int, ranks: int, folder: str) -> list[dict[str, Any]]:
@@ -415,28 +411,22 @@ def train(engine: Engine, case: Case, scenario: Scenario, data: Any) -> tuple[Gr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=list(BACKENDS), nargs="+", default=list(BACKENDS))
-    parser.add_argument("--ranks", type=int, default=2, choices=[2])
     parser.add_argument("--packages", type=Path, required=True, help="folder for the engines' packages")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     args.packages.mkdir(parents=True, exist_ok=True)
-    processes.set_environment("cpu")
-    importlib.import_module("verl")
-    if not older_verl.needed():
-        register_cpu()
-    older_verl.unpad_without_flash_attn()
-    # Imported once, before forking. verl.workers.engine is not: it imports every engine that it finds.
+    processes.import_without_engines("cpu")
+    # Imported once, before forking.
     for module in ("verl.workers.config", "verl.utils.tensordict_utils", "transformers.models.qwen2.modeling_qwen2"):
         importlib.import_module(module)
 
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        reference.make_model(folder, torch.float64)
         for name in args.engine:
-            out = Path(folder) / f"{name}.json"
-            arguments = (args.ranks, processes.free_port(), name, str(install(name, args.packages)), folder, str(out))
+            out, site = Path(folder) / f"{name}.json", install(name, args.packages)
             try:
-                torch.multiprocessing.start_processes(run, arguments, nprocs=args.ranks, start_method="fork")
+                settings = {"ranks": 2, "device": "cpu", "backend": "gloo", "engine": name, "site": site, "out": out}
+                processes.start(run, argparse.Namespace(**settings))
                 results += json.loads(out.read_text())
             except Exception as error:  # the other engines have their say; the test fails for this one
                 results.append({"engine": name, "case": "", "failed": str(error)})

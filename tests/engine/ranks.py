@@ -19,7 +19,7 @@ from vlnorm_verl.cpu.install import register as register_cpu
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that this program and features.py share."""
+    """The options that scenarios.py and features.py share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, required=True, choices=[1, 2, 4])
     parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], required=True)
@@ -49,15 +49,20 @@ def prepare(args: argparse.Namespace) -> None:
 @functools.cache
 def import_verl(device: str) -> None:
     """verl for that device, once: forked ranks have it already."""
-    set_environment(device)
-    importlib.import_module("verl")
+    import_without_engines(device)
     if older_verl.needed():
         older_verl.prepare()
-    else:
+    importlib.import_module("verl.workers.engine_workers")
+
+
+def import_without_engines(device: str) -> None:
+    """verl.workers.engine imports every engine whose package it finds, so other_engines.py puts that off."""
+    set_environment(device)
+    importlib.import_module("verl")
+    if not older_verl.needed():
         # With VERL_USE_EXTERNAL_PLUGINS=none the plugin is off, but the CPU still has to be a platform.
         register_cpu()
     older_verl.unpad_without_flash_attn()
-    importlib.import_module("verl.workers.engine_workers")
 
 
 def set_environment(device: str) -> None:
