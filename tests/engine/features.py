@@ -218,7 +218,6 @@ class Bench:
         self.model, self.rows, actor, _ = verl_side.start_rank(rank, args)
         self.extra = make_extra(self.rows, getattr(torch, args.dtype))
         self.workers = {"actor": actor}
-        self.padded = not older_verl.takes_nested_data()
         self.gradients: dict[str, torch.Tensor] = {}
 
     def worker(self, kind: str) -> Any:
@@ -235,7 +234,7 @@ class Bench:
 
     def scenario(self, case: Case, **settings: Any) -> Scenario:
         values: dict[str, Any] = {"micro": case.micro, "tokens": case.tokens, "mini": ROWS} | settings
-        if self.padded:
+        if not older_verl.takes_nested_data():
             values |= {"padded": True, "width": 60}  # as in scenarios.scenarios
         return Scenario(case.name, entropy_coeff=case.entropy_coeff, kl_coef=case.kl_coef, **values)
 
@@ -359,11 +358,8 @@ def run(rank: int, args: argparse.Namespace) -> None:
     if older_verl.needed() or args.device == "cuda":  # its critic wants flash attention, which knows no float64
         patches.critic_attention(importlib.import_module("verl.utils.model"))
     register_user_losses()
-    results = []
-    for case in cases(args.ranks):
-        if any(part in case.name for part in args.only):
-            results.append(run_row(bench, case))
-    ranks.finish(rank, args, results)
+    chosen = [case for case in cases(args.ranks) if any(part in case.name for part in args.only)]
+    ranks.finish(rank, args, [run_row(bench, case) for case in chosen])
 
 
 def main() -> None:

@@ -14,13 +14,7 @@ import torch
 def needed() -> bool:
     """Whether the verl to be imported has no `verl.plugin`; looked up without importing it."""
     spec = importlib.util.find_spec("verl")  # verl reads environment variables at import
-    if spec is None or spec.submodule_search_locations is None:
-        raise ModuleNotFoundError("no verl is installed")
-    return not any((Path(folder) / "plugin").is_dir() for folder in spec.submodule_search_locations)
-
-
-def environment() -> dict[str, str]:
-    return {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    return not (Path(spec.origin).parent / "plugin").is_dir()
 
 
 def takes_nested_data() -> bool:

@@ -69,8 +69,10 @@ def set_environment(device: str) -> None:
     """What verl reads at import. On GPUs no kernel that computes in float32 whatever the type."""
     if device == "cuda":
         os.environ.update(VERL_DISABLE_FLASH_ATTN_CE="1", TORCHDYNAMO_DISABLE="1")
+    elif older_verl.needed():
+        os.environ.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")
     else:
-        os.environ.update(older_verl.environment() if older_verl.needed() else cpu.cpu_environment(threads=1))
+        os.environ.update(cpu.cpu_environment(threads=1))
     torch.set_num_threads(1)  # a pool of threads would not survive a fork
 
 
