@@ -8,8 +8,9 @@ from hypothesis import settings
 from vlnorm_verl import machine
 
 # With the first three typer and rich colour what they write into pipes, too, which cuts the words that tests look for
-# in pieces. With the last, which docs/your-own-run.md has a shell set, no run is on GPUs.
-for name in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "VERL_PLATFORM"):
+# in pieces. With VERL_PLATFORM, which docs/your-own-run.md has a shell set, no run is on GPUs; with RAY_ADDRESS none is
+# on this machine's own Ray.
+for name in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "VERL_PLATFORM", "RAY_ADDRESS"):
     os.environ.pop(name, None)
 # Else a run on GPUs would go over to this checkout's .venv-gpu: `vlnorm-verl` would take the place of pytest.
 machine.ENVIRONMENTS = ()

@@ -49,7 +49,7 @@ def command(script: str, root: Path, data: Path, *overrides: str) -> list[str]:
 
 
 def started(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"COLUMNS": "200"} | variables
+    environment = os.environ | {"COLUMNS": "200"} | variables
     return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=540)
 
 
@@ -162,7 +162,7 @@ def answers(run: tuple[Path, str], data: Path) -> Iterator[tuple[int, str]]:
         (["recipe.steps=3"], str(folder)),
     ]
     asked = [(["launch", f"--recipes={RECIPES}", *given, *more], held) for more, held in requests]
-    done = warm.python("-c", ASK, json.dumps(asked), RAY_ADDRESS="")
+    done = warm.python("-c", ASK, json.dumps(asked))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
