@@ -152,7 +152,7 @@ json.dump(answers, sys.stdout)
 
 
 @pytest.fixture(scope="module")
-def answers(run: tuple[Path, str], data: Path) -> Iterator[tuple[int, str]]:
+def answers(run: tuple[Path, str], data: Path) -> list[tuple[int, str]]:
     """Exit code and output of three launches beside the finished run, by one process: each alone imports verl anew."""
     folder, _ = run
     given = command("", folder.parent, data, *SMALL, "recipe.folder='" + str(folder).replace("'", r"\'") + "'")[2:]
@@ -162,9 +162,7 @@ def answers(run: tuple[Path, str], data: Path) -> Iterator[tuple[int, str]]:
         (["recipe.steps=3"], str(folder)),
     ]
     asked = [(["launch", f"--recipes={RECIPES}", *given, *more], held) for more, held in requests]
-    done = warm.python("-c", ASK, json.dumps(asked))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(warm.python("-c", ASK, json.dumps(asked), check=True).stdout.splitlines()[-1])
 
 
 def test_a_finished_run_is_not_repeated(run: tuple[Path, str], answers: list[tuple[int, str]]) -> None:
@@ -194,10 +192,7 @@ def test_dynamic_sampling_and_overlong_filtering(tmp_path: Path, data: Path) -> 
     # Every response is overlong.
     settings = ["method=overlong_filtering", "algorithm.overlong_filtering_length=1"]
     folder, (first, last) = trained("dapo_countdown.sh", tmp_path, data, *settings)
-    assert (
-        first.get("training/filter_groups/evicted_samples", 0) + last.get("training/filter_groups/evicted_samples", 0)
-        > 0
-    )
+    assert sum(step.get("training/filter_groups/evicted_samples", 0) for step in (first, last)) > 0
     for step in (1, 2):
         groups: dict[str, set[float]] = {}
         for row in dumped(folder, "rollouts", step):

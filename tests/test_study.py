@@ -90,8 +90,7 @@ def test_a_run_of_the_floor_is_valid_where_the_study_starts_it(tmp_path: Path) -
     weights = record.ROOT / "vlnorm_verl" / "tasks" / "tiny" / "weights"
     floor = next(replace(run, length=256) for run in design.runs() if run.method == design.FLOOR)
     given = floor.overrides(tmp_path / "run", tmp_path, weights, tmp_path / "held-out")
-    done = warm.python("-m", "vlnorm_verl", "launch", *given, "--dry-run", **study.VARIABLES)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    warm.python("-m", "vlnorm_verl", "launch", *given, "--dry-run", check=True, **study.VARIABLES)
 
 
 # ------------------------------------------------------------------------------------------------------------ effects

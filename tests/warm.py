@@ -34,11 +34,12 @@ PACKAGES = (
 
 
 def python(
-    *arguments: str, timeout: float = 300, cwd: Path = REPOSITORY, **environment: str
+    *arguments: str, timeout: float = 300, cwd: Path = REPOSITORY, check: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """What `python *arguments` does: `-c CODE` or `-m MODULE …`, with this process's environment and more.
 
     Raises:
+        AssertionError: with `check`, it failed.
         subprocess.TimeoutExpired: it and what it started were killed.
     """
     server = _server()
@@ -58,6 +59,7 @@ def python(
             _line(server, 60)
             raise subprocess.TimeoutExpired(arguments, timeout) from None
         out, err = ((Path(folder) / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+    assert code == 0 or not check, out[-2000:] + err[-4000:]
     return subprocess.CompletedProcess(arguments, code, out, err)
 
 
@@ -65,8 +67,7 @@ def results(program: str, *options: str, **environment: str) -> Any:
     """What a program of tests/engine writes to --out."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results.json"
-        done = python("-m", f"tests.engine.{program}", *options, "--out", str(out), timeout=500, **environment)
-        assert done.returncode == 0, done.stderr[-4000:]
+        python("-m", f"tests.engine.{program}", *options, "--out", str(out), timeout=500, check=True, **environment)
         return json.loads(out.read_text())
 
 
