@@ -29,6 +29,7 @@ from tests import warm
 from vlnorm_verl.files import UserError, write_json
 from vlnorm_verl.runs.check import validate
 from vlnorm_verl.runs.config import compose
+from vlnorm_verl.tasks.tiny import WEIGHTS
 
 ROOT = Path(__file__).parent.parent
 WEIGHT = {"grpo_norm": 1, "dapo_norm": 0, "dr_grpo_norm": 0, "vl_norm:1": 1, "vl_norm:0.75": 1}
@@ -64,15 +65,14 @@ def test_verl_is_given_what_the_design_says() -> None:
     for run in {
         run.method: run for part in ("floor", "main", "long", "rates", "eps") for run in runs if run.part == part
     }.values():
-        model = record.ROOT / "vlnorm_verl" / "tasks" / "tiny" / "weights"
-        config = compose(ROOT / "recipes" / "config", run.overrides(Path("/f"), Path("/d"), model, Path("/h")))
+        config = compose(ROOT / "recipes" / "config", run.overrides(Path("/f"), Path("/d"), WEIGHTS, Path("/h")))
         optimizer, actor = config.actor_rollout_ref.actor.optim, config.actor_rollout_ref.actor
         assert (optimizer.lr, optimizer.override_optimizer_config.eps) == (run.rate, run.eps)
         assert (config.data.max_response_length, config.data.val_files, config.data.seed) == (384, "/h", 0)
         assert (config.trainer.total_training_steps, config.trainer.test_freq) == (run.steps, run.steps)
         assert (config.trainer.val_before_train, config.trainer.save_freq) == (False, -1)
         assert (actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n, config.recipe.folder) == (64, "/f")
-        assert config.actor_rollout_ref.model.path == str(model)
+        assert config.actor_rollout_ref.model.path == str(WEIGHTS)
         modes[run.method] = (actor.loss_agg_mode, actor.loss_scale_factor)
     validate(config)
     assert modes == {
@@ -87,9 +87,8 @@ def test_verl_is_given_what_the_design_says() -> None:
 
 def test_a_run_of_the_floor_is_valid_where_the_study_starts_it(tmp_path: Path) -> None:
     """In a process that knows the mode by the study's variables alone."""
-    weights = record.ROOT / "vlnorm_verl" / "tasks" / "tiny" / "weights"
     floor = next(replace(run, length=256) for run in design.runs() if run.method == design.FLOOR)
-    given = floor.overrides(tmp_path / "run", tmp_path, weights, tmp_path / "held-out")
+    given = floor.overrides(tmp_path / "run", tmp_path, WEIGHTS, tmp_path / "held-out")
     warm.python("-m", "vlnorm_verl", "launch", *given, "--dry-run", check=True, **study.VARIABLES)
 
 
@@ -311,11 +310,11 @@ def fake_run(folder: Path, run: Run) -> None:
 
 
 def test_a_record_holds_what_the_run_wrote(tmp_path: Path) -> None:
-    run, model = Run("main", "vl_norm:1", 3, steps=4, length=256), ROOT / "vlnorm_verl" / "tasks" / "tiny" / "weights"
+    run = Run("main", "vl_norm:1", 3, steps=4, length=256)
     fake_run(tmp_path / "run", run)
     load = record.Load()
     begun = load.now()
-    record.write_record(tmp_path / "records", run, tmp_path / "run", model, begun, load.now())
+    record.write_record(tmp_path / "records", run, tmp_path / "run", WEIGHTS, begun, load.now())
     (found,) = record.read_records(tmp_path / "records")
     assert found["columns"]["accuracy"] == [0.01, 0.02, 0.03, 0.04]
     assert np.isnan(found["columns"]["ppo_kl"]).tolist() == [False, True, False, False]
@@ -326,7 +325,7 @@ def test_a_record_holds_what_the_run_wrote(tmp_path: Path) -> None:
     assert (found["warm_start"], found["block"], found["rate"]) == (1, 3, 2e-4)
     shutil.copy(tmp_path / "run/validation/4.jsonl", tmp_path / "run/validation/5.jsonl")
     with pytest.raises(UserError, match="not 5 steps"):
-        record.write_record(tmp_path, replace(run, steps=5), tmp_path / "run", model, begun, load.now())
+        record.write_record(tmp_path, replace(run, steps=5), tmp_path / "run", WEIGHTS, begun, load.now())
 
 
 def test_other_programs_are_told_from_what_the_study_starts() -> None:
@@ -353,7 +352,7 @@ def test_other_programs_are_told_from_what_the_study_starts() -> None:
 
 def test_a_warm_start_of_other_weights_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "model"
-    shutil.copytree(ROOT / "vlnorm_verl" / "tasks" / "tiny" / "weights", model)
+    shutil.copytree(WEIGHTS, model)
     record.write_warm_start(tmp_path, 1, model, 0.25)
     record.write_warm_start(tmp_path, 1, model, 0.25)
     with open(model / "model.safetensors", "ab") as file:
@@ -364,7 +363,7 @@ def test_a_warm_start_of_other_weights_is_refused(tmp_path: Path) -> None:
 
 def test_a_warm_start_that_has_not_learned_the_task_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"warm start 1: 0.375 of its responses are right, and 0.4 must be"):
-        record.write_warm_start(tmp_path, 1, ROOT / "vlnorm_verl" / "tasks" / "tiny" / "weights", 0.4)
+        record.write_warm_start(tmp_path, 1, WEIGHTS, 0.4)
     assert not [*tmp_path.iterdir()]
 
 

@@ -77,7 +77,7 @@ def test_problems_are_as_documented() -> None:
 
 
 @given(triples)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_representatives_cover_every_value_once_per_class(three: tuple[int, int, int]) -> None:
     chosen = expressions(three)
     reachable = set()
