@@ -19,12 +19,11 @@ from origin import ROOT, line
 from rich.console import Console
 from rich.table import Table
 
-COMMAND = [sys.executable, "-m", "vlnorm_verl", "report"]
-
 
 def report(tree: Path, runs: Path, out: Path) -> list[str]:
     """CPU seconds, seconds and peak memory in MB of the command, and the page's size in MB."""
-    start, command = time.perf_counter(), [*COMMAND, str(runs), "--out", str(out)]
+    command = [sys.executable, "-m", "vlnorm_verl", "report", str(runs), "--out", str(out)]
+    start = time.perf_counter()
     process = subprocess.Popen(command, cwd=tree, env={"PYTHONPATH": str(tree)}, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -54,15 +54,12 @@ class Part:
 # ------------------------------------------------------------------------------------------------- what came out
 
 
-def exact(dtype: str) -> Callable[[list[dict[str, Any]]], tuple[bool, str]]:
-    def judge(rows: list[dict[str, Any]]) -> tuple[bool, str]:
-        result = judge_exactness(rows, TOLERANCE[dtype])
-        return not result.bad, (
-            f"{result.gradients} gradients, largest relative error {result.worst:.1e}, bound {TOLERANCE[dtype]:.0e}; a "
-            f"wrong sum is off by {result.least_wrong:.2f} or more"
-        )
-
-    return judge
+def exact(rows: list[dict[str, Any]], bound: float) -> tuple[bool, str]:
+    result = judge_exactness(rows, bound)
+    return not result.bad, (
+        f"{result.gradients} gradients, largest relative error {result.worst:.1e}, bound {bound:.0e}; a "
+        f"wrong sum is off by {result.least_wrong:.2f} or more"
+    )
 
 
 def rounded(rows: list[dict[str, Any]]) -> tuple[bool, str]:
@@ -140,7 +137,7 @@ def parts(group: str, device: str) -> list[Part]:
 
     def gradient(name: str, dtype: str, limit: float, ranks: int = 1, backends: tuple[str, ...] = ("nccl",)) -> Part:
         command = ["-m", "tests.engine.scenarios", "--device", device, "--ranks", str(ranks), "--dtype", dtype, *few]
-        judge = rounded if dtype == "bfloat16" else exact(dtype)
+        judge = rounded if dtype == "bfloat16" else functools.partial(exact, bound=TOLERANCE[dtype])
         return Part(f"gradient, {name}", limit, [[*command, "--backend", backend] for backend in backends], judge)
 
     cost = ["benchmarks/update_cost.py", "--device", device, "--micro", "1", "--rounds", "2" if tiny else "40"]
