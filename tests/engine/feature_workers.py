@@ -14,7 +14,6 @@ def packed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    query_length: int,
     *_: Any,
     position_ids: torch.Tensor,
     softmax_scale: float | None = None,

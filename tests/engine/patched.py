@@ -26,8 +26,6 @@ import torch
 from tests.engine import scenarios
 from tests.engine.ranks import import_verl
 
-STOCK_INFO = ({}, {"batch_num_tokens": 99, "global_batch_size": 13})
-
 
 def exact(ranks: str) -> list[dict[str, Any]]:
     with tempfile.NamedTemporaryFile() as out:
@@ -50,7 +48,8 @@ def stock(core_algos: str) -> dict[str, bool]:
     assert agg_loss.__code__ != module.agg_loss.__code__
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(17) < torch.tensor([3, 0, 17, 5, 1, 9])[:, None]
-    infos = [*STOCK_INFO, STOCK_INFO[1] | {"dp_size": 3, "loss_scale_factor": 48}]
+    sizes = {"batch_num_tokens": 99, "global_batch_size": 13}
+    infos = ({}, sizes, sizes | {"dp_size": 3, "loss_scale_factor": 48})
     types = itertools.product((torch.float32, torch.bfloat16), (torch.bool, torch.int64))
     same = {}
     for (dtype, mask_type), mode, info in itertools.product(types, scenarios.STOCK_MODES, infos):
