@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import inspect
 import io
 import re
 import warnings
 from pathlib import Path
 
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from vlnorm_verl.files import UserError
@@ -217,9 +217,6 @@ def _read_by_its_class(config: DictConfig, key: str) -> bool:
     target = OmegaConf.select(config, f"{parent}._target_")
     if target is None:
         return False
-    module, _, cls = target.rpartition(".")
-    members = [
-        member for base in getattr(importlib.import_module(module), cls).__mro__ for member in vars(base).values()
-    ]
+    members = [member for base in get_class(target).__mro__ for member in vars(base).values()]
     codes = [inspect.unwrap(member).__code__ for member in members if inspect.isfunction(member)]
     return any(name in code.co_names for code in codes if code.co_filename != "<string>")  # a dataclass's own __init__

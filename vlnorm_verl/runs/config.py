@@ -10,7 +10,7 @@ import functools
 import importlib.metadata
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -213,17 +213,15 @@ def _is_number(value: Any) -> bool:
 def flatten(config: Any) -> dict[str, Any]:
     """{dotted key: value} of all leaves; an empty mapping or a list is a leaf."""
     plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
-    leaves: dict[str, Any] = {}
 
-    def walk(node: Any, prefix: str) -> None:
-        if isinstance(node, dict) and node:
-            for key, value in node.items():
-                walk(value, f"{prefix}.{key}" if prefix else str(key))
-        else:
-            leaves[prefix] = node
+    def leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, dict) and value:
+                yield from leaves(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
 
-    walk(plain, "")
-    return leaves
+    return dict(leaves(plain, ""))
 
 
 def data_files(config: DictConfig) -> list[Path]:

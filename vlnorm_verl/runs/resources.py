@@ -27,9 +27,7 @@ Left out: attention's own FLOPs, offloading (about a second a step), reward, wei
 verl writes of each response.
 """
 
-import argparse
 import math
-import sys
 from dataclasses import dataclass
 
 from omegaconf import DictConfig
@@ -174,8 +172,8 @@ def log_prob_gib(model: Model, recipe: Recipe, gpus: int, micro_batch: int, chun
     return low / GIB, high / GIB
 
 
-def remedy(model: Model, recipe: Recipe, gpu: Gpu, gpus: int) -> tuple[str, int, bool] | None:
-    """The first of REMEDIES with which the recipe fits; None if it never does."""
+def remedy(model: Model, recipe: Recipe, gpu: Gpu, gpus: int) -> tuple[str, int] | None:
+    """The name and micro-batch of the first of REMEDIES with which the recipe fits; None if it never does."""
     if cached_responses(model, recipe, gpu) < 1:  # vLLM holds the whole model on each GPU
         return None
     for name, micro_batch, chunked in REMEDIES:
@@ -184,7 +182,7 @@ def remedy(model: Model, recipe: Recipe, gpu: Gpu, gpus: int) -> tuple[str, int,
             log_prob_gib(model, recipe, gpus, micro_batch, chunked)[1],
         )
         if worst <= gpu.memory_gib - RESERVE_GIB:
-            return name, micro_batch, chunked
+            return name, micro_batch
     return None
 
 
@@ -307,5 +305,4 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    sys.stdout.write(tables() + "\n")
+    print(tables())
