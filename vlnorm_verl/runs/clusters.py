@@ -113,30 +113,28 @@ def check_nodes(config: DictConfig, console: Console) -> None:
 
 
 def submit(recipes: Path, arguments: list[str], config: DictConfig, console: Console) -> int:
-    """`ray job submit` of a launch to the cluster of RAY_ADDRESS=http://…; follows its log, returns its exit code."""
+    """`ray job submit` of a launch, with this project's folder, to the cluster of RAY_ADDRESS=http://….
+
+    Follows its log, returns its exit code. The launcher in the job finds the cluster by the address that Ray gives it.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:  # not on the command line: it may have keys in it
         # The launcher and verl's driver are in the job, where the package is only sent along: see worker_variables.
         variables = forwarded() | {MODULES: worker_variables(config)[MODULES]}
         json.dump({"excludes": NOT_SHIPPED, "env_vars": variables}, file)
         file.flush()
-        command = submit_command(recipes, arguments, config, Path(file.name))
+        command = [
+            str(Path(sys.executable).with_name("ray")),
+            "job",
+            "submit",
+            f"--address={os.environ['RAY_ADDRESS']}",
+            f"--submission-id={config.recipe.name}-seed{config.recipe.seed}-{time.strftime('%Y%m%d-%H%M%S')}",
+            f"--working-dir={recipes.resolve().parent}",
+            f"--runtime-env={file.name}",
+            "--",
+            *_elsewhere(recipes, arguments),
+        ]
         console.print(shlex.join(command), markup=False, highlight=False, soft_wrap=True)
         return subprocess.call(command)
-
-
-def submit_command(recipes: Path, arguments: list[str], config: DictConfig, runtime_env: Path) -> list[str]:
-    """With this project's folder. The launcher in the job finds the cluster by the RAY_ADDRESS that Ray gives it."""
-    return [
-        str(Path(sys.executable).with_name("ray")),
-        "job",
-        "submit",
-        f"--address={os.environ['RAY_ADDRESS']}",
-        f"--submission-id={config.recipe.name}-seed{config.recipe.seed}-{time.strftime('%Y%m%d-%H%M%S')}",
-        f"--working-dir={recipes.resolve().parent}",
-        f"--runtime-env={runtime_env}",
-        "--",
-        *_elsewhere(recipes, arguments),
-    ]
 
 
 def sbatch_command(recipes: Path, arguments: list[str], config: DictConfig) -> list[str]:
