@@ -144,12 +144,12 @@ def outline(config_folder: Path, overrides: list[str]) -> DictConfig:
 
 @functools.cache  # --list asks for the same choices again and again
 def _sections(config_folder: Path, chosen: tuple[tuple[str, str], ...]) -> DictConfig:
-    content = [yaml.safe_load(file.read_text()) for file in config_files(config_folder, dict(chosen))]
-    parts: list[dict[str, Any]] = [{"trainer": {"total_training_steps": "${recipe.steps}"}}]
-    for part in content:
-        size = {key: value for key, value in part.get("trainer", {}).items() if key in SIZE}
-        parts.append({"recipe": part.get("recipe", {}), "trainer": size})
-    return OmegaConf.create(OmegaConf.merge(*parts))
+    sections = []
+    for file in config_files(config_folder, dict(chosen)):
+        content = yaml.safe_load(file.read_text())
+        size = {key: value for key, value in content.get("trainer", {}).items() if key in SIZE}
+        sections.append({"recipe": content.get("recipe", {}), "trainer": size})
+    return OmegaConf.merge(*sections)
 
 
 # ------------------------------------------------------------------------------------------------------- what is done
