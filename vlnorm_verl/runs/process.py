@@ -16,7 +16,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,8 +69,7 @@ def train(
             pass_fds=[lock.fileno()],
         )
     try:
-        with contextlib.closing(_follow(metrics, lambda: process.poll() is None)) as records:
-            yield from records
+        yield from _follow(metrics, process)
     finally:
         stop(process)
     if process.returncode != 0:
@@ -84,11 +83,11 @@ def log_variables(metrics: Path) -> dict[str, str]:
     return {"VERL_FILE_LOGGER_PATH": str(folder / metrics.name), "TENSORBOARD_DIR": own}
 
 
-def _follow(path: Path, alive: Callable[[], bool]) -> Generator[Record, None, None]:
-    """Whole lines of a file that another process appends to, until that process is gone."""
+def _follow(path: Path, process: subprocess.Popen[bytes]) -> Generator[Record, None, None]:
+    """Whole lines of a file that a process appends to, until that process is gone."""
     position, rest = 0, b""
     while True:
-        last = not alive()  # asked before reading: what a finished process wrote is read once more
+        last = process.poll() is not None  # asked before reading: what a finished process wrote is read once more
         if path.exists():
             with open(path, "rb") as file:
                 file.seek(position)
