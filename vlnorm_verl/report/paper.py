@@ -20,7 +20,6 @@ NOT_FOUND = "not found"
 class Known:
     """One value of paper.yaml; see there."""
 
-    item: str
     setting: dict[str, str]
     metric: str
     value: float | str
@@ -83,7 +82,7 @@ def remarks(rows: Iterable[tuple[Setting, str]]) -> list[str]:
     """Sentences for a table's foot that concern at least one of its rows (setting, method key)."""
     rows = [row for row in rows if covers(row[0])]
     return [
-        f"{value.item}: {value.value} [{value.label}; {value.source}]."
+        f"{value.value} [{value.label}; {value.source}]."
         for value in _content()["values"]
         if value.metric == "remark"
         and any(value.is_of(setting) and key.startswith(value.method) for setting, key in rows)
