@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -69,7 +68,6 @@ def write_page(path: Path, title: str, intro: list[str], parts: Sequence[Part], 
     page = _Page(lead.looks if lead else {})
     shown = [page.entry(part) for part in parts]
     script = (FOLDER / "charts.js").read_text() if page.charts else ""
-    data = json.dumps(svg.data(page.charts, page.looks), separators=(",", ":"), ensure_ascii=False)
     text = _template().render(
         title=title,
         intro=intro,
@@ -79,7 +77,7 @@ def write_page(path: Path, title: str, intro: list[str], parts: Sequence[Part], 
         parts=shown,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data=re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", data) if page.charts else "",
+        data=svg.data(page.charts, page.looks) if page.charts else None,
     )
     write(path, text)
 
@@ -158,6 +156,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment.get_template("page.html.j2")
 
 
