@@ -113,8 +113,8 @@ def _place(group: Group) -> tuple[object, ...]:
 
 def doubles(runs: Sequence[Run], groups: Groups) -> list[Run]:
     """The runs of a seed that another run has, too."""
-    kept = set(map(id, runs_of(groups)))
-    return [run for run in runs if not run.left_out and id(run) not in kept]
+    kept = set(runs_of(groups))
+    return [run for run in runs if not run.left_out and run not in kept]
 
 
 def runs_of(groups: Groups) -> list[Run]:

@@ -40,7 +40,7 @@ class Setting(NamedTuple):
     length: str = ""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Identity:
     """What a run is, as far as it is known.
 

@@ -36,7 +36,7 @@ from vlnorm_verl.report.trackers import read_tensorboard, read_wandb
 from vlnorm_verl.runs.records import NOTED, RECORD, VALIDATION_METRIC, Start, columns, join, read_lines, read_starts
 
 
-@dataclass
+@dataclass(eq=False)
 class _Log:
     """A source as far as it must be read to know what it is.
 
@@ -135,8 +135,7 @@ def _joined(logs: Sequence[_Log]) -> list[_Log]:
         earlier.starts += log.starts
         earlier.later.append(log)
         earlier.notes += [f"goes on in {log.source.folder} (from step {log.first})", *log.notes]
-    order = {id(log): index for index, log in enumerate(logs)}
-    return sorted(runs, key=lambda run: order[id(run)])
+    return sorted(runs, key=logs.index)
 
 
 def _goes_on(log: _Log, run: _Log) -> bool:

@@ -30,9 +30,9 @@ class Validation:
     binary: bool
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Run(Identity):
-    """One training run; runs with one `setting` and one `method_key` differ by seed only.
+    """One training run; runs with one `setting` and one `method_key` differ by seed only. Equal to itself alone.
 
     steps: int [T], sorted, unique.
     metrics: verl's metric -> float64 [T], NaN where a step lacks it.

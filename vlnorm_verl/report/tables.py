@@ -293,8 +293,7 @@ def inputs(compared: Comparison) -> Table:
     for run in compared.runs:
         last = str(int(run.steps[-1])) if len(run.steps) else "none"
         planned = f" of {run.planned_steps}" if run.planned_steps else ""
-        double = any(run is other for other in left_out)
-        notes = dict.fromkeys([*run.notes, *(["another run has the same seed: left out"] if double else [])])
+        notes = dict.fromkeys([*run.notes, *["another run has the same seed: left out"] * (run in left_out)])
         what: list[Cell] = [run.name, str(run.folder), " ".join(filter(None, run.setting)) or "unknown"]
         what += [run.method_key, None if run.seed == UNKNOWN_SEED else run.seed]
         rows.append([*what, f"{last}{planned}", len(measures.validated_steps(run)), "; ".join(notes)])

@@ -192,7 +192,7 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
         "No metrics, only validation dumps": [run.name for run in every if not len(run.steps)],
         "No validation": [run.name for run in every if not measures.validated_steps(run)],
         "Not finished": [
-            f"{run.name} ({step_of([run])}{', not in its row' if any(run is other for other in behind) else ''})"
+            f"{run.name} ({step_of([run])}{', not in its row' if run in behind else ''})"
             for run in validated
             if measures.unfinished(run)
         ],
