@@ -85,11 +85,15 @@ PAIRS = [pair for family in FAMILIES for pair in itertools.combinations(family, 
 DEUTERANOPIA = np.array([[0.29275, 0.70725, -0.02234], [0.29275, 0.70725, -0.02234], [-0.02234, 0.02234, 1.0]])
 
 
+def linear(color: str) -> np.ndarray:
+    """Linear RGB of "#RRGGBB"."""
+    rgb = np.array([*bytes.fromhex(color[1:])]) / 255
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
 def lab(color: str, vision: np.ndarray) -> np.ndarray:
     """CIE L*a*b* of a color as seen through `vision`, a matrix of linear RGB."""
-    rgb = np.array([int(color[index : index + 2], 16) / 255 for index in (1, 3, 5)])
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    seen = np.clip(vision @ linear, 0, 1)
+    seen = np.clip(vision @ linear(color), 0, 1)
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
     x, y, z = np.cbrt(to_xyz @ seen / np.array([0.9505, 1.0, 1.089]))
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])

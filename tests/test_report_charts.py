@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.report_runs import line, put, read, text
+from tests.test_methods import linear
 from vlnorm_verl.methods import METHODS
 from vlnorm_verl.report import charts, labels, svg
 from vlnorm_verl.report.estimates import Estimate
@@ -108,10 +109,7 @@ def test_every_line_is_seen_on_a_dark_page() -> None:
     """WCAG 2.2, 1.4.11: a contrast of 3 with what is around."""
 
     def luminance(color: str) -> float:
-        parts = np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) / 255
-        return float(
-            [0.2126, 0.7152, 0.0722] @ np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-        )
+        return float([0.2126, 0.7152, 0.0722] @ linear(color))
 
     keys = [*METHODS, *(f"vl_norm:{alpha}" for alpha in range(4)), "mine", "yours"]
     for look in labels.looks(keys).values():

@@ -120,9 +120,9 @@ def place_of(key: str) -> int:
 
 def alpha_color(alpha: float) -> str:
     """A shade of VL Norm's hue for comparisons over α: α = 0 light, 1 VL Norm's own, 2 dark."""
-    own = [int(METHODS["vl_norm"].color[index : index + 2], 16) for index in (1, 3, 5)]
+    own = bytes.fromhex(METHODS["vl_norm"].color[1:])
     end, share = (250, min(1 - alpha, 1) * 0.62) if alpha <= 1 else (0, min(alpha - 1, 1) * 0.65)
-    return "#" + "".join(f"{round(part + (end - part) * share):02X}" for part in own)
+    return "#" + bytes(round(part + (end - part) * share) for part in own).hex().upper()
 
 
 def color_of(key: str) -> str:

@@ -56,9 +56,10 @@ def looks(keys: Iterable[str]) -> dict[str, Look]:
 
 
 def _lighter(color: str) -> str:
-    parts = [int(color[index : index + 2], 16) for index in (1, 3, 5)]
-    dark = 0.3 * parts[0] + 0.6 * parts[1] + 0.1 * parts[2] < TOO_DARK
-    return "#" + "".join(f"{round(part + (225 - part) * 0.6 if dark else part):02X}" for part in parts)
+    red, green, blue = bytes.fromhex(color[1:])
+    if 0.3 * red + 0.6 * green + 0.1 * blue >= TOO_DARK:
+        return color
+    return "#" + bytes(round(part + (225 - part) * 0.6) for part in (red, green, blue)).hex().upper()
 
 
 def titles(settings: Iterable[Setting]) -> dict[Setting, str]:
