@@ -44,14 +44,7 @@ WRITTEN = ".written.json"
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for.
-
-    arguments: RUN or label=RUN, each a run or a folder that holds runs.
-    smooth: steps of the trailing mean of training metrics and of the smoothed speed-up, 1 for none; None for 2% of a
-    run and for three validations.
-    metric: what the accuracy is, instead of verl's mean@n. baseline: what others are compared with, instead of VL Norm.
-    plots: further metrics to draw, as patterns. figures: whether PNG and SVG files are wanted. verbose: print tables.
-    """
+    """What is asked for, as cli.py explains it. arguments: each RUN; plots: of each --plot."""
 
     arguments: tuple[str, ...]
     out: Path

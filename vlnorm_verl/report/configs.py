@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlnorm_verl.report.groups import Comparison, by_setting, runs_of
+from vlnorm_verl.report.run import Run
 from vlnorm_verl.report.table import Table
 
 # What makes a run the one it is (method, seed, names, folders, the machine) differs in every run.
@@ -24,9 +25,9 @@ def flat(node: Any, prefix: str = "") -> dict[str, str]:
     return {key: value for name in node for key, value in flat(node[name], f"{prefix}.{name}".strip(".")).items()}
 
 
-def differing_keys(configs: Sequence[Any]) -> list[str]:
-    """Keys that do not have one value in all of the configurations, of those that are not empty."""
-    every = [flat(config) for config in configs if config]
+def differing_keys(runs: Sequence[Run]) -> list[str]:
+    """Keys that do not have one value in all of the runs that have a configuration."""
+    every = [flat(run.config) for run in runs if run.config]
     keys = dict.fromkeys(key for config in every for key in config if not EXPECTED.fullmatch(key))
     return [key for key in keys if len({config.get(key) for config in every}) > 1]
 
@@ -38,7 +39,7 @@ def differing(compared: Comparison) -> Table | None:
         configs = [
             (group.label, run.seed, flat(run.config)) for group, runs in groups.items() for run in runs if run.config
         ]
-        for key in differing_keys([run.config for run in runs_of(groups)]):
+        for key in differing_keys(runs_of(groups)):
             having: dict[str, dict[str, list[int]]] = {}
             for label, seed, config in configs:
                 having.setdefault(config.get(key, "not there"), {}).setdefault(label, []).append(seed)

@@ -103,21 +103,12 @@ def _read(source: Source, memo: Memo) -> _Log:
         wandb = memo.of(source.files, notes, lambda notes: read_wandb(source.files[0], notes))
         identity = identify(source, wandb.config, wandb.name)
         config = {key: value for key, value in wandb.config.items() if key != "trainer"}
-        return _Log(
-            source,
-            identity,
-            starts=[*wandb.starts],
-            first=_first(wandb.starts),
-            notes=notes,
-            began=wandb.began,
-            config=config,
-            run=wandb.run,
-        )
+        return _Log(source, identity, [*wandb.starts], _first(wandb.starts), notes, wandb.began, config, wandb.run)
     if source.kind == "tensorboard":
         starts = memo.of(source.files, notes, lambda notes: read_tensorboard(source.files, notes))
-        return _Log(source, identify(source), starts=[*starts], first=_first(starts), notes=notes)
+        return _Log(source, identify(source), [*starts], _first(starts), notes)
     first = next((record.step for file in source.files for record in read_lines(file, RECORD, [])), 0)
-    return _Log(source, identify(source), starts=[*source.files], first=first)
+    return _Log(source, identify(source), [*source.files], first)
 
 
 def _first(starts: Sequence[Start]) -> int:

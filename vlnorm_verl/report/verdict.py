@@ -203,7 +203,7 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
         "Counted as seeds of one method, but configured differently": [
             f"{group.label} ({compared.titles[group.setting]}; {shortened(keys)})"
             for group, seeds in compared.groups.items()
-            if (keys := differing_keys([run.config for run in seeds]))
+            if (keys := differing_keys(seeds))
         ],
         "One seed only": [
             f"{group.label} ({compared.titles[group.setting]})"
