@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import expit, logit
 from scipy.stats import kendalltau
 
 from vlnorm_verl.report import estimates
@@ -31,8 +33,7 @@ def of(values: np.ndarray, sizes: tuple[int, ...] | None = None, seeds: tuple[in
 
 
 def log_odds(generator: np.random.Generator, problems: int, rate: float = 0.5, spread: float = 1.5) -> np.ndarray:
-    chances = np.clip(generator.beta(rate * spread, (1 - rate) * spread, problems), 1e-9, 1 - 1e-9)
-    return np.log(chances / (1 - chances))
+    return logit(np.clip(generator.beta(rate * spread, (1 - rate) * spread, problems), 1e-9, 1 - 1e-9))
 
 
 def answers(
@@ -40,11 +41,13 @@ def answers(
 ) -> np.ndarray:
     """Correct responses of n, int [S, P]."""
     shifted = odds + generator.normal(0, of_seed, (seeds, 1)) if of_seed else np.tile(odds, (seeds, 1))
-    return generator.binomial(n, 1 / (1 + np.exp(-shifted)))
+    return generator.binomial(n, expit(shifted))
 
 
-def covers(estimate: Estimate, truth: float) -> bool:
-    return estimate.low <= truth <= estimate.high
+def coverage(truth: float, count: int, draw: Callable[[], Estimate]) -> float:
+    """The share of `count` intervals that the truth is in."""
+    drawn = [draw() for _ in range(count)]
+    return float(np.mean([estimate.low <= truth <= estimate.high for estimate in drawn]))
 
 
 # ---------------------------------------------------------------------------------------------------------- values
@@ -126,22 +129,17 @@ def test_intervals_do_not_leave_the_range_of_a_rate() -> None:
 
 @pytest.mark.parametrize(("problems", "rate"), [(30, 0.15), (128, 0.5)])
 def test_coverage_of_one_seed(problems: int, rate: float) -> None:
-    generator, count = np.random.default_rng(1), 300
-    truth = float((1 / (1 + np.exp(-log_odds(generator, 400_000, rate)))).mean())
-    hit = sum(
-        covers(mean(of(answers(generator, log_odds(generator, problems, rate), 1) / 8)), truth) for _ in range(count)
-    )
-    assert 0.95 - 3 * np.sqrt(0.95 * 0.05 / count) <= hit / count <= 0.985
+    generator = np.random.default_rng(1)
+    truth = expit(log_odds(generator, 400_000, rate)).mean()
+    share = coverage(truth, 300, lambda: mean(of(answers(generator, log_odds(generator, problems, rate), 1) / 8)))
+    assert 0.95 - 3 * np.sqrt(0.95 * 0.05 / 300) <= share <= 0.985
 
 
 def test_coverage_of_pass_at_8() -> None:
-    generator, count = np.random.default_rng(2), 300
-    chances = 1 / (1 + np.exp(-log_odds(generator, 400_000)))
-    truth, n = float((1 - (1 - chances) ** 8).mean()), np.full((1, 128), 8)
-    hit = sum(
-        covers(mean(of(pass_at_k(n, answers(generator, log_odds(generator, 128), 1), 8))), truth) for _ in range(count)
-    )
-    assert 0.92 <= hit / count <= 0.99
+    generator = np.random.default_rng(2)
+    truth, n = (1 - expit(-log_odds(generator, 400_000)) ** 8).mean(), np.full((1, 128), 8)
+    share = coverage(truth, 300, lambda: mean(of(pass_at_k(n, answers(generator, log_odds(generator, 128), 1), 8))))
+    assert 0.92 <= share <= 0.99
 
 
 # ---------------------------------------------------------------------------------------------------- several seeds
@@ -151,14 +149,12 @@ def test_coverage_of_pass_at_8() -> None:
 @pytest.mark.parametrize("of_seed", [0.0, 0.3])
 def test_coverage_of_several_seeds(seeds: int, of_seed: float) -> None:
     """Over problems and seeds that were not drawn; a little wide where seeds do not differ (S = 2 most)."""
-    generator, count = np.random.default_rng(3), 1000
-    odds = log_odds(generator, 400_000, 0.8)
-    truth = float((1 / (1 + np.exp(-odds - generator.normal(0, of_seed, 400_000)))).mean())
-    hit = sum(
-        covers(mean(of(answers(generator, log_odds(generator, 512, 0.8), seeds, of_seed) / 8)), truth)
-        for _ in range(count)
+    generator = np.random.default_rng(3)
+    truth = expit(log_odds(generator, 400_000, 0.8) + generator.normal(0, of_seed, 400_000)).mean()
+    share = coverage(
+        truth, 1000, lambda: mean(of(answers(generator, log_odds(generator, 512, 0.8), seeds, of_seed) / 8))
     )
-    assert 0.93 <= hit / count <= 0.995
+    assert 0.93 <= share <= 0.995
 
 
 def test_seeds_that_differ_widen_the_interval_and_have_students_t() -> None:
@@ -235,33 +231,29 @@ def test_a_single_seed_on_either_side_is_named() -> None:
 @pytest.mark.parametrize("same_seeds", [True, False])
 def test_coverage_of_a_difference(same_seeds: bool) -> None:
     """Methods with a common difficulty of problems, an interaction with it, and seeds of their own."""
-    generator, count = np.random.default_rng(7), 800
+    generator = np.random.default_rng(7)
     odds = log_odds(generator, 400_000)
     noise = [generator.normal(0, scale, 400_000) for scale in (0.3, 0.3, 0.15, 0.15)]
 
-    def chance(log: np.ndarray) -> np.ndarray:
-        return 1 / (1 + np.exp(-log))
-
-    truth = float((chance(odds + 0.3 + noise[0] + noise[2]) - chance(odds + noise[1] + noise[3])).mean())
-    hit = 0
-    for _ in range(count):
+    def draw() -> Estimate:
         base = log_odds(generator, 256)
         a = answers(generator, base + 0.3 + generator.normal(0, 0.3, 256), 3, 0.15) / 8
         b = answers(generator, base + generator.normal(0, 0.3, 256), 3, 0.15) / 8
-        hit += covers(difference(of(a), of(b, seeds=(0, 1, 2) if same_seeds else (7, 8, 9))), truth)
-    assert 0.93 <= hit / count <= 0.99
+        return difference(of(a), of(b, seeds=(0, 1, 2) if same_seeds else (7, 8, 9)))
+
+    truth = (expit(odds + 0.3 + noise[0] + noise[2]) - expit(odds + noise[1] + noise[3])).mean()
+    assert 0.93 <= coverage(truth, 800, draw) <= 0.99
 
 
 def test_coverage_of_a_difference_of_one_seed_each() -> None:
-    generator, count = np.random.default_rng(8), 300
+    generator = np.random.default_rng(8)
     odds = log_odds(generator, 400_000)
-    truth = float((1 / (1 + np.exp(-odds - 0.4)) - 1 / (1 + np.exp(-odds))).mean())
-    hit = 0
-    for _ in range(count):
+
+    def draw() -> Estimate:
         base = log_odds(generator, 128)
-        a, b = answers(generator, base + 0.4, 1) / 8, answers(generator, base, 1) / 8
-        hit += covers(difference(of(a), of(b)), truth)
-    assert 0.92 <= hit / count <= 0.98
+        return difference(*(of(answers(generator, base + gain, 1) / 8) for gain in (0.4, 0.0)))
+
+    assert 0.92 <= coverage((expit(odds + 0.4) - expit(odds)).mean(), 300, draw) <= 0.98
 
 
 # ----------------------------------------------------------------------------------------------------------- strata
@@ -290,14 +282,14 @@ def test_resampling_holds_little_more_than_its_table() -> None:
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_coverage_of_the_weighted_average(seeds: int) -> None:
-    generator, count, sizes, rates = np.random.default_rng(9), 300, (30, 83, 120), (0.15, 0.4, 0.7)
-    truths = [float((1 / (1 + np.exp(-log_odds(generator, 400_000, rate)))).mean()) for rate in rates]
-    truth = float(np.average(truths, weights=sizes))
-    hit = 0
-    for _ in range(count):
+    generator, sizes, rates = np.random.default_rng(9), (30, 83, 120), (0.15, 0.4, 0.7)
+    truths = [expit(log_odds(generator, 400_000, rate)).mean() for rate in rates]
+
+    def draw() -> Estimate:
         odds = np.concatenate([log_odds(generator, size, rate) for size, rate in zip(sizes, rates, strict=True)])
-        hit += covers(mean(of(answers(generator, odds, seeds) / 8, sizes=sizes)), truth)
-    assert 0.92 <= hit / count <= 0.985
+        return mean(of(answers(generator, odds, seeds) / 8, sizes=sizes))
+
+    assert 0.92 <= coverage(np.average(truths, weights=sizes), 300, draw) <= 0.985
 
 
 # ------------------------------------------------------------------------------------- other problems in each seed
@@ -313,14 +305,14 @@ def test_equal_means_of_two_seeds_do_not_make_an_interval_of_width_zero() -> Non
 
 @pytest.mark.parametrize("of_seed", [0.0, 0.3])
 def test_coverage_where_each_seed_has_its_own_problems(of_seed: float) -> None:
-    generator, count = np.random.default_rng(12), 600
-    odds = log_odds(generator, 400_000)
-    truth = float((1 / (1 + np.exp(-odds - generator.normal(0, of_seed, 400_000)))).mean())
-    hit = 0
-    for _ in range(count):
+    generator = np.random.default_rng(12)
+    truth = expit(log_odds(generator, 400_000) + generator.normal(0, of_seed, 400_000)).mean()
+
+    def draw() -> Estimate:
         tables = [of(answers(generator, log_odds(generator, 64), 1, of_seed) / 8) for _ in range(3)]
-        hit += covers(estimates.mean_over_own_problems(tables), truth)
-    assert 0.93 <= hit / count <= 0.995
+        return estimates.mean_over_own_problems(tables)
+
+    assert 0.93 <= coverage(truth, 600, draw) <= 0.995
 
 
 # ----------------------------------------------------------------------------------------------------- monotonicity
