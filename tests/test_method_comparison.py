@@ -20,6 +20,13 @@ DOCS = Path(__file__).parent.parent / "docs"
 M = 40.0
 
 
+def code(page: str) -> str:
+    """The first Python block of a page."""
+    block = re.search(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert block
+    return block[1]
+
+
 @pytest.fixture
 def pages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the pages' code defines; nothing stays registered."""
@@ -29,8 +36,7 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(core_algos, "ADV_ESTIMATOR_REGISTRY", dict(core_algos.ADV_ESTIMATOR_REGISTRY))
     defined: dict[str, Any] = {}
     for name in ("extending.md", "method-comparison.md"):
-        block = re.search(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL)
-        exec(block[1], defined)  # type: ignore[index]
+        exec(code(name), defined)
     return defined
 
 
@@ -40,9 +46,7 @@ def weights(mode: str, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_floor_of_the_study_is_that_of_the_page() -> None:
-    block = re.search(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert block
-    assert block[1] in (DOCS.parent / "benchmarks" / "study" / "floor.py").read_text(encoding="utf-8")
+    assert code("extending.md") in (DOCS.parent / "benchmarks" / "study" / "floor.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("pages")

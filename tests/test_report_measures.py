@@ -34,18 +34,6 @@ def test_without_dumps_the_interval_is_over_seeds(tmp_path: Path) -> None:
     assert found.note == "no dumps, over seeds only"
 
 
-def test_two_runs_of_one_seed_are_not_two_seeds(tmp_path: Path) -> None:
-    short = write_run(tmp_path / "a", curve={10: 0.1})
-    full = write_run(tmp_path / "b", curve={10: 0.5, 20: 0.9})
-    for order in ([short, full], [full, short]):
-        runs = read(*order)
-        (row,) = made(runs, "results")
-        assert (row["seeds"], row["Avg@8"].value) == (1, 0.9)
-        assert [("left out" in entry["notes"], entry["last step"][:2]) for entry in made(runs, "inputs")] == [
-            (run.folder == short, "10" if run.folder == short else "20") for run in runs
-        ]
-
-
 def test_of_two_runs_of_one_seed_the_one_that_is_further_counts(tmp_path: Path) -> None:
     """A run that crashed, and what was left of it where it went on: fewer steps, and the final ones."""
     crashed = write_run(tmp_path / "a", curve={0: 0.1, 20: 0.2, 40: 0.3, 60: 0.4}, planned=100)
@@ -54,6 +42,8 @@ def test_of_two_runs_of_one_seed_the_one_that_is_further_counts(tmp_path: Path) 
         runs = read(*order)
         (row,) = made(runs, "results")
         assert (row["seeds"], row["step"], row["Avg@8"].value) == (1, "100", 0.6)
+        left_out = ["left out" in entry["notes"] for entry in made(runs, "inputs")]
+        assert left_out == [folder == crashed for folder in order]
         assert "Not finished" not in looked_at(runs)
     (one,) = read(f"vl_norm@0={crashed}", f"vl_norm@0={resumed}")
     assert one.steps.tolist() == [0, 20, 40, 60, 80, 100]

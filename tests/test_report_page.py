@@ -103,12 +103,6 @@ def test_a_metric_that_ended_is_said_of_its_own_run(tmp_path: Path) -> None:
     assert odd["Not a finite number any more"] == ["mine/a (actor/grad_norm, from step 21 on)"]
 
 
-def test_a_resumed_run_has_the_later_starts_records(runs: list[Run]) -> None:
-    (resumed,) = (run for run in runs if run.name == "aggregation-countdown-3b-3072-dapo_norm-seed0")
-    assert resumed.steps.tolist() == list(range(STEPS + 1))
-    assert any("starts again at step" in note for note in resumed.notes)
-
-
 @pytest.mark.parametrize(
     ("estimate", "state"),
     [
