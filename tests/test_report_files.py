@@ -285,8 +285,6 @@ class Page(HTMLParser):
 
 
 def write(tmp_path: Path, table: Table, figure: Figure) -> tuple[str, Page]:
-    writers.write_tables([table], tmp_path / "tables")
-    style.write_figures([figure], tmp_path)
     parts = [table, page.Fold(HOSTILE, [figure]), page.Fold(HOSTILE, [])]
     page.write_page(tmp_path / "report.html", HOSTILE, [HOSTILE, "two"], parts)
     text = (tmp_path / "report.html").read_text()

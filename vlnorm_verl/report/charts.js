@@ -92,7 +92,6 @@
     const panel = data.panels[svgs.indexOf(svg)], chosen = state(), drawn = lines(panel, chosen);
     const every = drawn.flatMap((line) => line.seeds);
     let [from, to] = zoomed.get(svg) || [0, Math.max(...every.map((seed) => seed.x[seed.x.length - 1]))];
-    if (!Number.isFinite(to)) to = 1;
     if (!(to > from)) to = from + 1;
     const inside = (x) => x >= from && x <= to;
     const between = (kept) => drawn.flatMap((line) => chosen.seeds || !line.points.length
