@@ -37,8 +37,8 @@ def test_smoothing_treats_both_curves_and_the_target_alike(tmp_path: Path) -> No
     reference = read_one(write_run(tmp_path, "dapo_norm", curve={10: 0.2, 20: 0.9, 30: 0.4, 40: 0.6}))
     run = read_one(write_run(tmp_path, curve={10: 0.5, 20: 0.5, 30: 0.8, 40: 0.9}))
     raw, smooth = (first_hit.first_hits(run, reference, window) for window in (1, 20))
-    assert (raw.reference_first, raw.first) == (20, 30)
-    assert (smooth.reference_first, smooth.first) == (20, 10)
+    assert (raw.reference.first, raw.own.first) == (20, 30)
+    assert (smooth.reference.first, smooth.own.first) == (20, 10)
     assert (raw.target, smooth.target) == pytest.approx((0.6, 0.5))
 
 
@@ -75,7 +75,7 @@ def test_a_speed_up_over_seeds_is_a_t_interval_of_logarithms(tmp_path: Path) -> 
     assert np.isnan(partly.by_last.low)
     assert partly.by_last.note == "of the 2 seeds that reached"
     # Steps and ratios are of the same two seeds, the target of all three.
-    assert (partly.target, partly.first, partly.reference_last) == (pytest.approx((0.5 + 0.5 + 0.6) / 3), 30, 80)
+    assert (partly.target, partly.own.first, partly.reference.last) == (pytest.approx((0.5 + 0.5 + 0.6) / 3), 30, 80)
     assert partly.by_last.value == pytest.approx(np.exp(logs[:2].mean()))
     assert first_hit.speed_up([vl[0], never], dapo[::2], 1).by_last.note == "of the seed that reached"
 
@@ -88,11 +88,11 @@ def test_an_unfinished_run_is_neither_a_target_nor_out_of_reach(tmp_path: Path) 
     assert np.isnan(row["target"].value)
     assert "at step" not in row
     hits = first_hit.speed_up([begun], [done], 1)
-    assert (hits.waiting, hits.first, hits.reference_before, hits.reference_first) == (50, None, 50, 100)
+    assert (hits.waiting, hits.own.first, hits.reference.before, hits.reference.first) == (50, None, 50, 100)
     other = read_one(write_run(tmp_path, "dapo_norm", seed=1, curve={0: 0.1, 50: 0.5}, planned=100))
     ours = [read_one(write_run(tmp_path / "x", seed=s, curve={0: 0.1, 50: 0.7, 100: 0.8}, planned=100)) for s in (0, 1)]
     found = first_hit.speed_up(ours, [done, other], 1)
-    assert (found.pairs, found.reached, found.first) == (1, 1, 50)
+    assert (found.pairs, found.reached, found.own.first) == (1, 1, 50)
     assert found.note == "the reference is not finished (step 50 of 100) in 1 of 2 seeds, which are left out"
 
 

@@ -167,16 +167,16 @@ def _reached(setting: Setting, compared: Comparison) -> Chart:
 
 def _pair(pair: Pair, groups: Groups) -> Panel:
     hits, name, other = pair.hits, pair.higher.label, pair.lower.label
-    marks = [Mark(pair.lower.key, hits.reference_first, hits.reference_hit, False)]
-    marks += [Mark(pair.higher.key, hits.first, hits.hit, True)] if hits.first is not None else []
-    words = f"{name} reaches it {hits.when(other)}" if hits.hit else f"{name} has not reached it"
+    of_both = (pair.lower.key, hits.reference, False), (pair.higher.key, hits.own, True)
+    marks = [Mark(key, hit.first, str(hit), filled) for key, hit, filled in of_both if hit.first is not None]
+    words = f"{name} has not reached it" if hits.own.first is None else f"{name} reaches it {hits.when(other)}"
     notes = f" ({hits.note})" if hits.note else ""
     return Panel(
         f"{name} against {other}",
         _accuracy(groups),
         target=hits.target,
         marks=tuple(marks),
-        note=f"{words}; {other} itself at {hits.reference_hit}{notes}.",
+        note=f"{words}; {other} itself at {hits.reference}{notes}.",
     )
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, nan
+from math import nan
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,25 +34,37 @@ def first_hit(steps: np.ndarray, values: np.ndarray, target: float) -> int | Non
     return int(steps[reached[0]]) if len(reached) else None
 
 
-def _before(steps: np.ndarray, first: int | None) -> int:
-    """The validation before a step; 0 if there is none."""
-    return max((int(step) for step in steps if first is not None and 0 < step < first), default=0)
+class Hit(NamedTuple):
+    """When a method is first at a target: steps of one seed, or their means over seeds.
+
+    first: the first validation at the target or above; None if it never was. before: the one before it; 0 if there is
+    none. last: the last one. late: whether a log's beginning is lost, so that it may have been there before `first`.
+    """
+
+    first: float | None
+    before: float | None
+    last: float
+    late: bool
+
+    def __str__(self) -> str:
+        """The validations that it is between, whole steps: "325–350"; "" where there is none."""
+        if self.first is None or self.before is None:
+            return ""
+        if self.late:
+            return f"at or before {self.first:.0f}"
+        return f"{self.before:.0f}–{self.first:.0f}" if round(self.before) < round(self.first) else f"{self.first:.0f}"
 
 
-@dataclass(frozen=True)
-class FirstHits:
-    """One seed: when two methods reach the final accuracy of the second, the reference. Steps; None is never."""
+class FirstHits(NamedTuple):
+    """One seed: when two methods reach the final accuracy of the second, the reference.
+
+    above_start: whether the target was not met already by a validation before the first step.
+    """
 
     target: float
-    reference_last: int
-    reference_first: int
-    reference_before: int
-    first: int | None
-    before: int  # the validation before `first`; 0 if there is none
-    last: int
-    above_start: bool  # whether the target was not met already by the validation before the first step
-    late: bool  # whether the log's beginning is lost, so that the target may have been met before `first`
-    reference_late: bool
+    own: Hit
+    reference: Hit
+    above_start: bool
 
 
 def first_hits(run: Run, reference: Run, smooth: int) -> FirstHits | None:
@@ -62,27 +75,18 @@ def first_hits(run: Run, reference: Run, smooth: int) -> FirstHits | None:
     curves = [accuracy_curve(run), accuracy_curve(reference)]
     if any(not len(steps) or steps[-1] <= 0 for steps, _ in curves):
         return None
-    (steps, values), (reference_steps, reference_values) = (
-        (steps, trailing_mean(steps, values, smooth)) for steps, values in curves
-    )
-    target = float(reference_values[-1])
-    begun, reference_begun = steps > 0, reference_steps > 0
-    starts = np.concatenate([values[~begun], reference_values[~reference_begun]])
-    reference_first = first_hit(reference_steps[reference_begun], reference_values[reference_begun], target)
-    assert reference_first is not None  # its last value is the target
-    first = first_hit(steps[begun], values[begun], target)
-    return FirstHits(
-        target=target,
-        reference_last=int(reference_steps[-1]),
-        reference_first=reference_first,
-        first=first,
-        before=_before(steps, first),
-        reference_before=_before(reference_steps, reference_first),
-        last=int(steps[-1]),
-        above_start=not _at(starts, target).any(),
-        late=run.late_start is not None,
-        reference_late=reference.late_start is not None,
-    )
+    curves = [(steps, trailing_mean(steps, values, smooth)) for steps, values in curves]
+    target = float(curves[1][1][-1])
+    own, other = (_hit(of, *curve, target) for of, curve in zip((run, reference), curves, strict=True))
+    starts = np.concatenate([values[steps <= 0] for steps, values in curves])
+    return FirstHits(target, own, other, not _at(starts, target).any())
+
+
+def _hit(run: Run, steps: np.ndarray, values: np.ndarray, target: float) -> Hit:
+    steps, values = steps[steps > 0], values[steps > 0]
+    first = first_hit(steps, values, target)
+    before = 0 if first is None else max(steps[steps < first], default=0)
+    return Hit(first, int(before), int(steps[-1]), run.late_start is not None)
 
 
 @dataclass(frozen=True)
@@ -90,56 +94,35 @@ class SpeedUp:
     """A method against a reference over their seeds.
 
     pairs: seeds that can be compared: the reference is finished, and its final accuracy was not there before training.
-    reached: how many of them reached it. target is the mean over all pairs; the other values are means over those that
-    reached, or over all pairs where none did. NaN without any pair.
+    reached: how many of them reached it. target is the mean over all pairs, NaN without any; `own` and `reference` are
+    means over those that reached, or `reference` over all pairs where none did.
+    by_last: the paper's count, the reference's last step / first hit. by_first: the reference's first hit / first hit.
     waiting: the last validation of the pair that is the least far of those that may still reach it.
     """
 
     pairs: int
     reached: int
     target: float
-    reference_last: float
-    reference_first: float
-    reference_before: float
-    first: float | None
-    before: float | None  # the validation before `first`: the hit is in between
-    by_last: Estimate | None  # the paper's count: reference's last step / first hit
-    by_first: Estimate | None  # reference's first hit / first hit
-    waiting: int | None
+    own: Hit
+    reference: Hit
+    by_last: Estimate | None
+    by_first: Estimate | None
+    waiting: float | None
     note: str
-    late: bool  # whether `first`, and below whether `reference_first`, is the latest that it can have been
-    reference_late: bool
-
-    @property
-    def hit(self) -> str:
-        """The validations that the first hit is between, whole steps: "325–350"; "" where there is none."""
-        return _between(self.before, self.first, self.late)
-
-    @property
-    def reference_hit(self) -> str:
-        return _between(self.reference_before, self.reference_first, self.reference_late)
 
     @property
     def times_sooner(self) -> str:
-        """The reference's last step over `hit`: "2.86–3.08×"; "" where it is not known."""
-        if self.first is None or self.late:
+        """The reference's last step over the first hit: "2.86–3.08×"; "" where it is not known."""
+        if self.own.first is None or self.own.late:
             return ""
-        low = f"{self.reference_last / self.first:.2f}"
-        return f"{low}–{self.reference_last / self.before:.2f}×" if self.before else f"{low}× or more"
+        low = f"{self.reference.last / self.own.first:.2f}"
+        return f"{low}–{self.reference.last / self.own.before:.2f}×" if self.own.before else f"{low}× or more"
 
     def when(self, other: str) -> str:
         """ "at step 325–350, 2.86–3.08× sooner than DAPO's last step, in 2 of 3 seeds"."""
         times = f", {self.times_sooner} sooner than {other}'s last step" if self.times_sooner else ""
         seeds = f", in {self.reached} of {self.pairs} seeds" if self.reached < self.pairs else ""
-        return f"at step {self.hit}{times}{seeds}"
-
-
-def _between(before: float | None, first: float | None, late: bool) -> str:
-    if first is None or not isfinite(first):
-        return ""
-    if late or before is None:
-        return f"at or before {first:.0f}"
-    return f"{before:.0f}–{first:.0f}" if round(before) < round(first) else f"{first:.0f}"
+        return f"at step {self.own}{times}{seeds}"
 
 
 def speed_up(runs: Sequence[Run], reference: Sequence[Run], smooth: int) -> SpeedUp | None:
@@ -166,33 +149,39 @@ def speed_up(runs: Sequence[Run], reference: Sequence[Run], smooth: int) -> Spee
     usable = [pair for pair in finished if pair[2].above_start]
     if len(usable) < len(finished):
         notes.append("the target was met before training" + (_of_seeds(usable, finished) if usable else ""))
-    waiting = [hits.last for run, _, hits in usable if hits.first is None and unfinished(run)]
-    reached = [hits for _, _, hits in usable if hits.first is not None]
+    waiting = [hits.own.last for run, _, hits in usable if hits.own.first is None and unfinished(run)]
+    reached = [hits for _, _, hits in usable if hits.own.first is not None]
     shown = reached or [hits for _, _, hits in usable]
-    firsts = [hits.first for hits in reached if hits.first is not None]
-    late = [hits for hits in shown if hits.late or hits.reference_late]
+    late = [hits for hits in shown if hits.own.late or hits.reference.late]
     which = "that reached"
     if late:
         notes.append(f"the beginning of a log is lost in {len(late)} of {len(shown)} seeds")
         which += ", with a whole log"
-    by_last = [hits.reference_last / hits.first for hits in reached if hits.first and not hits.late]
-    by_first = [hits.reference_first / hits.first for hits in reached if hits.first and hits not in late]
+    by_last = [hits.reference.last / hits.own.first for hits in reached if hits.own.first and not hits.own.late]
+    by_first = [
+        hits.reference.first / hits.own.first
+        for hits in reached
+        if hits.own.first and hits.reference.first and hits not in late
+    ]
     return SpeedUp(
         pairs=len(usable),
         reached=len(reached),
-        target=_mean([hits.target for _, _, hits in usable]),
-        reference_last=_mean([hits.reference_last for hits in shown]),
-        reference_first=_mean([hits.reference_first for hits in shown]),
-        reference_before=_mean([hits.reference_before for hits in shown]),
-        first=_mean(firsts) if firsts else None,
-        before=_mean([hits.before for hits in reached]) if firsts else None,
+        target=float(np.mean([hits.target for _, _, hits in usable])) if usable else nan,
+        own=_over_seeds([hits.own for hits in reached]),
+        reference=_over_seeds([hits.reference for hits in shown]),
         by_last=_ratio(by_last, len(usable), which),
         by_first=_ratio(by_first, len(usable), which),
         waiting=min(waiting, default=None),
         note="; ".join(notes),
-        late=any(hits.late for hits in reached),
-        reference_late=any(hits.reference_late for hits in shown),
     )
+
+
+def _over_seeds(hits: Sequence[Hit]) -> Hit:
+    """Of seeds that all reached the target, or of none."""
+    if not hits:
+        return Hit(None, None, nan, False)
+    first, before, last = np.mean([hit[:3] for hit in hits], axis=0).tolist()
+    return Hit(first, before, last, any(hit.late for hit in hits))
 
 
 def _span(steps: set[int]) -> str:
@@ -201,10 +190,6 @@ def _span(steps: set[int]) -> str:
 
 def _of_seeds(left: Sequence[object], every: Sequence[object]) -> str:
     return f" in {len(every) - len(left)} of {len(every)} seeds, which are left out"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else nan
 
 
 def _ratio(ratios: list[float], seeds: int, which: str) -> Estimate | None:

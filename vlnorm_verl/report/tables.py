@@ -239,7 +239,7 @@ def _speed_up(compared: Comparison, smooth: int | None) -> Table | None:
             "reaches the final accuracy of": lower.label,
             "target": Estimate(raw.target, note=raw.note),
             "at step": _first(raw),
-            "that one's first hit": raw.reference_hit,
+            "that one's first hit": str(raw.reference),
             "last step / first hit": raw.times_sooner or None,
             "first hit / first hit": raw.by_first,
             "smoothed: at step": _first(smoothed) if window > 1 else None,
@@ -249,9 +249,9 @@ def _speed_up(compared: Comparison, smooth: int | None) -> Table | None:
         more: Row = {"smoothed: steps": window}
         for name, hits in (("raw", raw), ("smoothed", smoothed)):
             more |= {
-                f"{name}: first hit": hits.first,
-                f"{name}: validation before": hits.before,
-                f"{name}: that one's last step": hits.reference_last,
+                f"{name}: first hit": hits.own.first,
+                f"{name}: validation before": hits.own.before,
+                f"{name}: that one's last step": hits.reference.last,
                 f"{name}: last step / first hit": hits.by_last,
                 f"{name}: first hit / first hit": hits.by_first,
             }
@@ -271,8 +271,8 @@ def _speed_up(compared: Comparison, smooth: int | None) -> Table | None:
 
 
 def _first(hits: SpeedUp) -> str:
-    if hits.first is not None:
-        return hits.hit
+    if hits.own.first is not None:
+        return str(hits.own)
     if not hits.pairs:
         return ""
     return "not reached" if hits.waiting is None else f"not yet (step {hits.waiting})"

@@ -133,7 +133,7 @@ def _verdict(groups: Groups, finals: dict[Group, Estimate | None], title: str) -
 
 def _reach(runs: Sequence[Run], other: Sequence[Run], name: str) -> str:
     hits = speed_up(runs, measures.final_runs(other), 1)
-    if hits is None or hits.first is None:
+    if hits is None or hits.own.first is None:
         return ""
     return f"It reaches {name}'s final accuracy {hits.when(name)}."
 
