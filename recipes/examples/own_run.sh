@@ -21,5 +21,6 @@ exec "$python" -m verl.trainer.main_ppo \
   actor_rollout_ref.rollout.tensor_model_parallel_size=1 \
   actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16 \
   reward.custom_reward_function.path=pkg://vlnorm_verl.tasks.tiny.countdown \
+  trainer.experiment_name=own_run_vl_norm \
   trainer.total_training_steps=2 trainer.val_before_train=false trainer.test_freq=-1 trainer.save_freq=-1 \
   'trainer.logger=[console]' "$@"
