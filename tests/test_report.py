@@ -315,6 +315,11 @@ def test_the_papers_values_are_given_to_their_setting_only() -> None:
     assert paper.cell(at, "vl_norm:1", "avg@8") == "0.847 [second-hand, of v1]"
     assert paper.cell(at, "vl_norm:0.5", "avg@8") == "not found"
     assert paper.cell(at._replace(length="8192"), "vl_norm:1", "avg@8") == "not found"
+    assert paper.cell(at, "vl_norm_as_coded:1", "avg@8") == "0.847 [second-hand, of v1]"
+    figure_2 = at._replace(family="dapo")
+    assert paper.cell(figure_2, "dapo", "accuracy") == "0.866 [paper, Fig. 2]"
+    assert paper.cell(figure_2, "dapo_norm_as_coded", "accuracy") == "0.866 [paper, Fig. 2]"
+    assert paper.cell(figure_2._replace(model="7b"), "dapo", "accuracy") is None
 
 
 def test_the_foot_says_where_the_papers_values_were_read_and_what_concerns_its_rows(tmp_path: Path) -> None:

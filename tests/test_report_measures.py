@@ -284,6 +284,9 @@ def test_the_vl_norm_that_others_are_compared_with() -> None:
     assert groups.main_vl_norm(other, keys) == "vl_norm:1"
     assert groups.main_vl_norm(other, keys[:3]) == "vl_norm:0.75"
     assert groups.main_vl_norm(other, ["dapo_norm", "vl_norm"]) is None
+    as_coded = ["vl_norm_as_coded:0.75", "dapo_norm_as_coded"]
+    assert groups.main_vl_norm(of_paper, as_coded) == "vl_norm_as_coded:0.75"
+    assert groups.main_vl_norm(of_paper, keys + as_coded) == "vl_norm:0.75"
 
 
 # --------------------------------------------------------------------------------------------------------- monotonicity

@@ -133,9 +133,10 @@ def main_vl_norm(setting: Setting, method_keys: Iterable[str]) -> str | None:
     """The VL Norm that other methods of a setting are compared with.
 
     With the task's α in the paper's settings, and none if that was not run; elsewhere with α = 1 if there is one, else
-    with the largest.
+    with the largest. That of the authors' code only where this package's was not run.
     """
-    by_alpha = {alpha: key for key in method_keys if is_vl_norm(key) and (alpha := alpha_of(key)) is not None}
+    keys = sorted(method_keys, key=is_vl_norm)
+    by_alpha = {alpha: key for key in keys if (alpha := alpha_of(key)) is not None}
     of_paper = paper.has(setting)
     wanted = paper.alpha(setting.task) if of_paper else 1.0
     if wanted in by_alpha:

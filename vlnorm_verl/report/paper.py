@@ -51,14 +51,17 @@ def has(setting: Setting) -> bool:
 
 def covers(setting: Setting) -> bool:
     """Whether the paper also has the model, so that its values may stand beside a run's."""
-    return has(setting) and setting.model in _content()["models"]
+    return has(setting) and setting.model in _content()["models"][setting.family]
 
 
 def known(setting: Setting, method_key: str, metric: str) -> Known | None:
-    """The paper's value for a run; its VL Norm is the one with the task's α."""
+    """The paper's value for a run; its VL Norm is the one with the task's α. Its runs were made with its code."""
     method, number = split(method_key)
     if number not in (None, alpha(setting.task)):
         return None
+    method = method.removesuffix("_as_coded")
+    if (setting.family, method) == ("dapo", "dapo_norm"):
+        method = "dapo"
     matching = (value for value in _content()["values"] if (value.metric, value.method) == (metric, method))
     return next((value for value in matching if value.is_of(setting)), None)
 

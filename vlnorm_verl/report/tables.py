@@ -198,7 +198,7 @@ def _details(compared: Comparison) -> Table | None:
         "than one that still climbs. verl's best@8: a bootstrap with replacement, which lies below Pass@8.",
     ]
     if any(map(paper.covers, (setting for setting, _ in groups))) and not other_metric:
-        foot.append("The paper: arXiv 2509.07558; “not found”: that its value could not be; –: not in the paper.")
+        foot.append("The paper: arXiv 2509.07558; “not found”: that its value could not be; –: not known to be in it.")
         foot += paper.sources(groups, [metric for metrics in OF_PAPER.values() for metric in metrics])
         foot += paper.remarks(group for group in groups if group.setting.family == "aggregation")
     return _table("details", rows, foot)
@@ -281,7 +281,7 @@ def _first(hits: SpeedUp) -> str:
 def _papers_first_hit(group: Group, other: Group) -> Cell:
     """ "375 (2.67×) [paper, Fig. 2]": when VL Norm reaches DAPO's final accuracy, and the paper's count of it."""
     hit, ratio = (paper.known(*group, metric) for metric in ("first_hit", "speed_up"))
-    if hit is None or ratio is None or other.key != "dapo":
+    if hit is None or ratio is None or other.key not in ("dapo", "dapo_norm_as_coded"):
         return None
     return f"{hit.value} ({ratio.value}×) [{hit.label}]"
 
