@@ -1,6 +1,6 @@
-"""Two of the paper's methods as the authors' code has them, which is not as the paper's formulas have them.
+"""Two of the paper's methods as the authors' code has them, which is not as this package has them.
 
-    method               the paper's formula               the authors' code
+    method               this package                      the authors' code
     dapo_norm_as_coded   Σ g_i / Σ L_i of a mini-batch      the same of each micro-batch, then the mean of these
                                                            (verl/workers/actor/dp_actor.py, core_algos.agg_loss)
     vl_norm_as_coded     Σ_j L_j^-α over the mini-batch    Σ_j L_j^-α over the rollout batch, in the advantages
