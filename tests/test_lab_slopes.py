@@ -161,7 +161,6 @@ def test_the_interval_of_beta_holds_its_own_and_one_as_wide_as_that_over_prompts
     assert (both.value, both.low, both.high) == (4.5, 1.0, 6.0)
     few = Estimate(3.0, note="known for 1 of 2 prompts")
     assert Slope("all", False, skewed, skewed, few, points).interval == Estimate(4.5, note=few.note)
-    assert Slope("all", False, skewed, skewed, few, points[:1]).interval == skewed
 
 
 def test_the_slope_of_another_part_is_another() -> None:

@@ -114,7 +114,7 @@ class Slope:
         value, half = self.mean.value, (self.over_prompts.high - self.over_prompts.low) / 2
         if math.isfinite(half):
             return Estimate(value, min(self.mean.low, value - half), max(self.mean.high, value + half), self.mean.note)
-        return self.mean if len(self.points) == 1 else Estimate(value, note=self.over_prompts.note)
+        return Estimate(value, note=self.over_prompts.note)
 
 
 def slope(groups: Sequence[Group], part: str, columns: slice, score_only: bool, seed: int) -> Slope | None:
