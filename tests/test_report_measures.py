@@ -98,6 +98,19 @@ def test_seeds_with_other_configurations_are_named(tmp_path: Path) -> None:
     assert which.endswith("; actor_rollout_ref.actor.optim.lr)")
 
 
+def test_seeds_of_names_only_are_named(tmp_path: Path) -> None:
+    """verl without data.seed has one order of the prompts; folders called _s0 and _s1 do not change it."""
+    what = "Counted as seeds by their names, but without data.seed: the prompts have the same order in all of them"
+    for seed in ("null", "1"):
+        folder = tmp_path / seed
+        for name in ("_s0", "_s1"):
+            put(folder / f"vl_norm{name}" / "metrics.jsonl", text((0, 10, 0.0)))
+            mode = "actor_rollout_ref: {actor: {loss_agg_mode: vl_norm}}"
+            put(folder / f"vl_norm{name}" / ".hydra" / "config.yaml", f"{mode}\ndata: {{seed: {seed}}}\n")
+    assert looked_at(read(tmp_path / "null"))[what] == ["VL Norm (α = 1) (all runs)"]
+    assert what not in looked_at(read(tmp_path / "1"))
+
+
 @pytest.mark.parametrize("number", ["NaN", "null"])
 def test_an_accuracy_that_is_nan_from_a_step_on_is_said_and_the_others_go_on(number: str, tmp_path: Path) -> None:
     for seed in (0, 1, 2):

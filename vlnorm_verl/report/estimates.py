@@ -20,7 +20,7 @@ own for each component (Howe 1974) and not Satterthwaite's degrees of freedom fo
 are themselves a guess, and the interval covers 86 to 92% where seeds differ about as much as problems; this one covers
 94 to 99%, since nothing is taken from the seeds' variance that happens to be small. It is wider where seeds do not
 matter: twice with S = 2, by a third with S = 3, by a tenth with S = 5. An interval of one seed holds for that one
-training run, and the tables say "one seed". What still covers too little: rates below 5% on 30 problems (80 to 92%).
+training run, and the tables say "one seed". What still covers too little: rates below 5% on 30 problems (down to 86%).
 Measured: benchmarks/coverage.py.
 
 Sources: Hesterberg 2015, "What teachers should know about the bootstrap", for the levels; Owen 2007, "The pigeonhole

@@ -262,7 +262,8 @@ def _speed_up(compared: Comparison, smooth: int | None) -> Table | None:
         "is the first validation at the target or above, of each seed's own curve, known as far as validations are "
         f"apart: 325–350. Smoothed: trailing mean{'' if smooth else ' of three validations'}. Steps are means over the "
         "seeds that reached, and last step / first hit is the ratio of such means; first hit / first hit is the "
-        "geometric mean of the seeds' ratios, with Student's t interval of their logarithm.",
+        "geometric mean of the seeds' ratios, with Student's t interval of their logarithm, which knows nothing of the "
+        "gaps between validations.",
         "Last step / first hit is the paper's count (its 1000 / 375). It flatters whoever reaches a plateau, since the "
         "other too was at its own final accuracy before its last step: first hit / first hit does not.",
         *paper.sources([pair.higher for pair in compared.pairs], ("first_hit", "speed_up")),

@@ -21,7 +21,7 @@ from vlnorm_verl.report.run import Run
 from vlnorm_verl.report.table import number
 from vlnorm_verl.runs.records import VALIDATION_METRIC
 
-MANY = 3  # comparisons; from so many on the page says what several intervals at once mean
+MANY = 3  # pairs of methods; from so many on the page says what several intervals at once mean
 NAMED = 8  # runs that are named one by one
 
 
@@ -77,7 +77,10 @@ class Verdict:
         if not self.over:
             return "the only method"
         if self.sure:
-            return f"best of {len(self.over) + 1}, established"
+            so_far = (
+                " so far" if any("at step" in over.note for over in self.over) else ""
+            )  # an earlier step than basis
+            return f"best of {len(self.over) + 1}{so_far}, established"
         count = sum(over.established for over in self.over)
         return f"highest of {len(self.over) + 1}, established over {count or 'none'}"
 
@@ -135,7 +138,7 @@ def _reach(runs: Sequence[Run], other: Sequence[Run], name: str) -> str:
     hits = speed_up(runs, measures.final_runs(other), 1)
     if hits is None or hits.own.first is None:
         return ""
-    return f"It reaches {name}'s final accuracy {hits.when(name)}."
+    return f"It reaches {name}'s final accuracy {hits.when(name)}; {name} itself is there at {hits.reference}."
 
 
 def step_of(runs: Sequence[Run]) -> str:
@@ -146,19 +149,26 @@ def step_of(runs: Sequence[Run]) -> str:
 
 
 def several_at_once(found: Sequence[Verdict]) -> str:
-    """On multiple comparisons; "" where there are few."""
-    count = sum(over.state in ("established", "open") for verdict in found for over in verdict.over)
-    if count < MANY:
+    """On multiple comparisons; "" where there are few. Any two methods of a setting could have been those compared."""
+    judged = [sum(over.state in ("established", "open") for over in verdict.over) for verdict in found]
+    pairs = sum(count * (count + 1) // 2 for count in judged)
+    if pairs < MANY:
         return ""
     return (
-        f"{count} differences are judged here, each by a {LEVEL:.0%} interval of its own. If no method differed from "
-        f"another, the chance that one or more look established would be up to {1 - LEVEL**count:.0%}, and higher "
-        "since the best method of each setting was picked from the same data."
+        f"{sum(judged)} differences are judged here, each by a {LEVEL:.0%} interval of its own. If no method differed "
+        f"from another, the chance that one or more look established would be up to {1 - LEVEL**pairs:.0%}: the best "
+        f"method of a setting is picked from the same data, so each of the {pairs} pairs of methods counts."
     )
 
 
 def _is_accuracy(run: Run, key: str) -> bool:
     return key == run.metric or (not run.metric and VALIDATION_METRIC.fullmatch(key) is not None)
+
+
+def _unseeded(run: Run) -> bool:
+    """Whether its configuration leaves out the seed of the prompts' order, which verl then has the same in all runs."""
+    data = run.config.get("data")
+    return isinstance(data, dict) and "seed" in data and data["seed"] is None
 
 
 def look_at(compared: Comparison) -> dict[str, list[str]]:
@@ -204,6 +214,11 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
             f"{group.label} ({compared.titles[group.setting]}; {shortened(keys)})"
             for group, seeds in compared.groups.items()
             if (keys := differing_keys(seeds))
+        ],
+        "Counted as seeds by their names, but without data.seed: the prompts have the same order in all of them": [
+            f"{group.label} ({compared.titles[group.setting]})"
+            for group, seeds in compared.groups.items()
+            if sum(_unseeded(run) for run in seeds) > 1
         ],
         "One seed only": [
             f"{group.label} ({compared.titles[group.setting]})"
