@@ -13,7 +13,9 @@ import pytest
 
 from tests import warm
 from tests.engine import older_verl
+from vlnorm_verl.paper.overlong import filtering
 from vlnorm_verl.plugin import WRAPPERS, install, lacking, names
+from vlnorm_verl.plugin.hooks import with_mini_batch
 
 # verl 0.7.1 and 0.8.0 have no platforms.
 PLATFORM = {} if older_verl.needed() else {"VERL_PLATFORM": "cpu"}
@@ -92,6 +94,26 @@ def test_a_release_without_a_name_that_is_needed_is_heard_and_refused(changes: s
     assert done.stdout.startswith("RuntimeError"), done.stdout
     assert lacks in done.stdout
     assert done.stdout.endswith("stock\n")  # verl's own agg_loss is as it was
+
+
+def test_a_function_whose_signature_cannot_be_read_does_not_stop_the_import_of_verl() -> None:
+    done = python(
+        """
+import wrapt
+wrapt.register_post_import_hook(lambda module: setattr(module, "agg_loss", min), "verl.trainer.ppo.core_algos")
+import verl.trainer.ppo.core_algos
+print("imported")
+"""
+    )
+    assert done.stdout == "imported\n", done.stderr[-2000:]
+    assert "vlnorm-verl cannot extend this release of verl" in done.stderr
+
+
+def test_what_a_later_verl_passes_on_reaches_it() -> None:
+    batch = with_mini_batch(lambda *args, **kwargs: (args, kwargs))
+    assert batch("engine", "data", None, "one", more="two") == (("engine", "data", None, "one"), {"more": "two"})
+    advantages = filtering(lambda data, *args, **kwargs: (data, args, kwargs))
+    assert advantages("data", "one", adv_estimator="gae") == ("data", ("one",), {"adv_estimator": "gae"})
 
 
 def test_every_name_of_the_table_is_in_the_installed_release() -> None:

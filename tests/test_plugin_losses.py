@@ -97,7 +97,7 @@ def users_losses() -> dict[str, tuple[Any, str | None]]:
         None: (passes_sizes_on, metric_of_another_mode, k3_to_old_policy_by_mode, vanilla_inside),
         "the policy loss 'fixed_mode' calls agg_loss with 'token-mean' whatever the mode": (fixed_mode,),
         "never calls agg_loss": (own_mean, only_a_metric),
-        "it raised KeyError on four short responses ('teacher_log_prob')": (needs_more,),
+        "it raised KeyError on four short responses ('teacher_log_prob'). One that needs a GPU": (needs_more,),
         "another mask than response_mask": (narrow_mask,),
         part: (mean_beside, k2_to_old_policy, hinge_beyond_the_clip_range),
         "its gradient depends on which responses share a micro-batch": (divides_by_micro_batch, divides_by_width),
@@ -209,6 +209,7 @@ def test_a_policy_loss_that_never_aggregates_is_seen_beside_kl_and_entropy_terms
         patch.setitem(core_algos.POLICY_LOSS_REGISTRY, "users_own", own)
         loss = losses.get_policy_loss_fn("users_own")
         assert loss(log_prob)[0].item() == 1.0  # verl's own modes: nothing is asked of it
+        assert losses.get_policy_loss_fn(name="users_own")(log_prob)[0].item() == 1.0
         with working_on(mini_batch()):
             # a KL term of the micro-batch before
             core_algos.agg_loss(log_prob.clone().requires_grad_(), torch.ones(1, 2), "vl_norm")
@@ -236,6 +237,7 @@ def test_a_loss_function_that_never_aggregates_is_refused_and_one_with_a_policy_
         batch.watch(aggregates)(data={"response_mask": mask})
         with pytest.raises(ValueError, match="the loss function never calls agg_loss"):
             batch.watch(lambda data: torch.ones(1))(data={"response_mask": mask})
+        batch.watch(lambda data: torch.zeros(1))(data={"response_mask": 0 * mask})  # verl's padding alone
 
 
 @pytest.mark.parametrize("layout", ["padded", "jagged"])

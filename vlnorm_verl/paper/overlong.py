@@ -51,7 +51,7 @@ def filtering(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def compute_advantage(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs)
-        if given.arguments["adv_estimator"] != ESTIMATOR:
+        if given.arguments.get("adv_estimator") != ESTIMATOR:
             return stock(*args, **kwargs)
         from verl.trainer.ppo.core_algos import AdvantageEstimator
 

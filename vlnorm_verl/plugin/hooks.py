@@ -65,11 +65,11 @@ def with_mini_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(stock)
-    def batch(self: Any, data: Any, loss_function: Callable[..., Any] | None = None) -> Any:
+    def batch(self: Any, data: Any, loss_function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         config: Any = getattr(loss_function, "keywords", {}).get("config")
         mode = getattr(config, "loss_agg_mode", None)
         if loss_function is None or not modes.is_ours(mode):
-            return stock(self, data, loss_function)
+            return stock(self, data, loss_function, *args, **kwargs)
 
         check_engine(self, mode)
         scale = getattr(config, "loss_scale_factor", None)  # the critic's config has none up to verl 0.8.0
@@ -79,7 +79,7 @@ def with_mini_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
         sums = sum_over_data_parallel_ranks(self, mini_batch_sums(method, lengths))
         mini_batch = MiniBatch(mode, method, MiniBatchSums(*sums).summand, self.get_data_parallel_size(), scale)
         with working_on(mini_batch):
-            outputs = stock(self, data, mini_batch.watch(loss_function))
+            outputs = stock(self, data, mini_batch.watch(loss_function), *args, **kwargs)
         if stock.__name__ == "train_batch" and self.is_mp_src_rank_with_outputs():
             # verl has just read the gradient norm on the host; nothing on the device is left to wait for.
             outputs["metrics"].update(metrics(method, lengths, MiniBatchSums(*sums.tolist()), scale))

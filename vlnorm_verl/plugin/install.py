@@ -39,8 +39,8 @@ def wrap_on_import(wrappers: Mapping[tuple[str, str], Wrapper]) -> None:
 def _apply(module: types.ModuleType) -> None:
     """Check the names of a module that verl has just imported; wrap them if all are as expected, else none."""
     relied_on = [name for name in names.NAMES if name.module == module.__name__]
-    problems = [text for name in relied_on if (text := problem(module, name))]
     try:
+        problems = [text for name in relied_on if (text := problem(module, name))]
         if not problems:
             for name in relied_on:
                 _wrap(module, name)

@@ -98,10 +98,14 @@ class MiniBatch:
 
     @contextlib.contextmanager
     def must_aggregate(self, loss_name: str) -> Iterator[None]:
-        """Raises IgnoresMode if what runs inside, for a gradient, never calls agg_loss with the mini-batch's mode."""
+        """Raises IgnoresMode if what runs inside, for a gradient, never calls agg_loss with the mini-batch's mode.
+
+        Without a valid token (padding, rejected responses) a loss may be 0 by itself.
+        """
         before, self.aggregated, self.other_mode = self.aggregated, False, None
         yield
-        if torch.is_grad_enabled() and not self.aggregated:
+        empty = self.lengths is not None and not self.aggregated and not self.lengths.any()
+        if torch.is_grad_enabled() and not self.aggregated and not empty:
             raise IgnoresMode(
                 self.mode,
                 f"{loss_name} calls agg_loss with {self.other_mode!r} whatever the mode"

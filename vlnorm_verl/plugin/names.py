@@ -31,7 +31,7 @@ class VerlName:
 CORE_ALGOS = "verl.trainer.ppo.core_algos"
 _ENGINE, _V1 = "verl.workers.engine.base", "verl.trainer.ppo.v1"
 _METRIC, _CONFIG = "verl.utils.metric", "verl.utils.config"
-_BATCH = ("data", "loss_function")
+_BATCH, _ADVANTAGES = ("data", "loss_function"), ("adv_estimator", "config")
 _OVERLONG = "overlong filtering: verl's GRPO advantages, and how long each response is"
 
 NAMES = (
@@ -78,8 +78,8 @@ NAMES = (
         ("config",),
         needed=False,
     ),
-    VerlName("verl.trainer.ppo.ray_trainer", "compute_advantage", _OVERLONG, needed=False),
-    VerlName(f"{_V1}.utils", "compute_advantage_for_multi_trajectories", _OVERLONG, needed=False),
+    VerlName("verl.trainer.ppo.ray_trainer", "compute_advantage", _OVERLONG, _ADVANTAGES, needed=False),
+    VerlName(f"{_V1}.utils", "compute_advantage_for_multi_trajectories", _OVERLONG, _ADVANTAGES, needed=False),
     VerlName(f"{_V1}.trainer_base", "PPOTrainer._compute_advantage", _OVERLONG, needed=False),
 )
 

@@ -32,12 +32,13 @@ ADVANTAGES = torch.tensor([[1.0], [-0.5], [-1.0], [0.5]], dtype=torch.float64)
 M = 7.0  # where the run's is not known yet
 
 
-def watched(stock: Callable[[str], Any]) -> Callable[[str], Any]:
+def watched(stock: Callable[..., Any]) -> Callable[..., Any]:
     """`get_policy_loss_fn` (trainer/ppo/core_algos.py): a policy loss must aggregate by the mode of its mini-batch."""
 
     @functools.wraps(stock)
-    def get_policy_loss_fn(loss_name: str) -> Any:
-        policy_loss = stock(loss_name)
+    def get_policy_loss_fn(*args: Any, **kwargs: Any) -> Any:
+        policy_loss = stock(*args, **kwargs)
+        loss_name = [*args, *kwargs.values()][0]
 
         @functools.wraps(policy_loss)
         def watched_policy_loss(*args: Any, **kwargs: Any) -> Any:
@@ -119,7 +120,11 @@ def problem(name: str, actor: Any) -> str | None:
     except IgnoresMode as error:
         return error.problem
     except Exception as error:
-        return f"it raised {type(error).__name__} on four short responses ({error})"
+        return (
+            f"it raised {type(error).__name__} on four short responses ({error}). One that needs a GPU or a process "
+            "group can be registered in a module of actor_rollout_ref.model.external_lib, which only workers import: "
+            "then it is not tried"
+        )
     return None
 
 
