@@ -200,6 +200,10 @@ def test_gradients_of_the_minimal_patch_on_one_and_four_ranks(tree: Callable[[st
 def check_exact(rows: list[dict[str, Any]]) -> None:
     assert {row["mode"] for row in rows} >= {"vl_norm", "vl_norm:0.75", "vl_norm:0"}
     assert judge_exactness(rows, TOLERANCE["float64"]).bad == []
+    without_gradient = [row["metrics"] for row in rows if row["scenario"] == "micro-batches of 1"]
+    for metrics in without_gradient:
+        assert metrics["loss_without_gradient"] == pytest.approx(metrics["loss"], rel=1e-5)
+    assert without_gradient
 
 
 @pytest.mark.parametrize("name", newest_first(FULL, MINIMAL, REGISTRY))

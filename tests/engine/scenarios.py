@@ -115,7 +115,7 @@ def run_exact(rank: int, args: argparse.Namespace) -> None:
                 by_engine[key] = engine_gradients(worker, rows, scenario, mine)
         with recording(worker.engine) as steps:
             metrics = train(worker, scenario, make_data(rows, scenario, mine))
-        if scenario.name == "micro-batches of 1" and not args.native:
+        if scenario.name == "micro-batches of 1":
             metrics["loss_without_gradient"] = loss_without_gradient(worker, make_data(rows, scenario, mine))
         for step, (gradient, rows_here, all_reduces) in enumerate(steps):
             of_all_ranks: list[list[int]] = [[] for _ in range(args.ranks)]
