@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,8 @@ def test_the_floor_is_vl_norm_above_it_and_dr_grpo_norm_below() -> None:
 
 
 @pytest.mark.usefixtures("pages")
-def test_balanced_aggregation_is_that_of_its_definition() -> None:
+@pytest.mark.parametrize("by_std", [True, False])
+def test_balanced_aggregation_is_that_of_its_definition(by_std: bool) -> None:
     """On policy: the gradient of the aggregated loss, with the groups dealt out to two mini-batches in any order."""
     from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, get_adv_estimator_fn
 
@@ -72,17 +74,20 @@ def test_balanced_aggregation_is_that_of_its_definition() -> None:
     rewards = torch.zeros(prompts * n, width)
     rewards[:, 0] = torch.tensor([0, 1, 0, 0, 1, 1] * 2 + [1] * 6 + [1, 0, 0, 0, 0, 0], dtype=torch.float32)
     index = np.repeat([f"prompt-{p}" for p in range(prompts)], n)
-    scaled, _ = get_adv_estimator_fn("balanced_grpo")(rewards, mask, index, config=None)
-    advantages, _ = compute_grpo_outcome_advantage(rewards, mask, index)
+    mask[:2], mask[-1] = 0, 0  # rejected, or padding
+    config = SimpleNamespace(norm_adv_by_std_in_grpo=by_std)
+    scaled, _ = get_adv_estimator_fn("balanced_grpo")(rewards, mask, index, config=config)
+    advantages, _ = compute_grpo_outcome_advantage(rewards, mask, index, norm_adv_by_std_in_grpo=by_std)
+    assert scaled.isfinite().all()
 
     values = torch.randn(prompts * n, width, generator=generator, dtype=torch.float64)  # a token's ∇ log π
-    expected = torch.zeros((), dtype=torch.float64)
+    expected, valid = torch.zeros((), dtype=torch.float64), mask.any(-1).sum()
     for prompt in np.unique(index):
         for sign in (1.0, -1.0):
             at = torch.tensor(index == prompt) & (advantages[:, 0].sign() == sign)
             if at.any():
                 tokens = mask[at].bool()
-                expected = expected + at.sum() / n * (advantages[at].double() * values[at])[tokens].mean() / prompts
+                expected = expected + at.sum() / valid * (advantages[at].double() * values[at])[tokens].mean()
 
     mode = parse_mode("dr_grpo_norm")
     total = mini_batch_sum(mode, response_lengths(mask))

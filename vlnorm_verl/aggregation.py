@@ -93,7 +93,9 @@ def aggregate(
     Added up over the parts of a mini-batch this is exactly the aggregated loss, however it was split.
 
     Args:
-        loss_mat: token losses [B, T], any float dtype. Masked entries do not matter, NaN included.
+        loss_mat: token losses [B, T], any float dtype (in float16 a long response's gradient may be 0 without a scaled
+            loss). Masked entries do not matter, NaN included, and have gradient 0. A NaN before them, in a ratio or an
+            advantage, still makes the gradient NaN, as 0 · NaN: mask it there.
         loss_mask: 1 (or True) at valid response tokens [B, T].
         aggregation, total, scale: as in `response_weights`.
 
@@ -101,7 +103,8 @@ def aggregate(
         Scalar in the dtype of `loss_mat`, at least float32.
     """
     lengths = response_lengths(loss_mask)
-    weights = response_weights(aggregation, lengths, total.to(loss_mat.device), scale)
+    device = loss_mat.device
+    weights = response_weights(aggregation, lengths, total.to(device, weight_dtype(device.type)), scale)
     result_dtype = torch.promote_types(loss_mat.dtype, torch.float32)
     masked = torch.where(loss_mask.bool(), loss_mat, 0.0)  # [B, T] in the dtype of the losses
     response_losses = masked.sum(dim=-1, dtype=result_dtype)  # [B]
