@@ -76,8 +76,6 @@ def test_a_loss_beside_the_aggregation_is_warned_of(caplog: pytest.LogCaptureFix
         (["data.train_batch_size=8", *actor(ppo_mini_batch_size="8")], False),
         (["data.train_batch_size=8", *actor(ppo_mini_batch_size="4"), SEPARATE], False),
         (["data.train_batch_size=8", *actor(ppo_mini_batch_size="4"), WHOLE_GROUPS], False),
-        (["data.train_batch_size=0", *actor(ppo_mini_batch_size="4"), "+async_training.require_batches=2"], True),
-        (["data.train_batch_size=0", *actor(ppo_mini_batch_size="4"), "+async_training.require_batches=1"], False),
     ],
 )
 def test_mini_batches_sorted_by_length_are_warned_of(
@@ -86,6 +84,35 @@ def test_mini_batches_sorted_by_length_are_warned_of(
     for _ in range(2):  # verl's main_ppo calls validate_config and run_ppo
         check_config(compose(*actor(loss_agg_mode="vl_norm"), *overrides))
     assert caplog.text.count("actor.shuffle=true") == caplog.text.count(WHOLE_GROUPS[2:]) == warned
+
+
+V0 = "++trainer.use_v1=false"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        (["data.train_batch_size=12", V0], True),
+        (["data.train_batch_size=8", V0], False),  # each half has short and long responses
+        (["data.train_batch_size=12", V0, "trainer.balance_batch=false"], False),
+        (["data.train_batch_size=12", V0, SEPARATE], True),
+        (["data.train_batch_size=0", "+async_training.require_batches=3"], True),
+        (["data.train_batch_size=0", "+async_training.require_batches=2"], False),
+    ],
+)
+def test_v0s_order_is_warned_of_from_three_mini_batches_on(
+    caplog: pytest.LogCaptureFixture, overrides: list[str], warned: bool
+) -> None:
+    check_config(compose(*actor(loss_agg_mode="vl_norm", ppo_mini_batch_size="4"), *overrides))
+    assert ("actor.shuffle=true" in caplog.text) == warned
+    assert WHOLE_GROUPS[2:] not in caplog.text
+
+
+@pytest.mark.parametrize("trainer", [V0, "+async_training.require_batches=2", "+rollout.n_gpus_per_node=1"])
+def test_whole_groups_with_a_trainer_that_ignores_them_is_refused(trainer: str) -> None:
+    for mode in ("vl_norm", "token-mean"):
+        with pytest.raises(ValueError, match=r"sync_whole_groups.*verl ignores the key.*Accepted: trainer.use_v1=true"):
+            check_config(compose(*actor(loss_agg_mode=mode), WHOLE_GROUPS, trainer))
 
 
 def test_verls_own_key_sets_m() -> None:

@@ -21,6 +21,8 @@ from vlnorm_verl.plugin.names import MODE_KEY, SCALE_KEY, STOCK_MODES, TESTED_RE
 
 logger = logging.getLogger(__name__)
 
+TRAINER_MODE, WHOLE_GROUPS = "trainer.v1.trainer_mode", "sync_whole_groups"  # see vlnorm_verl.paper.whole_groups
+
 
 def with_checked_config(stock: Callable[..., Any]) -> Callable[..., Any]:
     """`validate_config` (utils/config.py) or `run_ppo` (trainer/main_ppo.py) with `check_config` before it."""
@@ -73,6 +75,7 @@ def check_config(config: Any) -> None:
         RuntimeError: a patch that the mode needs did not apply to the installed verl.
     """
     check_overlong_filtering(config)
+    check_trainer_mode(config)
     for key in ("actor_rollout_ref.actor", "critic"):
         role = OmegaConf.select(config, key)
         if "loss_agg_mode" not in (role or {}) or (key == "critic" and not has_critic(config)):
@@ -88,6 +91,21 @@ def check_config(config: Any) -> None:
             check_critic(config, role)
         else:
             check_actor(config, role)
+
+
+def uses_v0(config: Any) -> bool:
+    """Whether the run's trainer is known to be V0's or made from it: one_step_off_policy, fully_async_policy."""
+    return OmegaConf.select(config, "trainer.use_v1") is False or "rollout" in config or "async_training" in config
+
+
+def check_trainer_mode(config: Any) -> None:
+    """Raises ValueError where our trainer is asked for and verl would start another one, which ignores the key."""
+    if OmegaConf.select(config, TRAINER_MODE) == WHOLE_GROUPS and uses_v0(config):
+        raise ValueError(
+            f"{TRAINER_MODE}={WHOLE_GROUPS}: this run's trainer is not one of V1's, and verl ignores the key there. "
+            "Accepted: trainer.use_v1=true with verl.trainer.main_ppo; for other trainers "
+            "actor_rollout_ref.actor.shuffle=true."
+        )
 
 
 def check_actor(config: Any, actor: Any) -> None:
@@ -182,28 +200,29 @@ def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
     """Warn where the mini-batches of a rollout batch will hold responses of similar lengths each.
 
     verl keeps the order of the rollout batch unless told to shuffle. The V1 trainer's replay buffer returns responses
-    in the order in which they were finished (trainer/ppo/v1/replay_buffer.py), the V0 trainer's `_balance_batch` sorts
-    each rank's share by length (trainer/ppo/ray_trainer.py:1240). Both put short responses into the first mini-batch.
-    Two of V1's trainers are not asked, whatever `shuffle` is: separate_async, which draws each mini-batch by itself
-    (trainer/ppo/v1/trainer_base.py:549), and ours (vlnorm_verl.paper.whole_groups).
+    in the order in which they were finished (trainer/ppo/v1/replay_buffer.py). The V0 trainer's `_balance_batch` puts
+    each rank's share in the order short, long, short (trainer/ppo/ray_trainer.py:1240), of which each half has all
+    lengths; without it whole prompt groups stay together. Two of V1's trainers are not asked, whatever `shuffle` is:
+    separate_async, which draws each mini-batch by itself (trainer/ppo/v1/trainer_base.py:549), and ours
+    (vlnorm_verl.paper.whole_groups).
     """
-    if OmegaConf.select(config, "trainer.v1.trainer_mode") in ("separate_async", "sync_whole_groups"):
+    v0, asynchronous = uses_v0(config), OmegaConf.select(config, "async_training.require_batches")
+    if not v0 and OmegaConf.select(config, TRAINER_MODE) in ("separate_async", WHOLE_GROUPS):
         return
-    mini_batches = OmegaConf.select(config, "async_training.require_batches")  # of fully_async_policy
-    several = (
-        mini_batches > 1
-        if mini_batches
-        else whole_number(config, "actor_rollout_ref.actor.ppo_mini_batch_size")
-        < whole_number(config, "data.train_batch_size")
+    if v0 and not asynchronous and not OmegaConf.select(config, "trainer.balance_batch"):
+        return
+    mini_batches = asynchronous or (
+        whole_number(config, "data.train_batch_size")
+        / whole_number(config, "actor_rollout_ref.actor.ppo_mini_batch_size")
     )
-    if several and not actor.get("shuffle"):
+    if mini_batches > (2 if v0 else 1) and not actor.get("shuffle"):
+        ours = "" if v0 else f"{TRAINER_MODE}={WHOLE_GROUPS} (verl 0.9's synchronous V1 trainer) for mini-batches of "
+        ours += "" if v0 else "whole prompt groups in random order, or with any trainer "
         say(
             "actor_rollout_ref.actor.shuffle=false with several optimizer mini-batches a rollout batch: verl orders "
-            "responses by when they were finished, so each mini-batch holds responses of similar lengths, and "
-            f"loss_agg_mode={actor.loss_agg_mode} has little left to weigh. Set trainer.v1.trainer_mode="
-            "sync_whole_groups (verl 0.9's synchronous trainer) for mini-batches of whole prompt groups in random "
-            "order, as the paper has them, or with any trainer actor_rollout_ref.actor.shuffle=true for single "
-            "responses drawn at random."
+            f"responses {'by length' if v0 else 'by when they were finished'}, so each mini-batch holds responses of "
+            f"similar lengths, and loss_agg_mode={actor.loss_agg_mode} has little left to weigh. Set {ours}"
+            "actor_rollout_ref.actor.shuffle=true for single responses drawn at random."
         )
 
 
