@@ -453,6 +453,13 @@ def test_hostile_responses(new_pool: Callable[..., Pool], count: int, limit_s: f
 # --- verl ---------------------------------------------------------------------------------------------------
 
 
+def test_white_space_inside_a_long_right_answer_costs_no_more_than_its_length() -> None:
+    """It is read in the process of the rewards, outside of the workers' limits: quadratic, this would take minutes."""
+    gold = "1" + " " * 300_000 + "x"
+    assert reward.parse_ground_truth(f"$ {gold} $ ") == gold
+    assert reward.parse_ground_truth(r" 5\$ $") == r"5\$"
+
+
 def test_verl_scores_with_it() -> None:
     path = "reward.custom_reward_function.path=pkg://vlnorm_verl.tasks.math"
     kwargs = "+reward.custom_reward_function.reward_kwargs"

@@ -109,7 +109,12 @@ def extract_boxed(text: str) -> str | None:
 
 
 def _strip(answer: str) -> str:
-    return re.sub(r"^[\s$]+|(?:(?<!\\)\$|\s)+$", "", answer)  # \$ is currency
+    """Without white space and dollars around it; not the dollar of currency, \\$."""
+    answer = re.sub(r"^[\s$]+", "", answer)
+    end = len(answer)
+    while end and (answer[end - 1].isspace() or (answer[end - 1] == "$" and answer[end - 2 : end - 1] != "\\")):
+        end -= 1
+    return answer[:end]
 
 
 def judge(response: str, gold: str, pool: Pool) -> str:
