@@ -14,7 +14,7 @@ Base class and order of calls: verl 0.9.1, checkpoint_engine/base.py:116 and :51
 
 import asyncio
 import datetime
-import pickle
+import json
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -76,7 +76,7 @@ class GlooCheckpointEngine(CheckpointEngine):
         for name, weight in weights:
             if self.group is not None:
                 weight = weight.detach().cpu().contiguous()
-                self._send_header((name, weight.shape, weight.dtype))
+                self._send_header((name, list(weight.shape), str(weight.dtype).removeprefix("torch.")))
                 self._broadcast(weight.view(-1).view(torch.uint8))
         if self.group is not None:
             self._send_header(None)
@@ -86,7 +86,7 @@ class GlooCheckpointEngine(CheckpointEngine):
         # In a thread: the worker has to answer Ray meanwhile.
         while (header := await asyncio.to_thread(self._receive_header)) is not None:
             name, shape, dtype = header
-            weight = torch.empty(shape, dtype=dtype)
+            weight = torch.empty(shape, dtype=getattr(torch, dtype))
             await asyncio.to_thread(self._broadcast, weight.view(-1).view(torch.uint8))
             yield name, weight
 
@@ -94,15 +94,15 @@ class GlooCheckpointEngine(CheckpointEngine):
         assert self.group is not None
         self.group.broadcast(data, 0).wait()
 
-    def _send_header(self, header: tuple[str, torch.Size, torch.dtype] | None) -> None:
-        data = torch.frombuffer(bytearray(pickle.dumps(header)), dtype=torch.uint8)
+    def _send_header(self, header: tuple[str, list[int], str] | None) -> None:
+        data = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
         self._broadcast(torch.tensor([data.numel()]))
         self._broadcast(data)
 
-    def _receive_header(self) -> tuple[str, torch.Size, torch.dtype] | None:
+    def _receive_header(self) -> tuple[str, list[int], str] | None:
         size = torch.empty(1, dtype=torch.int64)
         self._broadcast(size)
         data = torch.empty(int(size), dtype=torch.uint8)
         self._broadcast(data)
-        header: tuple[str, torch.Size, torch.dtype] | None = pickle.loads(data.numpy().tobytes())  # from our own rank 0
+        header: tuple[str, list[int], str] | None = json.loads(data.numpy().tobytes())
         return header
