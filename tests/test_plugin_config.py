@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from tests import warm
 from tests.engine import older_verl
@@ -61,11 +62,35 @@ SEPARATE = "++trainer.v1.trainer_mode=separate_async"
 WHOLE_GROUPS = "++trainer.v1.trainer_mode=sync_whole_groups"
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_a_loss_beside_the_aggregation_is_warned_of(caplog: pytest.LogCaptureFixture, trained: bool) -> None:
-    mtp = ["++actor_rollout_ref.model.mtp.enable=true", f"++actor_rollout_ref.model.mtp.enable_train={trained}"]
-    check_config(compose(*actor(loss_agg_mode="vl_norm"), *mtp))
-    assert ("mtp_loss_scaling_factor" in caplog.text) == trained
+MTP = "++actor_rollout_ref.model.mtp"
+
+
+@pytest.mark.parametrize(
+    ("mode", "trained", "warned"), [("vl_norm", True, True), ("vl_norm", False, False), ("dapo_norm", True, False)]
+)
+def test_a_loss_beside_the_aggregation_is_warned_of(
+    caplog: pytest.LogCaptureFixture, mode: str, trained: bool, warned: bool
+) -> None:
+    """Where the policy loss is not as large as token-mean's."""
+    check_config(compose(*actor(loss_agg_mode=mode), f"{MTP}.enable=true", f"{MTP}.enable_train={trained}"))
+    assert ("mtp_loss_scaling_factor" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("override", "coefficient"),
+    [
+        ({"moe_router_load_balancing_type": "aux_loss"}, "moe_aux_loss_coeff"),
+        ({"moe_router_load_balancing_type": "none"}, None),
+        ({"moe_z_loss_coeff": 0.001}, "moe_z_loss_coeff"),
+        ({}, None),
+    ],
+)
+def test_auxiliary_losses_of_experts_are_warned_of(
+    caplog: pytest.LogCaptureFixture, override: dict[str, Any], coefficient: str | None
+) -> None:
+    checks.warn_of_losses_beside(compose(), OmegaConf.create({"megatron": {"override_transformer_config": override}}))
+    assert ("multiplies is a mean over each micro-batch" in caplog.text) == (coefficient is not None)
+    assert (coefficient or "") in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -252,7 +277,6 @@ def test_refused_before_ray_starts(tmp_path: Path) -> None:
 
 def test_configs_that_ask_for_nothing_of_ours_may_have_any_shape() -> None:
     """verl's validate_config reads no critic where there is none."""
-    from omegaconf import OmegaConf
 
     for config in (
         {"actor_rollout_ref": {"actor": {"loss_agg_mode": "token-mean"}}},
@@ -294,7 +318,6 @@ def test_layouts_of_engines_that_cannot_be_exact_are_refused(
 ) -> None:
     """docs/engines.md has the reasons; keys as in verl's trainer/config/engine/*.yaml."""
     import verl
-    from omegaconf import OmegaConf
 
     config = OmegaConf.create({"strategy": role, "loss_agg_mode": "vl_norm", role: engine})
     with pytest.MonkeyPatch.context() as patch:

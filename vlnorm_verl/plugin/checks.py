@@ -117,7 +117,8 @@ def check_actor(config: Any, actor: Any) -> None:
     keep_scale_of_critic(OmegaConf.select(config, "critic") or {})
     fill_scale(actor, whole_number(config, "data.max_response_length"))
     warn_of_sorted_mini_batches(actor, config)
-    warn_of_multi_token_prediction(config)
+    if registry.parse_mode(actor.loss_agg_mode).divide_by_m:
+        warn_of_losses_beside(config, actor)
     warn_of_untested_release()
     if is_ours(actor.loss_agg_mode):
         from verl.utils.config import omega_conf_to_dataclass
@@ -226,14 +227,22 @@ def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
         )
 
 
-def warn_of_multi_token_prediction(config: Any) -> None:
-    """Megatron adds that loss to each micro-batch by itself (models/mcore/mtp_patch.py), without `agg_loss`."""
+def warn_of_losses_beside(config: Any, actor: Any) -> None:
+    """Losses that Megatron adds to each micro-batch by itself, without `agg_loss`, and their coefficients."""
     prediction = OmegaConf.select(config, "actor_rollout_ref.model.mtp") or {}
+    experts = OmegaConf.select(actor, "megatron.override_transformer_config") or {}
+    beside = []
     if prediction.get("enable") and prediction.get("enable_train"):
+        beside.append("actor_rollout_ref.model.mtp.mtp_loss_scaling_factor")
+    if experts.get("moe_router_load_balancing_type") not in (None, "none"):
+        beside.append("moe_aux_loss_coeff")
+    if experts.get("moe_z_loss_coeff"):
+        beside.append("moe_z_loss_coeff")
+    if beside:
         say(
-            "actor_rollout_ref.model.mtp.enable_train=true: Megatron's loss of multi-token prediction is a mean over "
-            "each micro-batch, whatever loss_agg_mode is. The rest of the gradient is exact, and 1/M as large: choose "
-            "mtp_loss_scaling_factor by it, or a smaller actor_rollout_ref.actor.loss_scale_factor."
+            f"The loss that {' and '.join(beside)} multiplies is a mean over each micro-batch, whatever loss_agg_mode "
+            f"is. The rest of the gradient is exact, and about (mean response length)/M as large as under token-mean: "
+            f"scale the coefficient by that, or set {SCALE_KEY} to the mean response length."
         )
 
 
