@@ -26,6 +26,11 @@ def constant(lengths: np.ndarray) -> np.ndarray:
     return np.tile(MU, (len(lengths), 1))
 
 
+def scaled(power: float) -> Mean:
+    """One direction for every length, its size ∝ L^power; about MU on average."""
+    return lambda lengths: (lengths / 100)[:, None] ** power * MU
+
+
 def turning(lengths: np.ndarray) -> np.ndarray:
     """Long responses pull another way."""
     other = np.where(np.arange(D) % 2 == 0, MU, -MU)

@@ -13,7 +13,7 @@ import re
 import numpy as np
 import pytest
 
-from tests.lab_laws import MU, D, M, Mean, batches_of, constant, group, holds, pool_of, rate, truth, turning
+from tests.lab_laws import MU, D, M, Mean, batches_of, constant, group, holds, pool_of, rate, scaled, truth, turning
 from vlnorm_verl.lab import mini_batches
 from vlnorm_verl.lab.aggregations import COMPARED, compare, noisy_responses, tradeoff
 from vlnorm_verl.lab.gram import Responses, inner_products
@@ -229,6 +229,25 @@ def test_without_bias_the_best_alpha_is_beta(beta: float) -> None:
         found.append(best.best)
         assert best.among[0] <= best.best <= best.among[1]
     assert abs(np.mean(found) - beta) < 0.25
+
+
+@pytest.mark.parametrize(("power", "best"), [(1.0, 0.0), (-0.5, 1.5)])
+def test_a_shorter_update_is_no_better(power: float, best: float) -> None:
+    """E[g | L] ∝ L^power in one direction: of all weights x, those ∝ mean/variance = L^(power − 1) have the least CV.
+
+    The noise is large, so the error is least elsewhere: where the update is shorter.
+    """
+    rng = np.random.default_rng(int(10 * power) + 50)
+    found, of_error = [], []
+    for seed in range(6):
+        pool = pool_of(rng, prompts=96, mean=scaled(power), v=1.0)
+        answer = tradeoff(batches_of(pool, seed, alphas=True), 16)
+        found.append(answer.best)
+        of_error.append(answer.least_error)
+        assert answer.among[0] <= best <= answer.among[1]
+        assert math.isnan(answer.recommended) == (best == 0)
+    assert abs(np.mean(found) - best) < 0.3
+    assert abs(np.mean(of_error) - best) > 0.4
 
 
 def test_bias_grows_with_alpha_and_large_mini_batches_want_a_smaller_one() -> None:

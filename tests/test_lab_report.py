@@ -231,7 +231,8 @@ def little() -> list[Analysis]:
 
 def some_lost() -> Tradeoff:
     known, lost = Estimate(0.5, 0.2, math.inf), Estimate(math.nan, note=LOST)
-    return replace(trade(0.75, (0.5, 1.0)), error=[known] * 9 + [lost] * 8, bias=[lost] * 4 + [known] * 13)
+    some = [known] * 9 + [lost] * 8
+    return replace(trade(0.75, (0.5, 1.0)), error=some, alignment=some, bias=[lost] * 4 + [known] * 13)
 
 
 def nothing_known(analysis: Analysis) -> Analysis:
@@ -286,7 +287,9 @@ def test_tables_of_pools_without_a_signal_say_so(little: list[Analysis]) -> None
 
 
 def test_pools_without_a_signal_can_be_drawn(little: list[Analysis]) -> None:
-    assert overview([little[0], *little[6:]]).svg.count("lost in noise") == 2
+    drawn = overview([little[0], *little[6:]]).svg
+    assert drawn.count("lost in noise") == 2
+    assert "alignment against α, mini-batch of 320" in drawn
 
 
 def test_verdicts_of_pools_without_a_signal_recommend_nothing(little: list[Analysis]) -> None:
@@ -338,13 +341,15 @@ def test_an_alpha_is_recommended_only_where_the_data_speak(
     row = dict(zip(made.columns, made.rows[0], strict=True))
     assert row["recommended"] == (answer.split()[3] if among[0] > 0 else "none")
     assert row["the data allow"] == (f"{among[0]:g} to {among[1]:g}" if among[0] < among[1] else "1")
+    assert (row["best alignment"], row["least error"]) == (f"{best:g}", "1.125")
 
 
 def test_the_verdict_says_what_is_known(little: list[Analysis]) -> None:
     said = verdict.verdict(replace(little[3], tradeoff=trade(1.0, (1.0, 1.0)), noisy=[]))
     assert "mini-batches of 320 responses" in said
     assert "the cosine 0.10 [0.05, 0.20] to that of α = 0" in said
-    assert "its alignment, which no common factor changes, is largest at α = 1.125." in said
+    assert "alignment, which no common factor changes, decides: it is largest at α = 1, where" in said
+    assert "The mean squared error, which rewards a shorter update, is least at α = 1.125." in said
 
 
 def test_the_verdict_warns_of_single_responses(little: list[Analysis]) -> None:

@@ -1,4 +1,4 @@
-"""The aggregations on mini-batches of the pool: noise and bias, predicted and measured; which α has the least error.
+"""The aggregations on mini-batches of the pool: noise and bias, predicted and measured; which α to use.
 
 The paper's Figures 1 and 5 and Table 1. Intervals are a jackknife that leaves out a block of prompts at a time.
 """
@@ -76,9 +76,12 @@ class Statistics:
     def cosine(self, m: Floats) -> Floats:
         return m[self.rows, CROSS] / (root(m[self.rows, SQUARED_MEAN]) * root(m[self.reference, SQUARED_MEAN]))
 
+    def projection(self, m: Floats) -> Floats:
+        """Alignment times ‖E G(Dr. GRPO)‖, which is common to all."""
+        return m[self.rows, CROSS] / root(m[self.rows, SQUARED_MEAN] + self.variance(m))
+
     def alignment(self, m: Floats) -> Floats:
-        square = m[self.rows, SQUARED_MEAN] + self.variance(m)
-        return m[self.rows, CROSS] / (root(square) * root(m[self.reference, SQUARED_MEAN]))
+        return self.projection(m) / root(m[self.reference, SQUARED_MEAN])
 
     def in_units(self, values: Floats, m: Floats) -> Floats:
         """In units of ‖E G(Dr. GRPO)‖²."""
@@ -115,14 +118,16 @@ def compare(batches: MiniBatches, beta: float) -> list[Comparison]:
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """Bias, variance and mean squared error of VL Norm(α) about Dr. GRPO's E G, in units of ‖E G(Dr. GRPO)‖².
+    """Alignment of VL Norm(α) with Dr. GRPO's E G; bias, variance and error about it in units of ‖E G(Dr. GRPO)‖².
 
     One of each list for each of `ALPHAS`. bias, cosine: as in `Comparison`, of the mini-batches drawn: VL Norm
     normalises within each, so the part of the bias that is between prompts grows with the mini-batch, a little.
-    variance, error: of a mini-batch of `responses` responses, the variance scaled from those drawn as 1/size. best: the
-    α of least error; NaN where it is lost in noise (`MiniBatches.lost`). among: the least and largest α whose error the
-    data do not tell from the best one's. alignment: E G·E G(Dr. GRPO) / √(E‖G‖² ‖E G(Dr. GRPO)‖²), which no factor
-    common to all updates changes; 1 is an update without noise. best_aligned: the α of the largest.
+    variance, error: of a mini-batch of `responses` responses, the variance scaled from those drawn as 1/size.
+    alignment: E G·E G(Dr. GRPO) / √(E‖G‖² ‖E G(Dr. GRPO)‖²), which no factor common to all updates changes; 1 is an
+    update without noise, and 1 − alignment² the least error of G times any such factor. It decides, since the error
+    itself rewards a shorter update, whose variance is smaller, and the learning rate or Adam undo that. best: the α of
+    the largest alignment; NaN where it is lost in noise (`MiniBatches.lost`). among: the least and largest α whose
+    alignment the data do not tell from the best one's. least_error: the α of least error.
     """
 
     responses: int
@@ -133,7 +138,7 @@ class Tradeoff:
     alignment: list[Estimate]
     best: float
     among: tuple[float, float]
-    best_aligned: float
+    least_error: float
     lost: str
 
     @property
@@ -150,7 +155,7 @@ class Tradeoff:
 
 
 def tradeoff(batches: MiniBatches, responses_of_batch: int) -> Tradeoff:
-    """Mean squared error against α.
+    """Which α is aligned best, and what the data say against the others.
 
     Args:
         batches: with the modes `OF_ALPHAS`.
@@ -158,13 +163,12 @@ def tradeoff(batches: MiniBatches, responses_of_batch: int) -> Tradeoff:
     """
     rows = [batches.row(mode) for mode in OF_ALPHAS]
     statistics = Statistics(rows, batches.row(REFERENCE), shrink=batches.responses / responses_of_batch)
-    best = int(np.argmin(statistics.error(batches.moments[0])))
+    aligned = batches.estimate(statistics.alignment)
+    best = int(np.argmax(np.nan_to_num([estimate.value for estimate in aligned], nan=-np.inf)))
     # Differences in their own unit: the reference's norm, common to all, is the noisiest number here.
-    behind = batches.estimate(lambda m: statistics.error(m) - statistics.error(m)[best])
+    behind = batches.estimate(lambda m: statistics.projection(m)[best] - statistics.projection(m))
     alike = [alpha for alpha, gap in zip(ALPHAS, behind, strict=True) if not gap.low > 0]
     known = not batches.lost
-    aligned = batches.estimate(statistics.alignment)
-    alignments = np.nan_to_num([estimate.value for estimate in aligned], nan=-np.inf)
     return Tradeoff(
         responses=responses_of_batch,
         bias=batches.estimate(lambda m: statistics.in_units(statistics.bias(m), m)),
@@ -174,7 +178,7 @@ def tradeoff(batches: MiniBatches, responses_of_batch: int) -> Tradeoff:
         alignment=aligned,
         best=ALPHAS[best] if known else math.nan,
         among=(min(alike), max(alike)) if known else (math.nan, math.nan),
-        best_aligned=ALPHAS[int(np.argmax(alignments))] if known else math.nan,
+        least_error=ALPHAS[int(np.argmin(statistics.error(batches.moments[0])))] if known else math.nan,
         lost=batches.lost,
     )
 

@@ -28,7 +28,7 @@ from vlnorm_verl.report.writers import print_table, write_tables
 FOLDED = {
     "Noise and bias of the aggregations": ("methods", "noisy_responses"),
     "How variance grows with length": ("slopes",),
-    "Bias, variance and error of each α": ("alpha",),
+    "Alignment, bias, variance and error of each α": ("alpha",),
     "Is the mean gradient the same for every length?": ("thirds",),
     "What was sampled": ("sampled",),
 }

@@ -17,7 +17,7 @@ from vlnorm_verl.lab.analysis import Analysis
 from vlnorm_verl.lab.jackknife import LOST
 from vlnorm_verl.lab.slopes import Slope
 from vlnorm_verl.lab.verdict import interval
-from vlnorm_verl.methods import BLACK, BLUE, GREEN, PALETTE, VERMILION, color_of, label_of, method_of
+from vlnorm_verl.methods import BLACK, GREEN, PALETTE, color_of, label_of, method_of
 from vlnorm_verl.report.style import Figure, figure_text, render, use_style
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ BINS = 8
 
 
 def overview(analyses: Sequence[Analysis]) -> Figure:
-    """A row for each: deviation against length, noise of the aggregations, error against α."""
+    """A row for each: deviation against length, noise of the aggregations, alignment against α."""
     import matplotlib.pyplot as plt
 
     with use_style():
@@ -39,17 +39,17 @@ def overview(analyses: Sequence[Analysis]) -> Figure:
             draw_noise(row[1], analysis)
             row[1].set_title(f"noise of a mini-batch of {analysis.drawn} responses")
             draw_tradeoff(row[2], analysis.tradeoff)
-            row[2].set_title(f"error against α, mini-batch of {analysis.tradeoff.responses}")
+            row[2].set_title(f"alignment against α, mini-batch of {analysis.tradeoff.responses}")
     return render(
         canvas,
         "overview",
-        "Growth of variance, noise of the aggregations, error against α",
+        "Growth of variance, noise of the aggregations, alignment against α",
         "Left: squared deviation of a response's gradient from its prompt's mean (the other responses) against its "
         "length, one colour a prompt, on their common level; black: means of bins, line: fitted to the mean, β with "
         "its interval. Middle: standard deviation of the aggregated gradient for a given sum of weights, over that of "
-        "VL Norm with α = 1; crosses: closed forms with variance ∝ L, plus signs: ∝ L^β. Right: bias², variance and "
-        "their sum in units of ‖E G‖²; band: 95% interval of the sum; shaded: α that the data do not tell from the "
-        "best.",
+        "VL Norm with α = 1; crosses: closed forms with variance ∝ L, plus signs: ∝ L^β. Right: alignment with the "
+        "mean gradient at α = 0, and its 95% interval; vertical line: the best α; shaded: α that the data do not tell "
+        "from it.",
     )
 
 
@@ -94,17 +94,13 @@ def short_label(mode: str) -> str:
 
 
 def draw_tradeoff(axes: Axes, trade: Tradeoff) -> None:
-    bias, variance, error = (np.array([e.value for e in part]) for part in (trade.bias, trade.variance, trade.error))
-    if not np.isfinite(error).any():
+    value, low, high = np.array([(e.value, e.low, e.high) for e in trade.alignment]).T
+    if not np.isfinite(value).any():
         axes.text(0.5, 0.5, (trade.lost or LOST).replace("; ", ";\n"), transform=axes.transAxes, ha="center")
         return
-    axes.plot(ALPHAS, bias, "--", color=VERMILION, label="bias²")
-    axes.plot(ALPHAS, variance, ":", color=BLUE, label="variance")
-    axes.plot(ALPHAS, error, color=BLACK, label="error")
-    low, high = np.array([e.low for e in trade.error]), np.array([e.high for e in trade.error])
+    axes.plot(ALPHAS, value, color=BLACK)
     axes.fill_between(ALPHAS, low, high, color=BLACK, alpha=0.12, linewidth=0)
     if math.isfinite(trade.best):
         axes.axvspan(*trade.among, color=GREEN, alpha=0.12, linewidth=0)
         axes.axvline(trade.best, color=GREEN, linewidth=1.0)
-    axes.set(xlabel="α", ylabel="in units of ‖E G‖²", ylim=(np.nanmin([0.0, *bias]), 1.6 * np.nanmax(error)))
-    axes.legend()
+    axes.set(xlabel="α", ylabel="alignment")

@@ -68,8 +68,8 @@ def summary(analyses: Sequence[Analysis]) -> Table:
         {
             "recommended": lambda a: alpha(a.tradeoff.recommended, "none"),
             "the data allow": allowed,
-            "least error": lambda a: alpha(a.tradeoff.best),
-            "best alignment": lambda a: alpha(a.tradeoff.best_aligned),
+            "best alignment": lambda a: alpha(a.tradeoff.best),
+            "least error": lambda a: alpha(a.tradeoff.least_error),
             "β": lambda a: a.slope.interval if a.slope else None,
             "cosine": lambda a: at_best(a, a.tradeoff.cosine),
             "bias²": lambda a: at_best(a, a.tradeoff.bias),
@@ -77,9 +77,10 @@ def summary(analyses: Sequence[Analysis]) -> Table:
         },
         [(a,) for a in analyses],
         [
-            "Of the α whose error the data do not tell from the least one: the paper's (1 or 0.75) nearest to it, "
-            f"for mini-batches of {analyses[0].tradeoff.responses} responses; none where α = 0 is among them. β: "
-            "exponent of the variance. Cosine, bias², variance: at the α of least error, as in the table on α."
+            "Of the α whose alignment the data do not tell from the best one: the paper's (1 or 0.75) nearest to it, "
+            f"for mini-batches of {analyses[0].tradeoff.responses} responses; none where α = 0 is among them. The "
+            "least error decides nothing: it rewards a shorter update. β: exponent of the variance. Cosine, bias², "
+            "variance: at the α of best alignment, as in the table on α."
         ],
         digits=2,
     )
@@ -147,30 +148,32 @@ def methods(analyses: Sequence[Analysis]) -> Table:
 def alpha(analyses: Sequence[Analysis]) -> Table:
     def mark(t: Tradeoff, at: int) -> str:
         if ALPHAS[at] == t.best:
-            return "least error"
+            return "best alignment"
         return "not told from it" if t.among[0] <= ALPHAS[at] <= t.among[1] else ""
 
     return _table(
         "alpha",
-        "Bias, variance and mean squared error of VL Norm(α)",
+        "Alignment, bias, variance and mean squared error of VL Norm(α)",
         {
             "α": lambda a, at: f"{ALPHAS[at]:g}",
             "": lambda a, at: mark(a.tradeoff, at),
+            "alignment": lambda a, at: a.tradeoff.alignment[at],
             "error": lambda a, at: a.tradeoff.error[at],
             "bias²": lambda a, at: a.tradeoff.bias[at],
             "variance": lambda a, at: a.tradeoff.variance[at],
-            "alignment": lambda a, at: a.tradeoff.alignment[at],
             "cosine to α = 0": lambda a, at: a.tradeoff.cosine[at],
         },
         [(a, ALPHAS.index(value)) for a in analyses for value in SHOWN_ALPHAS],
         [
-            "In units of ‖E G‖² of Dr. GRPO Norm (α = 0), which is the mean gradient whatever E[g | L] is. error = "
-            f"bias² + variance for mini-batches of {analyses[0].tradeoff.responses} responses: measured on those drawn "
-            "from the pool, the variance scaled as 1/size and the bias taken as it is (VL Norm normalises within a "
-            "mini-batch, so that of larger ones is somewhat larger).",
-            "In bias² is also any shrinkage of the update, which Adam removes; not so in the cosine of E G to that of "
-            "α = 0. Alignment: E G·E G(α = 0) / √(E‖G‖² ‖E G(α = 0)‖²), at most 1. A factor common to all updates "
-            "does not change it; Adam's scaling of each coordinate is not in any of these numbers.",
+            "Alignment: E G·E G(α = 0) / √(E‖G‖² ‖E G(α = 0)‖²), at most 1; E G of α = 0 (Dr. GRPO Norm) is the mean "
+            "gradient whatever E[g | L] is. No factor common to all updates changes it: 1 − alignment² is the least "
+            "error that any such factor leaves. The cosine is the same for E G alone, without the noise.",
+            "Error, bias², variance: in units of ‖E G‖² of α = 0. error = bias² + variance for mini-batches of "
+            f"{analyses[0].tradeoff.responses} responses: measured on those drawn from the pool, the variance scaled "
+            "as 1/size and the bias taken as it is (VL Norm normalises within a mini-batch, so that of larger ones is "
+            "somewhat larger). A shorter update has more bias² and less variance, so that with much noise it has the "
+            "smaller error; the learning rate or Adam undo both. Adam's scaling of each coordinate is not in any of "
+            "these numbers.",
             "The grid of α is finer than the table (0.125). Intervals 95%: jackknife over blocks of prompts.",
         ],
     )

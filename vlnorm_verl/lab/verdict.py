@@ -40,14 +40,15 @@ def verdict(analysis: Analysis) -> str:
         )
     if wanted.lost:
         said.append(
-            "The mean gradient is lost in noise, so which α has the least error cannot be said: of "
+            "The mean gradient is lost in noise, so which α is aligned best cannot be said: of "
             f"{analysis.prompts} prompts of the pool {analysis.mixed} have rewards that differ."
         )
     else:
         cosine = interval(wanted.cosine[ALPHAS.index(wanted.best)])
         said.append(
-            f"The mean squared error is least at α = {wanted.best:g}, where the update has the cosine {cosine} to that "
-            f"of α = 0; its alignment, which no common factor changes, is largest at α = {wanted.best_aligned:g}."
+            f"The alignment, which no common factor changes, decides: it is largest at α = {wanted.best:g}, where the "
+            f"update has the cosine {cosine} to that of α = 0. The mean squared error, which rewards a shorter update, "
+            f"is least at α = {wanted.least_error:g}."
         )
     if analysis.noisy:
         said.append(
