@@ -350,6 +350,8 @@ def test_the_verdict_says_what_is_known(little: list[Analysis]) -> None:
     assert "the cosine 0.10 [0.05, 0.20] to that of α = 0" in said
     assert "alignment, which no common factor changes, decides: it is largest at α = 1, where" in said
     assert "The mean squared error, which rewards a shorter update, is least at α = 1.125." in said
+    assert "(all, 24 parameters)" in said  # they may be few of the model's
+    assert "if E[g | L], and the variance at a given length, were the same for all prompts and lengths, α = β" in said
 
 
 def test_the_verdict_warns_of_single_responses(little: list[Analysis]) -> None:

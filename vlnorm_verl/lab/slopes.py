@@ -95,7 +95,8 @@ class Slope:
     """How ‖g_i − E g_i‖² grows with L_i on the prompts with many responses.
 
     log_log: exponent of Figure 4's points, bootstrap over the responses of these prompts.
-    mean: exponent of the mean (`mean_slopes`), the same bootstrap. α = this β has the least variance.
+    mean: exponent of the mean (`mean_slopes`), the same bootstrap. α = this β has the least variance if E[g | L], and
+    the variance at a given length, are the same for all prompts and lengths.
     over_prompts: mean of the single prompts' exponents, t interval: for the mean β of the task's prompts. Without an
     interval where a prompt's is beyond `BETAS`: the others would be selected by their value.
     points: (L, d) of each prompt, d by leave-one-out.

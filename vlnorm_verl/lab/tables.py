@@ -102,7 +102,8 @@ def slopes(analyses: Sequence[Analysis]) -> Table:
         [
             "E g_i of a prompt is the mean of its other responses. Log–log: least squares of the logarithms, as the "
             "paper's Figure 4 shows them. Of the mean: E d = c L^β, a constant for each prompt, corrected for the "
-            "noise of E g_i; this one tells how variances add up, and α = β has the least variance.",
+            "noise of E g_i; this one tells how variances add up. If E[g | L], and the variance at a given length, "
+            "were the same for all prompts and lengths, α = β would have the least variance.",
             "Intervals 95%: bootstrap over the responses of these prompts; over prompts: t interval for the mean β of "
             "the task's prompts (a single other prompt varies more). β moves during training.",
         ],

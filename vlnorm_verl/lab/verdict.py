@@ -32,11 +32,13 @@ def headline(trade: Tradeoff) -> str:
 def verdict(analysis: Analysis) -> str:
     """What the answer rests on, and how sure it is."""
     wanted = analysis.tradeoff
-    said = [f"{analysis.name} ({analysis.gradients}), mini-batches of {wanted.responses} responses:"]
+    gradients = f"{analysis.gradients}, {analysis.entries:,} parameters"
+    said = [f"{analysis.name} ({gradients}), mini-batches of {wanted.responses} responses:"]
     if analysis.slope and math.isfinite(analysis.slope.mean.value):
         said.append(
             f"the variance of a response's gradient grows as L^β with β = {interval(analysis.slope.interval)}; if "
-            "E[g | L] were the same for every length, α = β would have the least variance."
+            "E[g | L], and the variance at a given length, were the same for all prompts and lengths, α = β would have "
+            "the least variance."
         )
     if wanted.lost:
         said.append(
