@@ -411,7 +411,7 @@ def test_wrong_tasks_are_refused(tmp_path: Path) -> None:
         (("custom", data, str(tmp_path / "broken.py")), "No module named 'a_module_that_is_not_there'"),
         (("custom", data, "pkg://vlnorm_verl.files", "score"), "cannot be loaded"),
         (("custom", data, "pkg://vlnorm_verl.files", "UserError"), "is not a plain function (def)"),
-        (("custom", data, str(tmp_path / "waits.py")), "is not a plain function (def)"),
+        (("custom", data, str(tmp_path / "waits.py")), "wrap it in one, a coroutine with asyncio.run"),
     ):
         with pytest.raises(UserError) as caught:
             load_task(*arguments)

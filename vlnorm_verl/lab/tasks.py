@@ -133,7 +133,10 @@ def _own_reward(path: str, name: str) -> Callable[..., Any]:
         reason = error.__cause__ or error
         raise UserError(f"--reward {path}, --reward-name {name}: cannot be loaded: {reason}") from error
     if not inspect.isfunction(function) or inspect.iscoroutinefunction(function):
-        raise UserError(f"--reward {path}, --reward-name {name}: {function!r:.100} is not a plain function (def)")
+        raise UserError(
+            f"--reward {path}, --reward-name {name}: {function!r:.100} is not a plain function (def); "
+            "wrap it in one, a coroutine with asyncio.run"
+        )
     return function
 
 
