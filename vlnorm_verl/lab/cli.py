@@ -50,7 +50,9 @@ def run(
     pool_responses: Annotated[int, typer.Option(min=2, help="Responses to each of them, as rollout.n.")] = 8,
     max_response_length: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens after which a response is cut.", show_default="256 for tiny, else 3072"),
+        typer.Option(
+            min=1, help="Tokens after which a response is cut, as in training.", show_default="256 for tiny, else 3072"
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of the sampling, as in training.")] = 1.0,
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
