@@ -311,4 +311,4 @@ def test_one_version_everywhere() -> None:
     assert citation["version"] == vlnorm_verl.__version__
     assert f"\n## {vlnorm_verl.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     for file in ("recipes/cluster/Dockerfile", "recipes/cluster/rayjob.yaml", "docs/clusters.md"):
-        assert f"your-registry/vlnorm-verl:{vlnorm_verl.__version__}" in (ROOT / file).read_text()
+        assert f"registry.example.com/vlnorm-verl:{vlnorm_verl.__version__}" in (ROOT / file).read_text()
