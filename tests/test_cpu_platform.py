@@ -316,3 +316,25 @@ def test_zygote_forks_a_worker(tmp_path: Path) -> None:
     assert result.returncode == 7, result.stderr
     # The server's pid as the parent: a shadow that fell back to a plain python would have its own.
     assert result.stdout.strip() == f"['a b'] hello {tmp_path} {server.pid}"
+
+
+def test_zygote_ends_with_its_raylet() -> None:
+    """Though nobody waits for that, so that it is a zombie; with a Python that has no os.pidfd_open, as conda's."""
+    raylet = subprocess.Popen(["sleep", "600"])
+    code = "import os, sys; from vlnorm_verl.cpu import zygote; zygote.PRELOAD = ()\nif hasattr(os, 'pidfd_open'):"
+    code += " del os.pidfd_open\nzygote.serve(int(sys.argv[1]))"
+    server = subprocess.Popen([sys.executable, "-c", code, str(raylet.pid)])
+    try:
+        wait_for(lambda: zygote.socket_path(raylet.pid)[1:] in Path("/proc/net/unix").read_text(), seconds=60)
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.wait(1)
+        raylet.kill()
+        assert server.wait(60) == 0
+        assert zygote.birth(raylet.pid) == b""
+    finally:
+        server.kill()
+        server.wait()
+        raylet.kill()
+        raylet.wait()
+    assert zygote.birth(raylet.pid) == b""
+    assert zygote.birth(os.getpid())

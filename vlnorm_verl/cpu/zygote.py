@@ -25,7 +25,6 @@ import importlib
 import json
 import os
 import runpy
-import select
 import signal
 import socket
 import struct
@@ -124,8 +123,23 @@ def start_zygote(raylet: int) -> None:
 # ---------------------------------------------------------------- the zygote
 
 
+def birth(pid: int) -> bytes:
+    """When a process was started, b"" if it has ended, also as a zombie. With its pid this is no other process.
+
+    Not os.pidfd_open: conda's Python and kernels before 5.3 have none.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            state, *fields = stat.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+    return b"" if state in b"ZX" else fields[18]  # field 22 of proc(5)
+
+
 def serve(raylet: int) -> None:
     """Bind first (the socket is the lock), import, then fork on request until the raylet has ended."""
+    if not (born := birth(raylet)):
+        return
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         server.bind(socket_path(raylet))
@@ -138,12 +152,7 @@ def serve(raylet: int) -> None:
     gc.freeze()  # keep the collector from touching (copying) the shared pages in every fork
     server.settimeout(0.2)
     shadows: dict[int, socket.socket] = {}  # pid of a fork -> connection to its shadow
-    raylet_ended = select.poll()
-    try:
-        raylet_ended.register(os.pidfd_open(raylet))  # readable once it has ended, also as a zombie
-    except ProcessLookupError:
-        return
-    while not raylet_ended.poll(0):
+    while birth(raylet) == born:
         report_ended(shadows)
         kill_orphans(shadows)
         try:
