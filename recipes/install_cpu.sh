@@ -4,6 +4,7 @@
 #   bash recipes/install_cpu.sh             what the quickstart and the tests need; a second call is quick
 #   PYTHON=python3.12 bash recipes/install_cpu.sh    with another interpreter (3.11 or 3.12; default: python3)
 set -euo pipefail
+unset PYTHONPATH PYTHONHOME # else an environment module's packages come first
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() {
@@ -36,6 +37,11 @@ case $(version "$python") in
   3.11 | 3.12) ;;
   *) fail "$python: Python 3.11 or 3.12 is needed (by verl and by numpy 2.3); name one with PYTHON=python3.11" ;;
 esac
+glibc=$("$python" -c 'import os; print(os.confstr("CS_GNU_LIBC_VERSION").split()[1])' 2> /dev/null || true)
+[ "$(printf '2.31\n%s\n' "$glibc" | sort -V | head -n 1)" = 2.31 ] ||
+  fail "glibc ${glibc:-not found}: the wheels need 2.31 or newer (Ubuntu 20.04, Debian 11, RHEL 9)"
+"$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2> /dev/null ||
+  fail "libnuma.so.1 is missing, which vLLM's CPU build needs: apt-get install libnuma1, or dnf install numactl-libs"
 
 echo "Installing the CPU stack into $target (about 4 GB on disk; a minute or two on a fast line) …"
 source recipes/installer.sh

@@ -9,6 +9,8 @@
 #
 # The same command again continues after a stop. recipes/config/family/quickstart.yaml has its values.
 set -euo pipefail
+unset PYTHONHOME
+[ -n "${VERL_USE_EXTERNAL_MODULES:-}" ] || unset PYTHONPATH # else an environment module's packages come first
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash recipes/install_cpu.sh
 exec .venv/bin/python -m vlnorm_verl launch --report family=quickstart task=countdown length=8192 model=tiny "$@"

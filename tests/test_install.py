@@ -176,6 +176,44 @@ def test_the_cpu_stack_says_which_python_does_not_fit(tmp_path: Path) -> None:
     assert (done.returncode, ".venv has Python 3.12. Remove it" in done.stderr) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("asked", "answer", "said"),
+    [
+        ("CS_GNU_LIBC_VERSION", "echo 2.28", "glibc 2.28: the wheels need 2.31 or newer"),
+        ("CS_GNU_LIBC_VERSION", "exit 1", "glibc not found: the wheels need 2.31 or newer"),  # musl
+        ("libnuma", "exit 1", "libnuma.so.1 is missing, which vLLM's CPU build needs: apt-get install libnuma1"),
+        ("venv", "echo goes on >&2; exit 1", "goes on"),
+    ],
+)
+def test_what_the_system_lacks_is_said_before_anything_is_installed(
+    asked: str, answer: str, said: str, tmp_path: Path
+) -> None:
+    python = script(tmp_path / "python", f'case "$*" in *{asked}*) {answer} ;; *) exec {sys.executable} "$@" ;; esac')
+    done = cpu_stack(tmp_path, PYTHON=str(python))
+    assert (done.returncode, said in done.stderr) == (1 if asked == "venv" else 2, True), done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_packages_of_an_environment_module_stay_away(tmp_path: Path) -> None:
+    shown = 'echo "home=${PYTHONHOME:-} path=${PYTHONPATH:-}"'
+    script(tmp_path / "recipes/install_cpu.sh", "exit 0")
+    script(tmp_path / ".venv/bin/python", shown)
+    shutil.copy(PROJECT / "recipes/quickstart.sh", tmp_path / "recipes")
+    python = script(tmp_path / "python", f"{shown} >> {tmp_path}/seen; exit 1")
+    modules = {"PYTHONPATH": "/other", "PYTHONHOME": "/other"}
+
+    def said(**variables: str) -> str:
+        command = ["bash", str(tmp_path / "recipes/quickstart.sh")]
+        return subprocess.run(command, env=os.environ | modules | variables, capture_output=True, text=True).stdout
+
+    assert said() == "home= path=\n"
+    assert said(VERL_USE_EXTERNAL_MODULES="mine") == "home= path=/other\n"  # where mine is
+    (tmp_path / "recipes/install_cpu.sh").unlink()
+    shutil.rmtree(tmp_path / ".venv")
+    cpu_stack(tmp_path, PYTHON=str(python), **modules)
+    assert (tmp_path / "seen").read_text() == "home= path=\n"
+
+
 @pytest.mark.parametrize("name", ["install_cpu.sh", "install_gpu.sh"])
 def test_a_half_made_environment_is_removed(name: str, tmp_path: Path) -> None:
     """As Debian's python3 without python3-venv leaves it."""
