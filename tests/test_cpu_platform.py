@@ -22,6 +22,7 @@ import torch
 import vlnorm_verl.cpu as cpu
 from tests import warm
 from tests.processes import wait_for
+from vlnorm_verl import machine
 from vlnorm_verl.cpu import PatchError, install, patches, vllm_plugin, zygote
 
 
@@ -180,6 +181,18 @@ def test_environment_is_complete() -> None:
     assert environment["VERL_PLATFORM"] == "cpu"
     assert environment["OMP_NUM_THREADS"] == "3"
     assert all(isinstance(value, str) for value in environment.values())
+
+
+def test_threads_are_the_users_or_the_cpus_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machine, "limits", lambda *names: [])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3, 5})
+    assert cpu.cpu_environment()["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setattr(machine, "limits", lambda *names: ["200000 100000"])
+    assert cpu.cpu_environment()["OMP_NUM_THREADS"] == "2"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as modules of some clusters do
+    assert cpu.cpu_environment()["OMP_NUM_THREADS"] == "1"
+    assert cpu.cpu_environment(threads=4)["OMP_NUM_THREADS"] == "4"
 
 
 # ---------------------------------------------------------------- weights between processes

@@ -399,6 +399,36 @@ def test_several_nodes_need_a_cluster(tmp_path: Path, monkeypatch: pytest.Monkey
     assert launch.cannot_run(config) == ""
 
 
+@pytest.mark.parametrize("model", ["tiny", "3b"])
+def test_a_ray_of_ones_own_needs_a_home_and_short_paths(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "driver", lambda: ((13, 0), 8))
+    monkeypatch.setattr(machine, "cpus", lambda: 34)
+    monkeypatch.setattr(machine, "compiler_problem", lambda: None)
+    monkeypatch.setattr(machine, "home_problem", lambda: machine.Defect("no home", "Take one"))
+    monkeypatch.setenv("TMPDIR", "/" + "x" * 60)
+    config = composed(tmp_path, f"model={model}", "attention=sdpa")
+    first, second = launch.cannot_run(config).splitlines()
+    assert first == "no home. Take one"
+    assert "is too long for Ray's sockets" in second
+    # Ray's own setting of its folder, and a Ray that runs already.
+    elsewhere = composed(tmp_path, f"model={model}", "attention=sdpa", "+ray_kwargs.ray_init._temp_dir=/tmp/r")
+    assert launch.cannot_run(elsewhere) == first
+    monkeypatch.setenv("RAY_ADDRESS", "host:6379")
+    assert launch.cannot_run(config) == ""
+
+
+def test_little_memory_is_a_note_of_a_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory_problem", lambda: machine.Defect("3.9 GB", "Close"))
+    monkeypatch.setattr(launch, "prepare_environment", lambda *_: "")  # it would turn this process to the CPU
+    monkeypatch.setattr(launch, "run_here", lambda *_: 0)
+    console = terminal(record=True, width=400, file=io.StringIO())
+    paths = [f"recipe.root={tmp_path / 'runs'}", f"recipe.data={tmp_path / 'data'}"]
+    assert launch.launch(Request(RECIPES, [*paths, "model=tiny"]), console) == 0
+    assert "note: 3.9 GB. Close" in console.export_text()
+
+
 # ------------------------------------------------------------------------------------------------------ where it runs
 
 

@@ -4,7 +4,9 @@ Covered: the decision itself, by real interpreters and the real launcher. Not co
 are given. Another environment is a stand-in that answers as one for GPUs would.
 """
 
+import datetime
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -131,6 +133,110 @@ def test_a_containers_cpus_are_its_limit_as_for_ray(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("RAY_USE_MULTIPROCESSING_CPU_COUNT", raising=False)
     monkeypatch.setattr("ray._private.utils._get_docker_cpus", lambda: 3.0)
     assert machine.cpus() == 3
+
+
+V1 = "5:memory:/docker/a\n4:cpu,cpuacct:/docker/a\n0::/"
+CFS = {"cpu.cfs_quota_us": "150000", "cpu.cfs_period_us": "100000"}
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cpus"),
+    [
+        ("0::/", {"cpu.max": "200000 100000"}, 2),  # a container
+        ("0::/", {"cpu.max": "max 100000"}, 64),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "9900000 100000"}, 64),
+        ("0::/user/shell", {"user/cpu.max": "400000 100000", "user/shell/cpu.max": "max 100000"}, 4),  # a login node
+        ("0::/user/shell", {"user/cpu.max": "400000 100000", "user/shell/cpu.max": "300000 100000"}, 3),
+        (V1, {f"cpu/{name}": text for name, text in CFS.items()}, 1),  # a container that is told the host's path
+        (V1, {f"cpu/docker/a/{name}": text for name, text in CFS.items()}, 1),
+        (V1, {f"memory/{name}": text for name, text in CFS.items()}, 64),  # another controller's
+        (V1, {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+        (None, {}, 64),  # a kernel without control groups
+    ],
+)
+def test_a_quota_of_cpus_counts(
+    own: str | None, files: dict[str, str], cpus: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    control_groups(monkeypatch, tmp_path, own, files)
+    assert machine.usable_cpus() == cpus
+
+
+def control_groups(monkeypatch: pytest.MonkeyPatch, folder: Path, own: str | None, files: dict[str, str]) -> None:
+    monkeypatch.setattr(machine, "CGROUPS", folder)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", folder / "own")
+    for name, text in (files if own is None else files | {"own": own}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("available", "own", "files", "said"),
+    [
+        (7.1e9, "0::/", {"memory.max": "max"}, ""),
+        (3.9e9, "0::/", {"memory.max": "max"}, "3.9 GB of memory are free; a run of the tiny model can take 7"),
+        (60e9, "0::/", {"memory.max": "4000000000"}, "4.0 GB of memory"),
+        (60e9, V1, {"memory/memory.limit_in_bytes": "4000000000"}, "4.0 GB of memory"),
+        (60e9, V1, {"memory/memory.limit_in_bytes": "9223372036854771712"}, ""),
+    ],
+)
+def test_little_memory(
+    available: float, own: str, files: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    control_groups(monkeypatch, tmp_path, own, files)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=int(available)))
+    problem = machine.memory_problem()
+    assert (said in problem.what) if problem else not said
+
+
+def test_a_home_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Docker's HOME=/ of an unknown user. Whoever tests may be root, to whom every folder is open."""
+    for name in (
+        "XDG_CACHE_HOME",
+        "HF_HOME",
+        "HF_DATASETS_CACHE",
+        *(f"RAY_AUTH_{x}" for x in ("MODE", "TOKEN", "TOKEN_PATH")),
+    ):
+        monkeypatch.delenv(name, raising=False)
+    (home := tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    assert machine.home_problem() is None
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(home)))
+    problem = machine.home_problem()
+    assert problem is not None
+    assert problem.what.startswith(f"{home}/.cache/huggingface and {home}/.ray cannot be written")
+    # One that is not there yet is made where it belongs, if that can be.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert str(machine.home_problem()).startswith(f"{home}/.ray cannot be written")
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").touch()
+    assert machine.home_problem() is None
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_that_is_too_long_for_rays_sockets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is that of Ray itself."""
+    from ray._common.utils import get_default_ray_temp_dir
+    from ray._private.utils import validate_socket_filepath
+
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/" + "x" * 99)
+    monkeypatch.setattr(os, "getpid", lambda: 54321)
+    problem = machine.sockets_problem()
+    assert problem is not None
+    assert "is too long for Ray's sockets (41 bytes at most). Set TMPDIR=/tmp" in str(problem)
+    for length in (41, 42):
+        monkeypatch.setenv(name, "/" + "é" * 10 + "x" * (length - 21))
+        now = f"{datetime.datetime(2026, 11, 28, 1, 2, 3, 4):%Y-%m-%d_%H-%M-%S_%f}"  # as ray/_private/node.py has it
+        path = f"{get_default_ray_temp_dir()}/session_{now}_{os.getpid()}/sockets/plasma_store"
+        if length == 41:
+            assert machine.sockets_problem() is None
+            validate_socket_filepath(path)
+        else:
+            assert machine.sockets_problem() is not None
+            with pytest.raises(OSError, match="cannot exceed 107 bytes"):
+                validate_socket_filepath(path)
 
 
 def test_small_shared_memory_and_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

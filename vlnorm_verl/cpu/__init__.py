@@ -13,6 +13,8 @@ import os
 import sys
 from pathlib import Path
 
+from vlnorm_verl.machine import usable_cpus
+
 
 class PatchError(RuntimeError):
     """Something that must be patched is not where it was: this verl or vLLM is not supported on the CPU."""
@@ -26,15 +28,14 @@ def is_active() -> bool:
 def cpu_environment(threads: int | None = None) -> dict[str, str]:
     """The environment variables of a CPU run, for the process that starts verl; its children inherit them.
 
-    threads: OpenMP threads of each process; default: all cores of this process.
+    threads: OpenMP threads of each process; default: OMP_NUM_THREADS, else as many as there are CPUs for this process.
     """
-    threads = threads or len(os.sched_getaffinity(0))
     return {
         "VERL_PLATFORM": "cpu",
         # verl registers its FSDP engine for cuda and npu only (workers/engine/fsdp/transformer_impl.py:1143)
         "VERL_ENGINE_DEVICE": "cuda",
         "VERL_ENGINE_VENDOR": "nvidia",
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(threads or os.environ.get("OMP_NUM_THREADS") or usable_cpus()),
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would put two engines on the same cores
         "TORCHDYNAMO_DISABLE": "1",  # compiling costs half a minute at the first generation and needs g++

@@ -139,9 +139,11 @@ def launch(request: Request, console: Console | None = None) -> int:
     if unfit := unfit or cannot_run(config):
         raise UserError("\n".join(filter(None, [unfit, missing_files(config)])))
     console.print(f"environment: {machine.this_environment()}")
+    tight = [machine.memory_problem()]
     if not is_cpu(config):
-        for problem in machine.tight(Path(config.recipe.folder), (config.recipe.model,)):
-            console.print(f"note: {problem}", style="yellow")
+        tight = [*machine.tight(Path(config.recipe.folder), (config.recipe.model,))]
+    for problem in filter(None, tight):
+        console.print(f"note: {problem}", style="yellow")
     code = run_here(request, asked, config, console)
     if request.report and state(config) == "finished":
         draw_report(folder, console)
@@ -232,15 +234,18 @@ def prepare_environment(recipes: Path, config: DictConfig) -> str:
 
 def cannot_run(config: DictConfig) -> str:
     """What this machine lacks for a run beside an environment, "" if nothing."""
-    if config.trainer.nnodes > 1 and not os.environ.get("RAY_ADDRESS"):
+    own_ray = not os.environ.get("RAY_ADDRESS")
+    if config.trainer.nnodes > 1 and own_ray:
         return (
             f"trainer.nnodes={config.trainer.nnodes}, and this run would start a Ray of its own on this machine alone: "
             "set RAY_ADDRESS, or give --on slurm or --on kubernetes"
         )
-    if is_cpu(config):
-        return ""
-    problems = [machine.flash_attention_problem()] if wants_flash_attention(config) else []
-    if not os.environ.get("RAY_ADDRESS"):
+    problems = [machine.home_problem()] if own_ray else []
+    if own_ray and "_temp_dir" not in config.ray_kwargs.ray_init:
+        problems.append(machine.sockets_problem())
+    if not is_cpu(config) and wants_flash_attention(config):
+        problems.append(machine.flash_attention_problem())
+    if not is_cpu(config) and own_ray:
         cuda, gpus = machine.this_environment().cuda or machine.WHEELS_CUDA, config.trainer.n_gpus_per_node
         problems += [machine.driver_problem(cuda, gpus), machine.compiler_problem(), machine.vllm_port_problem()]
         if config.ray_kwargs.ray_init.num_cpus is None:
