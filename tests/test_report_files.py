@@ -102,6 +102,16 @@ def test_csv_reads_back(table: Table) -> None:
     assert [row["Δ"] for row in rows] == ["", "0.12345", "", "0.5"]
 
 
+def test_no_text_of_a_csv_is_a_formula() -> None:
+    texts = ["=1+1", "+1", "-x", "@SUM(A1)", "\tx", "\r=x"]
+    rows: list[list[Cell]] = [[text, Estimate(-0.5, note=text)] for text in texts]
+    heading, *written = csv.reader(io.StringIO(writers.to_csv(Table("t", "t", ["=a", "b"], rows)), newline=""))
+    assert heading == ["'=a", "b", "b low", "b high", "b note"]
+    shown = [f"'{text}".replace("\r", "\n") for text in texts]
+    assert written == [[text, "-0.5", "", "", text] for text in shown]
+    assert writers.to_csv(Table("t", "t", ["a"], [["x\r=1"]])) == 'a\n"x\n=1"\n', "one row"
+
+
 def test_json_is_json(table: Table) -> None:
     def refuse(constant: str) -> None:
         raise ValueError(constant)

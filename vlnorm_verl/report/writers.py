@@ -65,13 +65,14 @@ def _markdown(text: str) -> str:
 def to_csv(table: Table) -> str:
     """A header and one line a row, numbers in full precision; empty where there is no value.
 
-    A column with an Estimate becomes four: its value, "… low", "… high" and "… note".
+    A column with an Estimate becomes four: its value, "… low", "… high" and "… note". Text that a spreadsheet would run
+    as a formula begins with "'".
     """
     wide = [any(isinstance(row[index], Estimate) for row in table.rows) for index in range(len(table.columns))]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
-        name
+        _no_formula(name)
         for column, four in zip(table.columns, wide, strict=True)
         for name in ([column, f"{column} low", f"{column} high", f"{column} note"] if four else [column])
     )
@@ -82,8 +83,15 @@ def to_csv(table: Table) -> str:
                 fields += [_plain(cell.value), _plain(cell.low), _plain(cell.high), cell.note]
             else:
                 fields += [_plain(cell), *([None] * 3 if four else [])]
-        writer.writerow(fields)
+        writer.writerow(map(_no_formula, fields))
     return buffer.getvalue()
+
+
+def _no_formula(field: str | int | float | None) -> str | int | float | None:
+    if not isinstance(field, str):
+        return field
+    text = field.replace("\r", "\n")  # csv writes a field with "\r" without quotes, so that it begins another row
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\n")) else text
 
 
 def to_json(table: Table) -> str:
