@@ -25,6 +25,15 @@ def test_runs_are_found_below_a_folder_but_not_in_their_own_dumps(tmp_path: Path
     assert sorted(run.name for run in read(tmp_path)) == ["dapo_norm-0", "experiment", "vl_norm-1.0-0"]
 
 
+def test_names_of_a_runs_own_folders_say_nothing_elsewhere(tmp_path: Path) -> None:
+    """verl's trainer.default_local_dir is checkpoints/PROJECT/EXPERIMENT."""
+    for name in ("checkpoints", "rollouts", "validation", "smoke"):
+        put(tmp_path / name / "project" / f"{name}.jsonl", text((0, 10, 0.0)))
+        put(tmp_path / "run" / name / "not.jsonl", text((0, 10, 0.0)))
+    put(tmp_path / "run" / "mine.jsonl", text((0, 10, 0.0)))
+    assert sorted(run.name for run in read(tmp_path)) == ["checkpoints", "mine", "rollouts", "validation"]
+
+
 def test_a_run_that_is_given_twice_is_read_once(tmp_path: Path) -> None:
     folder = write_run(tmp_path, curve={1: 0.5})
     assert len(read(folder, tmp_path, f"{folder}/")) == 1

@@ -25,8 +25,8 @@ import msgspec
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs.records import RECORD, decode
 
-# Folders of a run that hold no metrics of a run of its own, and the launcher's two-step smoke runs.
-NOT_SEARCHED = {"checkpoints", "rollouts", "validation", "smoke", "__pycache__"}
+NOT_SEARCHED = {"smoke", "__pycache__"}  # the launcher's two-step smoke runs
+OF_A_RUN = {"checkpoints", "rollouts", "validation"}  # in the folder of a run these hold no other run
 STARTS = re.compile(r"metrics-(\d+)\.jsonl")
 TRIED_LINES = 10  # of a file: its first ones may be empty, cut or corrupt
 LONGEST_LINE = 1 << 24
@@ -129,10 +129,11 @@ def _search(path: Path) -> Iterator[Source]:
             folders.clear()
             continue
         seen.add(real)
-        wanted = [name for name in folders if name not in NOT_SEARCHED and not name.startswith(".")]
-        folders[:] = sorted(wanted, key=lambda name: ((folder / name).is_symlink(), name))
         sources = list(_sources(folder, sorted(names), path))
         yield from sources
+        passed_over = NOT_SEARCHED | (OF_A_RUN if sources else set())
+        wanted = [name for name in folders if name not in passed_over and not name.startswith(".")]
+        folders[:] = sorted(wanted, key=lambda name: ((folder / name).is_symlink(), name))
         if sources and (sources[0].kind == "wandb" or (sources[0].kind == "jsonl" and _many(sources[0]))):
             folders.clear()  # what lies below is of the same run
 
