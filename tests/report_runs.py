@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from vlnorm_verl.report import build, tables, verdict
@@ -63,6 +64,15 @@ def write_run(
         (folder / "validation").mkdir(exist_ok=True)
         text = "".join(dump_line(problem, right) for problem, found in problems.items() for right in found)
         (folder / "validation" / f"{step}.jsonl").write_text(text)
+    return folder
+
+
+def configure(folder: Path, **keys: Any) -> Path:
+    """The run with these keys in its configuration, too; in their names "__" is "."."""
+    config = OmegaConf.load(folder / "config.yaml")
+    for key, value in keys.items():
+        OmegaConf.update(config, key.replace("__", "."), value, force_add=True)
+    OmegaConf.save(config, folder / "config.yaml")
     return folder
 
 

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.report_runs import accuracy, made, put, read, read_one, record, report, said, table_of, text, write_run
+from tests.report_runs import (
+    accuracy,
+    configure,
+    made,
+    put,
+    read,
+    read_one,
+    record,
+    report,
+    said,
+    table_of,
+    text,
+    write_run,
+)
 from vlnorm_verl.files import UserError
-from vlnorm_verl.report.identity import Setting
+from vlnorm_verl.report.identity import Setting, from_config
 
 # ---------------------------------------------------------------------------------------------------------------- found
 
@@ -179,6 +193,46 @@ def test_a_plain_run_of_verl_with_hydras_configuration(tmp_path: Path) -> None:
     assert (run.method_key, run.seed, run.planned_steps) == ("grpo_norm", 4, 50)
     assert run.setting == Setting(model="Qwen2.5-3B", length="512")
     assert [row["step"] for row in made([run], "results")] == ["7 of 50"]
+
+
+@pytest.mark.parametrize(
+    ("task", "read_as"),
+    [
+        ("${oc.env:SOME_TOKEN}", None), ("${ oc.env:SOME_TOKEN}", None), ("${${resolver}:SOME_TOKEN}", None),
+        ("${oc.select:none,${oc.env:SOME_TOKEN}}", None), ("${other}", None), ("x${oc.decode:1}", None),
+        ("${a.b}", "fine"), ("${oc.select:a.b,null}", "fine"), ("${oc.select:other,default}", "default"),
+    ],
+)  # fmt: skip
+def test_a_configuration_calls_no_resolver(
+    task: str, read_as: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be somebody else's, and the environment is the reader's."""
+    monkeypatch.setenv("SOME_TOKEN", "hunter2")
+    more = {"resolver": "oc.env", "other": "${oc.env:SOME_TOKEN}", "a": {"b": "fine"}}
+    run = read_one(configure(write_run(tmp_path, curve={10: 0.5}), recipe__task=task, **more))
+    assert (run.setting.task or None) == read_as
+    assert "hunter2" not in str(vars(run))
+
+
+SYNC_STEP = {"separate_async": {"parameter_sync_step": 4}}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "of_optimizer", "planned"),
+    [
+        ({"total_training_steps": None}, 465, 465), ({"total_training_steps": None}, -1, None),
+        ({"total_training_steps": 50, "use_v1": True}, 465, 50),
+        ({"use_v1": True, "v1": {"trainer_mode": "sync", **SYNC_STEP}}, 8, 8),
+        ({"use_v1": True, "v1": {"trainer_mode": "separate_async", **SYNC_STEP}}, 8, 2),
+        ({"use_v1": False, "v1": {"trainer_mode": "separate_async", **SYNC_STEP}}, 8, 8),
+    ],
+)  # fmt: skip
+def test_planned_steps_are_the_optimizers_where_the_trainer_has_none(
+    trainer: dict[str, Any], of_optimizer: int, planned: int | None
+) -> None:
+    """verl fills these in before it logs: trainer/ppo/ray_trainer.py:447, trainer/ppo/v1/trainer_base.py:782."""
+    config = {"trainer": trainer, "actor_rollout_ref": {"actor": {"optim": {"total_training_steps": of_optimizer}}}}
+    assert from_config(config, "").planned_steps == planned
 
 
 @pytest.mark.parametrize(("whole", "method"), [(True, "grpo_norm"), (False, "vl_norm:1")])

@@ -10,7 +10,21 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.report_runs import KEY, foot, looked_at, made, put, random_dump, read, read_one, record, text, write_run
+from tests.report_runs import (
+    KEY,
+    configure,
+    foot,
+    looked_at,
+    made,
+    put,
+    random_dump,
+    read,
+    read_one,
+    record,
+    report,
+    text,
+    write_run,
+)
 from vlnorm_verl.report import groups, measures, verdict
 from vlnorm_verl.report.identity import Setting
 from vlnorm_verl.report.run import Run
@@ -96,6 +110,45 @@ def test_seeds_with_other_configurations_are_named(tmp_path: Path) -> None:
     (which,) = looked_at(read(tmp_path))["Counted as seeds of one method, but configured differently"]
     assert which.startswith("VL Norm (α = 1) (")
     assert which.endswith("; actor_rollout_ref.actor.optim.lr)")
+
+
+DIFFERENTLY = "Counted as seeds of one method, but configured differently"
+
+
+def test_what_tells_honest_seeds_apart_is_no_other_configuration(tmp_path: Path) -> None:
+    """Among it what verl and the launcher write: names of the run, seeds, roots of data, environments of Ray."""
+    for seed in (0, 1):
+        names = {"project_name": f"study {seed}", "experiment_name": f"run {seed}"}
+        variables = {"TENSORBOARD_DIR": f"runs/{seed}", "WANDB_API_KEY": f"hunter2-{seed}"}
+        configure(
+            write_run(tmp_path / "runs", seed=seed, curve={10: 0.5}),
+            trainer=names | {"logger": ["file"] * (seed + 1), "wandb_proxy": f"http://hunter2-{seed}@proxy"},
+            actor_rollout_ref__rollout__trace=names,
+            actor_rollout_ref__actor__data_loader_seed=seed,
+            data={"seed": seed, "train_files": f"/disk{seed}/math/train.parquet"},
+            ray_kwargs__ray_init__runtime_env__env_vars=variables,
+            reward__judge={"api_key": f"hunter2-{seed}", "Password": f"hunter2-{seed}", "hf_token": f"hunter2-{seed}"},
+        )
+    runs = read(tmp_path / "runs")
+    assert DIFFERENTLY not in looked_at(runs)
+    assert made(runs, "settings") == []
+    report(tmp_path / "runs", out=tmp_path / "out")
+    assert not [file for file in (tmp_path / "out").rglob("*.*") if b"hunter2" in file.read_bytes()]
+
+
+def test_other_training_data_and_tools_are_named(tmp_path: Path) -> None:
+    rollout = "actor_rollout_ref.rollout"
+    for seed in (0, 1):
+        configure(
+            write_run(tmp_path, seed=seed, curve={10: 0.5}),
+            data__train_files=["/d/math/train.parquet", f"/d/extra{seed}/train.parquet"],
+            actor_rollout_ref__rollout__multi_turn__tool_config_path=f"tools/{seed}.yaml",
+            actor_rollout_ref__rollout__agent__agent_loop_config_path=f"loops/{seed}.yaml",
+        )
+    rows = {row["key"]: row["values"] for row in made(read(tmp_path), "settings")}
+    expected = {f"{rollout}.multi_turn.tool_config_path", f"{rollout}.agent.agent_loop_config_path"}
+    assert rows.keys() == {"data.train_files", *expected}
+    assert rows["data.train_files"].startswith("extra0/train, math/train: VL Norm (α = 1) seed 0; ")
 
 
 def test_seeds_of_names_only_are_named(tmp_path: Path) -> None:

@@ -7,29 +7,39 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlnorm_verl.report.groups import Comparison, by_setting, runs_of
-from vlnorm_verl.report.run import Run
+from vlnorm_verl.report.identity import Identity, file_names
 from vlnorm_verl.report.table import Table
 
 # What makes a run the one it is (method, seed, names, folders, the machine) differs in every run.
 EXPECTED = re.compile(
-    r"recipe\..*|.*\bloss_agg_mode|.*\bloss_scale_factor|.*\bseed|trainer\.(experiment_name|project_name|logger)"
-    r"|.*(_dir|_path|folder|_files|file|address|port|_wandb.*)",
+    r"recipe\..*|ray_kwargs\..*|trainer\.logger|.*\b(loss_agg_mode|loss_scale_factor|experiment_name|project_name)"
+    r"|.*(\b|_)seed|.*(_dir|_path|folder|file|address|port|proxy|_wandb.*)",
 )
+# Files that say what is trained. They may lie elsewhere in each run, so their last folder and name are compared.
+FILES = re.compile(r".*(_files|\b(tool_config|function_tool|agent_loop_config)_path)")
+SECRET = re.compile(r".*(api_?key|access_?key|secret|password|token)", re.IGNORECASE)
 LONGEST, MOST = 80, 200  # characters of a value; rows
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, str]:
-    """{dotted key: value as text} of a configuration."""
+    """{dotted key: value as text} of a configuration; of FILES as `file_names` has them."""
     if not isinstance(node, dict):
-        return {prefix: str(node)}
+        return {prefix: (FILES.fullmatch(prefix) and file_names(node)) or str(node)}
     return {key: value for name in node for key, value in flat(node[name], f"{prefix}.{name}".strip(".")).items()}
 
 
-def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """Keys that do not have one value in all of the runs that have a configuration."""
+def differing_keys(runs: Sequence[Identity]) -> list[str]:
+    """Keys that do not have one value in all of the runs that have a configuration.
+
+    Without those of secrets, and without those that say which run it is.
+    """
     every = [flat(run.config) for run in runs if run.config]
-    keys = dict.fromkeys(key for config in every for key in config if not EXPECTED.fullmatch(key))
+    keys = dict.fromkeys(key for config in every for key in config if _compared(key))
     return [key for key in keys if len({config.get(key) for config in every}) > 1]
+
+
+def _compared(key: str) -> bool:
+    return not SECRET.fullmatch(key) and bool(FILES.fullmatch(key) or not EXPECTED.fullmatch(key))
 
 
 def differing(compared: Comparison) -> Table | None:

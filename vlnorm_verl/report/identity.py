@@ -16,7 +16,8 @@ seeds.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,7 +191,7 @@ def from_config(config: dict[str, Any], where: str) -> Identity:
         alpha=alpha,
         config=config,
         seed=_whole(recipe.get("seed", get("data.seed")), UNKNOWN_SEED),
-        planned_steps=_whole(get("trainer.total_training_steps"), 0) or None,
+        planned_steps=_whole(get("trainer.total_training_steps"), 0) or _steps_of_optimizer(get) or None,
         scale_factor=_whole(get("actor_rollout_ref.actor.loss_scale_factor"), 0) or None,
         limit=_whole(get("data.max_response_length"), 0) or None,
         validation_folder=str(get("trainer.validation_data_dir") or ""),
@@ -205,26 +206,49 @@ def from_config(config: dict[str, Any], where: str) -> Identity:
             alpha = get("algorithm.vl_norm_as_coded_alpha")  # of that method alone
             identity.alpha = alpha if isinstance(alpha, int | float) else None
         return identity
-    model, files = get("actor_rollout_ref.model.path"), get("data.val_files")
-    paths = [
-        Path(str(file)) for file in ([files] if isinstance(files, str) else files if isinstance(files, list) else [])
-    ]
+    model = get("actor_rollout_ref.model.path")
     identity.setting = Setting(
-        task=", ".join(sorted(f"{path.parent.name}/{path.stem}" for path in paths)),
+        task=file_names(get("data.val_files")),
         model=Path(str(model)).name if model else "",
         length=str(get("data.max_response_length") or ""),
     )
     return identity
 
 
+def file_names(files: Any) -> str:
+    """ "math/train, gsm8k/train": the files of a key like data.train_files, wherever they lie. "" for what is none."""
+    every = [files] if isinstance(files, str) else files if isinstance(files, list) else []
+    paths = [Path(str(file)) for file in every]
+    return ", ".join(sorted(f"{path.parent.name}/{path.stem}" for path in paths))
+
+
+def _steps_of_optimizer(get: Callable[[str], Any]) -> int:
+    """verl's trainers fill in the optimizer's steps before they log; of V1 that are several to each of its own."""
+    steps = _whole(get("actor_rollout_ref.actor.optim.total_training_steps"), 0)
+    mode = get("trainer.v1.trainer_mode") if get("trainer.use_v1") else None
+    return steps // (_whole(get(f"trainer.v1.{mode}.parameter_sync_step"), 0) or 1)
+
+
+# "${" of what is neither another key nor oc.select: a resolver, of which oc.env has the reader's environment.
+_CALL = re.compile(r"\$\{(?!\s*(?:oc\.select\s*:|[\w.\[\]-]+\s*\}))")
+
+
 def _resolved(config: dict[str, Any], key: str) -> Any:
-    """A key with Hydra's interpolations; None where they cannot be resolved here (resolvers that only the run had)."""
-    from omegaconf import OmegaConf
+    """A key with Hydra's interpolations; None where they cannot be resolved here (resolvers are not called)."""
+    from omegaconf import MISSING, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    def without_calls(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {name: without_calls(value) for name, value in node.items()}
+        if isinstance(node, list):
+            return [without_calls(value) for value in node]
+        return MISSING if isinstance(node, str) and _CALL.search(node) else node
+
     try:
-        value = OmegaConf.select(OmegaConf.create(config), key)
-        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        value = OmegaConf.select(OmegaConf.create(without_calls(config)), key)
+        is_config = OmegaConf.is_config(value)
+        return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if is_config else value
     except OmegaConfBaseException:
         return None
 
