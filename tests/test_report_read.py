@@ -174,6 +174,29 @@ def test_a_run_that_goes_on_in_another_folder_has_the_dumps_of_both(tmp_path: Pa
     assert not any("dump" in note for note in run.notes)
 
 
+def test_a_run_of_a_sweep_goes_on_from_the_one_that_is_configured_as_it(tmp_path: Path) -> None:
+    """All in folders named by dates, as Hydra has them: A ends early, B runs, A goes on."""
+    for day, (rate, steps, lines) in enumerate(
+        [(1e-6, 60, CRASHED), (5e-6, 60, text((0, 60, 0.2))), (1e-6, 90, text((41, 90, 0.1)))]
+    ):
+        config = {
+            "actor_rollout_ref": {"actor": {"loss_agg_mode": "vl_norm", "optim": {"lr": rate}}},
+            "data": {"seed": 7},
+            "trainer": {"total_training_steps": steps, "default_local_dir": f"checkpoints/{day}"},
+        }
+        put(tmp_path / f"2026-02-0{day}" / "metrics.jsonl", lines)
+        put(tmp_path / f"2026-02-0{day}" / ".hydra" / "config.yaml", json.dumps(config))
+    runs = read(tmp_path)
+    assert [run.steps[-1] for run in runs] == [90, 60]
+    assert [value_at(run, run.metrics[KEY], 60) for run in runs] == [0.7, 0.8]
+    days = [tmp_path / f"2026-02-0{day}" for day in range(3)]
+    assert len(read(*days[1:])) == 2
+    of_several = read(f"vl_norm={tmp_path}")
+    assert [run.steps[-1] for run in of_several] == [90, 60], "a label of several runs does not say which goes on"
+    (one,) = read(*(f"vl_norm@7={day}" for day in days[1:]))
+    assert one.steps[-1] == 90, "a label of each does"
+
+
 # -------------------------------------------------------------------------------------------------------- other loggers
 
 
@@ -220,6 +243,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "actor_rollout_ref": {"actor": {"loss_agg_mode": "vl_norm", "limit": math.inf}},
                 "data": {"seed": seed},
                 "trainer": {"total_training_steps": 60, "resume_from_path": folders["TENSORBOARD_DIR"]},
+                "ray_kwargs": {"ray_init": {"runtime_env": {"env_vars": {"START": str(len(starts))}}}},
             }
             starts.append({"variables": folders, "lines": lines, "config": config})
             (root / name).mkdir(exist_ok=True)

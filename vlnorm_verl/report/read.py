@@ -16,6 +16,7 @@ server.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -26,6 +27,7 @@ import numpy as np
 
 from vlnorm_verl.files import UserError
 from vlnorm_verl.report.changes import Memo
+from vlnorm_verl.report.configs import differing_keys
 from vlnorm_verl.report.dumps import CACHE_FILE, attach_validations, read_dumps
 from vlnorm_verl.report.find import ACCEPTED, Source
 from vlnorm_verl.report.identity import UNKNOWN_SEED, Identity, identify, settle
@@ -35,13 +37,16 @@ from vlnorm_verl.report.run import Run
 from vlnorm_verl.report.trackers import read_tensorboard, read_wandb
 from vlnorm_verl.runs.records import NOTED, RECORD, VALIDATION_METRIC, Start, columns, join, read_lines, read_starts
 
+# Keys that may change when a run goes on.
+OF_A_START = re.compile(r"trainer\..*|.*\boptim\.total_training_steps")
+
 
 @dataclass(eq=False)
 class _Log:
     """A source as far as it must be read to know what it is.
 
     starts: of verl's file logger only its files, so that one run's records at a time are in memory.
-    first: its first step. began: seconds, where the log says it. config, run: wandb's. later: logs that go on from it.
+    first: its first step. began: seconds, where the log says it. run: wandb's. later: logs that go on from it.
     """
 
     source: Source
@@ -50,15 +55,19 @@ class _Log:
     first: int
     notes: list[str] = field(default_factory=list)
     began: float | None = None
-    config: dict[str, Any] = field(default_factory=dict)
     run: str = ""
     later: list[_Log] = field(default_factory=list)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What logs of one run have in common, besides wandb's name of the run."""
+        """What logs of one run have in common, besides wandb's name of the run and the configuration."""
         identity = self.identity
-        return identity.setting, identity.method_key, identity.seed, self.config or identity.rest
+        return identity.setting, identity.method_key, identity.seed, () if self.configured else identity.rest
+
+    @property
+    def configured(self) -> bool:
+        """Whether it is wandb's with a configuration, which tells runs apart whatever they are called."""
+        return self.source.kind == "wandb" and bool(self.identity.config)
 
 
 def read_runs(
@@ -102,8 +111,7 @@ def _read(source: Source, memo: Memo) -> _Log:
     if source.kind == "wandb":
         wandb = memo.of(source.files, notes, lambda notes: read_wandb(source.files[0], notes))
         identity = identify(source, wandb.config, wandb.name)
-        config = {key: value for key, value in wandb.config.items() if key != "trainer"}
-        return _Log(source, identity, [*wandb.starts], _first(wandb.starts), notes, wandb.began, config, wandb.run)
+        return _Log(source, identity, [*wandb.starts], _first(wandb.starts), notes, wandb.began, wandb.run)
     if source.kind == "tensorboard":
         starts = memo.of(source.files, notes, lambda notes: read_tensorboard(source.files, notes))
         return _Log(source, identify(source), [*starts], _first(starts), notes)
@@ -133,8 +141,15 @@ def _goes_on(log: _Log, run: _Log) -> bool:
     """Whether a log is of a run that an earlier log is of: by wandb's word, or since it starts in the middle of it."""
     if log.run and log.run == run.run:
         return True
-    known = log.identity.seed != UNKNOWN_SEED or bool(log.config or log.identity.rest)
-    return known and log.key == run.key and log.first > max(1, run.first)
+    known = log.identity.seed != UNKNOWN_SEED or log.configured or bool(log.identity.rest)
+    return known and log.key == run.key and log.first > max(1, run.first) and _configured_alike(log, run)
+
+
+def _configured_alike(log: _Log, run: _Log) -> bool:
+    """Where each has a label of its own, that decides."""
+    if all(one.source.label and one.source.alone for one in (log, run)):
+        return True
+    return all(map(OF_A_START.fullmatch, differing_keys([log.identity, run.identity])))
 
 
 def _names(logs: Sequence[_Log]) -> list[str]:
