@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -289,6 +290,24 @@ def test_dumps_that_do_not_say_the_set_leave_verls_numbers_without_intervals(tmp
     assert "Pass@8" not in row
     assert any("do not say which validation set" in note for note in run.notes)
     assert "there is no weighted average" in foot([run])
+
+
+def test_without_one_accuracy_it_is_said_how_to_have_one(tmp_path: Path) -> None:
+    for method, right in (("vl_norm:0.75", 6), ("dapo_norm", 2)):
+        write_math(tmp_path / "runs", method, {"aime2024": right, "amc": 4, "math500": 5, "minerva": 1}, field=False)
+    said = report(tmp_path / "runs", out=tmp_path / "out")
+    assert said[0] == "No accuracy that can be compared in these runs."
+    (several,) = (one for one in said if "Several validation sets" in one)
+    assert several.endswith(": DAPO Norm (Math, 3B, 3072 tokens), VL Norm (α = 0.75) (Math, 3B, 3072 tokens).")
+    (metric,) = re.findall(r"for instance (\S+)\)", several)
+    odd = looked_at(read(tmp_path / "runs"))
+    assert not any("No validation" in what for what in odd)
+    (which,) = (which for what, which in odd.items() if "do not say the validation set of a response" in what)
+    assert which == ["dapo_norm-0", "vl_norm-0.75-0"]
+    compared = report(tmp_path / "runs", out=tmp_path / "out", metric=metric)
+    assert "VL Norm (α = 0.75) 0.750, highest of 2" in compared[0]
+    assert any("do not say the validation set of a response" in one for one in compared)
+    assert not any("Several validation sets" in one for one in compared)
 
 
 def test_there_is_no_table_of_nothing_but_methods(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from tests.report_runs import (
     accuracy,
     configure,
+    looked_at,
     made,
     put,
     read,
@@ -157,6 +158,16 @@ def test_a_labelled_run_of_no_known_setting_is_compared_with_those_of_the_one_th
     assert runs[0].setting == runs[1].setting
     assert "its setting is not known: taken as that of the other runs" in runs[1].notes
     assert len({run.setting for run in read(known, old)}) == 2
+
+
+def test_an_unlabelled_run_of_no_known_setting_is_named(tmp_path: Path) -> None:
+    known, old = write_run(tmp_path, curve={0: 0.1, 10: 0.6}), put(tmp_path / "old.jsonl", text((0, 10, 0.0)))
+    what = "Setting not known, so not compared with those of a known one (label=PATH takes it as theirs)"
+    runs = read(known, old)
+    assert looked_at(runs)[what] == ["old"]
+    assert {row["setting"] for row in made(runs, "results")} == {"CountDown, 3B, 3072 tokens", "setting not known"}
+    assert what not in looked_at(read(known, f"token-mean={old}"))
+    assert [row["setting"] for row in made(read(old), "results")] == ["all runs"]
 
 
 def test_a_path_with_an_equals_sign_needs_no_label(tmp_path: Path) -> None:
@@ -317,6 +328,15 @@ def test_what_names_tell_apart_is_never_averaged(tmp_path: Path) -> None:
         (task, method, 1) for task in ("CountDown", "Math") for method in ("DAPO Norm", "VL Norm (α = 1)")
     ]
     assert [row["VL Norm minus this"].value for row in rows[::2]] == pytest.approx([0.1, 0.1])
+
+
+def test_validation_sets_tell_tasks_apart_where_nothing_else_does(tmp_path: Path) -> None:
+    for name, task in (("vl_norm", "gsm8k"), ("token-mean", "amc"), ("dr_grpo", "amc")):
+        put(tmp_path / f"{name}.jsonl", text((0, 40, 0.0)).replace("val-core/set", f"val-core/{task}"))
+    rows = made(runs := read(tmp_path), "results")
+    assert [row["setting"] for row in rows] == ["amc", "amc", "gsm8k"]
+    assert all("its setting is not known: its validation sets are taken as its task" in run.notes for run in runs)
+    assert len({run.setting for run in read(tmp_path / "token-mean.jsonl", tmp_path / "dr_grpo.jsonl")}) == 1
 
 
 @pytest.mark.parametrize("prefix", ["", "exp-"])

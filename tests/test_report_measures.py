@@ -151,6 +151,42 @@ def test_other_training_data_and_tools_are_named(tmp_path: Path) -> None:
     assert rows["data.train_files"].startswith("extra0/train, math/train: VL Norm (α = 1) seed 0; ")
 
 
+def test_a_sweep_of_one_seed_says_what_is_left_out(tmp_path: Path) -> None:
+    """Runs with one seed and another learning rate are no two samples of one method."""
+    for name, rate, curve in (("a", 1e-6, {10: 0.5}), ("b", 5e-6, {10: 0.6, 20: 0.7}), ("c", 5e-6, {10: 0.6})):
+        configure(write_run(tmp_path / name, curve=curve), actor_rollout_ref__actor__optim__lr=rate)
+    odd = looked_at(read(tmp_path))
+    what = "Left out, another run has the same seed"
+    assert odd[what] == ["c/vl_norm-1.0-0"]
+    configured = f"{what}, but another configuration (label=PATH gives it a row of its own)"
+    assert odd[configured] == ["a/vl_norm-1.0-0 (actor_rollout_ref.actor.optim.lr)"]
+    labelled = read(tmp_path / "b", f"slow={tmp_path}/a")
+    assert [row["method"] for row in made(labelled, "results")] == ["VL Norm (α = 1)", "slow"]
+    assert configured not in looked_at(labelled)
+
+
+def test_runs_whose_seed_is_not_known_are_named(tmp_path: Path) -> None:
+    for day in (1, 2):
+        folder, config = tmp_path / f"2026-01-0{day}", "actor_rollout_ref: {actor: {loss_agg_mode: vl_norm}}"
+        put(folder / "metrics.jsonl", text((0, 10, 0.0)))
+        put(folder / ".hydra" / "config.yaml", f"{config}\ndata: {{seed: null}}\n")
+    runs = read(tmp_path)
+    what = "Seed not known, so counted as one more (label@seed=PATH says it); the prompts may have the same order"
+    assert looked_at(runs)[what] == [run.name for run in runs]
+    assert not any("by their names" in what for what in looked_at(runs))
+    assert what not in looked_at(runs[:1])
+
+
+def test_a_run_that_ends_early_is_named_where_its_end_is_not_known(tmp_path: Path) -> None:
+    what = "Ends before other runs of its setting; whether that was planned is not known"
+    for name, last in (("vl_norm", 60), ("token-mean", 57), ("dr_grpo", 63)):
+        put(tmp_path / f"{name}.jsonl", text((0, last, 0.0)))
+    assert looked_at(read(tmp_path))[what] == ["token-mean (step 57)"]
+    folders = [write_run(tmp_path / "known", planned=10, curve={10: 0.5})]
+    folders += [write_run(tmp_path / "known", "dapo_norm", planned=20, curve={10: 0.5, 20: 0.5})]
+    assert what not in looked_at(read(*folders))
+
+
 def test_seeds_of_names_only_are_named(tmp_path: Path) -> None:
     """verl without data.seed has one order of the prompts; folders called _s0 and _s1 do not change it."""
     what = "Counted as seeds by their names, but without data.seed: the prompts have the same order in all of them"

@@ -27,7 +27,9 @@ from tests.report_runs import (
     read,
     read_one,
     record,
+    report,
     said,
+    table_of,
     text,
     write_run,
 )
@@ -197,6 +199,15 @@ def test_a_run_of_a_sweep_goes_on_from_the_one_that_is_configured_as_it(tmp_path
     assert one.steps[-1] == 90, "a label of each does"
 
 
+def test_another_number_of_responses_on_the_way_is_said(tmp_path: Path) -> None:
+    lines = text((0, 20, 0.0)) + text((21, 40, 0.0)).replace("mean@8", "mean@4")
+    (run,) = read(put(tmp_path / "run.jsonl", lines))
+    other = KEY.replace("mean@8", "mean@4")
+    said = f"{other} at 2 validations (steps 30 to 40) is not in its accuracy, which is mean@8: --metric takes either"
+    assert said in run.notes
+    assert not any("--metric takes either" in note for note in read_one(write_run(tmp_path, curve={1: 0.5})).notes)
+
+
 # -------------------------------------------------------------------------------------------------------- other loggers
 
 
@@ -271,12 +282,15 @@ def test_wandbs_own_resumption_is_one_run_whatever_its_steps(tracked: Path) -> N
     assert value_at(run, run.metrics[KEY], 20) == 0.5
 
 
-def test_one_run_by_three_loggers_is_one_run(tracked: Path) -> None:
+def test_one_run_by_three_loggers_is_one_run(tracked: Path, tmp_path: Path) -> None:
     """verl's file logger kept only the last start."""
     runs = read(tracked / "resumed")
     assert [(run.method_key, run.seed) for run in runs if len(run.steps)] == [("vl_norm:1", 7), ("vl_norm:1", 8)]
-    assert len(looked_at(runs)["Not in the report"]) == 4
-    assert all(", by another logger)" in which for which in looked_at(runs)["Not in the report"])
+    assert sum(run.left_out.endswith(", by another logger") for run in runs) == 4
+    assert "Not in the report" not in looked_at(runs), "that is for runs that are missing"
+    report(tracked / "resumed", out=tmp_path)
+    assert ">2 runs, read on" in (tmp_path / "report.html").read_text()
+    assert sum("by another logger: left out" in row["notes"] for row in table_of(tmp_path, "inputs")) == 4
     assert sum("by another logger: left out" in " ".join(run.notes) for run in runs) == len(runs) - 2 == 4
 
 

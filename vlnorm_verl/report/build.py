@@ -186,12 +186,13 @@ def _write(
         write_figures(pictures, out / "figures")
     files = ["report.html", *(f"tables/{table.name}.{ending}" for table in made for ending in FORMATS)]
     files += [f"figures/{figure.name}.{ending}" for figure in pictures for ending in ("png", "svg")]
-    count = f"{len(compared.runs)} run{'s' * (len(compared.runs) != 1)}"
-    origin = f"{count}, read on {datetime.date.today()} by vlnorm-verl {__version__}."
+    count = sum(not run.left_out for run in compared.runs)
+    origin = f"{count} run{'s' * (count != 1)}, read on {datetime.date.today()} by vlnorm-verl {__version__}."
     page = out / "report.html"
     lead = Lead(found, several, odd, looks)
     write_page(page, "Report on runs of verl", [origin], _parts(compared, accuracy, drawn, named), lead)
-    said = [verdict.sentence() for verdict in found] or ["No validation in these runs: nothing can be compared."]
+    lacking = "accuracy that can be compared" if compared.validated else "validation"
+    said = [verdict.sentence() for verdict in found] or [f"No {lacking} in these runs."]
     said += [f"Look at: {what}: {which}." for what, which in odd.items()]
     said += [several] if several else []
     return [*map(one_line, said), f"page: {page}", f"tables: {out / 'tables'}"], files

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vlnorm_verl.files import write
 from vlnorm_verl.report.run import Run, Validation, logged_accuracies, value_at
-from vlnorm_verl.runs.records import read_lines
+from vlnorm_verl.runs.records import VALIDATION_METRIC, read_lines
 
 CACHE_FILE = ".validation-counts-5.msgpack"  # another number for another format
 
@@ -112,15 +112,15 @@ def count(path: Path, notes: list[str]) -> dict[str, Validation]:
 def attach_validations(run: Run, dumps: dict[int, Dump]) -> None:
     """Give a run its counts, name the sets, and note what does not agree with verl's own metrics."""
     named = logged_accuracies(run)
-    unnamed = False
+    of_several = len({match["set"] for key in run.metrics if (match := VALIDATION_METRIC.fullmatch(key))}) > 1
     for step, dump in sorted(dumps.items()):
         for name, validation in dump.sets.items():
-            if not name and len(named) != 1:
-                unnamed = True
+            if not name and (of_several or len(named) != 1):
+                run.unnamed = True
             elif not run.metric or not name or name in named:  # else of an accuracy that was not asked for
                 run.validations.setdefault(step, {})[name or next(iter(named))] = validation
         run.notes += dump.notes
-    if unnamed:
+    if run.unnamed:
         run.notes.append(
             "validation dumps do not say which validation set a response is of: no intervals (a reward that returns "
             "validation_set tells it)"

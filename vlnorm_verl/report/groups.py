@@ -111,10 +111,11 @@ def _place(group: Group) -> tuple[object, ...]:
     return family, task, model, by_number, place_of(key), alpha_of(key) or 0.0, key
 
 
-def doubles(runs: Sequence[Run], groups: Groups) -> list[Run]:
-    """The runs of a seed that another run has, too."""
-    kept = set(runs_of(groups))
-    return [run for run in runs if not run.left_out and run not in kept]
+def doubles(runs: Sequence[Run], groups: Groups) -> dict[Run, Run]:
+    """{run of a seed that another run has, too: that other one, which is taken}."""
+    taken = {(run.setting, run.method_key, run.seed): run for run in runs_of(groups)}
+    others = {run: taken[run.setting, run.method_key, run.seed] for run in runs if not run.left_out}
+    return {run: other for run, other in others.items() if run is not other}
 
 
 def runs_of(groups: Groups) -> list[Run]:

@@ -65,6 +65,7 @@ def _lighter(color: str) -> str:
 def titles(settings: Iterable[Setting]) -> dict[Setting, str]:
     """{setting: its title}, with the family where two would be called the same."""
     settings = list(dict.fromkeys(settings))
+    unknown = "all runs" if len(settings) == 1 else "setting not known"
     plain = []
     for _, task, model, length in settings:
         parts = TASKS.get(task, task), model.upper() if model[:1].isdigit() else model, length and f"{length} tokens"
@@ -72,7 +73,7 @@ def titles(settings: Iterable[Setting]) -> dict[Setting, str]:
     return {
         setting: ", ".join(filter(None, (title, FAMILIES.get(setting.family, setting.family))))
         if plain.count(title) > 1
-        else title or "all runs"
+        else title or unknown
         for setting, title in zip(settings, plain, strict=True)
     }
 

@@ -82,6 +82,12 @@ def set_sizes(run: Run) -> dict[str, int]:
     return sizes
 
 
+def has_no_average(run: Run) -> bool:
+    """Whether it has several validation sets whose sizes are not all known, so that they have no weighted average."""
+    names = validation_sets([run])
+    return len(names) > 1 and not set_sizes(run).keys() >= set(names)
+
+
 def accuracy_curve(run: Run, name: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(steps [T], Avg@n [T]) of one validation set, or of all weighted by size (None).
 
@@ -89,7 +95,7 @@ def accuracy_curve(run: Run, name: str | None = None) -> tuple[np.ndarray, np.nd
     """
     logged, names = logged_accuracies(run), validation_sets([run]) if name is None else [name]
     sizes = set_sizes(run)
-    if len(names) > 1 and not all(name in sizes for name in names):
+    if name is None and has_no_average(run):
         return np.empty(0, dtype=np.int64), np.empty(0)
     weights = np.array([sizes.get(name, 1) for name in names], dtype=np.float64)
     steps, values = [], []
@@ -332,7 +338,7 @@ def own_best(runs: Sequence[Run]) -> float | None:
     step, of_runs = final_step(runs), []
     for run in final_runs(runs):
         names, sizes, logged = validation_sets([run]), set_sizes(run), logged_accuracies(run)
-        if step is None or (len(names) > 1 and not all(name in sizes for name in names)):
+        if step is None or has_no_average(run):
             return None
         keys = [f"val-core/{name}/{logged[name].variable}/best@{K}/mean" for name in names if name in logged]
         columns = [run.metrics[key] for key in keys if key in run.metrics]

@@ -30,10 +30,10 @@ from vlnorm_verl.report.changes import Memo
 from vlnorm_verl.report.configs import differing_keys
 from vlnorm_verl.report.dumps import CACHE_FILE, attach_validations, read_dumps
 from vlnorm_verl.report.find import ACCEPTED, Source
-from vlnorm_verl.report.identity import UNKNOWN_SEED, Identity, identify, settle
-from vlnorm_verl.report.measures import validated_steps
+from vlnorm_verl.report.identity import UNKNOWN_SEED, Identity, Setting, identify, settle
+from vlnorm_verl.report.measures import same_sets, validated_steps, validation_sets
 from vlnorm_verl.report.names import shortest
-from vlnorm_verl.report.run import Run
+from vlnorm_verl.report.run import Run, logged_accuracies
 from vlnorm_verl.report.trackers import read_tensorboard, read_wandb
 from vlnorm_verl.runs.records import NOTED, RECORD, VALIDATION_METRIC, Start, columns, join, read_lines, read_starts
 
@@ -96,6 +96,7 @@ def read_runs(
     for run, log in zip(runs, logs, strict=True):
         attach_validations(run, {step: counted[file] for step, file in run.dumps.items()})
         _note_missing(run, log)
+    _tell_tasks_apart(runs)
     _number_seeds(runs)
     return runs
 
@@ -206,7 +207,7 @@ def _leave_out_copies(runs: Sequence[Run], logs: Sequence[_Log]) -> None:
     for run, log in sorted(zip(runs, logs, strict=True), key=lambda pair: (pair[0].named, -len(pair[0].steps))):
         copied = [other for other, its in kept if its.source.kind != log.source.kind and _same_values(run, other)]
         if copied:
-            run.left_out = f"the same values as {copied[0].name}, by another logger"
+            run.left_out, run.copy = f"the same values as {copied[0].name}, by another logger", True
             run.notes.append(f"{run.left_out}: left out")
             run.steps, run.metrics, run.ended = run.steps[:0], {}, {}
         kept.append((run, log))
@@ -239,6 +240,14 @@ def _dumps(run: Run, log: _Log) -> dict[int, Path]:
     return {step: file for step, file in files.items() if step <= last}
 
 
+def _tell_tasks_apart(runs: Sequence[Run]) -> None:
+    """Runs of which no setting is known have one task only if they were validated on the same sets."""
+    unknown = [run for run in runs if not any(run.setting) and validation_sets([run])]
+    for run in unknown if not same_sets(unknown) else ():
+        run.setting = Setting(task=", ".join(validation_sets([run])))
+        run.notes.append("its setting is not known: its validation sets are taken as its task")
+
+
 def _number_seeds(runs: Sequence[Run]) -> None:
     """Runs that do not say their seed are the first seeds of their method that are free, in the order given."""
     taken: dict[Any, set[int]] = {}
@@ -247,7 +256,7 @@ def _number_seeds(runs: Sequence[Run]) -> None:
     for run in runs:
         if run.seed == UNKNOWN_SEED and not run.left_out:
             seeds = taken[run.setting, run.method_key]
-            run.seed = next(seed for seed in range(len(seeds) + 1) if seed not in seeds)
+            run.seed, run.numbered = next(seed for seed in range(len(seeds) + 1) if seed not in seeds), True
             seeds.add(run.seed)
             run.notes.append(f"its seed is not known: counted as seed {run.seed}")
 
@@ -260,6 +269,7 @@ def _note_missing(run: Run, log: _Log) -> None:
         run.notes.append(empty if log.source.kind == "empty" else "no step in its metrics")
         run.left_out = "" if run.validations else run.notes[-1]
         return
+    run.notes += _other_counts(run)
     validated = validated_steps(run)
     if not validated:
         others = [key for key in run.metrics if key.startswith(("val", "test", "eval", "critic/score/mean"))][:NOTED]
@@ -269,3 +279,19 @@ def _note_missing(run: Run, log: _Log) -> None:
         run.notes.append("no validation dumps: no intervals over problems")
     elif missing := [step for step in validated if step not in run.dumps]:
         run.notes.append(f"no validation dump of steps {', '.join(map(str, missing))}")
+
+
+def _other_counts(run: Run) -> list[str]:
+    """verl's mean@n is another metric where the number of responses changes on the way; one of them is the accuracy."""
+    accuracies, notes = logged_accuracies(run), []
+    for key, values in run.metrics.items():
+        match = VALIDATION_METRIC.fullmatch(key)
+        used = accuracies.get(match["set"]) if match else None
+        if match is None or used is None or used.variable != match["variable"]:
+            continue
+        if steps := run.steps[np.isfinite(values) & ~np.isfinite(used.values)].tolist():
+            where = (
+                f"{len(steps)} validations (steps {steps[0]} to {steps[-1]})" if len(steps) > 1 else f"step {steps[0]}"
+            )
+            notes.append(f"{key} at {where} is not in its accuracy, which is mean@{used.n}: --metric takes either")
+    return notes

@@ -40,7 +40,9 @@ class Run(Identity):
     dumps: step -> file of every validation response.
     metric: what the accuracy is, if not verl's mean@n of the validation sets.
     ended: metric -> the step from which on it was logged, but not as a finite number.
-    left_out: why it is not in the report; "" if it is.
+    left_out: why it is not in the report; "" if it is. copy: whether that is because another logger's log is read.
+    numbered: whether its seed is not known, and is the next that was free.
+    unnamed: whether its dumps leave open which validation set a response is of.
     """
 
     folder: Path
@@ -52,6 +54,9 @@ class Run(Identity):
     metric: str = ""
     ended: dict[str, int] = field(default_factory=dict)
     left_out: str = ""
+    copy: bool = False
+    numbered: bool = False
+    unnamed: bool = False
 
     @property
     def late_start(self) -> int | None:

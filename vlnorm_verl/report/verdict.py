@@ -17,7 +17,7 @@ from vlnorm_verl.report.estimates import LEVEL, Estimate
 from vlnorm_verl.report.first_hit import speed_up
 from vlnorm_verl.report.groups import Comparison, Group, Groups, by_setting, doubles, runs_of
 from vlnorm_verl.report.labels import accuracy_label, points
-from vlnorm_verl.report.run import Run
+from vlnorm_verl.report.run import Run, logged_accuracies
 from vlnorm_verl.report.table import number
 from vlnorm_verl.runs.records import VALIDATION_METRIC
 
@@ -171,6 +171,29 @@ def _unseeded(run: Run) -> bool:
     return isinstance(data, dict) and "seed" in data and data["seed"] is None
 
 
+def _last(run: Run) -> int:
+    """Its last step, with a record or a dump."""
+    return int(run.steps[-1]) if len(run.steps) else measures.validated_steps(run)[-1]
+
+
+def _without_average(compared: Comparison) -> dict[str, list[str]]:
+    """Methods without an accuracy, and a metric that they can be compared by."""
+    lacking = {
+        group: next(filter(measures.has_no_average, runs))
+        for group, runs in compared.validated.items()
+        if ((final := compared.finals[group]) is None or not isfinite(final.value))
+        and any(map(measures.has_no_average, runs))
+    }
+    if not lacking:
+        return {}
+    name, logged = next(iter(logged_accuracies(next(iter(lacking.values()))).items()))
+    what = (
+        "Several validation sets and no dump that says which one a response is of, so there is no one accuracy "
+        f"(--metric KEY compares one, for instance val-core/{name}/{logged.variable}/mean@{logged.n})"
+    )
+    return {what: [f"{group.label} ({compared.titles[group.setting]})" for group in lacking]}
+
+
 def look_at(compared: Comparison) -> dict[str, list[str]]:
     """What is wrong with the runs: {what: which}, the gravest first."""
     runs, every, validated = compared.runs, runs_of(compared.groups), runs_of(compared.validated)
@@ -185,6 +208,13 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
         sets = [(run, ", ".join(measures.validation_sets([run]))) for run in runs_of(groups)]
         usual = Counter(names for _, names in sets).most_common(1)[0][0]
         other_sets += [f"{run.name} ({names} instead of {usual})" for run, names in sets if names != usual]
+    known = {run.setting for run in every if any(run.setting)}
+    hint = " (label=PATH takes it as theirs)" if len(known) == 1 else ""
+    furthest = {
+        setting: max(measures.validated_steps(run)[-1] for run in runs_of(groups))
+        for setting, groups in by_setting(compared.validated).items()
+    }
+    left_out = {run: differing_keys([run, taken]) for run, taken in doubles(runs, compared.groups).items()}
     found = {
         "Accuracy is not a number any more": [
             f"{run.name} (from step {step} on)"
@@ -197,7 +227,11 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
             for run in runs
             if (keys := sorted((key for key in run.ended if not _is_accuracy(run, key)), key=run.ended.__getitem__))
         ],
-        "Not in the report": [f"{run.name} ({run.left_out})" for run in runs if run.left_out],
+        "Not in the report": [f"{run.name} ({run.left_out})" for run in runs if run.left_out and not run.copy],
+        **_without_average(compared),
+        f"Setting not known, so not compared with those of a known one{hint}": [
+            run.name for run in every if not any(run.setting) and known
+        ],
         "Other validation sets than most runs of the setting, so not compared with them": other_sets,
         "No metrics, only validation dumps": [run.name for run in every if not len(run.steps)],
         "No validation": [run.name for run in every if not measures.validated_steps(run)],
@@ -209,7 +243,15 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
         "Left out of its row, not as far as another seed": [
             f"{run.name} (step {measures.final_step([run])})" for run in behind if not measures.unfinished(run)
         ],
-        "Left out, another run has the same seed": [run.name for run in doubles(runs, compared.groups)],
+        "Ends before other runs of its setting; whether that was planned is not known": [
+            f"{run.name} (step {_last(run)})"
+            for run in validated
+            if run.planned_steps is None and run not in behind and _last(run) < furthest[run.setting]
+        ],
+        "Left out, another run has the same seed, but another configuration (label=PATH gives it a row of its own)": [
+            f"{run.name} ({shortened(keys)})" for run, keys in left_out.items() if keys
+        ],
+        "Left out, another run has the same seed": [run.name for run, keys in left_out.items() if not keys],
         "Counted as seeds of one method, but configured differently": [
             f"{group.label} ({compared.titles[group.setting]}; {shortened(keys)})"
             for group, seeds in compared.groups.items()
@@ -218,7 +260,10 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
         "Counted as seeds by their names, but without data.seed: the prompts have the same order in all of them": [
             f"{group.label} ({compared.titles[group.setting]})"
             for group, seeds in compared.groups.items()
-            if sum(_unseeded(run) for run in seeds) > 1
+            if sum(_unseeded(run) and not run.numbered for run in seeds) > 1
+        ],
+        "Seed not known, so counted as one more (label@seed=PATH says it); the prompts may have the same order": [
+            run.name for seeds in compared.groups.values() for run in seeds if run.numbered and len(seeds) > 1
         ],
         "One seed only": [
             f"{group.label} ({compared.titles[group.setting]})"
@@ -228,7 +273,10 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
         "No validation dumps, so no interval over problems": [
             run.name + (f" (step {step})" if run.validations else "")
             for run in validated
-            if measures.undumped([run], step := measures.validated_steps(run)[-1])
+            if measures.undumped([run], step := measures.validated_steps(run)[-1]) and not run.unnamed
+        ],
+        "Validation dumps do not say the validation set of a response (a reward that returns validation_set does)": [
+            run.name for run in validated if run.unnamed
         ],
     }
     return {what: which for what, which in found.items() if which}
