@@ -101,6 +101,28 @@ def test_variables_are_forwarded_past_the_configuration(tmp_path: Path, monkeypa
     assert {name: worker.get(name) for name in VARIABLES} == VARIABLES | {"NCCL_SOCKET_IFNAME": "verl's"}
 
 
+SECOND = """
+import ray, transfer_queue
+from vlnorm_verl.files import UserError
+from vlnorm_verl.runs.probe import refuse_second_run
+ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+refuse_second_run()
+transfer_queue.init()  # as verl's trainer does
+try:
+    refuse_second_run()
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_second_run_on_one_ray_is_refused() -> None:
+    """By what the real TransferQueue leaves on a real Ray."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", SECOND], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "another verl run is on this Ray cluster" in done.stdout
+
+
 def test_a_ray_jobs_own_configuration_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "mine")
     given = {

@@ -4,8 +4,8 @@ A node that lacks verl or this package fails minutes into the start of a run, in
 all: verl hides plugin load errors. The answers are named by node here.
 
 Covered: imports and versions, whether torch and vLLM are those for the run, flash-attn, whether the plugin is in verl,
-whether the node sees the run's folder and data, logins of loggers, Ray's CPUs. Not covered: drivers and GPUs, network
-speed, free disk.
+whether the node sees the run's folder and data, logins of loggers, Ray's CPUs; of the cluster, whether another verl run
+is on it. Not covered: drivers and GPUs, network speed, free disk.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
     environment: variables that the run's workers get.
 
     Raises:
-        UserError: there is no cluster at RAY_ADDRESS.
+        UserError: there is no cluster at RAY_ADDRESS, or another verl run is on it.
     """
     import ray
     import verl
@@ -110,6 +110,7 @@ def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
         },
     }
     try:
+        refuse_second_run()
         nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         task = ray.remote(num_cpus=0, max_retries=0)(examine)
         there = {node_id: NodeAffinitySchedulingStrategy(node_id, soft=False) for node_id in nodes}
@@ -130,6 +131,24 @@ def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
     finally:
         token.unlink()
         ray.shutdown()
+
+
+def refuse_second_run() -> None:
+    """
+    Raises:
+        UserError: a verl run is on the Ray cluster that this process is connected to. Of two that start within a minute
+            neither is refused: verl makes the actor in its own process (trainer/main_ppo.py:149), after this.
+    """
+    import ray
+
+    try:
+        ray.get_actor("TransferQueueController", namespace="transfer_queue")  # transfer_queue/interface.py:119
+    except ValueError:
+        return
+    raise UserError(
+        "another verl run is on this Ray cluster: verl's TransferQueue has one name for all of them, so both would "
+        "train on each other's responses. Wait for it, or take a Ray cluster of its own"
+    )
 
 
 def _last_line(error: Exception) -> str:
