@@ -208,6 +208,7 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
             "a micro-batch. Accepted: attention=flash",
         ),
         (["trainer.test_freq=null"], "trainer.test_freq=null: accepted is a number of steps; -1 is never"),
+        (["trainer.default_local_dir=/big/disk"], "default_local_dir=/big/disk: accepted is "),
         (["trainer.save_freq=null"], "trainer.save_freq=null: accepted is a number of steps; -1 is never"),
         (
             ["trainer.n_gpus_per_node=6", "actor_rollout_ref.actor.use_dynamic_bsz=true"],

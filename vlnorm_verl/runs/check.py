@@ -96,6 +96,12 @@ def validate(config: DictConfig) -> None:
     for key in ("save_freq", "test_freq"):
         if config.trainer[key] is None:  # verl compares it with 0 at the end of the first step
             raise UserError(f"trainer.{key}=null: accepted is a number of steps; -1 is never")
+    checkpoints = f"{config.recipe.folder}/checkpoints"
+    if config.trainer.default_local_dir != checkpoints:  # where the launcher looks for them
+        raise UserError(
+            f"trainer.default_local_dir={config.trainer.default_local_dir}: accepted is {checkpoints}. For another "
+            "disk make this a symbolic link, or set recipe.folder=…"
+        )
     rollout, needed = config.actor_rollout_ref.rollout, config.data.max_prompt_length + config.data.max_response_length
     if rollout.max_model_len is not None and rollout.max_model_len < needed:
         raise UserError(
