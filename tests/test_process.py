@@ -15,13 +15,13 @@ from vlnorm_verl.files import locked
 from vlnorm_verl.runs import process
 from vlnorm_verl.runs.process import train
 
-# Prints its process and one that it starts; writes a step in two parts, and a second one.
+# Prints its process and one that it starts; writes a step in two parts, a line that a full disk cut, and a second step.
 TRAINER = """
 import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
 print(os.getpid(), child.pid, flush=True)
 with open(os.environ["VERL_FILE_LOGGER_PATH"], "w") as metrics:
-    for part in ('{"step": 1, "data": {"a"', ': 0.5}}\\n{"step": 2, "data": {}}\\n'):
+    for part in ('{"step": 1, "data": {"a"', ': 0.5}}\\n{"step": 2, "da\\n{"step": 2, "data": {}}\\n'):
         metrics.write(part)
         metrics.flush()
         time.sleep(0.5)
@@ -33,8 +33,9 @@ from pathlib import Path
 from vlnorm_verl.files import locked
 from vlnorm_verl.runs.process import train
 folder = Path(sys.argv[1])
-with locked(folder) as lock:
-    for record in train([sys.executable, "-c", sys.argv[2]], {}, folder / "metrics-000.jsonl", folder / "log", lock):
+command, metrics = [sys.executable, "-c", sys.argv[2]], folder / "metrics-000.jsonl"
+with locked(folder) as lock, locked(folder / "ray") as ray:
+    for record in train(command, {}, metrics, folder / "log", lock, ray):
         print(record, flush=True)
 """
 
@@ -60,6 +61,21 @@ def test_steps_are_whole_and_nothing_is_left_running(tmp_path: Path, monkeypatch
         wait_for(lambda: not any(map(running, processes(tmp_path))), 120)
 
 
+@pytest.mark.parametrize("given", [signal.SIG_IGN, signal.SIG_DFL])
+def test_a_run_behind_nohup_outlives_its_terminal(given: signal.Handlers) -> None:
+    before = {number: signal.getsignal(number) for number in process.STOP_SIGNALS}
+    try:
+        for number in process.STOP_SIGNALS:
+            signal.signal(number, given)
+        process.raise_on_stop()
+        assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == (given == signal.SIG_IGN)
+        for number in process.STOP_SIGNALS[:2]:  # ignored by what a shell starts behind &
+            assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_whoever_has_the_id_of_an_ended_trainer_is_left_alone() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -73,15 +89,16 @@ def test_whoever_has_the_id_of_an_ended_trainer_is_left_alone() -> None:
             another.kill()
 
 
-def test_a_folder_stays_locked_while_the_trainer_of_a_killed_launcher_runs(tmp_path: Path) -> None:
+def test_what_is_locked_stays_so_while_the_trainer_of_a_killed_launcher_runs(tmp_path: Path) -> None:
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path), TRAINER], stdout=subprocess.PIPE)
     assert launcher.stdout is not None
     launcher.stdout.readline()
     launcher.kill()
     launcher.wait()
     try:
-        with pytest.raises(BlockingIOError), locked(tmp_path):
-            pass
+        for folder in (tmp_path, tmp_path / "ray"):
+            with pytest.raises(BlockingIOError), locked(folder):
+                pass
     finally:
         for pid in processes(tmp_path):
             os.kill(pid, signal.SIGKILL)

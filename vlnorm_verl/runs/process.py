@@ -10,7 +10,6 @@ Files in the folder of a run that live here:
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -20,9 +19,10 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
 import psutil
 
-from vlnorm_verl.runs.records import join, read_starts
+from vlnorm_verl.runs.records import RECORD, decode, join, read_starts
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_SECONDS = 20.0  # for verl and Ray to end by themselves before they are killed
@@ -31,9 +31,13 @@ Record = dict[str, Any]  # {"step": int, "data": {metric: number, or None where 
 
 
 def raise_on_stop() -> None:
-    """STOP_SIGNALS raise KeyboardInterrupt, also where a shell or a scheduler made this process ignore Ctrl-C."""
+    """STOP_SIGNALS raise KeyboardInterrupt, also where a shell or a scheduler made this process ignore Ctrl-C.
+
+    Not SIGHUP where it is ignored: that is what nohup is for.
+    """
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.default_int_handler)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 class TrainingFailed(RuntimeError):
@@ -41,7 +45,7 @@ class TrainingFailed(RuntimeError):
 
 
 def train(
-    arguments: list[str], variables: dict[str, str], metrics: Path, log: Path, lock: IO[str]
+    arguments: list[str], variables: dict[str, str], metrics: Path, log: Path, *locks: IO[str]
 ) -> Generator[Record, None, None]:
     """Run verl's trainer and yield its metrics as it writes them.
 
@@ -52,7 +56,7 @@ def train(
         variables: environment variables, over those of this process.
         metrics: where verl's file logger is to write.
         log: what the trainer prints is appended here.
-        lock: from `files.locked`; the trainer holds it too, and keeps it if this process is killed.
+        locks: from `files.locked`; the trainer holds them too, and keeps them if this process is killed.
 
     Raises:
         TrainingFailed: the trainer's exit code is not 0.
@@ -66,7 +70,7 @@ def train(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=[lock.fileno()],
+            pass_fds=[lock.fileno() for lock in locks],
         )
     try:
         yield from _follow(metrics, process)
@@ -84,7 +88,10 @@ def log_variables(metrics: Path) -> dict[str, str]:
 
 
 def _follow(path: Path, process: subprocess.Popen[bytes]) -> Generator[Record, None, None]:
-    """Whole lines of a file that a process appends to, until that process is gone."""
+    """Whole records of a file that a process appends to, until that process is gone.
+
+    A corrupt line is left out, as in `read_metrics`: a full disk may have cut it, and the training goes on.
+    """
     position, rest = 0, b""
     while True:
         last = process.poll() is not None  # asked before reading: what a finished process wrote is read once more
@@ -94,7 +101,12 @@ def _follow(path: Path, process: subprocess.Popen[bytes]) -> Generator[Record, N
                 chunk = file.read()
             position += len(chunk)
             *lines, rest = (rest + chunk).split(b"\n")
-            yield from map(json.loads, lines)
+            for line in lines:
+                try:
+                    record = decode(line, RECORD)
+                except (msgspec.MsgspecError, UnicodeDecodeError):
+                    continue
+                yield {"step": record.step, "data": record.data}
         if last:
             return
         time.sleep(0.2)
