@@ -7,17 +7,28 @@ writes, loads and validates (tests/test_e2e.py).
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vlnorm_verl import files
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import launch
 from vlnorm_verl.runs.config import compose, with_settings
-from vlnorm_verl.runs.folder import begin, completed_steps, finish, prune, remember, state, validation_due
+from vlnorm_verl.runs.folder import (
+    begin,
+    completed_steps,
+    finish,
+    prune,
+    refuse_other,
+    remember,
+    state,
+    tidy,
+    validation_due,
+)
 from vlnorm_verl.runs.launch import Request
 from vlnorm_verl.runs.process import next_metrics
 
@@ -60,6 +71,7 @@ ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 def test_what_is_no_part_of_the_experiment_may_change(tmp_path: Path) -> None:
     """The remedies for memory in docs/costs.md, all at once, and how long the run is."""
     remember(configured(tmp_path), tmp_path)
+    logged(tmp_path, 1)
     changes = [
         *("recipe.steps=2000", "trainer.save_freq=5", "trainer.logger=[console,file,wandb]", "recipe.root=/elsewhere"),
         *(f"{ACTOR}.ppo_micro_batch_size_per_gpu=1", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=1"),
@@ -86,12 +98,56 @@ def test_what_is_no_part_of_the_experiment_may_change(tmp_path: Path) -> None:
 )
 def test_the_experiment_may_not(tmp_path: Path, change: str, message: str) -> None:
     remember(configured(tmp_path), tmp_path)
+    logged(tmp_path, 1)
     with pytest.raises(UserError, match=message):
         remember(configured(tmp_path, change), tmp_path)
 
 
+def test_a_start_that_trained_nothing_is_no_run(tmp_path: Path) -> None:
+    """As one with a mistyped path of the model, or with too many GPUs."""
+    remember(configured(tmp_path, "trainer.n_gpus_per_node=4"), tmp_path)
+    remember(configured(tmp_path), tmp_path)
+    logged(tmp_path, 1)
+    remember(configured(tmp_path), tmp_path)
+    with pytest.raises(UserError, match=r"trainer\.n_gpus_per_node: 8 there, 4 asked for"):
+        remember(configured(tmp_path, "trainer.n_gpus_per_node=4"), tmp_path)
+
+
+def test_forgotten_steps_do_not_end_a_run(tmp_path: Path) -> None:
+    """Its optimizer would be removed at once."""
+    remember(configured(tmp_path, "recipe.steps=3840"), tmp_path)
+    saved(tmp_path, 1500)
+    message = r"for 3840 steps; to end it at 1000 removes .* Accepted: recipe\.steps=3840 or more, or recipe\.keep=all"
+    with pytest.raises(UserError, match=message):
+        refuse_other(configured(tmp_path), tmp_path)
+    refuse_other(configured(tmp_path, "recipe.keep=all"), tmp_path)
+    # The last start counts, as where a run was made longer.
+    last = configured(tmp_path, "recipe.steps=5000")
+    (tmp_path / "trainer.yaml").write_text(OmegaConf.to_yaml(last, resolve=True))
+    with pytest.raises(UserError, match="for 5000 steps"):
+        refuse_other(configured(tmp_path, "recipe.steps=3840"), tmp_path)
+    finish(configured(tmp_path, "recipe.steps=1500"), tmp_path)
+    refuse_other(configured(tmp_path), tmp_path)  # it is finished: nothing is done
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "accepted"),
+    [("null", "2", "null"), ("0", "2", "null"), ("3", "2", "3 or more, or null"), ("2", "0", ""), ("1", "2", "")],
+)
+def test_forgotten_retention_removes_no_checkpoint(tmp_path: Path, before: str, now: str, accepted: str) -> None:
+    remember(configured(tmp_path, f"trainer.max_actor_ckpt_to_keep={before}"), tmp_path)
+    logged(tmp_path, 1)
+    later = configured(tmp_path, f"trainer.max_actor_ckpt_to_keep={now}")
+    if accepted:
+        with pytest.raises(UserError, match=f"; {now} removes checkpoints for good. Accepted: {accepted}$"):
+            refuse_other(later, tmp_path)
+    else:
+        refuse_other(later, tmp_path)
+
+
 def test_the_data_folder_may_move_with_the_tiny_model_in_it(tmp_path: Path) -> None:
     remember(configured(tmp_path, "model=tiny", "recipe.data=/here/data"), tmp_path)
+    logged(tmp_path, 1)
     remember(configured(tmp_path, "model=tiny", "recipe.data=/there/data"), tmp_path)
     for other in ("/there/data/other", "/there/data2/model", "/model", "/here/data/model"):
         config = configured(tmp_path, "model=tiny", "recipe.data=/there/data", f"actor_rollout_ref.model.path={other}")
@@ -106,14 +162,17 @@ def test_a_loss_of_micro_batches_keeps_them(tmp_path: Path, change: str) -> None
     """With whatever method it is asked for (docs/recipes.md gives it to others by this override)."""
     loss = f"{ACTOR}.policy_loss.loss_mode=dapo_norm_as_coded"
     remember(configured(tmp_path / "other"), tmp_path / "other")
+    logged(tmp_path / "other", 1)
     remember(configured(tmp_path / "other", f"{ACTOR}.{change}"), tmp_path / "other")
     remember(configured(tmp_path, loss), tmp_path)
+    logged(tmp_path, 1)
     with pytest.raises(UserError, match=f"{change.partition('=')[0]}: .* there, .* asked for"):
         remember(configured(tmp_path, loss, f"{ACTOR}.{change}"), tmp_path)
 
 
 def test_the_data_sets_may_move_and_not_be_others(tmp_path: Path) -> None:
     remember(configured(tmp_path, "task=math", "recipe.data=/here"), tmp_path)
+    logged(tmp_path, 1)
     remember(configured(tmp_path, "task=math", "recipe.data=/there"), tmp_path)
     for other in ("data.train_files=/there/other.parquet", "data.val_files=[/there/math/math500.parquet]"):
         with pytest.raises(UserError, match=r"data\.(train|val)_files: .* there, .* asked for"):
@@ -210,6 +269,16 @@ def test_a_run_that_is_cut_short_is_validated_where_it_now_ends(tmp_path: Path) 
     assert not validation_due(shorter, tmp_path)
 
 
+def test_a_lock_empties_no_file(tmp_path: Path) -> None:
+    """Whoever may write into a folder in /tmp could make its lock a link."""
+    (precious := tmp_path / "precious").write_text("mine")
+    (folder := tmp_path / "folder").mkdir()
+    (folder / ".lock").symlink_to(precious)
+    with pytest.raises(OSError, match="symbolic links"), files.locked(folder):
+        pass
+    assert precious.read_text() == "mine"
+
+
 def test_a_disk_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(file: object, operation: int) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -236,6 +305,34 @@ def test_a_checkpoint_that_is_gone_is_said(tmp_path: Path) -> None:
     saved(tmp_path, 20, tracker="40")
     with pytest.raises(UserError, match="names step 40, which is not there: verl would begin anew"):
         begin(configured(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(("finished", "message"), [(20, "step 40 is not whole"), (40, "was finished at step 40")])
+def test_without_an_optimizer_a_run_is_finished_or_was_killed(tmp_path: Path, finished: int, message: str) -> None:
+    """verl's retention of one checkpoint removes actor/ before it names the next one."""
+    saved(tmp_path, 40)
+    shutil.rmtree(tmp_path / "checkpoints" / "global_step_40" / "actor")
+    (tmp_path / "finished").write_text(f"{finished}\n")  # the first, before the run was made longer
+    with pytest.raises(UserError, match=message):
+        begin(configured(tmp_path), tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, 20, 40, 60)
+    folder = tmp_path / "checkpoints"
+    (folder / "global_step_20").rename(moved := tmp_path / "another disk")
+    (folder / "global_step_20").symlink_to(moved)
+
+    def busy(path: Path, *arguments: object, **options: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", busy)
+        prune(tmp_path, 2, 60)
+    assert there(tmp_path) == [40, 60]
+    assert (moved / "data.pt").exists()
+    prune(tmp_path, 2, 60)
+    assert there(tmp_path) == [60]
 
 
 @pytest.mark.parametrize(
@@ -281,6 +378,16 @@ def test_what_a_finished_run_keeps(tmp_path: Path, change: str, steps: list[int]
     else:
         with pytest.raises(UserError, match=r"without the optimizer, so it cannot go on.*recipe\.keep=all"):
             begin(longer, tmp_path)
+
+
+@pytest.mark.parametrize(("change", "left"), [("recipe.steps=40", 0), ("recipe.keep=all", 2), ("recipe.steps=60", 2)])
+def test_what_a_kill_kept_is_removed_later(tmp_path: Path, change: str, left: int) -> None:
+    """Of the run that was finished: not what another start has kept, or goes on from."""
+    remember(configured(tmp_path / "where it was before", "recipe.steps=40", change), tmp_path)
+    saved(tmp_path, 20, 40)
+    (tmp_path / "finished").write_text("40\n")
+    tidy(tmp_path)
+    assert len(list(tmp_path.rglob("optim_*"))) == left
 
 
 def test_what_may_be_kept_is_checked(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def locked(folder: Path) -> Iterator[IO[str]]:
         UserError: its disk has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    # Neither emptied nor a link followed: whoever may write into the folder could have any file of ours emptied.
+    with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

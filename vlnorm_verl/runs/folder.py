@@ -1,6 +1,6 @@
 """The folder of a run, on a disk that every node sees: how far the run is, which later start fits, what is kept.
 
-    config.yaml         the whole configuration of the first start; a later start must agree with it
+    config.yaml         the whole configuration of the first start that trained; a later start must agree with it
     trainer.yaml        that of the last start, which verl's trainer was given
     checkpoints/        verl's; the same command again goes on from the last
     rollouts/, validation/    every response, as verl dumps them
@@ -13,6 +13,7 @@ empty (verl/utils/checkpoint/checkpoint_manager.py:58), and it leaves each folde
 
 from __future__ import annotations
 
+import math
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -70,8 +71,7 @@ def completed_steps(folder: Path) -> int:
 def state(config: DictConfig) -> str:
     """`finished` (trained and validated), `step x of y` (of the last checkpoint) or `not begun`."""
     folder, steps = Path(config.recipe.folder), config.trainer.total_training_steps
-    marker = folder / "finished"
-    if marker.exists() and int(marker.read_text()) >= steps:
+    if _finished(folder) >= steps:
         return "finished"
     done = completed_steps(folder)
     return f"step {done} of {steps}" if done or (folder / "config.yaml").exists() else "not begun"
@@ -104,23 +104,24 @@ def validation_due(config: DictConfig, folder: Path) -> bool:
 
 
 def remember(config: DictConfig, folder: Path) -> None:
-    """Keep the configuration of the first start.
+    """Keep the configuration of the first start, or of this one if no earlier one has trained.
 
     Raises:
         UserError: see `refuse_other`.
     """
     refuse_other(config, folder)
-    if not (file := folder / "config.yaml").exists():
+    if not (file := folder / "config.yaml").exists() or not _has_run(folder):
         files.write(file, OmegaConf.to_yaml(config, resolve=True))
 
 
 def refuse_other(config: DictConfig, folder: Path) -> None:
     """
     Raises:
-        UserError: the folder holds a run with other values, begun or finished; the message lists them.
+        UserError: the folder holds a run with other values, begun or finished; the message lists them. Or this start
+            would remove what the last one was to keep.
     """
     file = folder / "config.yaml"
-    if not file.exists():
+    if not file.exists() or not _has_run(folder):
         return
     fixed = MICRO_BATCHES if depends_on_micro_batches(config) else ()
 
@@ -143,6 +144,35 @@ def refuse_other(config: DictConfig, folder: Path) -> None:
             f"{folder} holds a run with other values; give the same, or another folder with recipe.folder=… or "
             "recipe.root=…\n  " + "\n  ".join(changed)
         )
+    if (last := _last_start(folder)) is None or state(config) == "finished":
+        return
+    # Both may change, but not by an override that was forgotten: what is removed cannot be had back.
+    before, steps = last.trainer.total_training_steps, config.trainer.total_training_steps
+    if steps < before and config.recipe.keep != "all":
+        raise UserError(
+            f"{folder}: the run was last started for {before} steps; to end it at {steps} removes its optimizer for "
+            f"good. Accepted: recipe.steps={before} or more, or recipe.keep=all"
+        )
+    kept, keep = (run.trainer.max_actor_ckpt_to_keep or math.inf for run in (last, config))
+    if keep < kept:
+        before, more = ("null", "") if kept == math.inf else (kept, " or more, or null")
+        raise UserError(
+            f"{folder}: the run was last started with trainer.max_actor_ckpt_to_keep={before}; {keep} removes "
+            f"checkpoints for good. Accepted: {before}{more}"
+        )
+
+
+def _has_run(folder: Path) -> bool:
+    """Whether a start has come so far that a later one continues it: else it was refused, or ended in its beginning."""
+    return completed_steps(folder) > 0 or _finished(folder) > 0 or bool(read_metrics(folder))
+
+
+def _last_start(folder: Path) -> DictConfig | None:
+    """The configuration of the last start, with the folder where it is now."""
+    for name in ("trainer.yaml", "config.yaml"):
+        if (file := folder / name).exists():
+            return OmegaConf.merge(OmegaConf.load(file), {"recipe": {"folder": str(folder)}})
+    return None
 
 
 def begin(config: DictConfig, folder: Path) -> None:
@@ -161,14 +191,21 @@ def begin(config: DictConfig, folder: Path) -> None:
         )
     loads = OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.load_contents") or []
     if "optimizer" in loads and not list(path.glob("actor/optim_*")):
+        if _finished(folder) >= done:
+            raise UserError(
+                f"{folder}: the run was finished at step {done} and kept its model without the optimizer, so it cannot "
+                "go on. Begin anew with recipe.folder=…; recipe.keep=all keeps everything"
+            )
         raise UserError(
-            f"{folder}: the run was finished at step {done} and kept its model without the optimizer, so it cannot go "
-            "on. Begin anew with recipe.folder=…; recipe.keep=all keeps everything"
+            f"{folder}: the checkpoint of step {done} is not whole, so the run cannot go on. With "
+            "trainer.max_actor_ckpt_to_keep=1 verl removes it a moment before the next one is whole; 2 keeps one. "
+            "Begin anew with recipe.folder=…"
         )
-    _tracker(folder).write_text(str(done))
     for step, other in _checkpoints(folder).items():
         if step > done:
-            shutil.rmtree(other)
+            _remove(other)
+    if _tracker(folder).read_text() != str(done):  # see completed_steps
+        files.write(_tracker(folder), str(done))
     prune(folder, config.trainer.max_actor_ckpt_to_keep, done)
 
 
@@ -186,7 +223,7 @@ def prune(folder: Path, keep: int | None, began: int) -> None:
     whole = sorted(step for step, path in saved.items() if step <= done and _whole(path))
     for step, path in saved.items():
         if step <= began and step not in whole[-max(1, keep - 1) :]:
-            shutil.rmtree(path)
+            _remove(path)
 
 
 def finish(config: DictConfig, folder: Path) -> None:
@@ -199,10 +236,35 @@ def finish(config: DictConfig, folder: Path) -> None:
         return
     # The marker first: a run that is killed without it, its optimizer gone, could not go on.
     files.write(folder / "finished", f"{config.trainer.total_training_steps}\n")
+    _keep(config, folder)
+
+
+def tidy(folder: Path) -> None:
+    """What `finish` removes, once more: the last start may have been killed between its marker and that."""
+    last = _last_start(folder)
+    if last is not None and state(last) == "finished":
+        _keep(last, folder)
+
+
+def _keep(config: DictConfig, folder: Path) -> None:
     if config.recipe.keep == "model":
         prune(folder, config.trainer.max_actor_ckpt_to_keep and 1, completed_steps(folder))
         for file in (folder / "checkpoints").glob("global_step_*/actor/optim_*"):
             file.unlink()
+
+
+def _remove(checkpoint: Path) -> None:
+    """As verl's own retention does: what cannot be removed does not end a training. A link: a user moved it."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    else:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _finished(folder: Path) -> int:
+    """The step at which the run was finished; 0 if it was not."""
+    marker = folder / "finished"
+    return int(marker.read_text()) if marker.exists() else 0
 
 
 def _tracker(folder: Path) -> Path:
