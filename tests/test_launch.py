@@ -5,6 +5,7 @@ clusters and jobs (test_clusters.py), SLURM and Kubernetes (test_cluster_files.p
 (test_recipes.py).
 """
 
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -130,7 +131,8 @@ def test_after_a_failure_a_run_goes_on_and_a_smoke_run_leaves_no_checkpoint(
     """The next smoke run has a new folder: the checkpoint would be lost."""
     fails = iter([False, True] if is_smoke else [True])
 
-    def start(config: DictConfig, lock: IO[str]) -> Iterator[Record]:
+    def start(config: DictConfig, *locks: IO[str]) -> Iterator[Record]:
+        assert len(locks) == 2  # the folder's, and that of a Ray of its own
         folder = Path(config.recipe.folder)
         (folder / "checkpoints").mkdir(exist_ok=True)
         (folder / "train.log").touch()
@@ -158,8 +160,69 @@ def test_two_runs_with_a_ray_of_their_own_are_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(launch, "make_tiny_files", lambda data, task: None)
     request = Request(RECIPES, ["model=tiny", f"recipe.root={tmp_path}"])
     asked = configs.compose(RECIPES / "config", request.overrides)
+    config = complete(request)
     with locked(tmp_path / "own-ray"), pytest.raises(UserError, match="another run here has a Ray of its own"):
-        launch.run_here(request, asked, complete(request), terminal(quiet=True))
+        launch.run_here(request, asked, config, terminal(quiet=True))
+    assert not (Path(config.recipe.folder) / "config.yaml").exists()  # it has not begun
+
+
+def test_another_user_is_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the lock of whoever starts a Ray, and of verl's weight sync: both have a name in /tmp."""
+    own = tmp_path / "own-ray"
+    monkeypatch.setattr(launch, "OWN_RAY", own)
+
+    def said() -> str:
+        with pytest.raises(UserError) as error, contextlib.ExitStack() as stack:
+            launch.hold_own_ray(stack)
+        return str(error.value)
+
+    with contextlib.ExitStack() as stack:
+        launch.hold_own_ray(stack)
+    assert own.stat().st_mode & 0o777 == 0o700
+    (socket := tmp_path / "rl-colocate-zmq-01000000-replica-0-rank-0.sock").touch()
+    with contextlib.ExitStack() as stack:
+        launch.hold_own_ray(stack)  # verl makes it anew where a killed run of the same user left it
+    with monkeypatch.context() as patched:
+        patched.setattr(launch.os, "getuid", lambda: own.stat().st_uid + 1)
+        assert f"{socket} of another user is in the way of verl's weight sync" in said()
+        socket.unlink()
+        assert said().startswith(f"{own} must be a folder of yours")
+    shutil.rmtree(own)
+    own.symlink_to(tmp_path)
+    assert said().startswith(f"{own} must be a folder of yours")
+
+
+def test_on_a_cluster_a_start_waits_for_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM repeats a job at once, and a network disk frees the lock of the lost node later."""
+    console = terminal(record=True, file=io.StringIO(), width=400)
+    with contextlib.ExitStack() as other, contextlib.ExitStack() as stack:
+        other.enter_context(locked(tmp_path))
+        with pytest.raises(UserError, match="if its node is lost, the file system frees the lock after a while"):
+            launch.hold_folder(tmp_path, stack, console)
+        assert console.export_text() == ""
+        monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
+        monkeypatch.setattr(launch.time, "sleep", lambda seconds: other.close())
+        launch.hold_folder(tmp_path, stack, console)
+        with pytest.raises(BlockingIOError), locked(tmp_path):
+            pass
+    assert console.export_text() == f"{tmp_path}: another run is writing there; waiting 300 s for it …\n"
+
+
+def test_a_start_that_waited_for_the_same_run_finds_it_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hold_folder(folder: Path, stack: contextlib.ExitStack, console: Console) -> IO[str]:
+        (folder / "finished").write_text("2\n")
+        return stack.enter_context(locked(folder))
+
+    monkeypatch.setattr(launch, "hold_folder", hold_folder)
+    monkeypatch.setattr(launch, "raise_on_stop", lambda: None)
+    monkeypatch.setattr(launch, "make_tiny_files", lambda data, task: None)
+    monkeypatch.setattr(launch, "start", lambda *_: pytest.fail("started"))
+    request = Request(RECIPES, ["model=tiny", f"recipe.folder={tmp_path}"])
+    asked, console = configs.compose(RECIPES / "config", request.overrides), terminal(record=True, file=io.StringIO())
+    assert launch.run_here(request, asked, complete(request), console) == 0
+    assert "finished, step 0" in console.export_text()
 
 
 def test_what_a_smoke_run_shows(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import json
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -56,6 +57,7 @@ from vlnorm_verl.runs.folder import (
     refuse_other,
     remember,
     state,
+    tidy,
     validation_due,
 )
 from vlnorm_verl.runs.process import (
@@ -72,8 +74,10 @@ from vlnorm_verl.runs.provenance import provenance
 from vlnorm_verl.tasks.tiny.data import make as make_tiny_files
 
 # Held by a run that starts Ray itself. verl sends weights to vLLM through a socket in /tmp, whose name is that of Ray's
-# job (workers/rollout/vllm_rollout/vllm_rollout.py:141): the first job of each Ray has the same.
+# job (workers/rollout/vllm_rollout/vllm_rollout.py:141): the first job of each Ray has the same, whoever's it is.
 OWN_RAY = Path(f"/tmp/vlnorm-verl-{os.getuid()}")
+WEIGHT_SOCKETS = "rl-colocate-zmq-01000000-*"  # beside it
+LOCK_SECONDS = 300.0  # on a cluster, for a folder: a network disk frees the lock of a lost node only after a while
 
 
 @dataclass(frozen=True)
@@ -300,8 +304,9 @@ def show(request: Request, config: DictConfig, changed: dict[str, Any], console:
 
 def run_here(request: Request, asked: DictConfig, config: DictConfig, console: Console) -> int:
     folder = Path(config.recipe.folder)
-    if state(config) == "finished":
-        console.print(f"{config.recipe.name}: finished, step {completed_steps(folder)}; {folder}")
+    if finished(config, console):
+        with contextlib.suppress(OSError, UserError), locked(folder):  # in use, or not ours to write
+            tidy(folder)
         return 0
     if is_cpu(config):
         make_tiny_files(Path(config.recipe.data), config.recipe.task)
@@ -311,27 +316,20 @@ def run_here(request: Request, asked: DictConfig, config: DictConfig, console: C
         raise UserError("; ".join(problems))
     raise_on_stop()  # nothing of the run may stay behind
     with contextlib.ExitStack() as stack:
-        try:
-            lock = stack.enter_context(locked(folder))
-        except BlockingIOError:
-            raise UserError(f"{folder}: another run is writing there; wait for it, or set recipe.folder=…") from None
-        remember(config, folder)
-        begin(config, folder)
+        locks = [hold_folder(folder, stack, console)]
+        if finished(config, console):  # by the run that had the folder until now
+            return 0
         if os.environ.get("RAY_ADDRESS"):
             clusters.check_nodes(config, console)
         else:
-            try:
-                stack.enter_context(locked(OWN_RAY))
-            except BlockingIOError:
-                raise UserError(
-                    "another run here has a Ray of its own, and verl could mix the weights of the two; wait for it, "
-                    "or start one Ray for both (`ray start --head`) and set RAY_ADDRESS=127.0.0.1:6379"
-                ) from None
+            locks.append(hold_own_ray(stack))
+        remember(config, folder)  # below the refusals: a run that was refused has not begun
+        begin(config, folder)
         began = time.monotonic()
 
         def start_once() -> int:
             # The settings once more, now that nobody else writes there.
-            return train_once(with_settings(asked, settings(request, asked, folder)), console, lock)
+            return train_once(with_settings(asked, settings(request, asked, folder)), console, *locks)
 
         if request.smoke:
             # However it ends: the next try has a new folder.
@@ -353,16 +351,77 @@ def run_here(request: Request, asked: DictConfig, config: DictConfig, console: C
     return 0
 
 
-def start(config: DictConfig, lock: IO[str]) -> Generator[Record, None, None]:
+def finished(config: DictConfig, console: Console) -> bool:
+    """Whether there is nothing left to do; says so."""
+    if state(config) != "finished":
+        return False
+    folder = Path(config.recipe.folder)
+    console.print(f"{config.recipe.name}: finished, step {completed_steps(folder)}; {folder}")
+    return True
+
+
+def hold_folder(folder: Path, stack: contextlib.ExitStack, console: Console) -> IO[str]:
+    """The lock of a run's folder, held until `stack` is closed.
+
+    Raises:
+        UserError: another run has it.
+    """
+    patience = LOCK_SECONDS if os.environ.get("RAY_ADDRESS") else 0
+    end, said = time.monotonic() + patience, False
+    while True:
+        try:
+            return stack.enter_context(locked(folder))
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise UserError(
+                    f"{folder}: another run is writing there; wait for it (if its node is lost, the file system frees "
+                    "the lock after a while), or set recipe.folder=…"
+                ) from None
+        if not said:
+            console.print(f"{folder}: another run is writing there; waiting {patience:.0f} s for it …")
+            said = True
+        time.sleep(1)
+
+
+def hold_own_ray(stack: contextlib.ExitStack) -> IO[str]:
+    """The lock of a run that starts Ray itself, held until `stack` is closed.
+
+    Raises:
+        UserError: another such run is on this machine, of this user or of another one.
+    """
+    for path in OWN_RAY.parent.glob(WEIGHT_SOCKETS):
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            if path.lstat().st_uid != os.getuid():
+                raise UserError(
+                    f"{path} of another user is in the way of verl's weight sync: wait for their run, or give this one "
+                    "a /tmp of its own (a container)"
+                )
+    try:
+        with contextlib.suppress(FileExistsError):
+            OWN_RAY.mkdir(mode=0o700)
+        there = OWN_RAY.lstat()  # a link, too, may be another user's
+        if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid():
+            raise PermissionError
+        return stack.enter_context(locked(OWN_RAY))
+    except PermissionError:
+        raise UserError(f"{OWN_RAY} must be a folder of yours, for the lock of a run with a Ray of its own") from None
+    except BlockingIOError:
+        raise UserError(
+            "another run here has a Ray of its own, and verl could mix the weights of the two; wait for it, or give "
+            "this one a /tmp of its own (a container)"
+        ) from None
+
+
+def start(config: DictConfig, *locks: IO[str]) -> Generator[Record, None, None]:
     """One start of verl's trainer with a whole configuration in the run's folder; its metrics, see `process.train`."""
     folder = Path(config.recipe.folder)
     hydra = {"hydra": {"run": {"dir": str(folder)}}}
     files.write(folder / "trainer.yaml", OmegaConf.to_yaml(config) + OmegaConf.to_yaml(hydra))
     variables = clusters.job_environment() if os.environ.get("RAY_ADDRESS") else {}
-    return train(trainer_command(folder, "trainer", []), variables, next_metrics(folder), folder / "train.log", lock)
+    return train(trainer_command(folder, "trainer", []), variables, next_metrics(folder), folder / "train.log", *locks)
 
 
-def train_once(config: DictConfig, console: Console, lock: IO[str]) -> int:
+def train_once(config: DictConfig, console: Console, *locks: IO[str]) -> int:
     """One start of the trainer, with its progress on the console. Returns the exit code."""
     folder, steps = Path(config.recipe.folder), config.trainer.total_training_steps
     began, log = completed_steps(folder), folder / "train.log"
@@ -370,7 +429,7 @@ def train_once(config: DictConfig, console: Console, lock: IO[str]) -> int:
     clock, status = time.monotonic(), console.status("starting Ray, the actor and the vLLM engines …")
     status.start()
     try:
-        with contextlib.closing(start(config, lock)) as records:
+        with contextlib.closing(start(config, *locks)) as records:
             for record in records:
                 status.update(f"{time.monotonic() - clock:.0f} s")
                 prune(folder, config.trainer.max_actor_ckpt_to_keep, began)
