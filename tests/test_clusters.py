@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.test_launch import MODULES, RECIPES, complete, composed, dry_run
+from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import clusters, launch, probe
 from vlnorm_verl.runs.launch import Request
 from vlnorm_verl.runs.progress import terminal
@@ -101,26 +102,38 @@ def test_variables_are_forwarded_past_the_configuration(tmp_path: Path, monkeypa
     assert {name: worker.get(name) for name in VARIABLES} == VARIABLES | {"NCCL_SOCKET_IFNAME": "verl's"}
 
 
-SECOND = """
+FIRST = """
 import ray, transfer_queue
-from vlnorm_verl.files import UserError
-from vlnorm_verl.runs.probe import refuse_second_run
-ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-refuse_second_run()
+context = ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+print(context.address_info["gcs_address"], flush=True)
+input()
 transfer_queue.init()  # as verl's trainer does
-try:
-    refuse_second_run()
-except UserError as error:
-    print(error)
+print("begun", flush=True)
+input()
 """
 
 
-def test_a_second_run_on_one_ray_is_refused() -> None:
+def test_a_second_run_on_one_ray_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what the real TransferQueue leaves on a real Ray."""
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    done = subprocess.run([sys.executable, "-c", SECOND], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "another verl run is on this Ray cluster" in done.stdout
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else the first Ray makes a token, and this process has none
+    first = subprocess.Popen([sys.executable, "-c", FIRST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdin is not None
+    assert first.stdout is not None
+    try:
+        lines = iter(first.stdout.readline, "")
+        monkeypatch.setenv("RAY_ADDRESS", next(line for line in lines if ":" in line).strip())
+        config = composed(tmp_path, "model=tiny")
+        Path(config.recipe.folder).mkdir(parents=True)
+        (node,) = probe.probe(config, {})
+        first.stdin.write("\n")
+        first.stdin.flush()
+        assert "begun\n" in lines
+        with pytest.raises(UserError, match="another verl run is on this Ray cluster"):
+            probe.probe(config, {})
+    finally:
+        first.stdin.close()
+        first.wait(60)
+    assert node.cpus == 4
 
 
 def test_a_ray_jobs_own_configuration_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
