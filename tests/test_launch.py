@@ -25,7 +25,7 @@ from vlnorm_verl import machine
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import UserError, locked
 from vlnorm_verl.runs import config as configs
-from vlnorm_verl.runs import launch, reproduce, smoke
+from vlnorm_verl.runs import launch, locks, reproduce, smoke
 from vlnorm_verl.runs.check import validate
 from vlnorm_verl.runs.launch import Request
 from vlnorm_verl.runs.process import Record, TrainingFailed
@@ -141,7 +141,7 @@ def test_after_a_failure_a_run_goes_on_and_a_smoke_run_leaves_no_checkpoint(
         yield {"step": 1, "data": {}}
 
     monkeypatch.setattr(launch, "start", start)
-    monkeypatch.setattr(launch, "OWN_RAY", tmp_path / "own-ray")
+    monkeypatch.setattr(locks, "OWN_RAY", tmp_path / "own-ray")
     monkeypatch.setattr(launch, "raise_on_stop", lambda: None)
     monkeypatch.setattr(launch, "make_tiny_files", lambda data, task: None)
     request = Request(RECIPES, ["model=tiny", f"recipe.root={tmp_path}"], smoke=is_smoke)
@@ -155,7 +155,7 @@ def test_after_a_failure_a_run_goes_on_and_a_smoke_run_leaves_no_checkpoint(
 
 def test_two_runs_with_a_ray_of_their_own_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both would send their weights through one socket."""
-    monkeypatch.setattr(launch, "OWN_RAY", tmp_path / "own-ray")
+    monkeypatch.setattr(locks, "OWN_RAY", tmp_path / "own-ray")
     monkeypatch.setattr(launch, "raise_on_stop", lambda: None)
     monkeypatch.setattr(launch, "make_tiny_files", lambda data, task: None)
     request = Request(RECIPES, ["model=tiny", f"recipe.root={tmp_path}"])
@@ -169,21 +169,21 @@ def test_two_runs_with_a_ray_of_their_own_are_refused(tmp_path: Path, monkeypatc
 def test_another_user_is_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the lock of whoever starts a Ray, and of verl's weight sync: both have a name in /tmp."""
     own = tmp_path / "own-ray"
-    monkeypatch.setattr(launch, "OWN_RAY", own)
+    monkeypatch.setattr(locks, "OWN_RAY", own)
 
     def said() -> str:
         with pytest.raises(UserError) as error, contextlib.ExitStack() as stack:
-            launch.hold_own_ray(stack)
+            locks.hold_own_ray(stack)
         return str(error.value)
 
     with contextlib.ExitStack() as stack:
-        launch.hold_own_ray(stack)
+        locks.hold_own_ray(stack)
     assert own.stat().st_mode & 0o777 == 0o700
     (socket := tmp_path / "rl-colocate-zmq-01000000-replica-0-rank-0.sock").touch()
     with contextlib.ExitStack() as stack:
-        launch.hold_own_ray(stack)  # verl makes it anew where a killed run of the same user left it
+        locks.hold_own_ray(stack)  # verl makes it anew where a killed run of the same user left it
     with monkeypatch.context() as patched:
-        patched.setattr(launch.os, "getuid", lambda: own.stat().st_uid + 1)
+        patched.setattr(locks.os, "getuid", lambda: own.stat().st_uid + 1)
         assert f"{socket} of another user is in the way of verl's weight sync" in said()
         socket.unlink()
         assert said().startswith(f"{own} must be a folder of yours")
@@ -198,11 +198,11 @@ def test_on_a_cluster_a_start_waits_for_the_folder(tmp_path: Path, monkeypatch: 
     with contextlib.ExitStack() as other, contextlib.ExitStack() as stack:
         other.enter_context(locked(tmp_path))
         with pytest.raises(UserError, match="if its node is lost, the file system frees the lock after a while"):
-            launch.hold_folder(tmp_path, stack, console)
+            locks.hold_folder(tmp_path, stack, console)
         assert console.export_text() == ""
         monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
-        monkeypatch.setattr(launch.time, "sleep", lambda seconds: other.close())
-        launch.hold_folder(tmp_path, stack, console)
+        monkeypatch.setattr(locks.time, "sleep", lambda seconds: other.close())
+        locks.hold_folder(tmp_path, stack, console)
         with pytest.raises(BlockingIOError), locked(tmp_path):
             pass
     assert console.export_text() == f"{tmp_path}: another run is writing there; waiting 300 s for it …\n"
