@@ -185,10 +185,10 @@ def test_environment_is_complete() -> None:
 
 def test_threads_are_the_users_or_the_cpus_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(machine, "limits", lambda *names: [])
+    monkeypatch.setattr(machine, "cpus", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3, 5})
     assert cpu.cpu_environment()["OMP_NUM_THREADS"] == "3"
-    monkeypatch.setattr(machine, "limits", lambda *names: ["200000 100000"])
+    monkeypatch.setattr(machine, "cpus", lambda: 2)
     assert cpu.cpu_environment()["OMP_NUM_THREADS"] == "2"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as modules of some clusters do
     assert cpu.cpu_environment()["OMP_NUM_THREADS"] == "1"

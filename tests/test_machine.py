@@ -135,57 +135,27 @@ def test_a_containers_cpus_are_its_limit_as_for_ray(monkeypatch: pytest.MonkeyPa
     assert machine.cpus() == 3
 
 
-V1 = "5:memory:/docker/a\n4:cpu,cpuacct:/docker/a\n0::/"
-CFS = {"cpu.cfs_quota_us": "150000", "cpu.cfs_period_us": "100000"}
+@pytest.mark.parametrize(("affinity", "limit", "usable"), [(64, 2.5, 2), (4, 64.0, 4), (64, 0.5, 1), (64, None, 64)])
+def test_threads_fit_into_a_containers_limit(
+    affinity: int, limit: float | None, usable: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)))
+    monkeypatch.setattr("multiprocessing.cpu_count", lambda: 64)
+    monkeypatch.setattr("ray._private.utils._get_docker_cpus", lambda: limit)
+    assert machine.usable_cpus() == usable
 
 
 @pytest.mark.parametrize(
-    ("own", "files", "cpus"),
+    ("available", "limit", "said"),
     [
-        ("0::/", {"cpu.max": "200000 100000"}, 2),  # a container
-        ("0::/", {"cpu.max": "max 100000"}, 64),
-        ("0::/", {"cpu.max": "50000 100000"}, 1),
-        ("0::/", {"cpu.max": "9900000 100000"}, 64),
-        ("0::/user/shell", {"user/cpu.max": "400000 100000", "user/shell/cpu.max": "max 100000"}, 4),  # a login node
-        ("0::/user/shell", {"user/cpu.max": "400000 100000", "user/shell/cpu.max": "300000 100000"}, 3),
-        (V1, {f"cpu/{name}": text for name, text in CFS.items()}, 1),  # a container that is told the host's path
-        (V1, {f"cpu/docker/a/{name}": text for name, text in CFS.items()}, 1),
-        (V1, {f"memory/{name}": text for name, text in CFS.items()}, 64),  # another controller's
-        (V1, {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
-        (None, {}, 64),  # a kernel without control groups
+        (7.1e9, 60e9, ""),
+        (3.9e9, 60e9, "3.9 GB of memory are free; a run of the tiny model can take 7"),
+        (60e9, 4e9, "4.0 GB of memory"),  # a container
     ],
 )
-def test_a_quota_of_cpus_counts(
-    own: str | None, files: dict[str, str], cpus: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    control_groups(monkeypatch, tmp_path, own, files)
-    assert machine.usable_cpus() == cpus
-
-
-def control_groups(monkeypatch: pytest.MonkeyPatch, folder: Path, own: str | None, files: dict[str, str]) -> None:
-    monkeypatch.setattr(machine, "CGROUPS", folder)
-    monkeypatch.setattr(machine, "OWN_CGROUPS", folder / "own")
-    for name, text in (files if own is None else files | {"own": own}).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"{text}\n")
-
-
-@pytest.mark.parametrize(
-    ("available", "own", "files", "said"),
-    [
-        (7.1e9, "0::/", {"memory.max": "max"}, ""),
-        (3.9e9, "0::/", {"memory.max": "max"}, "3.9 GB of memory are free; a run of the tiny model can take 7"),
-        (60e9, "0::/", {"memory.max": "4000000000"}, "4.0 GB of memory"),
-        (60e9, V1, {"memory/memory.limit_in_bytes": "4000000000"}, "4.0 GB of memory"),
-        (60e9, V1, {"memory/memory.limit_in_bytes": "9223372036854771712"}, ""),
-    ],
-)
-def test_little_memory(
-    available: float, own: str, files: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    control_groups(monkeypatch, tmp_path, own, files)
+def test_little_memory(available: float, limit: float, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=int(available)))
+    monkeypatch.setattr("ray._common.utils.get_system_memory", lambda: int(limit))
     problem = machine.memory_problem()
     assert (said in problem.what) if problem else not said
 

@@ -1,6 +1,6 @@
 """What a Python environment and a machine lack for a run on GPUs, or on the CPU, each with what mends it.
 
-Only the standard library; only `flash_attention_problem` imports torch, `cpus` Ray and `memory_problem` psutil. So
+Only the standard library; only `flash_attention_problem` imports torch, and `cpus` and `memory_problem` Ray. So
 recipes/install_gpu.sh can run this file before anything is installed, and the launcher in environments other than its
 own.
 
@@ -12,14 +12,12 @@ Covered: this machine, NVIDIA. Not covered: other nodes of a cluster, AMD, how f
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import resource
 import runpy
 import shutil
@@ -39,8 +37,6 @@ SHARED_MEMORY_GB = 10  # verl's own containers have it; a container's default is
 OPEN_FILES = 8192  # of a process; Ray raises its soft limit up to the hard one (ray/_private/worker.py:1763)
 CPU_RUN_GB = 7  # of memory, free before a run of the tiny model (docs/cpu.md)
 SOCKET_BYTES = 107  # of a path, in Linux
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUPS = Path("/proc/self/cgroup")  # a line 0::/group, or in version 1 4:cpu,cpuacct:/group and others
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weights, Adam's moments
 PARAMETERS = {"3b": 3.09e9, "7b": 7.62e9}  # Qwen2.5
 
@@ -246,40 +242,17 @@ def cpus() -> int:
     return int(get_num_cpus(override_docker_cpu_warning=True))
 
 
-def limits(controller: str, *names: str) -> list[str]:
-    """What files of this process's control groups say, of its own group and of those around it.
-
-    names: of version 2 and of version 1; those that are there are joined by a space.
-    """
-    said = []
-    with contextlib.suppress(OSError):  # no control groups here
-        for line in OWN_CGROUPS.read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers and controller not in controllers.split(","):
-                continue
-            root = CGROUPS / controller if controllers else CGROUPS
-            own = root / group.lstrip("/")  # a container may be told the host's path, which is not there: root is
-            for folder in (path for path in (own, *own.parents) if path.is_relative_to(root)):
-                files = [folder / name for name in names]
-                said.append(" ".join(file.read_text().strip() for file in files if file.exists()))
-    return said
-
-
 def usable_cpus() -> int:
-    """How many this process can keep busy: its affinity, or less by the quota of a container or of a user's slice."""
-    usable = len(os.sched_getaffinity(0))
-    for text in limits("cpu", "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
-        if quota := re.fullmatch(r"(\d+) (\d+)", text):  # without one: "max 100000", "-1 100000", or no file
-            usable = min(usable, max(1, int(quota[1]) // int(quota[2])))
-    return usable
+    """How many this process can keep busy: its affinity, or less by a container's limit."""
+    return max(1, min(len(os.sched_getaffinity(0)), cpus()))
 
 
 def memory_problem() -> Defect | None:
     """Why the kernel, or Ray, might end a run on the CPU. It may still fit: swap is not counted."""
     import psutil
+    from ray._common.utils import get_system_memory  # a container's limit, if there is one
 
-    limit = [int(text) for text in limits("memory", "memory.max", "memory.limit_in_bytes") if text.isdigit()]
-    free = min([psutil.virtual_memory().available, *limit]) / 1e9
+    free = min(psutil.virtual_memory().available, get_system_memory()) / 1e9
     if free >= CPU_RUN_GB:
         return None
     return Defect(
@@ -295,12 +268,8 @@ def home_problem() -> Defect | None:
     given = os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
     if not given and not os.path.exists(os.path.expanduser("~/.ray/auth_token")):
         folders.append("~/.ray")
-    closed = []
-    for folder in folders:
-        path = Path(os.path.expanduser(folder))
-        there = next(path for path in (path, *path.parents) if os.path.exists(path))
-        if not os.access(there, os.W_OK):
-            closed.append(str(path))
+    paths = [Path(folder).expanduser() for folder in folders]
+    closed = [str(p) for p in paths if not os.access(next(q for q in (p, *p.parents) if q.exists()), os.W_OK)]
     if not closed:
         return None
     return Defect(

@@ -28,7 +28,7 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions, log_seqlen_unbalance
 
-MODE = "sync_whole_groups"
+from vlnorm_verl.plugin.names import WHOLE_GROUPS
 
 
 def groups_of(keys: Sequence[str], tags: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -69,14 +69,14 @@ def shares_of_ranks(
 
 def check(config: Any) -> None:
     """Raises ValueError if a run asks for this trainer and for verl's shuffle, which would take the groups apart."""
-    if config.trainer.v1.trainer_mode == MODE and config.actor_rollout_ref.actor.shuffle:
+    if config.trainer.v1.trainer_mode == WHOLE_GROUPS and config.actor_rollout_ref.actor.shuffle:
         raise ValueError(
-            f"actor_rollout_ref.actor.shuffle=true with trainer.v1.trainer_mode={MODE}: verl would draw single "
+            f"actor_rollout_ref.actor.shuffle=true with trainer.v1.trainer_mode={WHOLE_GROUPS}: verl would draw single "
             "responses. Set actor_rollout_ref.actor.shuffle=false; this trainer shuffles the groups itself"
         )
 
 
-@register_trainer(MODE)
+@register_trainer(WHOLE_GROUPS)
 class WholeGroupTrainer(PPOTrainerSync):
     """verl's "sync" trainer; see the module. Raises ValueError as `check` does."""
 

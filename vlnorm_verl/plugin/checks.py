@@ -17,11 +17,11 @@ from vlnorm_verl.plugin import policy_loss, releases
 from vlnorm_verl.plugin.engines import check_layout
 from vlnorm_verl.plugin.install import require_installed
 from vlnorm_verl.plugin.modes import is_ours, is_verls
-from vlnorm_verl.plugin.names import MODE_KEY, SCALE_KEY, STOCK_MODES, TESTED_RELEASES, verl_version
+from vlnorm_verl.plugin.names import MODE_KEY, SCALE_KEY, STOCK_MODES, TESTED_RELEASES, WHOLE_GROUPS, verl_version
 
 logger = logging.getLogger(__name__)
 
-TRAINER_MODE, WHOLE_GROUPS = "trainer.v1.trainer_mode", "sync_whole_groups"  # see vlnorm_verl.paper.whole_groups
+TRAINER_MODE = "trainer.v1.trainer_mode"
 
 
 def with_checked_config(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,12 +217,17 @@ def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
         / whole_number(config, "actor_rollout_ref.actor.ppo_mini_batch_size")
     )
     if mini_batches > (2 if v0 else 1) and not actor.get("shuffle"):
-        ours = "" if v0 else f"{TRAINER_MODE}={WHOLE_GROUPS} (verl 0.9's synchronous V1 trainer) for mini-batches of "
-        ours += "" if v0 else "whole prompt groups in random order, or with any trainer "
+        order, ours = "by length", ""
+        if not v0:
+            order = "by when they were finished"
+            ours = (
+                f"{TRAINER_MODE}={WHOLE_GROUPS} (verl 0.9's synchronous V1 trainer) for mini-batches of whole prompt "
+                "groups in random order, or with any trainer "
+            )
         say(
             "actor_rollout_ref.actor.shuffle=false with several optimizer mini-batches a rollout batch: verl orders "
-            f"responses {'by length' if v0 else 'by when they were finished'}, so each mini-batch holds responses of "
-            f"similar lengths, and loss_agg_mode={actor.loss_agg_mode} has little left to weigh. Set {ours}"
+            f"responses {order}, so each mini-batch holds responses of similar lengths, and "
+            f"loss_agg_mode={actor.loss_agg_mode} has little left to weigh. Set {ours}"
             "actor_rollout_ref.actor.shuffle=true for single responses drawn at random."
         )
 

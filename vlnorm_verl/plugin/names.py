@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 MODE_KEY = "actor_rollout_ref.actor.loss_agg_mode"
 SCALE_KEY = "actor_rollout_ref.actor.loss_scale_factor"
+WHOLE_GROUPS = "sync_whole_groups"  # our trainer.v1.trainer_mode (vlnorm_verl.paper.whole_groups)
 STOCK_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 # Releases that the exactness tests were run on (recipes/test_releases.sh). Others are tried, with a warning.
 TESTED_RELEASES = ("0.7.1", "0.8.0", "0.9.0", "0.9.1")
