@@ -77,10 +77,8 @@ class Verdict:
         if not self.over:
             return "the only method"
         if self.sure:
-            so_far = (
-                " so far" if any("at step" in over.note for over in self.over) else ""
-            )  # an earlier step than basis
-            return f"best of {len(self.over) + 1}{so_far}, established"
+            earlier = any("at step" in over.note for over in self.over)  # than the step in `basis`
+            return f"best of {len(self.over) + 1}{' so far' if earlier else ''}, established"
         count = sum(over.established for over in self.over)
         return f"highest of {len(self.over) + 1}, established over {count or 'none'}"
 
