@@ -12,6 +12,11 @@ fail() {
   exit 2
 }
 
+case "${1:-}" in
+  "") ;;
+  -h | --help) sed -n '/^set/q; s/^# //p' recipes/install_cpu.sh; exit ;;
+  *) fail "unknown argument '$1'; accepted: --help, or nothing" ;;
+esac
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "$(uname -sm): the CPU stack is for x86-64 Linux"
 requirements=recipes/requirements-cpu.txt
 target=.venv

@@ -7,6 +7,11 @@
 #                                  or patches/ change. It needs a Chromium or Chrome on the PATH, for the report's page
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case "${1:-}" in
+  "" | slow) ;;
+  -h | --help) sed -n '/^set/q; s/^# //p' recipes/test.sh; exit ;;
+  *) echo "unknown argument '$1'; accepted: slow, --help, or nothing" >&2; exit 2 ;;
+esac
 bash recipes/install_cpu.sh
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
@@ -20,5 +25,4 @@ case "${1:-}" in
     install playwright==1.65.2  # drives the browser; too large (165 MB) for the set that everybody installs
     exec .venv/bin/python -m pytest -m slow --durations=25
     ;;
-  *) echo "unknown argument '$1'; accepted: nothing, or slow" >&2; exit 2 ;;
 esac

@@ -146,14 +146,14 @@ def test_wrong_requests(arguments: list[str], variables: dict[str, str], said: s
     assert said in done.stderr
 
 
-def cpu_stack(project: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def cpu_stack(project: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """recipes/install_cpu.sh in a project elsewhere."""
     for name in ("recipes/install_cpu.sh", "recipes/installer.sh", "recipes/requirements-cpu.txt", "pyproject.toml"):
         (project / name).parent.mkdir(exist_ok=True)
         shutil.copy(PROJECT / name, project / name)
     (project / "vlnorm_verl").mkdir(exist_ok=True)
     shutil.copy(PROJECT / "vlnorm_verl/machine.py", project / "vlnorm_verl")
-    command = ["bash", str(project / "recipes/install_cpu.sh")]
+    command = ["bash", str(project / "recipes/install_cpu.sh"), *arguments]
     environment = os.environ | {"PIP_NO_INDEX": "1", "UV_OFFLINE": "1"} | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -165,6 +165,19 @@ def test_the_cpu_stack_does_not_overwrite_an_environment_for_gpus(tmp_path: Path
     done = cpu_stack(tmp_path)
     assert done.returncode == 2
     assert ".venv is an environment for GPUs" in done.stderr
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("Slow", 2)])
+def test_nothing_is_installed_for_help_or_a_typo(argument: str, code: int, tmp_path: Path) -> None:
+    done = cpu_stack(tmp_path, argument, PYTHON=sys.executable)
+    assert (done.returncode, "Installing" in done.stdout) == (code, False)
+    script(tmp_path / "recipes/install_cpu.sh", "echo Installing; exit 3")
+    shutil.copy(PROJECT / "recipes/test.sh", tmp_path / "recipes")
+    tested = subprocess.run(["bash", str(tmp_path / "recipes/test.sh"), argument], capture_output=True, text=True)
+    assert (tested.returncode, "Installing" in tested.stdout) == (code, False)
+    for run in (done, tested):
+        said = run.stderr if code else run.stdout
+        assert ("unknown argument 'Slow'; accepted:" if code else "  bash recipes/") in said
 
 
 def test_the_cpu_stack_says_which_python_does_not_fit(tmp_path: Path) -> None:
