@@ -171,20 +171,7 @@ def _write(
         for name, rows in tables.items():
             file = stack.enter_context(whole(out / name))
             write_parquet(rows, file)
-            files[name] = {
-                "rows": len(rows),
-                "bytes": file.stat().st_size,
-                "sha256": content_sha256(file),
-                "content_sha256": _rows_sha256(rows),
-            }
+            files[name] = {"rows": len(rows), "bytes": file.stat().st_size, "sha256": content_sha256(file)}
         manifest_file.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (out / MANIFEST).unlink(missing_ok=True)
     return manifest
-
-
-def _rows_sha256(rows: list[Row]) -> str:
-    """Of the rows themselves: equal for equal data, whatever pyarrow's version makes of the file."""
-    digest = hashlib.sha256()
-    for fields in rows:
-        digest.update(json.dumps(fields, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-    return digest.hexdigest()
