@@ -289,13 +289,18 @@ def sockets_problem() -> Defect | None:
     return Defect(f"{name}={folder} is too long for Ray's sockets ({allowed} bytes at most)", f"Set {name}=/tmp")
 
 
-def cpus_problem(needed: int) -> Defect | None:
-    """Why Ray would wait for ever (verl's single_controller/ray/base.py:160 has no time limit)."""
-    if (found := cpus()) >= needed:
+def cpus_problem(needed: int, told: int | None) -> Defect | None:
+    """Why Ray would wait for ever (verl's single_controller/ray/base.py:160 has no time limit).
+
+    told: how many Ray is told that there are; None: it counts this machine's.
+    """
+    if (found := cpus() if told is None else told) >= needed:
         return None
+    what = "this machine has" if told is None else "ray_kwargs.ray_init.num_cpus is"
     return Defect(
-        f"verl reserves {needed} CPUs of Ray, and this machine has {found}: the run would wait for ever",
-        "Take fewer GPUs, or tell Ray more than there are: ray_kwargs.ray_init.num_cpus=…",
+        f"verl reserves {needed} CPUs of Ray, and {what} {found}: the run would wait for ever",
+        "Take fewer GPUs (on the CPU: ranks) by trainer.n_gpus_per_node, or tell Ray of as many CPUs, there or not: "
+        f"ray_kwargs.ray_init.num_cpus={needed}",
     )
 
 

@@ -236,7 +236,8 @@ def cannot_run(config: DictConfig) -> str:
             f"trainer.nnodes={config.trainer.nnodes}, and this run would start a Ray of its own on this machine alone: "
             "set RAY_ADDRESS, or give --on slurm or --on kubernetes"
         )
-    problems = [machine.home_problem()] if own_ray else []
+    told = config.ray_kwargs.ray_init.num_cpus
+    problems = [machine.home_problem(), machine.cpus_problem(reserved_cpus(config), told)] if own_ray else []
     if own_ray and "_temp_dir" not in config.ray_kwargs.ray_init:
         problems.append(machine.sockets_problem())
     if not is_cpu(config) and wants_flash_attention(config):
@@ -244,8 +245,6 @@ def cannot_run(config: DictConfig) -> str:
     if not is_cpu(config) and own_ray:
         cuda, gpus = machine.this_environment().cuda or machine.WHEELS_CUDA, config.trainer.n_gpus_per_node
         problems += [machine.driver_problem(cuda, gpus), machine.compiler_problem(), machine.vllm_port_problem()]
-        if config.ray_kwargs.ray_init.num_cpus is None:
-            problems.append(machine.cpus_problem(reserved_cpus(config)))
     return "\n".join(str(problem) for problem in problems if problem)
 
 
