@@ -6,6 +6,7 @@ that only pretends. Not covered: that a run trains (test_e2e.py), and a schedule
 
 import io
 import os
+import re
 import signal
 import threading
 import time
@@ -70,6 +71,17 @@ def test_runs_that_would_share_a_folder_are_refused() -> None:
             planned("countdown", overrides=(given,))
     with pytest.raises(UserError, match="give one of them"):
         planned("fig2", seeds=(0, 1), overrides=("recipe.seed=5",))
+
+
+def test_one_model_for_runs_of_two_sizes_is_refused() -> None:
+    """The runs of 3B would be of another model, under their own names."""
+    local = "actor_rollout_ref.model.path=/models/Qwen2.5-7B"
+    message = f"{local} would be the model of all these runs: give one of model=3b, model=7b with it"
+    for given in (local, f"++{local}"):
+        with pytest.raises(UserError, match=re.escape(message)):
+            planned("dapo", overrides=(given,))
+    assert len(planned("dapo", overrides=("model=7b", local))) == 8
+    assert len(planned("fig2", overrides=(local,))) == 2  # of 3B alone
 
 
 def test_a_home_folder_is_found_where_the_launcher_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

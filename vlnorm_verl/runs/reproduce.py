@@ -34,6 +34,7 @@ from vlnorm_verl.runs.provenance import config_files
 
 # What `state` and `resources.cost` want to know of a run beside the section `recipe`.
 SIZE = ("nnodes", "n_gpus_per_node", "total_training_steps")
+MODEL_PATH = "actor_rollout_ref.model.path"
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def plan(recipes: Path, sets: Iterable[RunSet], seeds: list[int], overrides: lis
     overrides: come after those of the manifest, so they win.
 
     Raises:
-        UserError: two different runs would have one folder.
+        UserError: two different runs would have one folder, or 3B and 7B one model.
     """
     if seeds and any(given.key_or_group == "recipe.seed" for given in parsed(overrides)):
         raise UserError("--seeds and recipe.seed=…: give one of them")
@@ -124,6 +125,12 @@ def plan(recipes: Path, sets: Iterable[RunSet], seeds: list[int], overrides: lis
                     f"{run.folder} would be the folder of several runs: “{' '.join(other.overrides)}” and “"
                     f"{' '.join(given)}”. Give recipe.root=… instead of recipe.folder=… or recipe.name=…"
                 )
+    models = {run.outline.recipe.model for run in runs.values()}
+    if len(models) > 1 and (path := next((o for o in parsed(overrides) if o.key_or_group == MODEL_PATH), None)):
+        raise UserError(
+            f"{path.input_line} would be the model of all these runs: give one of "
+            f"{', '.join(f'model={model}' for model in sorted(models))} with it"
+        )
     return list(runs.values())
 
 
