@@ -208,6 +208,17 @@ def test_on_a_cluster_a_start_waits_for_the_folder(tmp_path: Path, monkeypatch: 
     assert console.export_text() == f"{tmp_path}: another run is writing there; waiting 300 s for it …\n"
 
 
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()  # stands for missing permission, which root does not lack
+    with pytest.raises(UserError, match=r"Is a directory: .*recipe\.root=…"), contextlib.ExitStack() as stack:
+        locks.hold_folder(tmp_path, stack, terminal(quiet=True))
+    (tmp_path / "file").touch()
+    request = Request(RECIPES, ["model=tiny", f"recipe.folder={tmp_path}/run", f"recipe.data={tmp_path}/file"])
+    asked = configs.compose(RECIPES / "config", request.overrides)
+    with pytest.raises(UserError, match=r"File exists: .*recipe\.data=…"):
+        launch.run_here(request, asked, complete(request), terminal(quiet=True))
+
+
 def test_a_start_that_waited_for_the_same_run_finds_it_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +307,32 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
         (["trainer.n_gpus_per_node=0"], "trainer.n_gpus_per_node=0: accepted is a whole number of at least 1"),
         (["recipe.steps=0"], "recipe.steps=0: accepted is a whole number of at least 1"),
         (["recipe.steps=1e3"], "recipe.steps=1000.0: accepted is a whole number of at least 1"),
+        *(
+            (
+                [f"trainer.max_actor_ckpt_to_keep={n}"],
+                f"_to_keep={n}: accepted is null, or a whole number of at least 0",
+            )
+            for n in (-1, 2.5)
+        ),
+        *(
+            ([f"recipe.{key}={value}"], f"recipe.{key}={shown}: accepted is a folder, as in recipe.{key}=./{key}")
+            for key, value, shown in (
+                *((key, "", "") for key in ("root", "data", "folder")),  # of an unset variable
+                *(("folder", "1", "1"), ("root", "null", "None")),
+            )
+        ),
+        ([f"recipe.folder={__file__}"], f"Not a directory: '{__file__}/"),
+        *(([f"recipe.keep={value}"], "is not accepted. Accepted: model, all") for value in ("2", "true", "null")),
+        *(
+            ([f"data.{value}"], f"data.{key}_files={shown}: accepted is a parquet file, or a list of some")
+            for value, key, shown in (
+                ("val_files=null", "val", "None"),
+                ("val_files=[]", "val", "[]"),
+                ("train_files=[a.parquet,7]", "train", "['a.parquet', 7]"),
+            )
+        ),
+        (["~trainer.save_freq"], "save_freq: no key can be taken away. Accepted: trainer.save_freq=…, or null"),
+        (["~trainer.device"], "~trainer.device: no key can be taken away"),
         (["recipe.seed=-1"], "recipe.seed=-1: accepted is a whole number of at least 0"),
         (["trainer.total_training_steps=null"], "trainer.total_training_steps=None: accepted is a whole number"),
         (["method=vl_norm_as_coded", "recipe.alpha=3"], "(recipe.alpha): α = 3 is out of range; accepted: 0 ≤ α ≤ 2"),

@@ -84,6 +84,12 @@ def test_one_model_for_runs_of_two_sizes_is_refused() -> None:
     assert len(planned("fig2", overrides=(local,))) == 2  # of 3B alone
 
 
+def test_an_unset_variable_is_no_folder() -> None:
+    for key in ("root", "folder"):
+        with pytest.raises(UserError, match=f"^recipe.{key}=: accepted is a folder"):
+            planned("fig2", overrides=(f"recipe.{key}=",))
+
+
 def test_a_home_folder_is_found_where_the_launcher_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert {run.folder.parent for run in planned("fig2", overrides=("recipe.root='~/runs'",))} == {tmp_path / "runs"}

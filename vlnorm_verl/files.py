@@ -56,7 +56,7 @@ def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
 def require(what: str, chosen: str, accepted: Iterable[str]) -> None:
     """Raises UserError, with the nearest accepted name, if something else is chosen."""
     if chosen not in (accepted := list(accepted)):
-        close = difflib.get_close_matches(chosen, accepted, 1)
+        close = difflib.get_close_matches(str(chosen), accepted, 1)  # a value may be a number
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UserError(f"{what} is not accepted.{hint} Accepted: {', '.join(accepted)}")
 

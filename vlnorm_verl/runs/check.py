@@ -34,6 +34,8 @@ LEAST = {
     "actor_rollout_ref.rollout.val_kwargs.n": 1,
     "algorithm.filter_groups.max_inflight_gen_batches": 1,
 }
+# The same, where null is a value, too. verl keeps all checkpoints for -1, and folder.py would keep one.
+LEAST_OR_NULL = {"trainer.max_actor_ckpt_to_keep": 0, "ray_kwargs.ray_init.num_cpus": 1}
 
 
 def validate(config: DictConfig) -> None:
@@ -125,10 +127,10 @@ def check_numbers(config: DictConfig) -> None:
     """Raises UserError for numbers out of their range that verl would find out after the start, or not at all."""
     from vlnorm_verl.registry import vl_norm
 
-    for key, least in LEAST.items():
-        value = OmegaConf.select(config, key)
-        if type(value) is not int or value < least:  # True is an int, too
-            raise UserError(f"{key}={value}: accepted is a whole number of at least {least}")
+    for key, least in (LEAST | LEAST_OR_NULL).items():
+        value, or_null = OmegaConf.select(config, key), "null, or " if key in LEAST_OR_NULL else ""
+        if (type(value) is not int or value < least) and not (or_null and value is None):  # True is an int, too
+            raise UserError(f"{key}={value}: accepted is {or_null}a whole number of at least {least}")
     alpha = config.algorithm.get("vl_norm_as_coded_alpha", 1.0)  # of paper/as_coded.py
     try:
         vl_norm(alpha)

@@ -123,6 +123,8 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
         )
     chosen = choices(config_folder, overrides)
     given = parsed(hydra_overrides(overrides))
+    if removed := next((o for o in given if o.is_delete()), None):
+        raise UserError(f"{removed.input_line}: no key can be taken away. Accepted: {removed.key_or_group}=…, or null")
     try:
         config = _composed(config_folder.resolve(), tuple(o.input_line for o in given)).copy()
         values = flatten(config)
@@ -142,6 +144,8 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
             what = "true or false" if isinstance(number, bool) else f"a number, as in {key}={number}"
             raise UserError(f"{key}={value!r}: accepted is {what}")
     require(f"recipe.keep={values['recipe.keep']}", values["recipe.keep"], ("model", "all"))
+    check_folders(config.recipe)
+    data_files(config)  # refuses what names none
     for group in ("method", "length"):
         require(f"family={chosen['family']} {group}={chosen[group]}", chosen[group], config.recipe[f"{group}s"])
     if is_cpu(config) != (chosen["model"] == "tiny"):
@@ -180,6 +184,13 @@ def with_settings(config: DictConfig, settings: Mapping[str, Any]) -> DictConfig
         OmegaConf.update(changed, key, value)
     OmegaConf.resolve(changed)
     return changed
+
+
+def check_folders(recipe: DictConfig) -> None:
+    """Raises UserError for a folder that is no text, or that an unset variable of the shell has left empty."""
+    for key in ("root", "data", "folder"):
+        if not recipe[key] or not isinstance(recipe[key], str):
+            raise UserError(f"recipe.{key}={recipe[key]}: accepted is a folder, as in recipe.{key}=./{key}")
 
 
 def is_cpu(config: DictConfig) -> bool:
@@ -225,9 +236,19 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def data_files(config: DictConfig) -> list[Path]:
-    """The run's parquet files, those of training first."""
-    files = [config.data.train_files, config.data.val_files]
-    return [Path(file).expanduser() for entry in files for file in ([entry] if isinstance(entry, str) else entry)]
+    """The run's parquet files, those of training first.
+
+    Raises:
+        UserError: something else stands there.
+    """
+    files: list[Path] = []
+    for key in ("train_files", "val_files"):
+        given = config.data[key]
+        entries = list(given) if OmegaConf.is_list(given) else [given]
+        if not entries or not all(isinstance(entry, str) and entry for entry in entries):
+            raise UserError(f"data.{key}={given}: accepted is a parquet file, or a list of some")
+        files += [Path(entry).expanduser() for entry in entries]
+    return files
 
 
 def missing_files(config: DictConfig) -> str:

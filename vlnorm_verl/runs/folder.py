@@ -57,11 +57,17 @@ MICRO_BATCHES = tuple(
 
 
 def completed_steps(folder: Path) -> int:
-    """The step of the last whole checkpoint in a run's folder; 0 without one."""
+    """The step of the last whole checkpoint in a run's folder; 0 without one.
+
+    Raises:
+        UserError: it is no folder, or may not be read.
+    """
     try:
         return int(_tracker(folder).read_text())
     except FileNotFoundError:
         return 0
+    except (NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{error}: give another folder with recipe.folder=… or recipe.root=…") from error
     except ValueError:
         # A crash between its opening and its writing (verl's trainer/ppo/v1/trainer_base.py:1024) leaves it empty.
         # The checkpoint itself is whole by then.

@@ -299,7 +299,10 @@ def run_here(request: Request, asked: DictConfig, config: DictConfig, console: C
             tidy(folder)
         return 0
     if is_cpu(config):
-        make_tiny_files(Path(config.recipe.data), config.recipe.task)
+        try:
+            make_tiny_files(Path(config.recipe.data), config.recipe.task)
+        except OSError as error:
+            raise UserError(f"{error}: give another folder with recipe.data=…") from error
     if problem := missing_files(config):
         raise UserError(problem)
     if not request.on_cluster and (problems := machine.missing_logins(config.trainer.logger)):

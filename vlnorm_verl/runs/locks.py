@@ -27,7 +27,7 @@ def hold_folder(folder: Path, stack: contextlib.ExitStack, console: Console) -> 
     """The lock of a run's folder, held until `stack` is closed.
 
     Raises:
-        UserError: another run has it.
+        UserError: another run has it, or it cannot be written.
     """
     patience = LOCK_SECONDS if os.environ.get("RAY_ADDRESS") else 0
     end, said = time.monotonic() + patience, False
@@ -40,6 +40,8 @@ def hold_folder(folder: Path, stack: contextlib.ExitStack, console: Console) -> 
                     f"{folder}: another run is writing there; wait for it (if its node is lost, the file system frees "
                     "the lock after a while), or set recipe.folder=…"
                 ) from None
+        except OSError as error:
+            raise UserError(f"{error}: give another folder with recipe.folder=… or recipe.root=…") from error
         if not said:
             console.print(f"{folder}: another run is writing there; waiting {patience:.0f} s for it …")
             said = True

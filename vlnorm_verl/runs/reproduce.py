@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import launch, resources
-from vlnorm_verl.runs.config import choices, compose, missing_files, parsed, require
+from vlnorm_verl.runs.config import check_folders, choices, compose, missing_files, parsed, require
 from vlnorm_verl.runs.folder import left, state
 from vlnorm_verl.runs.process import raise_on_stop
 from vlnorm_verl.runs.progress import terminal
@@ -138,13 +138,14 @@ def outline(config_folder: Path, overrides: list[str]) -> DictConfig:
     """A run's section `recipe` and its SIZE: to compose all of its thousand values takes half a second.
 
     Raises:
-        UserError: a choice that there is not.
+        UserError: a choice that there is not, or a folder that is none.
     """
     outlined = _sections(config_folder, tuple(choices(config_folder, overrides).items())).copy()
     for given in parsed(overrides):
         section, _, key = given.key_or_group.partition(".")
         if section == "recipe" or (section == "trainer" and key in SIZE):
             OmegaConf.update(outlined, given.key_or_group, given.value())
+    check_folders(outlined.recipe)
     outlined.recipe.folder = str(launch.absolute(outlined.recipe.folder))
     return outlined
 
