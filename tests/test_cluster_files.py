@@ -169,6 +169,23 @@ def test_address_of_the_head(tmp_path: Path, named: str, own: str, taken: str) -
     assert subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip() == taken
 
 
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({}, f"/tmp/ray-{os.getuid()}"),
+        ({"TMPDIR": "/job"}, f"/job/ray-{os.getuid()}"),
+        ({"RAY_TMPDIR": "/mine"}, "/mine"),
+    ],
+)
+def test_each_user_has_a_folder_for_ray(job: Job, given: dict[str, str], taken: str) -> None:
+    job.launcher("")
+    script(job.bin / "ray", 'echo "$RAY_TMPDIR" >"$RECORD/ray"; exit 1')
+    job.environment.pop("TMPDIR", None)
+    job.environment |= given
+    assert job.run() == 1
+    assert job.recorded("ray") == f"{taken}\n"
+
+
 @pytest.mark.slow
 def test_exit_code_of_the_launcher_and_nothing_left(job: Job) -> None:
     job.launcher('echo "$RAY_ADDRESS${ROCR_VISIBLE_DEVICES-} $*" >"$RECORD/launcher"; exit 3')
