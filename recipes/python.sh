@@ -2,6 +2,8 @@
 # .venv-gpu, else of .venv. A run that cannot be done in that one (no CUDA in its torch, or no vLLM for CPUs) goes over
 # to the other, or is refused.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHONHOME
+[ -n "${VERL_USE_EXTERNAL_MODULES:-}" ] || unset PYTHONPATH # else an environment module's packages come first
 # Safe path: `pip install .` leaves vlnorm_verl.egg-info in this folder, which says nothing of the environment.
 installed='import importlib.metadata as m; m.version("verl"); m.version("vlnorm-verl")'
 python=""

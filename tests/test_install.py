@@ -190,19 +190,23 @@ def test_the_cpu_stack_says_which_python_does_not_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "answer", "said"),
+    ("name", "asked", "answer", "said"),
     [
-        ("CS_GNU_LIBC_VERSION", "echo 2.28", "glibc 2.28: the wheels need 2.31 or newer"),
-        ("CS_GNU_LIBC_VERSION", "exit 1", "glibc not found: the wheels need 2.31 or newer"),  # musl
-        ("libnuma", "exit 1", "libnuma.so.1 is missing, which vLLM's CPU build needs: apt-get install libnuma1"),
-        ("venv", "echo goes on >&2; exit 1", "goes on"),
+        ("cpu", "CS_GNU_LIBC_VERSION", "echo 2.28", "glibc 2.28: the wheels need 2.31 or newer"),
+        ("gpu", "CS_GNU_LIBC_VERSION", "echo 2.28", "glibc 2.28: the wheels need 2.31 or newer"),
+        ("cpu", "CS_GNU_LIBC_VERSION", "exit 1", "glibc not found: the wheels need 2.31 or newer"),  # musl
+        ("cpu", "libnuma", "exit 1", "libnuma.so.1 is missing, which vLLM's CPU build needs: apt-get install libnuma1"),
+        ("cpu", "venv", "echo goes on >&2; exit 1", "goes on"),
     ],
 )
 def test_what_the_system_lacks_is_said_before_anything_is_installed(
-    asked: str, answer: str, said: str, tmp_path: Path
+    name: str, asked: str, answer: str, said: str, tmp_path: Path
 ) -> None:
     python = script(tmp_path / "python", f'case "$*" in *{asked}*) {answer} ;; *) exec {sys.executable} "$@" ;; esac')
-    done = cpu_stack(tmp_path, PYTHON=str(python))
+    if name == "cpu":
+        done = cpu_stack(tmp_path, PYTHON=str(python))
+    else:
+        done = install(VIRTUAL_ENV=str(tmp_path / ".venv"), PYTHON=str(python), ANY_DRIVER="1")
     assert (done.returncode, said in done.stderr) == (1 if asked == "venv" else 2, True), done.stderr
     assert not (tmp_path / ".venv").exists()
 
@@ -224,7 +228,12 @@ def test_packages_of_an_environment_module_stay_away(tmp_path: Path) -> None:
     (tmp_path / "recipes/install_cpu.sh").unlink()
     shutil.rmtree(tmp_path / ".venv")
     cpu_stack(tmp_path, PYTHON=str(python), **modules)
-    assert (tmp_path / "seen").read_text() == "home= path=\n"
+    install(VIRTUAL_ENV=str(tmp_path / "new"), PYTHON=str(python), **modules)
+    assert (tmp_path / "seen").read_text() == 2 * "home= path=\n"
+
+    script(tmp_path / ".venv-gpu/bin/python", f'[ "$1" != -c ] || exit 0; {shown}')
+    assert started(tmp_path, **modules).stdout == "home= path=\n"
+    assert started(tmp_path, **modules, VERL_USE_EXTERNAL_MODULES="mine").stdout == "home= path=/other\n"
 
 
 @pytest.mark.parametrize("name", ["install_cpu.sh", "install_gpu.sh"])
@@ -266,7 +275,8 @@ def installer(
     """`command` after recipes/installer.sh, with this Python's pip and a PATH of `folder`/path and the system's."""
     script(folder / "target" / "bin" / "python", python)
     offline = {"PATH": f"{folder}/path:/usr/bin:/bin", "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
-    lines = f"set -euo pipefail; target={folder}/target; source {PROJECT}/recipes/installer.sh; {command}"
+    given = f"target={folder}/target python={sys.executable}"
+    lines = f"set -euo pipefail; {given}; source {PROJECT}/recipes/installer.sh; {command}"
     return subprocess.run(
         ["bash", "-c", lines], env=offline | variables, capture_output=True, text=True, timeout=120, cwd=folder
     )
@@ -314,7 +324,7 @@ def test_uv_is_enough_for_an_environment_without_pip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("has_uv", [False, True])
 def test_pip_installs_where_no_uv_can_be_had_and_what_uv_cannot_install(tmp_path: Path, has_uv: bool) -> None:
     (tmp_path / "path").mkdir()
-    for name in ("bash", "head", "sed"):  # and no uv of the system's
+    for name in ("bash", "head", "sed", "sort"):  # and no uv of the system's
         (tmp_path / "path" / name).symlink_to(shutil.which(name) or name)
     if has_uv:
         script(tmp_path / "path" / "uv", "exit 1")
