@@ -134,6 +134,7 @@ def test_a_second_run_on_one_ray_is_refused(tmp_path: Path, monkeypatch: pytest.
         first.stdin.close()
         first.wait(60)
     assert node.cpus == 4
+    assert {f"does not see {tmp_path}/data/{name}" for name in ("model", "countdown/test.parquet")} <= {*node.problems}
 
 
 def test_a_ray_jobs_own_configuration_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

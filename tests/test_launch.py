@@ -359,6 +359,7 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
         (["actor_rollout_ref.actor.shuffle=yes"], "actor_rollout_ref.actor.shuffle='yes': accepted is true or false"),
         (["trainer.device=cpu"], "model=tiny is on the CPU and the others on GPUs"),
         (["model=tiny", "trainer.device=cuda"], "model=tiny is on the CPU and the others on GPUs"),
+        (["actor_rollout_ref.model.path='~/Qwen'"], f"know ~. Accepted: the whole path, {Path.home()}/Qwen"),
         (["recipe.data=/tmp/a,b"], """"recipe.root='~/a, (b)=#1'\""""),
         (["recipe.data=/tmp/run(copy)"], "Hydra cannot read this"),
         (["data.max_prompt_length=2000"], "max_model_len=9216: vLLM would cut responses. Accepted: at least"),
@@ -379,6 +380,21 @@ def test_missing_data_names_both_ways_to_get_it(tmp_path: Path) -> None:
     assert f"vlnorm-verl data math --out {tmp_path}/none/math" in text
     assert "--offline" in text
     assert "minerva.parquet" in text
+
+
+def test_a_model_or_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    def said(*overrides: str) -> str:
+        return configs.missing_files(composed(tmp_path, *overrides))
+
+    for task in ("countdown", "math"):
+        assert said("model=tiny", f"task={task}") == ""  # the launcher makes all of it
+    assert said("model=tiny", f"data.val_files={tmp_path}/typo.parquet") == f"no data: {tmp_path}/typo.parquet"
+    for path in (f"{tmp_path}/Qwen2.5-3B", "./Qwen2.5-3B", "my/models/Qwen2.5-3B"):
+        for model in ("tiny", "3b"):
+            wrong = f"no model: actor_rollout_ref.model.path={path} is no folder here. Accepted: a folder that"
+            assert wrong in said(f"model={model}", f"actor_rollout_ref.model.path={path}")
+    for name in ("Qwen/Qwen2.5-3B", "gpt2", "'hdfs://host/models/x'", str(tmp_path)):
+        assert said(f"actor_rollout_ref.model.path={name}").startswith("no data: ")
 
 
 def test_the_cost_is_of_the_steps_that_are_left(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data_command import rows_of
+from vlnorm_verl.runs.config import compose, made_files
 from vlnorm_verl.tasks.countdown import Problem, ground_truth, parse_ground_truth
 from vlnorm_verl.tasks.tiny import WEIGHTS, boxed, data
 from vlnorm_verl.tasks.tiny.countdown import (
@@ -40,6 +41,7 @@ from vlnorm_verl.tasks.tiny.countdown import (
     search_trace,
 )
 
+CONFIG = Path(__file__).parent.parent / "recipes" / "config"
 ATTEMPT = re.compile(r"(\d+)([-+*])(\d+)=(\d+)([-+*])(\d+)=(\d+)([!;])")
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 HELD_OUT_TARGETS_OF_3_7_12 = [5, 8, 13, 36, 37, 38, 47]
@@ -341,6 +343,12 @@ def test_the_model_is_beside_the_files(made: Path) -> None:
     assert sorted(path.name for path in made.iterdir()) == ["countdown", "math", "model"]
     copied, shipped = ({path.name: path.read_bytes() for path in f.iterdir()} for f in (made / "model", WEIGHTS))
     assert copied == shipped
+
+
+@pytest.mark.parametrize("task", ["countdown", "math"])
+def test_the_launcher_knows_what_is_made(made: Path, task: str) -> None:
+    config = compose(CONFIG, ["model=tiny", f"task={task}", f"recipe.data={made}"])
+    assert made_files(config) == {made / "model", *(made / task).iterdir()}
 
 
 def test_only_what_is_missing_is_made_and_always_the_same(made: Path) -> None:

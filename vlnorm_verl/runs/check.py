@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import io
+import os
 import re
 import warnings
 from pathlib import Path
@@ -62,6 +63,12 @@ def validate(config: DictConfig) -> None:
     from vlnorm_verl.plugin.checks import check_scale
 
     check_numbers(config)
+    model = str(config.actor_rollout_ref.model.path)
+    if model.startswith("~"):
+        raise UserError(
+            f"actor_rollout_ref.model.path={model}: verl does not know ~. Accepted: the whole path, "
+            f"{os.path.expanduser(model)}"
+        )
     actor = config.actor_rollout_ref.actor
     needs_m = actor.loss_agg_mode == "seq-mean-token-sum-norm"  # of verl's own modes; the plugin checks ours
     if needs_m and actor.loss_scale_factor is None:

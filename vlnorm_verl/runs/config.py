@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlnorm_verl.files import UserError, require
+from vlnorm_verl.tasks.sources import MATH
 
 CONFIG_NAME = "recipe"
 LOGGERS = ("console", "file", "wandb", "tensorboard", "trackio", "swanlab", "mlflow")
@@ -251,14 +252,38 @@ def data_files(config: DictConfig) -> list[Path]:
     return files
 
 
+def model_folder(config: DictConfig) -> Path | None:
+    """Where the run's model lies; None if it is a name on the hub ("owner/name" or "name"), or an address."""
+    path = str(config.actor_rollout_ref.model.path)
+    is_path = path.startswith(("/", ".")) or (path.count("/") > 1 and "://" not in path)
+    return Path(path) if is_path else None
+
+
+def made_files(config: DictConfig) -> set[Path]:
+    """What the launcher makes of a run's model and data: all that tasks/tiny/data.py has, for the CPU."""
+    data, task = Path(config.recipe.data), config.recipe.task
+    names = MATH if task == "math" else ("train", "test")
+    files = {data / "model", *(data / task / f"{name}.parquet" for name in names)}
+    return files if is_cpu(config) else set()
+
+
 def missing_files(config: DictConfig) -> str:
-    """What to type to get the run's data, if a file of it is not there; "" if all are, or the launcher makes them."""
-    missing = [str(file) for file in data_files(config) if not is_cpu(config) and not file.is_file()]
-    if not missing:
-        return ""
+    """What of the run's model and data is not there, and how to get it; "" if all is, or the launcher makes it."""
+    made, model, problems = made_files(config), model_folder(config), []
+    if model and model not in made and not model.is_dir():
+        problems.append(
+            f"no model: actor_rollout_ref.model.path={config.actor_rollout_ref.model.path} is no folder here. "
+            "Accepted: a folder that every node sees, or a name on the hub, as in Qwen/Qwen2.5-3B"
+        )
+    if missing := [str(file) for file in data_files(config) if file not in made and not file.is_file()]:
+        problems.append(f"no data: {', '.join(missing)}{'' if is_cpu(config) else _how_to_make_data(config)}")
+    return "\n".join(problems)
+
+
+def _how_to_make_data(config: DictConfig) -> str:
     folder = f"{config.recipe.data}/{config.recipe.task}"
     return (
-        f"no data: {', '.join(missing)}. Make it with\n"
+        ". Make it with\n"
         f"  vlnorm-verl data {config.recipe.task} --out {folder}\n"
         f"or, without a network,\n"
         f"  vlnorm-verl data {config.recipe.task} --offline --out {folder}\n"

@@ -4,8 +4,8 @@ A node that lacks verl or this package fails minutes into the start of a run, in
 all: verl hides plugin load errors. The answers are named by node here.
 
 Covered: imports and versions, whether torch and vLLM are those for the run, flash-attn, whether the plugin is in verl,
-whether the node sees the run's folder and data, logins of loggers, Ray's CPUs; of the cluster, whether another verl run
-is on it. Not covered: drivers and GPUs, network speed, free disk.
+whether the node sees the run's folder, data and model, logins of loggers, Ray's CPUs; of the cluster, whether another
+verl run is on it. Not covered: drivers and GPUs, network speed, free disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs.config import data_files, is_cpu, wants_flash_attention
+from vlnorm_verl.runs.config import data_files, is_cpu, model_folder, wants_flash_attention
 
 TIMEOUT_SECONDS = 300.0  # importing torch and verl from a cold shared disk takes minutes
 
@@ -99,7 +99,7 @@ def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
     run = {
         "mode": config.actor_rollout_ref.actor.loss_agg_mode,
         "token": str(token),
-        "files": [str(file) for file in data_files(config)],
+        "files": [str(file) for file in (*data_files(config), model_folder(config)) if file],
         "loggers": list(config.trainer.logger),
         "on_cpu": is_cpu(config),
         "flash_attention": wants_flash_attention(config),
