@@ -438,6 +438,7 @@ def test_a_dry_run_names_what_does_nothing_and_no_cost_of_another_model(tmp_path
     lines = dry_run(f"recipe.root={tmp_path}", "actor_rollout_ref.actor.grad_clip=0.5", another)
     (note,) = [line for line in lines if "does nothing" in line]
     assert "actor_rollout_ref.actor.grad_clip" in note
+    assert f"no cost with {another}: only the paper's models and batches are worked out" in lines
     assert not [line for line in lines if line.startswith("cost")]
 
 

@@ -137,7 +137,7 @@ def test_the_tiny_models_runs_of_a_set_are_made_once() -> None:
 
 def test_the_cost_of_a_set(tmp_path: Path) -> None:
     def cost(name: str, *overrides: str) -> str:
-        return resources.cost([left(run.outline) for run in planned(name, overrides=overrides)])
+        return resources.cost([(left(run.outline), run.overrides) for run in planned(name, overrides=overrides)])
 
     def of_steps(steps: int) -> str:
         hours = resources.run_hours(resources.MODELS[0], resources.RECIPES[4], resources.GPU_TYPES[0], 4, steps)
@@ -153,8 +153,20 @@ def test_the_cost_of_a_set(tmp_path: Path) -> None:
     assert "; 10 of 20 runs do not fit" in cost("countdown")  # 7B on 24 GB
     for without in ("model=tiny", "attention=sdpa"):
         assert cost("fig2", without) == ""
-    assert resources.applies_to(["length=8192", "recipe.steps=7", "actor_rollout_ref.actor.optim.lr=1e-6"])
-    assert not resources.applies_to(["length=8192", "++actor_rollout_ref.rollout.n=64"])
+    copy, more = "actor_rollout_ref.model.path=/models/Qwen2.5-3B", "++actor_rollout_ref.rollout.n=64"
+    assert cost("fig2", *here, copy, "actor_rollout_ref.actor.optim.lr=1e-6") == cost("fig2", *here)
+    assert cost("fig2", *here, copy, more).startswith(f"no cost with {more}: ")
+    both = cost("countdown", copy)  # 3B and 7B
+    assert both.startswith("cost, ")
+    assert f"no cost with {copy}: " in both
+
+
+def test_on_several_nodes_no_hours_are_known(tmp_path: Path) -> None:
+    runs = planned("fig2", overrides=(f"recipe.root={tmp_path}", "trainer.nnodes=2"))
+    said = resources.cost([(run.outline, run.overrides) for run in runs])
+    assert "  no hours with trainer.nnodes above 1: " in said
+    assert "hours of" not in said
+    assert "disk: 150 GB" in said
 
 
 # --------------------------------------------------------------------------------------------------------- the command

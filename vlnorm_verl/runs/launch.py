@@ -276,7 +276,7 @@ def show(request: Request, config: DictConfig, changed: dict[str, Any], console:
         console.print(f"note: {key} does nothing: no code of this run reads it", style="yellow")
     for problem in filter(None, (missing_files(config), unfit)):
         console.print(f"note: {problem}", style="yellow")
-    if not request.smoke and resources.applies_to(request.overrides) and (cost := resources.cost([left(config)])):
+    if not request.smoke and (cost := resources.cost([(left(config), request.overrides)])):
         console.print(cost)
     disk = next(path for path in (folder, *folder.parents) if path.exists())
     console.print(f"free disk at {disk}: {shutil.disk_usage(disk).free / resources.GB:.0f} GB")

@@ -193,8 +193,7 @@ def reproduce(
         return 0
     if not check(recipes, runs, console, elsewhere=on, dry_run=dry_run):
         return 1
-    rest = [left(run.outline) for run in runs if run.state != "finished" and resources.applies_to(run.overrides)]
-    if cost := resources.cost(rest):
+    if cost := resources.cost([(left(run.outline), run.overrides) for run in runs if run.state != "finished"]):
         console.print(cost)
     if dry_run:
         return 0

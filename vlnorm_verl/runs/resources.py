@@ -24,11 +24,12 @@ Formulas; P parameters, N GPUs, V vocabulary, T tokens of one micro-batch if all
                             (favourable) or after it
 
 Left out: attention's own FLOPs, offloading (about a second a step), reward, weight sync, checkpoints, validation, what
-verl writes of each response.
+verl writes of each response, and the network between nodes: there are no hours of a run on several.
 """
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -132,10 +133,10 @@ RECIPES = [
     Recipe("dapo_countdown.sh", 3072, 256, 8, True),
     Recipe("dapo_math.sh", 3072, 1024, 8, True),
 ]
-# What is above of a recipe and of its model; a run that is given another one costs something else.
+# What is above of a recipe; a run that is given another one costs something else.
 ASSUMED = {
-    *("actor_rollout_ref.model.path", "actor_rollout_ref.rollout.n"),
-    *("data.train_batch_size", "data.max_prompt_length", "data.max_response_length"),
+    *("actor_rollout_ref.rollout.n", "data.train_batch_size"),
+    *("data.max_prompt_length", "data.max_response_length"),
 }
 # What to change where a recipe does not fit: name, micro-batch, entropy in chunks. The first that fits is printed.
 REMEDIES = [
@@ -229,30 +230,46 @@ def run_hours(model: Model, recipe: Recipe, gpu: Gpu, gpus: int, steps: int) -> 
     return low, high
 
 
-def applies_to(overrides: list[str]) -> bool:
-    """Whether `cost` is that of a run with these overrides."""
-    return not ASSUMED & {given.key_or_group for given in parsed(overrides)}
+def unknown(overrides: list[str], model: str) -> list[str]:
+    """The overrides whose cost is not known. Not a copy of the model: a path that ends in its name on the hub."""
+    return [
+        given.input_line
+        for given in parsed(overrides)
+        if given.key_or_group in ASSUMED
+        or (
+            given.key_or_group == "actor_rollout_ref.model.path"
+            and Path(str(given.value())).name.lower() != f"qwen2.5-{model}"
+        )
+    ]
 
 
-def cost(runs: list[DictConfig]) -> str:
-    """What runs still take: hours on each type of GPU, and disk, as lines of text.
+def cost(runs: list[tuple[DictConfig, list[str]]]) -> str:
+    """What runs still take: hours on each type of GPU, and disk, as lines of text. Or why that is not known.
 
     Nothing for the tiny model, nor without flash-attn, where a run has four times the micro-batches.
 
-    runs: `recipe` and `trainer` of each, with the steps that are left as `trainer.total_training_steps`.
+    runs: `recipe` and `trainer` of each, with the steps that are left as `trainer.total_training_steps`; its overrides.
     """
-    known = []
-    for run in runs:
+    known, left_out = [], dict[str, None]()
+    for run, overrides in runs:
         script = f"{'dapo_' if run.recipe.family == 'dapo' else ''}{run.recipe.task}.sh"
         model = next((model for model in MODELS if model.name == run.recipe.model), None)
         row = next((row for row in RECIPES if (row.script, str(row.limit)) == (script, run.recipe.length)), None)
-        if model and row and run.recipe.attention == "flash":
-            gpus = run.trainer.nnodes * run.trainer.n_gpus_per_node
-            known.append((model, row, gpus, run.trainer.total_training_steps))
+        if not model or not row or run.recipe.attention != "flash":
+            continue
+        if others := unknown(overrides, model.name):
+            left_out |= dict.fromkeys(others)
+            continue
+        gpus = run.trainer.nnodes * run.trainer.n_gpus_per_node
+        known.append((model, row, gpus, run.trainer.total_training_steps))
+    note = f"no cost with {', '.join(left_out)}: only the paper's models and batches are worked out" if left_out else ""
     if not known:
-        return ""
+        return note
     lines = ["cost, worked out on paper for the paper's models, without validation (vlnorm_verl.runs.resources):"]
-    for gpu in GPU_TYPES:
+    several = any(run.trainer.nnodes > 1 for run, _ in runs)
+    if several:
+        lines.append("  no hours with trainer.nnodes above 1: they depend on the network between the nodes")
+    for gpu in [] if several else GPU_TYPES:
         hours = [run_hours(model, row, gpu, gpus, steps) for model, row, gpus, steps in known]
         fitting = [pair for pair in hours if pair]
         sizes = ", ".join(map(str, sorted({gpus for _, _, gpus, _ in known})))
@@ -267,7 +284,7 @@ def cost(runs: list[DictConfig]) -> str:
     lines.append(
         f"  disk: {rounded(going)} GB for two checkpoints of each while it goes on, {rounded(left)} GB when finished"
     )
-    return "\n".join(lines)
+    return "\n".join(filter(None, [*lines, note]))
 
 
 def rounded(value: float) -> str:
