@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_launch import MODULES, RECIPES, complete, composed, dry_run
+from tests.test_launch import MODULES, RECIPES, complete, composed, dry_run, refused
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import clusters, launch, probe
 from vlnorm_verl.runs.launch import Request
@@ -31,6 +31,21 @@ def test_a_cluster_keeps_its_resources_and_is_given_the_plugin(tmp_path: Path, m
     assert variables["VERL_FILE_LOGGER_PATH"] == f"{config.recipe.folder}/metrics-000.jsonl"
     # Without it, where the trainer's actor starts.
     assert variables["TENSORBOARD_DIR"] == f"{config.recipe.folder}/tensorboard"
+
+
+@pytest.mark.parametrize("address", ["gpu-head", "gpu-head:abc", "http:/head:8265", "::1:6379", "head:", "local"])
+def test_an_address_without_a_port_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert f"RAY_ADDRESS={address}: accepted are host:port, auto" in refused(Request(RECIPES, dry_run=True))
+    launch.check_place("slurm")  # whose script has an address of its own
+
+
+@pytest.mark.parametrize(
+    "address", ["", "auto", "head.example:6379", "[fe80::1]:6379", "http://head:8265", "https://a/b"]
+)
+def test_an_address_is_accepted(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    launch.check_place("")
 
 
 @pytest.mark.parametrize("given", ["+{}=json", "++{}=json", "+{}='vlnorm_verl.verl_entry, json'", "in the environment"])

@@ -45,6 +45,16 @@ NOT_SHIPPED = ["/runs", "/data", "/docs", "/tests"]
 # ----------------------------------------------------------------------------------------- on a cluster that is there
 
 
+def check_address(address: str) -> None:
+    """Raises UserError for a RAY_ADDRESS that Ray would end with a traceback for, or start a Ray of its own."""
+    # `ray://`, Ray's client, is not tried and not refused.
+    if address and not re.fullmatch(r"auto|(https?|ray)://\S+|([^\s:/]+|\[[^\s/\]]+\]):\d+", address):
+        raise UserError(
+            f"RAY_ADDRESS={address}: accepted are host:port, auto (the Ray of this machine) and http://host:8265 (`ray "
+            "job submit`); without it a run starts a Ray of its own"
+        )
+
+
 def settings(config: DictConfig, metrics: Path) -> dict[str, Any]:
     """What a run has set on an existing Ray cluster: that has its own resources, its workers need our variables."""
     variables = worker_variables(config) | log_variables(metrics)

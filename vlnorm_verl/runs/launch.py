@@ -162,6 +162,8 @@ def checked(request: Request, asked: DictConfig, folder: Path) -> tuple[DictConf
 def check_place(on: str) -> None:
     if on not in ("", "slurm", "kubernetes"):
         raise UserError(f"--on {on}: accepted are slurm and kubernetes; without it RAY_ADDRESS decides")
+    if not on:
+        clusters.check_address(os.environ.get("RAY_ADDRESS", ""))
 
 
 # ------------------------------------------------------------------------------------- what is set beside the request
