@@ -31,6 +31,7 @@ def test_a_cluster_keeps_its_resources_and_is_given_the_plugin(tmp_path: Path, m
     assert variables["VERL_FILE_LOGGER_PATH"] == f"{config.recipe.folder}/metrics-000.jsonl"
     # Without it, where the trainer's actor starts.
     assert variables["TENSORBOARD_DIR"] == f"{config.recipe.folder}/tensorboard"
+    assert variables["WANDB_DIR"] == config.recipe.folder
 
 
 @pytest.mark.parametrize("address", ["gpu-head", "gpu-head:abc", "http:/head:8265", "::1:6379", "head:", "local"])

@@ -30,6 +30,7 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
+from torch.distributed import distributed_c10d
 from typer.testing import CliRunner
 
 import vlnorm_verl
@@ -304,6 +305,12 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     built = {path.relative_to(tmp_path).with_suffix(".md") for path in tmp_path.rglob("*.html")}
     assert {page.relative_to(ROOT / "docs") for page in ROOT.glob("docs/**/*.md")} <= built
+
+
+def test_the_limit_of_a_collective() -> None:
+    """verl gives torch a backend for each device, and no limit (utils/distributed.py:88): torch's is not NCCL's."""
+    minutes = distributed_c10d._get_default_timeout(torch.distributed.Backend("cpu:gloo,cuda:nccl")).seconds / 60
+    assert f"| a collective ends after {minutes:g} minutes |" in (ROOT / "docs" / "gpu.md").read_text()
 
 
 def test_one_version_everywhere() -> None:

@@ -1,6 +1,7 @@
 """A run's process and its lock, with a few lines in place of verl's trainer. test_e2e.py has the real one."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -59,6 +60,22 @@ def test_steps_are_whole_and_nothing_is_left_running(tmp_path: Path, monkeypatch
             assert [next(records), next(records)] == [{"step": 1, "data": {"a": 0.5}}, {"step": 2, "data": {}}]
             assert all(map(running, processes(tmp_path)))
         wait_for(lambda: not any(map(running, processes(tmp_path))), 120)
+
+
+def test_loggers_write_into_the_runs_folder_and_slurms_variable_of_other_gpus_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "0")  # verl would refuse it
+    monkeypatch.setenv("SWANLAB_LOG_DIR", "/mine")
+    for name in ("WANDB_DIR", "TENSORBOARD_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    shows = [sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))"]
+    assert not list(train(shows, {}, tmp_path / "metrics-000.jsonl", tmp_path / "log"))
+    variables = json.loads((tmp_path / "log").read_text())
+    assert "ROCR_VISIBLE_DEVICES" not in variables
+    assert variables["VERL_FILE_LOGGER_PATH"] == f"{tmp_path}/metrics-000.jsonl"
+    assert (variables["WANDB_DIR"], variables["TENSORBOARD_DIR"]) == (str(tmp_path), f"{tmp_path}/tensorboard")
+    assert variables["SWANLAB_LOG_DIR"] == "/mine"
 
 
 @pytest.mark.parametrize("given", [signal.SIG_IGN, signal.SIG_DFL])

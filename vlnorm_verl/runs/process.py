@@ -62,6 +62,8 @@ def train(
         TrainingFailed: the trainer's exit code is not 0.
     """
     environment = {**os.environ, **variables, **log_variables(metrics)}
+    # SLURM's, for NVIDIA's GPUs too; verl refuses it beside Ray's CUDA_VISIBLE_DEVICES (see slurm.sbatch).
+    environment.pop("ROCR_VISIBLE_DEVICES", None)
     with open(log, "ab") as output:
         # A session of its own: Ctrl-C reaches this process only, which then ends the run in order.
         process = subprocess.Popen(
@@ -83,8 +85,10 @@ def train(
 def log_variables(metrics: Path) -> dict[str, str]:
     """Environment by which verl's loggers write into the run's folder, that of `metrics`, and not where they start."""
     folder = metrics.resolve().parent
-    own = os.environ.get("TENSORBOARD_DIR", str(folder / "tensorboard"))
-    return {"VERL_FILE_LOGGER_PATH": str(folder / metrics.name), "TENSORBOARD_DIR": own}
+    folders = {"TENSORBOARD_DIR": folder / "tensorboard", "SWANLAB_LOG_DIR": folder / "swanlog"}
+    folders["WANDB_DIR"] = folder  # where it makes a folder wandb
+    own = {name: os.environ.get(name, str(path)) for name, path in folders.items()}
+    return {"VERL_FILE_LOGGER_PATH": str(folder / metrics.name), **own}
 
 
 def _follow(path: Path, process: subprocess.Popen[bytes]) -> Generator[Record, None, None]:
