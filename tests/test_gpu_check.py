@@ -1,5 +1,6 @@
 """The GPU check (benchmarks/gpu) where there is no GPU: how parts end, what is written, and all of it at tiny sizes."""
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -31,7 +32,7 @@ def run(
     folder: Path,
     *codes: str,
     seconds: float = 60,
-    judge: Callable[[Any], tuple[bool, str]] = lambda raw: (True, "all well"),
+    judge: Callable[[Any], tuple[bool | None, str]] = lambda raw: (True, "all well"),
     needs: str = "verl",
 ) -> dict[str, Any]:
     """What becomes of a part that can be run in these ways."""
@@ -56,6 +57,11 @@ def test_a_result_that_was_cut_says_by_what(tmp_path: Path) -> None:
 def test_a_good_result_of_a_program_that_failed_is_not_met(tmp_path: Path) -> None:
     row = run(tmp_path, f"{WRITES}; {FAILS}")
     assert (row["status"], row["words"]) == ("failed", "all well; exit code 1: out of memory")
+
+
+@pytest.mark.parametrize(("code", "status"), [(WRITES, "open"), (f"{WRITES}; {FAILS}", "failed")])
+def test_an_open_result_is_neither_met_nor_missed(tmp_path: Path, code: str, status: str) -> None:
+    assert run(tmp_path, code, judge=lambda raw: (None, "in between"))["status"] == status
 
 
 @pytest.mark.parametrize(
@@ -103,13 +109,27 @@ def test_rollout_and_actor_must_agree(apart: float | None, good: bool) -> None:
     assert check.stack({"steps": 1, "records": [{"data": step, "after": 90.0}]})[0] == good
 
 
-@pytest.mark.parametrize(("rounds", "good"), [(1, False), (5, True)])
-def test_one_round_does_not_judge_an_update(rounds: int, good: bool) -> None:
+@pytest.mark.parametrize(("rounds", "met", "good"), [(1, True, False), (5, True, True), (5, None, None)])
+def test_one_round_does_not_judge_an_update(rounds: int, met: bool | None, good: bool | None) -> None:
     """On the first GPU token-mean again took 0.88 of token-mean's time in the one round that there was time for."""
     mode = {"wall_ratio": {"median": 1.0, "low": 0.9, "high": 1.1}, "wall_s": 1.0, "tokens_per_s": 1.0}
     result = {"model_parameters": 1, "responses": 1, "response_tokens": {"max": 1}, "rounds": [{}] * rounds}
     result["modes"] = dict.fromkeys(("vl_norm", "token-mean again"), mode)
-    assert check.update({"update": result, "targets": {"update": True}}, tiny=False)[0] == good
+    assert check.update({"update": result, "targets": {"update": met}}, tiny=False)[0] is good
+
+
+@pytest.mark.parametrize(
+    ("median", "low", "high", "met"),
+    [(1.0, 0.98, 1.01, True), (1.0, 0.95, 1.03, None), (1.02, 0.95, 1.03, None), (1.02, 1.0101, 1.03, False)],
+)
+def test_an_update_meets_its_bound_by_its_whole_interval(
+    median: float, low: float, high: float, met: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second GPU run had 1.020 [0.949, 1.026], which says neither."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    ratio = {"median": median, "low": low, "high": high}
+    found = importlib.import_module("update_cost").verdicts({"update": {"modes": {"vl_norm": {"wall_ratio": ratio}}}})
+    assert [*found.values()] == [met]
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
