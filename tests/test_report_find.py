@@ -277,6 +277,19 @@ def test_the_mode_that_was_trained_decides_over_the_recipes_alpha(tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("mode", "recipe", "method"),
+    [("vl_norm:0.5", "dapo_norm", "vl_norm:0.5"), ("token-mean", "grpo_norm", "dapo_norm"),
+     ("grpo_norm", "dr_grpo_norm", "grpo_norm"), ("floor_norm:32", "vl_norm", "floor_norm:32")],
+)  # fmt: skip
+def test_the_mode_that_was_trained_decides_over_the_recipes_method(
+    mode: str, recipe: str, method: str, tmp_path: Path
+) -> None:
+    run = read_one(write_run(tmp_path, mode, curve={1: 0.5}, recipe={"method": recipe}))
+    assert run.method_key == method
+    assert f"recipe.method={recipe}, but loss_agg_mode={method}" in run.notes
+
+
+@pytest.mark.parametrize(
     ("mode", "says"),
     [("vl_norm:9", "α = 9 is out of range; accepted: 0 ≤ α ≤ 2"), ("vl_norm:", "'' is not a number"),
      ("grpo_norm:2", "takes no parameter"), ("vl_norm:nan", "out of range")],

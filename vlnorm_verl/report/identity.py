@@ -198,11 +198,13 @@ def from_config(config: dict[str, Any], where: str) -> Identity:
     )
     if recipe:
         identity.setting = Setting(*(str(recipe.get(name, "")) for name in Setting._fields))
-        # loss_agg_mode is what was trained; the recipe's name also tells what DAPO did with overlong responses.
-        if recipe["method"] == "vl_norm" and method != "vl_norm":
-            identity.notes.append(f"recipe.method=vl_norm, but loss_agg_mode={method}")
-        elif recipe["method"] != method:
-            identity.method = str(recipe["method"])
+        # loss_agg_mode is what was trained. A recipe's name that is no mode tells more: what DAPO did with overlong
+        # responses, how advantages are divided, what the authors' code sums over.
+        name = str(recipe["method"])
+        if name != method and methods.method_of(name).is_mode:
+            identity.notes.append(f"recipe.method={name}, but loss_agg_mode={methods.join(method, alpha)}")
+        elif name != method:
+            identity.method = name
             alpha = get("algorithm.vl_norm_as_coded_alpha")  # of that method alone
             identity.alpha = alpha if isinstance(alpha, int | float) else None
         return identity
