@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from benchmarks.study import analyse, design, effects, record
 from benchmarks.study import run as study
@@ -213,13 +215,14 @@ def test_speed_ups_have_intervals_and_say_never() -> None:
 # --------------------------------------------------------------------------------------------------- records and page
 
 
-def write_study(folder: Path, weighting: float, without: str = "") -> None:
-    """Made-up records of all runs but one."""
+def write_study(folder: Path, weighting: float, without: str = "", of: tuple[int, ...] = design.WARM_STARTS) -> None:
+    """Made-up records of all runs but one, with the effect in blocks of these warm starts alone."""
     generator = np.random.default_rng(7)
     for run in design.runs():
         if run.name == without:
             continue
-        level = 0.5 + 0.01 * (run.block % 3) + weighting * WEIGHT.get(run.method, WEIGHT["vl_norm:1"])
+        effect = weighting * WEIGHT.get(run.method, WEIGHT["vl_norm:1"]) if run.warm_start in of else 0.0
+        level = 0.5 + 0.01 * (run.block % 3) + effect
         columns = {name: np.full(run.steps, 0.1) for name in [*record.COLUMNS, "length_harmonic"]}
         columns["accuracy"] = level + generator.normal(0, 0.02, run.steps)
         columns["length_mean"] = np.full(run.steps, 100.0)
@@ -248,6 +251,27 @@ def test_the_page_has_the_results_and_keeps_the_rest(tmp_path: Path) -> None:
     assert (tmp_path / "study.png").exists()
     analyse.main(records, page)
     assert page.read_text() == text
+
+
+def test_an_effect_of_the_replacement_alone_is_open_without_it(tmp_path: Path) -> None:
+    write_study(tmp_path, weighting=0.3, of=(analyse.REPLACEMENT,))
+    main = analyse.main_part(record.read_records(tmp_path))
+    y = analyse.accuracies(main)
+    assert analyse.tests(y).rows[0][-1] == "established"
+    without = analyse.warm_starts(main, y).foot[0]
+    assert "without number 4: 1. the weighting effect is not 0: open (p: 0." in without
+    assert "2. VL Norm (α = 1) − DAPO Norm is not 0: not tested (p: –)" in without
+
+
+@pytest.mark.parametrize("wrong", ["--records", "--page"])
+def test_a_mistyped_path_is_refused_and_changes_no_page(wrong: str, tmp_path: Path) -> None:
+    page = tmp_path / "study.md"
+    page.write_text(f"{analyse.BEGIN}results{analyse.END}")
+    given = {"--records": tmp_path, "--page": page} | {wrong: tmp_path / "typo"}
+    app = typer.Typer()
+    app.command()(analyse.main)
+    assert CliRunner().invoke(app, [str(word) for pair in given.items() for word in pair]).exit_code == 2
+    assert "results" in page.read_text()
 
 
 @pytest.mark.parametrize("stale", [False, True])

@@ -69,11 +69,14 @@ def accuracies(main: dict[str, Records]) -> Blocks:
     return {method: values(of, "accuracy") for method, of in main.items()}
 
 
+def p_of(test: effects.Test) -> str:
+    return "–" if test.p is None else "< 0.0001" if test.p < 1e-4 else f"{test.p:.4f}"
+
+
 def tests(y: Blocks) -> Table:
     rows = list[list[Cell]]()
     for test in effects.tests_in_order({method: y[method] for method in FACTORIAL}):
-        p = "–" if test.p is None else "< 0.0001" if test.p < 1e-4 else f"{test.p:.4f}"
-        rows.append([test.question, over_blocks(test.effect), bootstrap(test.effect), p, test.verdict])
+        rows.append([test.question, over_blocks(test.effect), bootstrap(test.effect), p_of(test), test.verdict])
     foot = [
         "Each is made only if the one before is established, and says something of these three warm starts. Student's "
         "t over blocks; bootstrap: expanded percentiles over blocks. All intervals are of 95%; the third test is that "
@@ -123,7 +126,10 @@ def warm_starts(main: dict[str, Records], y: Blocks) -> Table:
     chosen = {"all": start > 0, f"without number {REPLACEMENT}": start != REPLACEMENT}
     chosen |= {f"number {w}": start == w for w in WARM_STARTS}
     rows: list[list[Cell]] = [[n, *(over_blocks(v[some]) for some in chosen.values())] for n, v in found.items()]
+    without = effects.tests_in_order({method: y[method][start != REPLACEMENT] for method in FACTORIAL})
+    made = "; ".join(f"{test.question}: {test.verdict} (p: {p_of(test)})" for test in without)
     foot = [
+        f"The tests in order without number {REPLACEMENT}: {made}.",
         f"Descriptive. Interaction: ({label_of(VL)} − {label_of(GRPO)}) − ({label_of(DR_GRPO)} − {label_of(DAPO)}); if "
         "it is not 0, the scale effect is a mean of two different ones, which are among all pairs.",
         f"Correlation of two methods within blocks: {effects.correlation(y, 0 * start):.2f}; within warm starts "
@@ -199,8 +205,8 @@ def draw(main: dict[str, Records], y: Blocks) -> Figure:
 
 
 def main(
-    records: Annotated[Path, typer.Option(help="Folder of the finished runs.")] = RECORDS,
-    page: Annotated[Path, typer.Option(help="The page whose results are written.")] = PAGE,
+    records: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of the finished runs.")] = RECORDS,
+    page: Annotated[Path, typer.Option(exists=True, help="The page whose results are written.")] = PAGE,
 ) -> None:
     """Write the results of the study."""
     found, replaced = read_records(records), read_records(records / "replaced")
