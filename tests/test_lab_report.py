@@ -101,6 +101,23 @@ def test_a_full_gpu_is_said_with_what_needs_less(tmp_path: Path, monkeypatch: py
     assert "Tried to allocate 1.74 GiB." in done.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--modules=last_qkv"], "--modules 'last_qkv' matches no parameter. Near: model"),
+        (["--modules=all", "--modules=layers.(2"], "--modules 'layers.(2' is not a regular expression"),
+        (["--projection=2"], "--projection 2: fewer numbers than the 3 parts"),
+    ],
+)
+def test_parameters_that_cannot_be_had_are_refused_before_sampling(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollouts, "sample", lambda *_: pytest.fail("it has sampled"))
+    done = lab("run", MODEL, "--out", tmp_path, *arguments)
+    assert done.exit_code == 2
+    assert words in " ".join(done.output.replace("│", " ").split())
+
+
 @pytest.mark.usefixtures("_no_figures")
 def test_several_models_side_by_side(folder: Path, tmp_path: Path) -> None:
     done = lab("report", f"start={folder}", f"<b>end</b>={folder}", "--out", tmp_path, "--mini-batch=640")

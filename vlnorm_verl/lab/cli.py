@@ -76,24 +76,28 @@ def run(
     merged with verl's own tool. Several models at once: `vlnorm-verl lab report`.
 
       vlnorm-verl lab run Qwen/Qwen2.5-3B --task countdown --data data/countdown/train.parquet --no-chat-template
-        --out lab/3b
+        --out runs/lab/3b
       vlnorm-verl lab run runs/mine/checkpoints/global_step_60 --task countdown --data data/countdown/train.parquet
-        --no-chat-template --out lab/step60
-      vlnorm-verl lab run MODEL --task custom --data train.parquet --reward my_reward.py --out lab/mine
+        --no-chat-template --out runs/lab/step60
+      vlnorm-verl lab run MODEL --task custom --data train.parquet --reward my_reward.py --out runs/lab/mine
     """
     extras.require("lab")
     import torch
 
-    from vlnorm_verl.lab import gradients, rollouts, tasks
+    from vlnorm_verl.lab import gradients, models, rollouts, tasks
     from vlnorm_verl.lab.build import build
 
     design = rollouts.Design(slope_prompts, slope_responses, pool_prompts, pool_responses)
     longest = max_response_length or (256 if task == "tiny" else 3072)
     chosen = tasks.load_task(task, data, reward, reward_name)
+    choices = modules or [gradients.LAST_QKV]
     try:
         with locked(out):
+            skeleton = models.skeleton(models.load_config(models.resolve(model, out)))
+            for choice in choices:
+                gradients.choose(skeleton, choice, projection)  # what it refuses is refused before hours of sampling
             rollouts.sample(model, chosen, design, seed, temperature, longest, engine, out, batch_size, chat_template)
-            for choice in modules or [gradients.LAST_QKV]:
+            for choice in choices:
                 gradients.compute(out, choice, projection, checkpointing)
             if analyse:
                 build({out.resolve().name: out}, out / "report", mini_batch, seed)
@@ -115,7 +119,7 @@ def report(
 ) -> None:
     """Compare models, such as checkpoints of one run, by their stored gradients.
 
-    vlnorm-verl lab report start=lab/start end=lab/step60 --out lab/report
+    vlnorm-verl lab report start=runs/lab/start end=runs/lab/step60 --out runs/lab/report
     """
     extras.require("lab")
     from vlnorm_verl.lab.build import build, named

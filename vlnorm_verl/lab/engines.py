@@ -94,11 +94,7 @@ def has_vllm() -> bool:
 
 
 def choose_engine(config: Any) -> str:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        size = AutoModelForCausalLM.from_config(config).num_parameters()
+    size = models.skeleton(config).num_parameters()
     if not has_vllm():
         engine, reason = "transformers", "vLLM is not installed"
     elif size < SMALL:

@@ -75,15 +75,9 @@ def compute(
             "the gradients would not be on policy; sample again, into another --out"
         )
     model = models.load_model(resolved)
-    chosen = select_parameters(model, modules)
-    parts = parts_of(list(chosen))
-    chosen = {name: chosen[name] for names in parts.values() for name in names}  # the columns of a part together
+    chosen, projected = choose(model, modules, projection)
     sizes = {name: parameter.numel() for name, parameter in chosen.items()}
-    size = sum(sizes.values())
-    if projection is None:
-        projection = PROJECTION if size > PROJECT_ABOVE else 0
-    projected = Projection(parts, sizes, projection or len(parts) * size)
-    width = sum(projected.widths.values())
+    size, width = sum(sizes.values()), sum(projected.widths.values())
     settings = {
         "format": store.FORMAT,
         "rollouts_sha256": content_sha256(out / store.ROLLOUTS),
@@ -127,6 +121,24 @@ def compute(
                 raise UserError(f"{file}: a score gradient is not finite; the model overflows in float32")
             with whole(file) as temporary, temporary.open("wb") as opened:
                 np.save(opened, rows)
+
+
+def choose(
+    model: torch.nn.Module, modules: str, projection: int | None
+) -> tuple[dict[str, torch.nn.Parameter], Projection]:
+    """The parameters to differentiate by, and what projects their gradients; see `compute`.
+
+    Raises:
+        UserError: no parameter matches, or there are more parts than numbers.
+    """
+    chosen = select_parameters(model, modules)
+    parts = parts_of(list(chosen))
+    chosen = {name: chosen[name] for names in parts.values() for name in names}  # the columns of a part together
+    sizes = {name: parameter.numel() for name, parameter in chosen.items()}
+    size = sum(sizes.values())
+    if projection is None:
+        projection = PROJECTION if size > PROJECT_ABOVE else 0
+    return chosen, Projection(parts, sizes, projection or len(parts) * size)
 
 
 def score_gradient(

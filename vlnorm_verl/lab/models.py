@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MERGED = "model"
 MERGED_FROM = "merged_from.json"
 _WEIGHTS = (".safetensors", ".bin")
+NOT_CAUSAL = "is not a causal language model of transformers"
 
 
 def resolve(model: str, out: Path) -> str:
@@ -137,9 +138,25 @@ def load_model(resolved: str) -> PreTrainedModel:
     """The model in float32, in evaluation mode, on the GPU if there is one; raises as `_loaded`."""
     import torch
 
-    wrong = "is not a causal language model of transformers"
-    model: PreTrainedModel = _loaded("AutoModelForCausalLM", resolved, wrong, dtype=torch.float32)
+    model: PreTrainedModel = _loaded("AutoModelForCausalLM", resolved, NOT_CAUSAL, dtype=torch.float32)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """A model of this configuration without numbers, on torch's meta device.
+
+    Raises:
+        UserError: transformers has no such causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UserError(f"MODEL {config.name_or_path} {NOT_CAUSAL}: {error}") from error
+    return model
 
 
 def _loaded(kind: str, resolved: str, wrong: str, **options: Any) -> Any:
