@@ -155,6 +155,19 @@ def test_vlnorm_verl_takes_its_commands(parsed: list[dict[str, Any]]) -> None:
     assert len(parsed) > 10
 
 
+def test_what_commands_write_is_in_no_commit_image_or_job() -> None:
+    """Git and `ray job submit` go by .gitignore, docker by its own file. Names in capitals are the reader's."""
+    folders = {
+        out.partition("/")[0] for command in commands() for out in re.findall(r"--out (?![A-Z]+\b)(\S+)", command)
+    }
+    assert folders == {"data", "runs"}
+    ignored = (ROOT / ".gitignore").read_text().split()
+    of_docker = (RECIPES / "cluster/Dockerfile.dockerignore").read_text().split()
+    for folder in {*folders, "wandb"}:  # of wandb where a run starts
+        assert f"/{folder}/" in ignored
+        assert folder in of_docker
+
+
 @pytest.mark.parametrize("script", ["quickstart", "countdown", "math", "dapo_countdown", "dapo_math"])
 def test_recipes_compose(script: str, parsed: list[dict[str, Any]]) -> None:
     """Each command, and the script by itself; choices and keys as Hydra and verl know them."""

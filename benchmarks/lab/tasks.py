@@ -1,7 +1,8 @@
 """Tasks that pretrained models of 0.1 to 0.5 B parameters solve now and then: prompts, rewards and their data files.
 
     python benchmarks/lab/tasks.py multiplication --out multiplication.parquet
-    vlnorm-verl lab run MODEL --task custom --data multiplication.parquet --reward benchmarks/lab/tasks.py --out lab
+    vlnorm-verl lab run MODEL --task custom --data multiplication.parquet --reward benchmarks/lab/tasks.py \\
+        --out runs/lab/multiplication
 
 | task           | prompt                                                   | reward 1 if                             |
 |----------------|----------------------------------------------------------|-----------------------------------------|
