@@ -28,4 +28,5 @@ if step=$(cat "$run/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null);
 else
   echo "no checkpoint in $run: only the model before training (bash recipes/quickstart.sh makes one)"
 fi
-.venv/bin/vlnorm-verl lab report "${folders[@]}" --out "$out/report"
+# The quickstart's mini-batch: 64 responses.
+.venv/bin/vlnorm-verl lab report "${folders[@]}" --out "$out/report" --mini-batch 64

@@ -19,7 +19,7 @@ from vlnorm_verl.report.estimates import Estimate
 ALPHAS = tuple(0.125 * step for step in range(17))  # 0 to 2, the range that the plugin accepts
 OF_ALPHAS = tuple(join("vl_norm", alpha) for alpha in ALPHAS)
 LEAST_VARIANCE = "vl_norm:1"
-PAPERS_ALPHAS = (1.0, 0.75)
+SCRIPTS_ALPHAS = (1.0, 0.75)  # of the authors' CountDown and Math
 COMPARED = ("grpo_norm", "dapo_norm", REFERENCE, "vl_norm:0.5", "vl_norm:0.75", LEAST_VARIANCE)
 LARGE_SHARE = 0.1  # of an aggregation's noise: a response that has more is named
 
@@ -143,14 +143,14 @@ class Tradeoff:
 
     @property
     def recommended(self) -> float:
-        """The paper's α nearest to the best where the data allow one, since it is tested, else the best.
+        """The authors' α nearest to the best where the data allow one, since it is tested, else the best.
 
         NaN where the data do not show that any α beats α = 0.
         """
         low, high = self.among
         if not low > 0:
             return math.nan
-        usual = [alpha for alpha in PAPERS_ALPHAS if low <= alpha <= high]
+        usual = [alpha for alpha in SCRIPTS_ALPHAS if low <= alpha <= high]
         return min(usual, key=lambda alpha: abs(alpha - self.best), default=self.best)
 
 

@@ -77,10 +77,10 @@ def summary(analyses: Sequence[Analysis]) -> Table:
         },
         [(a,) for a in analyses],
         [
-            "Of the α whose alignment the data do not tell from the best one: the paper's (1 or 0.75) nearest to it, "
-            f"for mini-batches of {analyses[0].tradeoff.responses} responses; none where α = 0 is among them. The "
-            "least error decides nothing: it rewards a shorter update. β: exponent of the variance. Cosine, bias², "
-            "variance: at the α of best alignment, as in the table on α."
+            "Of the α whose alignment the data do not tell from the best one: that of the authors' scripts (1 or 0.75) "
+            f"nearest to it, for mini-batches of {analyses[0].tradeoff.responses} responses; none where α = 0 is among "
+            "them. The least error decides nothing: it rewards a shorter update. β: exponent of the variance. Cosine, "
+            "bias², variance: at the α of best alignment, as in the table on α."
         ],
         digits=2,
     )
