@@ -17,7 +17,7 @@ from typing import TypeGuard
 
 import torch
 
-from vlnorm_verl.aggregation import Aggregation
+from .aggregation import Aggregation  # relative: docs/api.md has these two files copied into other packages
 
 ALPHA_MAX = 2.0
 
