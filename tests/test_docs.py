@@ -11,10 +11,12 @@ test_plugin_losses.py.
 """
 
 import argparse
+import importlib
 import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,7 +86,7 @@ PROGRAM = re.compile(r"(bash|python|pip|vlnorm-verl|git|patch|kubectl|docker|\.v
 
 
 def commands_of(page: Path) -> Iterator[str]:
-    """Those of one page, without comments, variables before them, and pipes."""
+    """Those of one page, without comments, variables before them, pipes, and the parentheses of a subshell."""
     text = page.read_text()
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -93,7 +95,7 @@ def commands_of(page: Path) -> Iterator[str]:
     for line in lines:
         command = re.split(r"\s#\s|\s\\?\|\s|\s&&\s|\s[<>]\s", line.strip())[0].strip()
         command = re.sub(r"^([A-Z_]+=\S+ )+", "", command)
-        if command and not command.startswith("#"):
+        if command not in ("", "(", ")") and not command.startswith("#"):
             yield command.replace(".venv/bin/", "")
 
 
@@ -295,6 +297,17 @@ def test_the_code_of_the_readme_is_the_loss() -> None:
     total = mini_batch_sum(method, response_lengths(names["response_mask"]))
     expected = aggregate(names["token_losses"], names["response_mask"], method, total, 7.0)
     torch.testing.assert_close(names["loss"], expected, rtol=1e-12, atol=0)
+
+
+def test_the_maths_works_in_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/api.md has it: two files are copied."""
+    package = tmp_path / "copied_maths"
+    package.mkdir()
+    for name in ("aggregation.py", "registry.py"):
+        shutil.copy(ROOT / "vlnorm_verl" / name, package)
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = importlib.import_module("copied_maths.registry")
+    assert type(registry.parse_mode("vl_norm:0.75")).__module__ == "copied_maths.aggregation"
 
 
 def test_the_links_of_the_readme_lead_to_files_and_headings() -> None:

@@ -52,7 +52,7 @@ def run(*command: str | Path, cwd: Path = PROJECT, status: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The wheel and the sdist by suffix, built from the sdist as for an index; "tree": a wheel as pip builds it here."""
+    """The wheel and the sdist by suffix, as an index has them; "tree": the wheel that pip builds in a checkout."""
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
     for name in (*PACKAGED, *TEMPTING):
