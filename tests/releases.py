@@ -290,7 +290,7 @@ class Exactness(NamedTuple):
 def judge_exactness(rows: list[dict[str, Any]], bound: float) -> Exactness:
     """rows: what tests.engine.scenarios writes. An error is relative to the gradient's norm, so that must not be 0."""
     wrong = [row for row in rows if row["scenario"].startswith("sabotage")]
-    empty = [row for row in rows if row["scenario"].startswith("no valid token")]
+    empty = [row for row in rows if not any(row["lengths"])]
     honest = [row for row in rows if row not in wrong and row not in empty]
     bad = [row for row in wrong if not row["error"] > 0.1]
     bad += [row for row in empty if not row["norm"] == row["error"] == 0]

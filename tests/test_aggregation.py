@@ -107,8 +107,6 @@ def test_mini_batch_without_a_valid_token_gives_zero_and_zero_gradient(mode: str
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(losses.grad, torch.zeros_like(losses))
-    assert set(mini_batch_statistics(method, sums_of(method, lengths), M).values()) == {0.0}
-    assert relative_weight_range(method, lengths, sums_of(method, lengths)) == (0.0, 0.0)
 
 
 def test_a_sum_of_nan_is_seen_in_every_weight() -> None:

@@ -94,7 +94,8 @@ def test_the_limit_ends_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(("ours", "good"), [(0.019, True), (0.021, False), (float("nan"), False)])
 def test_bfloat16_may_round_as_token_mean_does(ours: float, good: bool) -> None:
     def row(scenario: str, error: float) -> dict[str, Any]:
-        return {"scenario": scenario, "mode": "vl_norm", "norm": 1.0, "error": error, "error_of_sum": error}
+        errors = {"error": error, "error_of_sum": error}
+        return {"scenario": scenario, "mode": "vl_norm", "lengths": [2], "norm": 1.0, **errors}
 
     rows = [row("padded", ours), row("stock padded", 0.01), row("sabotage: micro-batch-local sum", 0.9)]
     assert check.rounded(rows)[0] == good

@@ -50,7 +50,7 @@ def mini_batch_statistics(aggregation: Aggregation, sums: MiniBatchSums, scale: 
 
     Args:
         aggregation: the method.
-        sums: over the whole mini-batch.
+        sums: over the whole mini-batch, in which a response has a valid token.
         scale: M in tokens.
 
     Returns:
@@ -64,14 +64,13 @@ def mini_batch_statistics(aggregation: Aggregation, sums: MiniBatchSums, scale: 
         weighted_tokens: Σ_i numerator(L_i) L_i. An aggregated quantity of tokens, such as the entropy, is a mean over
             tokens (by weight) after division by Σ_i x_i L_i = weighted_tokens / divisor; as both are sums over
             responses, their means over mini-batches give that of all of them together.
-        All 0 if no response has a valid token.
     """
-    mean = sums.tokens / sums.responses if sums.responses else 0.0
-    harmonic = sums.responses / sums.inverse_length if sums.responses else 0.0
+    mean = sums.tokens / sums.responses
+    harmonic = sums.responses / sums.inverse_length
     return {
         "length_mean": mean,
         "length_harmonic_mean": harmonic,
-        "variance_ratio": math.sqrt(mean / harmonic) if sums.responses else 0.0,
+        "variance_ratio": math.sqrt(mean / harmonic),
         "effective_responses": sums.numerator**2 / sums.squared_numerator if sums.squared_numerator else 0.0,
         "divisor": sums.summand * (scale or 0.0) if aggregation.divide_by_m else sums.summand,
         "weighted_tokens": sums.numerator_tokens,
@@ -84,11 +83,11 @@ def relative_weight_range(aggregation: Aggregation, lengths: torch.Tensor, sums:
     Args:
         aggregation: the method.
         lengths: valid tokens of each response, int64 [B]; any part of the mini-batch, such as one rank's.
-        sums: over the whole mini-batch.
+        sums: over the whole mini-batch, in which a response has a valid token.
 
     Returns:
         min and max of N x_i / Σx, which for VL Norm is M N x_i; 1 means equal weights. (inf, 0) for a part without a
-        valid token, so that min and max over parts stay right; (0, 0) if no part has one, or all weights are 0.
+        valid token, so that min and max over parts stay right; (0, 0) if all weights are 0.
     """
     if not sums.numerator:
         return 0.0, 0.0

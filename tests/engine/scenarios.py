@@ -66,6 +66,8 @@ def scenarios(ranks: int) -> list[Scenario]:
     out += [Scenario("stock Dr. GRPO", "seq-mean-token-sum-norm")]
     out += [Scenario("no valid token", mode, masked=tuple(range(ROWS))) for mode in ("vl_norm", "grpo_norm")]
     out += [Scenario("no valid token, padded", padded=True, masked=tuple(range(ROWS)))]
+    second_half = tuple(i for i in range(ROWS) if i % per_rank >= per_rank // 2)
+    out += [Scenario("last mini-batch empty", mini=ROWS // 2, masked=second_half)]
     out += [
         Scenario("sabotage: micro-batch-local sum", m, micro=1, sabotage="micro") for m in ("vl_norm", "vl_norm:0.75")
     ]
@@ -92,7 +94,8 @@ def native_scenarios(ranks: int) -> list[Scenario]:
 
 def rounded_scenarios(ranks: int) -> list[Scenario]:
     """For bfloat16: those of vl_norm, honest ones with verl's token-mean too."""
-    ours = [s for s in scenarios(ranks) if s.mode == "vl_norm" and not s.name.startswith("no valid token")]
+    empty = ("no valid token", "last mini-batch empty")
+    ours = [s for s in scenarios(ranks) if s.mode == "vl_norm" and not s.name.startswith(empty)]
     # verl's token-mean counts the tokens of rejected responses.
     honest = [s for s in ours if not s.sabotage and not s.rejected]
     return ours + [replace(s, name=f"stock {s.name}", mode="token-mean") for s in honest]

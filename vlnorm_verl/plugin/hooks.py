@@ -82,7 +82,9 @@ def with_mini_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
             outputs = stock(self, data, mini_batch.watch(loss_function), *args, **kwargs)
         if stock.__name__ == "train_batch" and self.is_mp_src_rank_with_outputs():
             # verl has just read the gradient norm on the host; nothing on the device is left to wait for.
-            outputs["metrics"].update(metrics(method, lengths, MiniBatchSums(*sums.tolist()), scale))
+            of_all_ranks = MiniBatchSums(*sums.tolist())
+            if of_all_ranks.responses:  # else it is padding alone, and has no part in verl's mean over mini-batches
+                outputs["metrics"].update(metrics(method, lengths, of_all_ranks, scale))
         return outputs
 
     return batch
