@@ -118,6 +118,33 @@ def test_a_users_policy_loss_is_tried() -> None:
             assert (problem is None) if refusal is None else (problem and refusal in problem), (name, problem)
 
 
+def test_what_a_refusal_of_rollout_rs_names_as_accepted_is_accepted() -> None:
+    section, algorithm = "actor_rollout_ref.actor.policy_loss", "algorithm.rollout_correction"
+    by_the_loss = [f"{section}.loss_mode=bypass_mode", f"+{section}.rollout_correction.rollout_rs=token_k2"]
+    by_the_trainer = [f"{algorithm}.bypass_mode=true", f"{algorithm}.rollout_rs=token_k2"]
+    for refused, words, remedies in (
+        (
+            by_the_loss,
+            r"rollout_rs='token_k2' with policy_loss\.loss_mode=bypass_mode .*Accepted: rollout_rs=null; or another "
+            r"loss_mode with algorithm\.rollout_correction\.rollout_rs and .*bypass_mode=false, ",
+            (
+                [f"++{section}.rollout_correction.rollout_rs=null"],
+                [f"{section}.loss_mode=vanilla", f"{algorithm}.rollout_rs=token_k2", f"{algorithm}.bypass_mode=false"],
+            ),
+        ),
+        (
+            by_the_trainer,
+            r"rollout_rs='token_k2' with bypass_mode=true .*Accepted: rollout_rs=null, or bypass_mode=false",
+            ([f"{algorithm}.rollout_rs=null"], [f"{algorithm}.bypass_mode=false"]),
+        ),
+    ):
+        asked = [*actor(loss_agg_mode="vl_norm"), *refused]
+        with pytest.raises(ValueError, match=words):
+            check_config(compose(*asked))
+        for remedy in remedies:
+            check_config(compose(*asked, *remedy))
+
+
 def test_the_error_of_a_worker_arrives_as_it_is() -> None:
     """Ray pickles it."""
     error = IgnoresMode("vl_norm", "it does not", "Do it.")

@@ -111,9 +111,12 @@ def check_trainer_mode(config: Any) -> None:
 def check_actor(config: Any, actor: Any) -> None:
     check_scale(actor.get("loss_scale_factor"))
     correction = OmegaConf.select(config, "algorithm.rollout_correction") or {}
-    if correction.get("bypass_mode"):
-        rejection, why = correction.get("rollout_rs"), "verl's trainers leave it out there"
-        policy_loss.check_rejection(actor.loss_agg_mode, rejection, "algorithm", why)
+    if correction.get("bypass_mode") and (rejection := correction.get("rollout_rs")):
+        raise ValueError(
+            f"algorithm.rollout_correction.rollout_rs={rejection!r} with bypass_mode=true cannot be used with "
+            f"{MODE_KEY}={actor.loss_agg_mode!r}: verl's trainers reject nothing there. Accepted: rollout_rs=null, or "
+            "bypass_mode=false."
+        )
     keep_scale_of_critic(OmegaConf.select(config, "critic") or {})
     fill_scale(actor, whole_number(config, "data.max_response_length"))
     warn_of_sorted_mini_batches(actor, config)

@@ -62,12 +62,14 @@ def check(actor: Any) -> bool:
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
     name = actor.policy_loss.get("loss_mode", "vanilla")
-    check_rejection(
-        actor.loss_agg_mode,
-        correction_of(name, actor).get("rollout_rs", None),
-        "actor_rollout_ref.actor.policy_loss",
-        "it takes tokens out of a response inside each micro-batch, after the mini-batch's lengths were summed",
-    )
+    if rejection := correction_of(name, actor).get("rollout_rs", None):
+        raise ValueError(
+            f"actor_rollout_ref.actor.policy_loss.rollout_correction.rollout_rs={rejection!r} with policy_loss."
+            f"loss_mode={name} cannot be used with {MODE_KEY}={actor.loss_agg_mode!r}: it takes tokens out of a "
+            "response inside each micro-batch, after the mini-batch's lengths were summed. Accepted: rollout_rs=null; "
+            "or another loss_mode with algorithm.rollout_correction.rollout_rs and "
+            "algorithm.rollout_correction.bypass_mode=false, which takes the tokens out before."
+        )
     if name not in POLICY_LOSS_REGISTRY:
         return False
     if reason := problem(name, actor):
@@ -82,16 +84,6 @@ def check(actor: Any) -> bool:
 def correction_of(name: str, actor: Any) -> Any:
     """verl's settings of rollout correction, which only bypass_mode applies inside of the policy loss."""
     return (actor.policy_loss.get("rollout_correction", None) or {}) if name == "bypass_mode" else {}
-
-
-def check_rejection(mode: str, rollout_rs: Any, section: str, why: str) -> None:
-    """Raises ValueError if rollout_rs, in a section of the config that has bypass_mode, is set."""
-    if rollout_rs:
-        raise ValueError(
-            f"{section}.rollout_correction.rollout_rs={rollout_rs!r} with bypass_mode=true cannot be used with "
-            f"{MODE_KEY}={mode!r}: {why}. Accepted: rollout_rs=null, or bypass_mode=false (tokens are taken out "
-            "before)."
-        )
 
 
 def problem(name: str, actor: Any) -> str | None:
