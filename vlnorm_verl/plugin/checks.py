@@ -206,9 +206,9 @@ def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
     verl keeps the order of the rollout batch unless told to shuffle. The V1 trainer's replay buffer returns responses
     in the order in which they were finished (trainer/ppo/v1/replay_buffer.py). The V0 trainer's `_balance_batch` puts
     each rank's share in the order short, long, short (trainer/ppo/ray_trainer.py:1240), of which each half has all
-    lengths; without it whole prompt groups stay together. Two of V1's trainers are not asked, whatever `shuffle` is:
-    separate_async, which draws each mini-batch by itself (trainer/ppo/v1/trainer_base.py:549), and ours
-    (vlnorm_verl.paper.whole_groups).
+    lengths; without it whole prompt groups stay together. Two of V1's trainers are not asked: ours
+    (vlnorm_verl.paper.whole_groups), which ignores `shuffle`, and separate_async, which draws each mini-batch by itself
+    (trainer/ppo/v1/trainer_base.py:549). What it draws is cut only if sessions have several outputs, which no key says.
     """
     v0, asynchronous = uses_v0(config), OmegaConf.select(config, "async_training.require_batches")
     if not v0 and OmegaConf.select(config, TRAINER_MODE) in ("separate_async", WHOLE_GROUPS):
