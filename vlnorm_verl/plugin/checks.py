@@ -17,7 +17,7 @@ from vlnorm_verl.plugin import policy_loss, releases
 from vlnorm_verl.plugin.engines import check_layout
 from vlnorm_verl.plugin.install import require_installed
 from vlnorm_verl.plugin.modes import is_ours, is_verls
-from vlnorm_verl.plugin.names import MODE_KEY, SCALE_KEY, STOCK_MODES, TESTED_RELEASES, WHOLE_GROUPS, verl_version
+from vlnorm_verl.plugin.names import MODE_KEY, SCALE_KEY, STOCK_MODES, WHOLE_GROUPS, untested_release
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,8 @@ def check_actor(config: Any, actor: Any) -> None:
     warn_of_sorted_mini_batches(actor, config)
     if registry.parse_mode(actor.loss_agg_mode).divide_by_m:
         warn_of_losses_beside(config, actor)
-    warn_of_untested_release()
+    if untested := untested_release():
+        say(untested)
     if is_ours(actor.loss_agg_mode):
         from verl.utils.config import omega_conf_to_dataclass
 
@@ -181,14 +182,6 @@ def has_critic(config: Any) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # verl warns that there is none; it will again when it asks itself
         return bool(need_critic(config))
-
-
-def warn_of_untested_release() -> None:
-    if verl_version() not in TESTED_RELEASES:
-        say(
-            f"vlnorm-verl has not been tested with verl {verl_version()} (tested: {', '.join(TESTED_RELEASES)}). Every "
-            "name that it relies on is there; whether gradients are exact is not known."
-        )
 
 
 def warn_of_untried_policy_loss(name: str) -> None:

@@ -87,3 +87,13 @@ NAMES = (
 
 def verl_version() -> str:
     return str(importlib.import_module("verl").__version__)
+
+
+def untested_release() -> str:
+    """What to say of the verl that is imported; "" if it was tested."""
+    if verl_version() in TESTED_RELEASES:
+        return ""
+    return (
+        f"vlnorm-verl has not been tested with verl {verl_version()} (tested: {', '.join(TESTED_RELEASES)}). Every "
+        "name that it relies on is there; whether gradients are exact is not known."
+    )
