@@ -35,6 +35,11 @@ doctor.examine(ask_ray=False)
     assert re.search(r"this process: yes\nvlnorm-verl has not been tested with verl \d", done.stdout), done.stdout
 
 
+def test_a_plugin_that_cannot_be_imported_is_a_reason() -> None:
+    code = "import sys; sys.modules['wrapt'] = None; from vlnorm_verl import doctor; print(doctor.plugin_state())"
+    assert "import of wrapt halted" in warm.python("-c", code).stdout
+
+
 @pytest.mark.slow
 def test_works_here_and_in_a_ray_worker() -> None:
     command = [sys.executable, "-m", "vlnorm_verl", "doctor"]

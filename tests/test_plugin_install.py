@@ -65,11 +65,12 @@ except Exception as error:
 """
 
 
-def test_load_failure_is_heard_and_stops_a_run_that_asks_for_vl_norm() -> None:
-    done = python("import sys; sys.modules['vlnorm_verl.plugin'] = None\nimport verl\n" + ASK_FOR_VL_NORM)
+@pytest.mark.parametrize("module", ["vlnorm_verl.plugin", "wrapt"])
+def test_load_failure_is_heard_and_stops_a_run_that_asks_for_vl_norm(module: str) -> None:
+    done = python(f"import sys; sys.modules[{module!r}] = None\nimport verl\n" + ASK_FOR_VL_NORM)
     assert "WARNING" in done.stderr
     assert "vlnorm-verl could not be loaded" in done.stderr
-    assert "vlnorm_verl.plugin" in done.stderr  # the reason
+    assert f"import of {module} halted" in done.stderr  # the reason
     assert done.stdout.startswith("ValueError Invalid loss_agg_mode: vl_norm"), done.stdout + done.stderr
 
 

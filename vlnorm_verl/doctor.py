@@ -52,9 +52,9 @@ def plugin_state() -> str:
         named = os.environ.get("VERL_USE_EXTERNAL_MODULES")
         by = f" (verl imports what VERL_USE_EXTERNAL_MODULES={named} names)" if named else ""
         return f"import verl fails: {type(error).__name__}: {error}{by}"
-    from vlnorm_verl import plugin
-
     try:
+        from vlnorm_verl import plugin
+
         config = importlib.import_module("verl.workers.config")
         if missing := plugin.lacking():
             return not_loaded() or f"verl {version('verl')} is not as expected: {'; '.join(missing)}"

@@ -12,11 +12,11 @@ failure stock verl goes on untouched, and a run that asks for `vl_norm` stops in
 import logging
 from types import ModuleType
 
-import wrapt
-
 logger = logging.getLogger(__name__)
 
 try:
+    import wrapt
+
     from vlnorm_verl import plugin
 
     plugin.register()
