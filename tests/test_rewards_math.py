@@ -150,7 +150,7 @@ def test_a_box_closes_where_its_braces_balance(inside: str) -> None:
 @pytest.mark.parametrize("unit", [r"\boxed{", r"\boxed", r"\boxed    ", r"\boxed{1}", "{", "\\", " ", "$"])
 def test_finding_the_box_takes_linear_time(unit: str) -> None:
     start = time.thread_time()
-    extract_boxed(unit * 100_000)
+    extract_boxed(r"\boxed{" + unit * 100_000)
     assert time.thread_time() - start < 5
 
 
@@ -250,6 +250,16 @@ def test_workers_are_recycled(new_pool: Callable[..., Pool], monkeypatch: pytest
         used.append(workers_of(pool))
     assert used[0] == used[1] != [] == used[2] == used[5]
     assert used[3] == used[4] != used[0]
+
+
+def test_an_idle_worker_stays(new_pool: Callable[..., Pool]) -> None:
+    """The timer that ends an orphan is of an answer, not of the wait for the next one."""
+    pool = new_pool(limit_s=1, workers=1)
+    assert pool.compare("1", "2") == "wrong"
+    before = workers_of(pool)
+    time.sleep(2.5)
+    assert pool.compare("1", "2") == "wrong"
+    assert workers_of(pool) == before
 
 
 def test_a_worker_maps_no_locales(pool: Pool) -> None:
@@ -365,22 +375,24 @@ def test_workers_that_cannot_start_are_an_error(new_pool: Callable[..., Pool], m
 ORPHAN = """
 import sys
 from vlnorm_verl.tasks.latex.pool import Pool
-pool = Pool(limit_s=1, memory_mib=4096)
+pool = Pool(limit_s=float(sys.argv[2]), memory_mib=4096)
 pool.compare("1", sys.argv[1])
 sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("answer", ["2", HANGS])
-def test_workers_die_with_their_parent(answer: str) -> None:
-    """Idle or in the middle of an answer, even if the parent is killed by a signal that it cannot handle."""
-    parent = subprocess.Popen([sys.executable, "-c", ORPHAN, answer], stdin=subprocess.PIPE)
+@pytest.mark.parametrize(("answer", "limit_s"), [("2", 1000), (HANGS, 1)])
+def test_workers_die_with_their_parent(answer: str, limit_s: int) -> None:
+    """Idle (long before any limit) or in the middle of an answer, even if the parent is killed by a signal that it
+    cannot handle."""
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN, answer, str(limit_s)], stdin=subprocess.PIPE)
     children: list[psutil.Process] = []
     end = time.monotonic() + START_S
     try:
         while not children and time.monotonic() < end:
             children = [child for child in psutil.Process(parent.pid).children() if is_ready(child)]
             time.sleep(0.02)
+        time.sleep(0.3)  # the answer is on its way to it
     finally:
         parent.kill()
         parent.communicate()
