@@ -65,7 +65,7 @@ def test_a_ray_job_is_the_same_command_with_this_project_and_its_plugin_sent_alo
     monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "csv")
     monkeypatch.setenv("WANDB_MODE", "offline")
     given = ["method=dr_grpo", "trainer.nnodes=2", f"recipe.root={tmp_path}/runs"]
-    request = Request(RECIPES, given, smoke=True, report=True)
+    request = Request(RECIPES, given, smoke=True, report=True, loggers=["wandb"])
     config = complete(request)
     jobs: list[tuple[list[str], dict[str, Any]]] = []
 
@@ -80,10 +80,18 @@ def test_a_ray_job_is_the_same_command_with_this_project_and_its_plugin_sent_alo
     assert {"--address=http://head:8265", f"--working-dir={RECIPES.parent}"} <= set(command)
     entry = command[command.index("--") + 1 :]
     assert entry[:6] == ["python", "-m", "vlnorm_verl", "launch", "--recipes", "recipes"]
-    assert {"--smoke", "--report", *given} <= set(entry)
+    assert {"--smoke", "--report", "--logger=wandb", *given, f"recipe.data={config.recipe.data}"} <= set(entry)
     assert runtime_env["env_vars"]["VERL_USE_EXTERNAL_MODULES"] == "vlnorm_verl.verl_entry,csv"
     assert runtime_env["env_vars"]["WANDB_MODE"] == "offline"
     assert all(name.startswith("/") for name in runtime_env["excludes"])  # /data, and not vlnorm_verl/tasks
+
+
+def test_a_launch_elsewhere_has_the_paths_of_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    request = Request(RECIPES, ["recipe.root=here"])
+    root, data = f"recipe.root={tmp_path}/here", f"recipe.data={tmp_path}/data"
+    folder = f"recipe.folder={tmp_path}/here/aggregation-countdown-3b-8192-vl_norm-seed0"
+    assert launch.again(request, complete(request)) == [root, data, folder]
 
 
 VARIABLES = {

@@ -12,15 +12,16 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from typer.testing import CliRunner
 
+from tests.test_run_folder import configured, saved, there
 from vlnorm_verl import machine
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import UserError, locked
@@ -39,6 +40,26 @@ MODULES = "ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES"
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture
+def run_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`launch.run_here` in tmp_path, with `start` in place of verl's trainer."""
+    monkeypatch.setattr(locks, "OWN_RAY", tmp_path / "own-ray")
+    monkeypatch.setattr(launch, "raise_on_stop", lambda: None)
+    monkeypatch.setattr(launch, "make_tiny_files", lambda data, task: None)
+
+    def run(start: Callable[..., Iterator[Record]], *overrides: str, **given: Any) -> int:
+        monkeypatch.setattr(launch, "start", start)
+        request = Request(RECIPES, ["model=tiny", f"recipe.folder={tmp_path}", *overrides], **given)
+        asked = configs.compose(RECIPES / "config", request.overrides)
+        return launch.run_here(request, asked, complete(request), terminal(quiet=True))
+
+    return run
+
+
+def no_start(*_: Any) -> Iterator[Record]:
+    pytest.fail("started")
 
 
 def composed(tmp_path: Path, *overrides: str, **request: Any) -> DictConfig:
@@ -129,9 +150,10 @@ def test_after_a_failure_a_run_goes_on_and_a_smoke_run_leaves_no_checkpoint(
     is_smoke: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next smoke run has a new folder: the checkpoint would be lost."""
-    fails = iter([False, True] if is_smoke else [True])
+    fails, stoppable = iter([False, True] if is_smoke else [True]), list[str]()
 
     def start(config: DictConfig, *locks: IO[str]) -> Iterator[Record]:
+        assert stoppable  # whatever it starts
         assert len(locks) == 2  # the folder's, and that of a Ray of its own
         folder = Path(config.recipe.folder)
         (folder / "checkpoints").mkdir(exist_ok=True)
@@ -142,7 +164,7 @@ def test_after_a_failure_a_run_goes_on_and_a_smoke_run_leaves_no_checkpoint(
 
     monkeypatch.setattr(launch, "start", start)
     monkeypatch.setattr(locks, "OWN_RAY", tmp_path / "own-ray")
-    monkeypatch.setattr(launch, "raise_on_stop", lambda: None)
+    monkeypatch.setattr(launch, "raise_on_stop", lambda: stoppable.append("Ctrl-C"))
     monkeypatch.setattr(launch, "make_tiny_files", lambda data, task: None)
     request = Request(RECIPES, ["model=tiny", f"recipe.root={tmp_path}"], smoke=is_smoke)
     asked, config = configs.compose(RECIPES / "config", request.overrides), complete(request)
@@ -151,6 +173,49 @@ def test_after_a_failure_a_run_goes_on_and_a_smoke_run_leaves_no_checkpoint(
     assert not list(fails)
     assert ("the same command goes on from there" in console.export_text()) != is_smoke
     assert (Path(config.recipe.folder) / "checkpoints").exists() != is_smoke
+
+
+def test_a_run_whose_checkpoint_is_gone_does_not_start(tmp_path: Path, run_tiny: Callable[..., int]) -> None:
+    saved(tmp_path, 20, tracker="40")
+    with pytest.raises(UserError, match="names step 40, which is not there"):
+        run_tiny(no_start)
+
+
+def test_checkpoints_of_an_earlier_start_make_room_while_this_one_trains(
+    tmp_path: Path, run_tiny: Callable[..., int]
+) -> None:
+    def start(*_: Any) -> Iterator[Record]:
+        for step in (40, 60):
+            saved(tmp_path, step)
+            yield {"step": step, "data": {}}
+
+    saved(tmp_path, 20)
+    keep = "trainer.max_actor_ckpt_to_keep=2", "recipe.keep=all"
+    assert run_tiny(start, "recipe.steps=60", "trainer.test_freq=-1", *keep) == 0
+    assert there(tmp_path) == [40, 60]
+
+
+def test_the_same_command_tidies_a_finished_run(tmp_path: Path, run_tiny: Callable[..., int]) -> None:
+    """One that was killed between its marker and that."""
+    saved(tmp_path, 40)
+    (tmp_path / "finished").write_text("40\n")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(configured(tmp_path, "model=tiny", "recipe.steps=40")))
+    assert run_tiny(no_start, "recipe.steps=40") == 0
+    assert not list(tmp_path.rglob("optim_*"))
+
+
+def test_the_trainer_is_given_the_locks_and_on_a_cluster_the_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "train", lambda *arguments: iter([arguments]))
+    config = composed(tmp_path, "model=tiny")
+    with locked(tmp_path / "x") as lock:
+        ((_, variables, _, _, *given),) = launch.start(config, lock)
+        assert (variables, given) == ({}, [lock])
+    monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ((_, variables, *_),) = launch.start(config)
+    assert "WANDB_MODE" in variables["RAY_JOB_CONFIG_JSON_ENV_VAR"]
 
 
 def test_two_runs_with_a_ray_of_their_own_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,6 +422,11 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
         (["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=0"], "micro-batches. Accepted: a divisor of 40"),
         (["recipe.steps=[3]"], "recipe.steps=[3]: accepted is a number"),
         (["actor_rollout_ref.actor.shuffle=yes"], "actor_rollout_ref.actor.shuffle='yes': accepted is true or false"),
+        *(
+            ([f"{key}.path=/no/file.py"], "verl refuses the configuration: FileNotFoundError: Custom module file not")
+            for key in ("reward.custom_reward_function", "trainer.v1.sampler.custom_sampler")
+        ),
+        (["reward.reward_manager.name=mine"], "refuses the configuration: ValueError: Unknown reward manager: mine"),
         (["trainer.device=cpu"], "model=tiny is on the CPU and the others on GPUs"),
         (["model=tiny", "trainer.device=cuda"], "model=tiny is on the CPU and the others on GPUs"),
         (["actor_rollout_ref.model.path='~/Qwen'"], f"know ~. Accepted: the whole path, {Path.home()}/Qwen"),
@@ -523,6 +593,10 @@ def test_a_ray_with_fewer_cpus_than_verl_reserves_is_told_so(
 def test_several_nodes_need_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = composed(tmp_path, "model=tiny", "trainer.nnodes=2")
     assert "trainer.nnodes=2, and this run would start a Ray of its own" in launch.cannot_run(config)
+    monkeypatch.setattr(launch, "prepare_environment", lambda *_: "")  # it would turn this process to the CPU
+    monkeypatch.setattr(launch, "run_here", no_start)
+    asked = Request(RECIPES, [f"recipe.root={tmp_path}", "model=tiny", "trainer.nnodes=2"])
+    assert "this run would start a Ray of its own" in refused(asked)
     monkeypatch.setenv("RAY_ADDRESS", "host:6379")
     assert launch.cannot_run(config) == ""
 
@@ -566,7 +640,9 @@ def test_a_local_run_gets_a_ray_of_its_own(tmp_path: Path) -> None:
     assert "env_vars" not in ray_init.runtime_env
 
 
-def test_a_missing_login_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_login_is_named(
+    tmp_path: Path, run_tiny: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "SWANLAB_API_KEY", "SWANLAB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -574,6 +650,8 @@ def test_a_missing_login_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert machine.missing_logins(["console", "file", "mlflow"]) == []
     (problem,) = machine.missing_logins(["file", "wandb"])
     assert problem == "logger wandb needs WANDB_API_KEY (or WANDB_MODE=offline|disabled, or its login in ~/.netrc)"
+    with pytest.raises(UserError, match=re.escape(problem)):
+        run_tiny(no_start, loggers=["wandb"])
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert len(machine.missing_logins(["wandb", "swanlab"])) == 1
     monkeypatch.delenv("WANDB_MODE")
