@@ -95,6 +95,15 @@ def test_where_the_package_is_not_installed_there_is_no_entry_point(monkeypatch:
     assert "pip install ." in doctor.not_loaded()
 
 
+def test_it_is_active_only_where_a_worker_has_it_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "plugin_states", lambda ask_ray: {"this process": "active", "a worker": "why"})
+    monkeypatch.setattr(doctor, "gpu_problems", list)
+    assert not doctor.examine(ask_ray=True)
+    assert "works in a worker: no: why" in capsys.readouterr().out
+
+
 def test_what_is_missing_is_said_by_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy", None)  # cannot be imported
     monkeypatch.setattr(machine, "version", {"verl": "0.9.1", "vllm": "0.24.0"}.get)

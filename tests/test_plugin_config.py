@@ -266,6 +266,11 @@ def test_what_cannot_be_exact_is_refused(overrides: list[str], words: list[str])
         assert word in str(caught.value), str(caught.value)
 
 
+def test_rejection_without_bypass_mode_is_accepted() -> None:
+    """verl takes the tokens out before."""
+    check_config(compose(*actor(loss_agg_mode="vl_norm"), "algorithm.rollout_correction.rollout_rs=token_k1"))
+
+
 def test_refused_before_ray_starts(tmp_path: Path) -> None:
     """The command line that a user types: one message, and no cluster behind it."""
     overrides = (f"hydra.run.dir={tmp_path}", *actor(loss_agg_mode="vl-norm", ppo_micro_batch_size_per_gpu="1"))

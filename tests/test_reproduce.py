@@ -273,9 +273,8 @@ def test_one_job_for_each_run_on_slurm(tmp_path: Path, monkeypatch: pytest.Monke
     done = tmp_path / "dapo-countdown-3b-3072-dapo-seed1"
     done.mkdir()
     (done / "finished").write_text("1000")
-    code, output = invoked(
-        "fig2", "--seeds", "0,1", "--on", "slurm", f"recipe.root={tmp_path}", f"recipe.data={tmp_path}"
-    )
+    folders = f"recipe.root={tmp_path}", f"recipe.data={tmp_path}"
+    code, output = invoked("fig2", "--seeds", "0,1", "--on", "slurm", *folders)
     assert code == 0, output
     assert "3 of 3 jobs are made" in output
     jobs = (tmp_path / "jobs").read_text().splitlines()
@@ -283,6 +282,10 @@ def test_one_job_for_each_run_on_slurm(tmp_path: Path, monkeypatch: pytest.Monke
         f"dapo-countdown-3b-3072-{name}" for name in ("dapo-seed0", "vl_norm-seed0", "vl_norm-seed1")
     ]
     assert all("--dependency=singleton" in job and f"recipe.root={tmp_path}" in job for job in jobs)
+    script(tmp_path / "sbatch", "exit 1")
+    (run, *_), console = planned("fig2", overrides=folders), terminal(record=True, file=io.StringIO())
+    assert reproduce.submit_all(RECIPES, [run], "slurm", console) == 1
+    assert "0 of 1 jobs are made" in console.export_text()
 
 
 def test_one_manifest_for_each_run_on_kubernetes() -> None:
