@@ -336,6 +336,17 @@ def test_rank_correlation_of_a_rising_curve() -> None:
     assert estimates.rank_correlation(np.full(6, 0.5), np.full((6, 128), 0.5), (128,)).note == "constant"
 
 
+def test_the_interval_of_a_rank_correlation_is_of_two_standard_deviations() -> None:
+    """Those of curves whose problems are drawn anew."""
+    generator = np.random.default_rng(13)
+    odds = log_odds(generator, 128)
+    values = np.array([answers(generator, odds + shift, 1)[0] / 8 for shift in np.linspace(0, 0.4, 6)])
+    found = estimates.rank_correlation(values.mean(1), values, (128,))
+    curves = (values[:, generator.integers(128, size=128)].mean(1) for _ in range(300))
+    drawn = [kendalltau(range(6), curve).statistic for curve in curves]
+    assert 1.6 < (found.value - found.low) / np.std(drawn) < 2.4
+
+
 def test_the_same_input_gives_the_same_interval() -> None:
     values = np.random.default_rng(11).binomial(8, 0.5, 60) / 8
     first = mean(of(values))

@@ -19,10 +19,10 @@ import yaml
 from matplotlib.image import imread
 from rich.console import Console
 
-from tests.report_runs import line, looked_at, put, random_dump, read, report, table_of, text, write_run
+from tests.report_runs import dump_line, line, looked_at, put, random_dump, read, report, table_of, text, write_run
 from tests.synthetic_runs import EFFECTS, truth, write
 from tests.test_report_files import Page
-from vlnorm_verl.report import build, changes, charts, configs, labels, plots, tables, verdict
+from vlnorm_verl.report import build, changes, charts, configs, examples, labels, plots, tables, verdict
 from vlnorm_verl.report.changes import Memo
 from vlnorm_verl.report.estimates import Estimate
 from vlnorm_verl.report.groups import Comparison
@@ -143,6 +143,17 @@ def test_what_is_established_at_an_earlier_step_is_so_far(tmp_path: Path) -> Non
     assert "(over seeds only; at step 20)" in found.over[0].words
 
 
+def test_the_verdict_says_when_the_best_method_was_where_the_next_one_ended(tmp_path: Path) -> None:
+    for seed in range(3):
+        put(tmp_path / f"vl_norm_s{seed}.jsonl", text((0, 60, 0.2 + seed / 1000)))
+        put(tmp_path / f"token-mean_s{seed}.jsonl", text((0, 60, 0.0)))
+    (found,) = verdict.verdicts(Comparison(read(tmp_path)))
+    assert found.reach == (
+        "It reaches DAPO Norm's final accuracy at step 10–20, 3.00–6.00× sooner than DAPO Norm's last step; "
+        "DAPO Norm itself is there at 50–60."
+    )
+
+
 def test_of_equal_methods_the_bold_one_is_the_verdicts(tmp_path: Path) -> None:
     for name in ("vl_norm", "token-mean"):
         put(tmp_path / f"{name}.jsonl", text((0, 20, 0.0)))
@@ -170,6 +181,14 @@ def test_long_values_are_compared_whole(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- page
+
+
+def test_an_example_is_right_where_its_score_is_one(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, curve={10: 0.5})
+    lines = dump_line("p", 1, output="good") + dump_line("q", 0, output="bad")
+    put(folder / "validation" / "10.jsonl", lines)
+    _, found = examples.examples(read(folder))
+    assert [(example.right, example.response) for example in found] == [(True, "good"), (False, "bad")]
 
 
 def test_figures_on_request_have_the_pages_lines(folder: Path, tmp_path: Path) -> None:

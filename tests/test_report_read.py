@@ -387,12 +387,12 @@ def test_a_dump_that_is_being_written(tmp_path: Path) -> None:
 
 def test_a_dump_that_does_not_agree_with_verls_metrics_is_not_used(tmp_path: Path) -> None:
     dumps = {step: {"p": [1, 0] * 4, "q": [1, 0] * 4} for step in (1, 2)}
-    run = read_one(write_run(tmp_path, curve={1: 0.5, 2: 0.6}, dumps=dumps))
-    assert "validation/2.jsonl: its accuracy is 0.5000, verl logged 0.6000 at that step: not used" in run.notes
+    run = read_one(write_run(tmp_path, curve={1: 0.5, 2: 0.501}, dumps=dumps))
+    assert "validation/2.jsonl: its accuracy is 0.5000, verl logged 0.5010 at that step: not used" in run.notes
     assert not any("no validation dump" in note for note in run.notes)
     assert sorted(run.validations) == [1]
     found = measures.final_accuracy([run])
-    assert (found.value, np.isnan(found.low), found.note) == (0.6, True, "no dumps")
+    assert (found.value, np.isnan(found.low), found.note) == (0.501, True, "no dumps")
     assert measures.final_pass([run]) is None
 
 
