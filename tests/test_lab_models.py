@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import socket
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +118,9 @@ def test_fingerprint_notices_a_change_of_any_parameter(tmp_path: Path, changed: 
     assert models.fingerprint(str(tmp_path / "model")) != models.fingerprint(str(WEIGHTS))
 
 
-def save_checkpoint(rank: int, ranks: int, port: int, actor: str) -> None:
+def save_checkpoint(rank: int, ranks: int, port: int, actor: str, lora: bool) -> None:
     """One rank of a verl worker that saves its shard: FSDP2 over gloo, verl's own checkpoint manager."""
+    import peft
     import verl.utils.device
     from omegaconf import OmegaConf
     from torch.distributed.device_mesh import init_device_mesh
@@ -131,7 +131,10 @@ def save_checkpoint(rank: int, ranks: int, port: int, actor: str) -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     model = transformers.AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32)
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("fsdp",))
-    for layer in model.model.layers:
+    layers = model.model.layers
+    if lora:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     contents = OmegaConf.create({"save_contents": ["model"], "load_contents": ["model"]})
@@ -141,19 +144,23 @@ def save_checkpoint(rank: int, ranks: int, port: int, actor: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_verl_checkpoint_is_merged(tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def checkpoint(step: Path, ranks: int, lora: bool = False) -> Path:
     from vlnorm_verl.cpu import cpu_environment
 
-    step = tmp_path / "checkpoints" / "global_step_7"
-    with monkeypatch.context() as patched, socket.socket() as free:
+    with pytest.MonkeyPatch.context() as patched, socket.socket() as free:
         for name, value in cpu_environment(threads=1).items():
             patched.setenv(name, value)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        torch.multiprocessing.spawn(save_checkpoint, (ranks, port, str(step / "actor")), nprocs=ranks)
+        torch.multiprocessing.spawn(save_checkpoint, (ranks, port, str(step / "actor"), lora), nprocs=ranks)
+    return step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_verl_checkpoint_is_merged(tmp_path: Path, ranks: int) -> None:
+    step = checkpoint(tmp_path / "checkpoints" / "global_step_7", ranks)
     out = tmp_path / "lab"
     task, design = load_task("tiny"), Design(0, 2, 1, 2)
     sample(str(step), task, design, 0, 1.0, 32, "transformers", out)
@@ -178,21 +185,14 @@ def test_verl_checkpoint_is_merged(tmp_path: Path, ranks: int, monkeypatch: pyte
     assert differences(torch.tensor(group.score_gradients[0]), flat(wanted)) < 1e-5
 
 
-def test_lora_adapters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_lora_adapters_are_refused(tmp_path: Path) -> None:
     """verl's merger writes them into a folder of their own, beside the weights without them. Nothing stays on the disk,
     nor what a call that was killed had merged."""
     (tmp_path / "lab" / ".model.1.tmp" / "lora_adapter").mkdir(parents=True)
-    actor = tmp_path / "global_step_1" / "actor"
-    actor.mkdir(parents=True)
-    (actor / "fsdp_config.json").write_text('{"FSDP_version": 2, "world_size": 1}')
-
-    def merge(command: list[str], **_: Any) -> Any:
-        (Path(command[-1]) / "lora_adapter").mkdir()
-        return subprocess.CompletedProcess(command, 0, "")
-
-    monkeypatch.setattr(subprocess, "run", merge)
+    step = checkpoint(tmp_path / "global_step_1", ranks=1, lora=True)
     with pytest.raises(UserError, match=r"has LoRA adapters: .* with the adapters merged into the weights"):
-        models.resolve(str(actor), tmp_path / "lab")
+        models.resolve(str(step), tmp_path / "lab")
     assert list((tmp_path / "lab").iterdir()) == []
 
 

@@ -6,9 +6,11 @@ Not covered: whether the numbers are right (the other test_lab files); how the f
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import shutil
+import statistics
 import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,12 +25,14 @@ from typer.testing import CliRunner
 from tests.lab_laws import group, stored
 from tests.report_runs import table_of
 from vlnorm_verl.cli import app
-from vlnorm_verl.files import locked
+from vlnorm_verl.files import UserError, locked
 from vlnorm_verl.lab import build, mini_batches, rollouts, verdict
-from vlnorm_verl.lab.aggregations import ALPHAS, NoisyResponse, Tradeoff
+from vlnorm_verl.lab.aggregations import ALPHAS, Comparison, NoisyResponse, Tradeoff
 from vlnorm_verl.lab.analysis import Analysis, analyse, of_most_parameters
 from vlnorm_verl.lab.figures import overview
 from vlnorm_verl.lab.jackknife import LOST
+from vlnorm_verl.lab.length_means import PAIRS, Thirds
+from vlnorm_verl.lab.slopes import Slope
 from vlnorm_verl.lab.store import folder_of, grpo_advantages
 from vlnorm_verl.lab.tables import tables
 from vlnorm_verl.report.estimates import Estimate
@@ -116,6 +120,19 @@ def test_parameters_that_cannot_be_had_are_refused_before_sampling(
     done = lab("run", MODEL, "--out", tmp_path, *arguments)
     assert done.exit_code == 2
     assert words in " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("flag", ["--chat-template", "--no-chat-template"])
+def test_the_chat_template_is_the_users_choice(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signature, kept = inspect.signature(rollouts.sample), dict[str, Any]()
+
+    def sample(*arguments: Any, **options: Any) -> None:
+        kept.update(signature.bind(*arguments, **options).arguments)
+        raise UserError("enough")
+
+    monkeypatch.setattr(rollouts, "sample", sample)
+    assert "enough" in lab("run", MODEL, "--out", tmp_path, flag).output
+    assert kept["chat_template"] == (flag == "--chat-template")
 
 
 @pytest.mark.usefixtures("_no_figures")
@@ -301,6 +318,68 @@ def test_tables_of_pools_without_a_signal_say_so(little: list[Analysis]) -> None
     assert lost == [["0 mixed, 0", "all", f"8 rows: {LOST}", *[None] * 6]]
     assert len([row for row in made["alpha"].rows if row[0] == "some α lost"]) == 8
     assert [row[2] for row in made["summary"].rows if row[0] == "NaN"] == ["none"]
+
+
+def test_each_column_has_what_its_heading_says(little: list[Analysis]) -> None:
+    e, pool = [Estimate(float(number)) for number in range(10)], little[5]
+    cosine, difference = (dict(zip(PAIRS, e[first : first + 3], strict=True)) for first in (3, 6))
+    known = replace(
+        pool,
+        slopes=[Slope("q_proj", True, e[1], e[2], e[3], pool.slopes[0].points)],
+        methods=[Comparison("vl_norm:1", 1.0, e[2], e[3], e[4], 5.0, 6.0, e[7], 8.0, e[9])],
+        thirds=[Thirds("within prompts", [10.0, 20.0, 30.0], e[:3], cosine, difference)],
+    )
+    made = {t.name: [dict(zip(t.columns[2:], row[2:], strict=True)) for row in t.rows] for t in tables([known])}
+    assert made["slopes"] == [
+        {
+            "part": "q_proj",
+            "g_i": "score only (A = 1)",
+            "β, log–log": e[1],
+            "β, of the mean": e[2],
+            "β, over prompts": e[3],
+            "prompts": 2,
+        }
+    ]
+    assert made["methods"] == [
+        {
+            "aggregation": "VL Norm (α = 1)",
+            "M Σx": 1,
+            "along Dr. GRPO's E G": e[2],
+            "cosine to Dr. GRPO's": e[3],
+            "noise, measured": e[4],
+            "noise, predicted": 5,
+            "noise, predicted by β": 6,
+            "CV, measured": e[7],
+            "CV, predicted": 8,
+            "bias²": e[9],
+        }
+    ]
+    names = "compared", "mean length", "‖E g‖ of the shorter", "of the longer", "cosine", "difference²"
+    assert made["thirds"] == [
+        {"lengths' thirds": "within prompts", **dict(zip(names, values, strict=True))}
+        for values in (
+            ("short – middle", "10 – 20", e[0], e[1], e[3], e[6]),
+            ("middle – long", "20 – 30", e[1], e[2], e[4], e[7]),
+            ("short – long", "10 – 30", e[0], e[2], e[5], e[8]),
+        )
+    ]
+    assert made["sampled"] == [
+        {
+            "task": "synthetic",
+            "many responses": "2 × 16",
+            "pool": "16 × 8",
+            "of mixed reward": 16,
+            "mean reward": 0.5,
+            "mean length": f"{np.mean(pool.lengths):.0f}",
+            "harmonic": f"{statistics.harmonic_mean(pool.lengths.tolist()):.0f}",
+            "lengths": f"{min(pool.lengths)} to {max(pool.lengths)}",
+            "cut": "0.0%",
+            "temperature": "1",
+            "seed": 0,
+            "parameters": f"{pool.entries:,}",
+            "projected to": None,
+        }
+    ]
 
 
 def test_pools_without_a_signal_can_be_drawn(little: list[Analysis]) -> None:

@@ -322,6 +322,10 @@ def test_countdown_files_are_in_verls_schema_and_solvable(made: Path, split: str
         assert score["score"] == 1.0
 
 
+def test_a_boxed_answer_is_read_from_left_to_right() -> None:
+    assert boxed.boxed("2+3=5!A:2+3*4.") == r"2+3=5!\boxed{(2+3)*4}"
+
+
 def test_math_files_have_the_sets_of_math_and_its_reward(made: Path) -> None:
     """`boxed` rewrites the tiny answer for the real reward of Math."""
     sets = {path.stem: rows_of(path) for path in (made / "math").glob("*.parquet")}
