@@ -156,9 +156,10 @@ def test_the_cost_of_a_set(tmp_path: Path) -> None:
     copy, more = "actor_rollout_ref.model.path=/models/Qwen2.5-3B", "++actor_rollout_ref.rollout.n=64"
     assert cost("fig2", *here, copy, "actor_rollout_ref.actor.optim.lr=1e-6") == cost("fig2", *here)
     assert cost("fig2", *here, copy, more).startswith(f"no cost with {more}: ")
-    both = cost("countdown", copy)  # 3B and 7B
+    one, other = [(left(run.outline), run.overrides) for run in planned("fig2", overrides=here)]
+    both = resources.cost([one, (other[0], [*other[1], more])])
     assert both.startswith("cost, ")
-    assert f"no cost with {copy}: " in both
+    assert f"no cost with {more}: " in both
 
 
 def test_on_several_nodes_no_hours_are_known(tmp_path: Path) -> None:
