@@ -1,13 +1,12 @@
 # Sourced by the scripts that install: `install`, `uninstall` and `install_cpu_torch` for the environment $target. By uv if
 # it is there or pip can fetch it (a third of pip's time); by pip where there is none, and for what uv cannot install.
-# $python and `fail` are theirs.
 
-glibc=$("$python" -c 'import os; print(os.confstr("CS_GNU_LIBC_VERSION").split()[1])' 2> /dev/null || true)
-[ "$(printf '2.31\n%s\n' "$glibc" | sort -V | head -n 1)" = 2.31 ] ||
-  fail "glibc ${glibc:-not found}: the wheels need 2.31 or newer (Ubuntu 20.04, Debian 11, RHEL 9)"
-
-# From $python, where there is none. Without ensurepip (Debian's python3-venv) it would stay half made.
+# From $python, where there is none, with the sourcing script's `fail`. Without ensurepip (Debian's python3-venv) it would
+# stay half made.
 if [ ! -x "$target/bin/python" ]; then
+  glibc=$("$python" -c 'import os; print(os.confstr("CS_GNU_LIBC_VERSION").split()[1])' 2> /dev/null || true)
+  [ "$(printf '2.31\n%s\n' "$glibc" | sort -V | head -n 1)" = 2.31 ] ||
+    fail "glibc ${glibc:-not found}: the wheels need 2.31 or newer (Ubuntu 20.04, Debian 11, RHEL 9)"
   fresh=$([ -e "$target" ] || echo yes)
   "$python" -m venv "$target" || { [ -z "$fresh" ] || rm -rf "$target"; return 1; }
 fi
