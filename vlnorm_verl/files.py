@@ -53,6 +53,11 @@ def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
     ]
 
 
+def is_path(model: str) -> bool:
+    """Whether a model is named by a path; a name on the hub is "owner/name" or "name"."""
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1
+
+
 def require(what: str, chosen: str, accepted: Iterable[str]) -> None:
     """Raises UserError, with the nearest accepted name, if something else is chosen."""
     if chosen not in (accepted := list(accepted)):

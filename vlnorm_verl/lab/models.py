@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlnorm_verl.files import UserError, write_json
+from vlnorm_verl.files import UserError, is_path, write_json
 from vlnorm_verl.tasks.base import content_sha256
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ def resolve(model: str, out: Path) -> str:
         )
     if path.exists():
         raise UserError(f"MODEL {model} is a file; give the model's folder")
-    # A name on the hub is "owner/name" or "name".
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+    if is_path(model):
         raise UserError(f"MODEL {model}: there is no such folder")
     return model
 

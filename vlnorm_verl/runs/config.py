@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlnorm_verl.files import UserError, require
+from vlnorm_verl.files import UserError, is_path, require
 from vlnorm_verl.tasks.sources import MATH
 
 CONFIG_NAME = "recipe"
@@ -253,10 +253,9 @@ def data_files(config: DictConfig) -> list[Path]:
 
 
 def model_folder(config: DictConfig) -> Path | None:
-    """Where the run's model lies; None if it is a name on the hub ("owner/name" or "name"), or an address."""
+    """Where the run's model lies; None if it is a name on the hub, or an address as of hdfs."""
     path = str(config.actor_rollout_ref.model.path)
-    is_path = path.startswith(("/", ".")) or (path.count("/") > 1 and "://" not in path)
-    return Path(path) if is_path else None
+    return Path(path) if is_path(path) and "://" not in path else None
 
 
 def made_files(config: DictConfig) -> set[Path]:

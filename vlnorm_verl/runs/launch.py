@@ -137,8 +137,8 @@ def launch(request: Request, console: Console | None = None) -> int:
     if unfit := unfit or cannot_run(config):
         raise UserError("\n".join(filter(None, [unfit, missing_files(config)])))
     console.print(f"environment: {machine.this_environment()}")
-    on_cpu, folders = is_cpu(config), (Path(config.recipe.folder), (config.recipe.model,))
-    for problem in filter(None, [machine.memory_problem()] if on_cpu else machine.tight(*folders)):
+    tight = [machine.memory_problem()] if is_cpu(config) else machine.tight(folder, (config.recipe.model,))
+    for problem in filter(None, tight):
         console.print(f"note: {problem}", style="yellow")
     code = run_here(request, asked, config, console)
     if request.report and state(config) == "finished":
