@@ -6,7 +6,7 @@
 #   PYTHON=python3.12 bash recipes/install_gpu.sh      makes .venv-gpu with another interpreter (3.11 or 3.12)
 #   FLASH_ATTN=build bash recipes/install_gpu.sh       flash-attn compiled here: CUDA 13's nvcc, half an hour and more
 #   FLASH_ATTN=none bash recipes/install_gpu.sh        without it: every run then needs attention=sdpa
-#   ANY_DRIVER=1 bash recipes/install_gpu.sh           for other machines than this one, whose driver is too old
+#   ANY_DRIVER=1 bash recipes/install_gpu.sh           installs although this machine's driver is too old, for other machines
 #   bash recipes/install_gpu.sh --lock 2026-11-25      writes recipes/requirements-gpu.txt anew, as of that day (needs uv)
 #
 # x86-64 Linux with glibc 2.31 or newer, a driver for CUDA 13, 10 GB of disk and as much for the downloads.

@@ -125,7 +125,7 @@ def launch(
     ] = "",
     on: On = "",
     report: Annotated[
-        bool, typer.Option("--report", help="When it is finished, write its report into its folder.")
+        bool, typer.Option("--report", help="Write the run's report into its folder when the run is finished.")
     ] = False,
     python: Annotated[bool, typer.Option("--python", help="Print the Python that this run takes; stop.")] = False,
 ) -> None:

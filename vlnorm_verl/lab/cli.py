@@ -60,7 +60,9 @@ def run(
     projection: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Project each gradient to so many numbers; 0: never.", show_default="above 1,000,000 entries"
+            min=0,
+            help="Numbers that each gradient is projected to; 0: never.",
+            show_default="only gradients above 1,000,000 entries",
         ),
     ] = None,
     checkpointing: Annotated[

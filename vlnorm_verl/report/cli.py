@@ -40,9 +40,9 @@ def report(
         int | None,
         typer.Option(
             min=1,
-            help="Steps of the trailing mean of training curves and of the smoothed speed-up, 1 for none; curves of "
-            "accuracies are never smoothed.",
-            show_default="2% of the run; of the speed-up three validations",
+            help='Steps of the trailing mean of training curves, and of the column "smoothed" of the steps to '
+            "another's final accuracy; 1 for none. Curves of accuracies are never smoothed.",
+            show_default="2% of the run; of that column three validations",
         ),
     ] = None,
     figures: Annotated[bool, typer.Option("--figures", help="Also draw PNG and SVG files; takes longer.")] = False,

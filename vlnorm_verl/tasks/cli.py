@@ -102,7 +102,8 @@ def math(
         list[str] | None, typer.Option(help="NAME=PATH, local copy of one set; may be repeated.", metavar="NAME=PATH")
     ] = None,
     repo: Annotated[
-        list[str] | None, typer.Option(help="NAME=REPO, a Hugging Face data set instead.", metavar="NAME=REPO")
+        list[str] | None,
+        typer.Option(help="NAME=REPO, a Hugging Face data set instead of the paper's file.", metavar="NAME=REPO"),
     ] = None,
     revision: Annotated[
         list[str] | None,
