@@ -92,9 +92,8 @@ HEAD = """# Releases of verl
 
 Written by `bash recipes/test_releases.sh --verl-repo DIR`, and copied by `cp .releases/table.md
 docs/results/releases.md`.
-Run on: {machine}. Seeds are fixed in the programs. *Exact*, *refused*, *absent*: as in [support](../support.md). A row
-of `tests/engine/features.py` is one feature with one mode. They became more over time, so columns of other commits have
-other numbers of rows.
+Run on: {machine}. Seeds are fixed in the programs. *Exact*, *refused*, *absent*: as in [support](../support.md). A
+*matrix row* is one feature with one mode (`tests/engine/features.py`). There are more of them at later commits.
 
 """
 # After the tests, since importing verl before them could hide what they are about.
