@@ -170,6 +170,8 @@ def test_ties() -> None:
     assert effects.probability_of_improvement(y["vl_norm:1"], y["dapo_norm"]) == 0.5
     assert effects.probability_of_improvement(np.array([1.0, 2.0]), np.array([1.0, 0.0])) == 0.875
     assert np.isnan(effects.bootstrap(effects.weighting_effect(y)).low)
+    better = effects.bootstrap(np.arange(2.0, 4), np.arange(2.0), statistic=effects.probability_of_improvement)
+    assert (better.value, np.isnan(better.low)) == (1, True)  # every comparison agrees
     assert effects.p_equivalence(effects.scale_effect(y)) < 0.05
 
 
@@ -199,15 +201,23 @@ def test_time_scales() -> None:
     assert np.isnan(effects.steps_to(np.full((12, 60), 0.4)))
 
 
+def test_a_higher_plateau_reads_as_speed_unless_each_has_its_own() -> None:
+    rise = 1 - np.exp(-np.arange(1, 61) / 20)
+    pair = {"low": np.tile(0.37 + 0.26 * rise, (12, 1)), "high": np.tile(0.37 + 0.30 * rise, (12, 1))}
+    shared, own = effects.time_scales(pair), effects.time_scales(pair, plateaus=2)
+    assert shared["low"] / shared["high"] > 1.3
+    assert own == pytest.approx({"low": 20, "high": 20}, rel=1e-3)
+
+
 @pytest.mark.slow
 def test_speed_ups_have_intervals_and_say_never() -> None:
     """Of 12 intervals of 95% three may miss: four or more would be seen in 1 of 450 such tests."""
     generator = np.random.default_rng(6)
     pairs = [{"dapo_norm": curves(generator, 60), "vl_norm:1": curves(generator, 30)} for _ in range(12)]
     found = [effects.speed_ups(pair)["vl_norm:1"] for pair in pairs]
-    assert sum(fitted.low < 2 < fitted.high for _, fitted in found) >= 9
-    assert all(fitted.low > 1 for _, fitted in found)
-    hits, _ = effects.speed_ups({"dapo_norm": curves(generator, 60), "x": np.full((12, 60), 0.4)})["x"]
+    assert sum(fitted.low < 2 < fitted.high for _, fitted, _ in found) >= 9
+    assert all(fitted.low > 1 for _, fitted, _ in found)
+    hits, *_ = effects.speed_ups({"dapo_norm": curves(generator, 60), "x": np.full((12, 60), 0.4)})["x"]
     assert np.isnan(hits.value)
     assert (hits.low, hits.high) == (0, np.inf)
 
@@ -233,7 +243,14 @@ def write_study(folder: Path, weighting: float, without: str = "", of: tuple[int
         write_json(folder / f"{run.name}.json", content)
 
 
-def test_the_page_has_the_results_and_keeps_the_rest(tmp_path: Path) -> None:
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few resamples, for tests that look at no end of a bootstrap's interval."""
+    monkeypatch.setattr(effects, "RESAMPLES", 200)
+    monkeypatch.setattr(effects, "FITS", 10)
+
+
+def test_the_page_has_the_results_and_keeps_the_rest(tmp_path: Path, few: None) -> None:
     records, page = tmp_path / "study", tmp_path / "study.md"
     page.write_text(f"# Ours\n\n{analyse.BEGIN}old{analyse.END}\nbehind\n")
     write_study(records, weighting=0.03)
@@ -253,7 +270,16 @@ def test_the_page_has_the_results_and_keeps_the_rest(tmp_path: Path) -> None:
     assert page.read_text() == text
 
 
-def test_an_effect_of_the_replacement_alone_is_open_without_it(tmp_path: Path) -> None:
+def test_levels_of_the_warm_starts_widen_no_interval_of_a_method(tmp_path: Path, few: None) -> None:
+    write_study(tmp_path, weighting=0.0)
+    main = analyse.main_part(record.read_records(tmp_path))
+    y, levels = analyse.accuracies(main), 0.1 * analyse.starts(main)
+    plain, apart = (analyse.methods(main, some).rows for some in (y, {m: of + levels for m, of in y.items()}))
+    for one, other in zip(plain, apart, strict=True):
+        assert other[1].high - other[1].low == pytest.approx(one[1].high - one[1].low)
+
+
+def test_an_effect_of_the_replacement_alone_is_open_without_it(tmp_path: Path, few: None) -> None:
     write_study(tmp_path, weighting=0.3, of=(analyse.REPLACEMENT,))
     main = analyse.main_part(record.read_records(tmp_path))
     y = analyse.accuracies(main)
@@ -289,7 +315,7 @@ def test_no_test_before_the_last_run(tmp_path: Path, stale: bool) -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_repeated_run_is_listed_with_both_results(tmp_path: Path, whole: bool) -> None:
+def test_a_repeated_run_is_listed_with_both_results(tmp_path: Path, whole: bool, few: None) -> None:
     """Those of the main part not before its last run. A record of a trial, with fewer steps, is not that run."""
     records, page = tmp_path / "study", tmp_path / "study.md"
     page.write_text(f"{analyse.BEGIN}{analyse.END}")

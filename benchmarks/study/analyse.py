@@ -33,7 +33,8 @@ PAGE = RECORDS.with_suffix(".md")
 BEGIN, END = "<!-- begin: written by analyse.py -->\n", "<!-- end: written by analyse.py -->\n"
 LAST = 10  # steps
 REPLACEMENT = 4  # the warm start that was taken after a look at the accuracies of number 2's runs
-LEVELS = "{}: each warm start is moved to the mean of all, since they differ in level."
+LEVELS = "{}: each warm start is moved, by its mean over all methods, to the mean of all, since they differ in level."
+HELD_OUT_INTERVAL = "Held-out Avg@8: over blocks and problems together; all else over blocks"
 Records = Sequence[dict[str, Any]]  # of one method in the order of their blocks, where it matters
 
 
@@ -92,16 +93,22 @@ def methods(main: dict[str, Records], y: Blocks) -> Table:
     for method, of in main.items():
         iqm = bootstrap(rest[method], statistic=effects.interquartile_mean)
         lengths: list[Cell] = [end(of, column) for column in ("length_mean", "length_harmonic", "cut")]
-        scale = float(values(of, "length_harmonic", 0, LAST).mean()) / end(of, "length_harmonic")
-        row: list[Cell] = [label_of(method), over_blocks(y[method]), float(rest[method].std(ddof=1)), iqm]
-        rows.append([*row, mean(held_out(of)), *lengths, scale, *fast[method]])
+        scale: Cell = None
+        if length := {GRPO: "length_harmonic", DAPO: "length_mean"}.get(method):
+            scale = float(values(of, length, 0, LAST).mean()) / end(of, length)
+        row: list[Cell] = [label_of(method), over_blocks(rest[method]), float(rest[method].std(ddof=1)), iqm]
+        rows.append([*row, float(held_out(of).values.mean()), *lengths, scale, *fast[method]])
     columns = ["method", "accuracy, steps 1–60", "sd", "interquartile mean", "held-out Avg@8", "A", "H", "cut"]
-    columns += ["1/H, last to first", f"steps to {effects.TARGET}, DAPO's to its own", "the same, fitted"]
+    columns += ["Σx, last to first", f"DAPO's steps to {effects.TARGET} over its own", "the same, fitted"]
+    columns += ["fitted, plateau of its own"]
     foot = [
-        LEVELS.format("sd and interquartile mean"),
-        f"A, H: arithmetic and harmonic mean length; they and the share cut are of the last {LAST} steps.",
-        "Steps: on the mean over blocks of each block's running maximum. It makes differences smaller (a true "
-        "factor of 2 reads about 1.5). Fitted: τ of a + b (1 − exp(−step/τ)), common a and b. Bootstrap over blocks.",
+        LEVELS.format("Accuracy, sd and interquartile mean"),
+        f"A, H: means over steps of the arithmetic and the harmonic mean length; they and the share cut are of the "
+        f"last {LAST} steps. Σx is 1/H for {label_of(GRPO)}, 1/A for {label_of(DAPO)} and constant for the others; "
+        f"last to first: of {LAST} steps each.",
+        "Steps: on the mean over blocks of each block's running maximum, which makes differences smaller (a true "
+        "factor of 2 reads about 1.5). Fitted: DAPO's τ over this one's, of a + b (1 − exp(−step/τ)) with common a "
+        "and b; with a plateau of its own each method has another b. Bootstrap over blocks.",
     ]
     return Table("methods", "The methods", columns, rows, foot, digits_of={"A": 0, "H": 0, columns[8]: 2, "sd": 4})
 
@@ -114,7 +121,11 @@ def pairs(main: dict[str, Records], y: Blocks) -> Table:
         row: list[Cell] = [f"{label_of(a)} − {label_of(b)}", over_blocks(y[a] - y[b]), bootstrap(y[a] - y[b]), better]
         rows.append([*row, difference(held_out(main[a]), held_out(main[b]))])
     columns = ["difference", "accuracy, steps 1–60", "bootstrap", "probability of improvement", "held-out Avg@8"]
-    foot = ["Descriptive: not corrected for their number.", LEVELS.format("Probability of improvement")]
+    foot = [
+        f"Descriptive: not corrected for their number. {HELD_OUT_INTERVAL}, of these three warm starts.",
+        LEVELS.format("Probability of improvement")
+        + " Each run of one method is compared with each of the other; no interval where all comparisons agree.",
+    ]
     return Table("pairs", "All pairs", columns, rows, foot, digits=4)
 
 
@@ -122,17 +133,19 @@ def warm_starts(main: dict[str, Records], y: Blocks) -> Table:
     start = starts(main)
     found = {"weighting effect": effects.weighting_effect(y), "scale effect": effects.scale_effect(y)}
     found |= {"interaction": effects.interaction(y), f"{label_of(VL)} − {label_of(DAPO)}": y[VL] - y[DAPO]}
-    found[f"accuracy of {label_of(DAPO)}"] = y[DAPO]
     chosen = {"all": start > 0, f"without number {REPLACEMENT}": start != REPLACEMENT}
     chosen |= {f"number {w}": start == w for w in WARM_STARTS}
     rows: list[list[Cell]] = [[n, *(over_blocks(v[some]) for some in chosen.values())] for n, v in found.items()]
+    # Without intervals: two of the columns mix levels.
+    rows.append([f"accuracy of {label_of(DAPO)}", *(float(y[DAPO][some].mean()) for some in chosen.values())])
     without = effects.tests_in_order({method: y[method][start != REPLACEMENT] for method in FACTORIAL})
     made = "; ".join(f"{test.question}: {test.verdict} (p: {p_of(test)})" for test in without)
     foot = [
         f"The tests in order without number {REPLACEMENT}: {made}.",
         f"Descriptive. Interaction: ({label_of(VL)} − {label_of(GRPO)}) − ({label_of(DR_GRPO)} − {label_of(DAPO)}); if "
         "it is not 0, the scale effect is a mean of two different ones, which are among all pairs.",
-        f"Correlation of two methods within blocks: {effects.correlation(y, 0 * start):.2f}; within warm starts "
+        "Correlation of two methods over all blocks, by the levels of the warm starts: "
+        f"{effects.correlation(y, 0 * start):.2f}; over blocks of one warm start, each method's own level removed: "
         f"{effects.correlation(y, start):.2f}. Equal variances of the methods (Brown and Forsythe, each warm start "
         f"moved to the mean of all): p = {effects.p_equal_spread(y, start):.2f}. Standard deviation of a run around "
         "its method and block: {0.value:.4f} [{0.low:.4f}, {0.high:.4f}].".format(effects.residual_spread(y)),
@@ -152,12 +165,16 @@ def side_runs(records: Records, main: dict[str, Records]) -> Table:
         gaps = [values([r, usual[r["block"]]], "accuracy") for r in of if part != "pilots" and r["block"] in usual]
         setting: list[Cell] = [part, label_of(method), str(length), f"{rate:g}", f"{eps:g}", f"{steps} × {len(of)}"]
         gap = over_seeds([float(a - b) for a, b in gaps]) if gaps else None
-        row: list[Cell] = [*setting, float(values(of, "accuracy").mean()), gap, end(of, "accuracy"), mean(held_out(of))]
+        found: list[Cell] = [float(values(of, "accuracy").mean()), gap, end(of, "accuracy"), mean(held_out(of))]
+        found += [end(of, "length_mean"), end(of, "cut")]
         first = float(np.mean([sum(r["columns"]["seconds"][:20]) for r in of]))
-        rows.append([*row, end(of, "length_mean"), end(of, "cut"), jobs, first])
+        rows.append([*setting, *(found if jobs == 1 else [None] * len(found)), jobs, first])
     columns = ["part", "method", "longest", "lr", "ε", "steps × runs", "accuracy, up to step 60", "minus main's"]
     columns += [f"last {LAST} steps", "held-out Avg@8", "A", "cut", "at a time", "seconds, steps 1–20"]
-    foot = [f"Minus main's: of the same blocks and the same method; of {FLOOR} minus {label_of(VL)}."]
+    foot = [
+        f"Minus main's: of the same blocks and the same method; of {FLOOR} minus {label_of(VL)}. {HELD_OUT_INTERVAL}. "
+        "Of one seed: over problems alone. Two runs at a time are for their seconds only."
+    ]
     return Table("side", "The other runs", columns, rows, foot, digits_of={"A": 0, columns[-1]: 0})
 
 
@@ -198,7 +215,8 @@ def draw(main: dict[str, Records], y: Blocks) -> Figure:
         left.invert_yaxis()
         for method, of in main.items():
             curve = trailing_mean(steps, np.mean([r["columns"]["accuracy"] for r in of], axis=0), 5)
-            right.plot(steps, curve, color=color_of(method), linestyle=method_of(method).line, label=label_of(method))
+            line = ":" if method == "vl_norm:0.75" else method_of(method).line
+            right.plot(steps[4:], curve[4:], color=color_of(method), linestyle=line, label=label_of(method))
         right.set(xlabel="step", ylabel="training accuracy, mean of 5 steps")
         right.legend()
     return render(figure, "study", "CPU study", "")

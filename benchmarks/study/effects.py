@@ -90,6 +90,8 @@ def bootstrap(*samples: np.ndarray, statistic: Callable[..., Any] = np.mean) -> 
     found = stats.bootstrap(
         samples, statistic, n_resamples=RESAMPLES, paired=True, confidence_level=level, method="percentile", rng=0
     ).confidence_interval
+    if found.low == found.high:
+        return Estimate(value, note="the same in every resample")
     return Estimate(value, float(found.low), float(found.high))
 
 
@@ -128,34 +130,44 @@ def steps_to(curves: np.ndarray) -> float:
     return float(first_hit(np.arange(1, len(best) + 1), best, TARGET) or nan)
 
 
-def time_scales(curves: Blocks) -> dict[str, float]:
-    """τ of a + b·(1 − exp(−step/τ)) for each method, least squares of the means over blocks; a and b are shared."""
+def time_scales(curves: Blocks, plateaus: int = 1) -> dict[str, float]:
+    """τ of a + b·(1 − exp(−step/τ)) for each method, least squares of the means over blocks.
+
+    a is shared, and b, too, unless plateaus is the number of methods: then each has its own.
+    """
     means = np.array([of.mean(0) for of in curves.values()])
     step = np.arange(1, means.shape[1] + 1)
 
     def distance(x: np.ndarray) -> np.ndarray:
-        return np.asarray((x[0] + x[1] * (1 - np.exp(-step / np.exp(x[2:])[:, None])) - means).ravel())
+        a, b, log_tau = np.split(x, [1, 1 + plateaus])
+        return np.asarray((a + b[:, None] * (1 - np.exp(-step / np.exp(log_tau)[:, None])) - means).ravel())
 
-    first = [means[:, 0].mean(), np.ptp(means), *[np.log(len(step) / 2)] * len(means)]
-    return dict(zip(curves, np.exp(optimize.least_squares(distance, first).x[2:]).tolist(), strict=True))
+    first = [means[:, 0].mean(), *[np.ptp(means)] * plateaus, *[np.log(len(step) / 2)] * len(means)]
+    return dict(zip(curves, np.exp(optimize.least_squares(distance, first).x[-len(means) :]).tolist(), strict=True))
 
 
-def speed_ups(curves: Blocks) -> dict[str, list[Estimate]]:
-    """How many times fewer steps than DAPO Norm: to TARGET, and by the fitted τ. Expanded percentiles over blocks."""
+def speed_up(curves: Blocks, steps_of: Callable[[Blocks], dict[str, float]], resamples: int) -> dict[str, Estimate]:
+    """How many times fewer steps than DAPO Norm each method has. Expanded percentiles over blocks."""
     blocks = len(curves[DAPO])
 
-    def ratios(chosen: np.ndarray) -> list[list[float]]:
-        some = {method: of[chosen] for method, of in curves.items()}
-        hits, scales = {method: steps_to(of) for method, of in some.items()}, time_scales(some)
-        return [[of[DAPO] / of[method] for of in (hits, scales)] for method in curves]
+    def ratios(chosen: np.ndarray) -> list[float]:
+        steps = steps_of({method: of[chosen] for method, of in curves.items()})
+        return [steps[DAPO] / steps[method] for method in curves]
 
-    value = ratios(np.arange(blocks))
-    drawn = np.array([ratios(c) for c in np.random.default_rng(0).integers(blocks, size=(FITS, blocks))])
+    drawn = np.array([ratios(c) for c in np.random.default_rng(0).integers(blocks, size=(resamples, blocks))])
     tail = expanded_tail(blocks - 1)
     # A curve that never reaches TARGET is NaN: 0 at the lower end, ∞ at the upper.
     low = np.quantile(np.nan_to_num(drawn, nan=0.0), tail, axis=0, method="nearest")
     high = np.quantile(np.nan_to_num(drawn, nan=np.inf), 1 - tail, axis=0, method="nearest")
-    return {
-        method: [Estimate(float(value[i][k]), float(low[i, k]), float(high[i, k])) for k in (0, 1)]
-        for i, method in enumerate(curves)
-    }
+    ends = zip(ratios(np.arange(blocks)), low.tolist(), high.tolist(), strict=True)
+    return dict(zip(curves, (Estimate(*end) for end in ends), strict=True))
+
+
+def speed_ups(curves: Blocks) -> dict[str, list[Estimate]]:
+    """By the steps to TARGET, by the τ of one plateau for all methods, by that of a plateau of its own for each."""
+    found = [
+        speed_up(curves, lambda some: {method: steps_to(of) for method, of in some.items()}, RESAMPLES),
+        speed_up(curves, time_scales, FITS),
+        speed_up(curves, lambda some: time_scales(some, len(some)), FITS),
+    ]
+    return {method: [of[method] for of in found] for method in curves}
