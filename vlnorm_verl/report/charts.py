@@ -37,7 +37,7 @@ TRAINING = {
     "actor/grad_norm": "gradient norm before clipping",
     "actor/vl_norm/variance_ratio": "√(A/H), predicted ratio of CVs",
     "actor/vl_norm/length_harmonic_mean": "harmonic mean length H, tokens",
-    "actor/vl_norm/effective_responses": "effective responses of a mini-batch",
+    "actor/vl_norm/effective_responses": "effective sample size of the weights (Kish)",
     "actor/vl_norm/weight_max": "largest weight M·N·x",
 }
 MEASURED = {  # drawn instead of what verl logs under this name
