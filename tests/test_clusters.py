@@ -137,6 +137,7 @@ input()
 """
 
 
+@pytest.mark.slow
 def test_a_second_run_on_one_ray_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what the real TransferQueue leaves on a real Ray."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else the first Ray makes a token, and this process has none

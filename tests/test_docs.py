@@ -59,7 +59,7 @@ COMMANDS = {
     "bash recipes/examples/own_run.sh": "tests/test_benchmarks.py::test_the_example_trains",
     "bash benchmarks/gpu/check.sh": "tests/test_gpu_check.py::test_everything_at_tiny_sizes",
     r"python benchmarks/\w+\.py": "tests/test_benchmarks.py::test_every_benchmark_runs",
-    "bash benchmarks/lab/run.sh": "tests/test_lab_benchmark.py",
+    "bash benchmarks/lab/run.sh": "tests/test_lab_benchmark.py::test_the_script_measures_and_reports",
     "python -m benchmarks.study": "tests/test_study.py",
     "python -m tests.engine.scenarios": "tests/test_engine.py",
     "python -m tests.engine.other_engines": "tests/test_other_engines.py",
@@ -75,7 +75,7 @@ COMMANDS = {
     "(patch -p1|git apply)": "tests/test_patches.py::test_patch_is_undone_and_git_applies_it_too",
     "python -m pytest tests/trainer": "tests/test_patches.py::test_tests_inside_of_the_patch_pass",
 }
-# Words of a shell, programs of others, and what nobody here can run.
+# Words of a shell, programs of others, and what downloads 400 MB.
 NOT_RUN = (
     r"(cd|source|export|cp|mkdir|eval|patches=|grep|git|kubectl|docker|pre-commit|pip show|pip install$)|"
     "bash benchmarks/gpu/prepare.sh"

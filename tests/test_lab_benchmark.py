@@ -1,17 +1,21 @@
 """The tasks of benchmarks/lab: enough problems for run.sh, in files that the lab reads, and rewards that are right.
 
-Not covered: the measurements themselves, which need pretrained models and hours, and dequantise.py, which needs their
-files.
+Slow: run.sh itself, with the tiny model and few responses. Not covered: the measurements themselves, which need
+pretrained models and hours, and dequantise.py, which needs their files.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.lab import tasks
 from vlnorm_verl.lab.tasks import load_task
+from vlnorm_verl.tasks.tiny import WEIGHTS
 
 
 @pytest.mark.parametrize(
@@ -29,3 +33,15 @@ def test_a_reward_is_that_of_its_task(task: str, truth: str, right: str, wrong: 
     question = loaded.questions(8 + 96, seed=0)[0]._replace(ground_truth=truth)
     assert loaded.score(question, right) == 1
     assert loaded.score(question, wrong) == loaded.score(question, "") == 0
+
+
+@pytest.mark.slow
+def test_the_script_measures_and_reports(tmp_path: Path) -> None:
+    few = "--slope-prompts 1 --slope-responses 3 --pool-prompts 4 --pool-responses 2 --max-response-length 16"
+    subprocess.run(
+        ["bash", "benchmarks/lab/run.sh", str(tmp_path), *few.split()],
+        env={**os.environ, "MEASURE": "smollm2-addition", "SMOLLM2": str(WEIGHTS), "PYTHON": sys.executable},
+        cwd=Path(__file__).parent.parent,
+        check=True,
+    )
+    assert (tmp_path / "report" / "lab.html").exists()
