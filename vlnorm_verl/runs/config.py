@@ -133,12 +133,9 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
         suspects = [o.key_or_group for o in given if "." in o.key_or_group and not _is_number(o.value())]
         groups = tuple(o.input_line for o in given if "." not in o.key_or_group)
         usual = flatten(_composed(config_folder.resolve(), groups)) if suspects else {}
-        missing = OmegaConf.missing_keys(config.recipe)
     except (HydraException, OmegaConfBaseException) as error:
         # Hydra lists its whole search path below the accepted choices.
         raise UserError(str(error).split("\nConfig search path")[0]) from error
-    if missing:
-        raise UserError(f"not set: {', '.join(f'recipe.{key}' for key in sorted(missing))}")
     for key in suspects:
         value, number = OmegaConf.select(config, key), usual.get(key)
         if not _is_number(value) and number is not None and _is_number(number):

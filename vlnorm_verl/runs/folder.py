@@ -85,10 +85,8 @@ def state(config: DictConfig) -> str:
 
 def left(config: DictConfig) -> DictConfig:
     """A copy with the number of steps that are still to be trained."""
-    rest = config.copy()
-    rest.trainer.total_training_steps -= min(
-        completed_steps(Path(config.recipe.folder)), rest.trainer.total_training_steps
-    )
+    rest, done = config.copy(), completed_steps(Path(config.recipe.folder))
+    rest.trainer.total_training_steps = max(0, config.trainer.total_training_steps - done)
     return rest
 
 
@@ -150,9 +148,10 @@ def refuse_other(config: DictConfig, folder: Path) -> None:
             f"{folder} holds a run with other values; give the same, or another folder with recipe.folder=… or "
             "recipe.root=…\n  " + "\n  ".join(changed)
         )
-    if (last := _last_start(folder)) is None or state(config) == "finished":
+    if state(config) == "finished":
         return
     # Both may change, but not by an override that was forgotten: what is removed cannot be had back.
+    last = _last_start(folder)
     before, steps = last.trainer.total_training_steps, config.trainer.total_training_steps
     if steps < before and config.recipe.keep != "all":
         raise UserError(
@@ -173,12 +172,10 @@ def _has_run(folder: Path) -> bool:
     return completed_steps(folder) > 0 or _finished(folder) > 0 or bool(read_metrics(folder))
 
 
-def _last_start(folder: Path) -> DictConfig | None:
+def _last_start(folder: Path) -> DictConfig:
     """The configuration of the last start, with the folder where it is now."""
-    for name in ("trainer.yaml", "config.yaml"):
-        if (file := folder / name).exists():
-            return OmegaConf.merge(OmegaConf.load(file), {"recipe": {"folder": str(folder)}})
-    return None
+    file = folder / "trainer.yaml" if (folder / "trainer.yaml").exists() else folder / "config.yaml"
+    return OmegaConf.merge(OmegaConf.load(file), {"recipe": {"folder": str(folder)}})
 
 
 def begin(config: DictConfig, folder: Path) -> None:
@@ -247,8 +244,7 @@ def finish(config: DictConfig, folder: Path) -> None:
 
 def tidy(folder: Path) -> None:
     """What `finish` removes, once more: the last start may have been killed between its marker and that."""
-    last = _last_start(folder)
-    if last is not None and state(last) == "finished":
+    if (folder / "config.yaml").exists() and state(last := _last_start(folder)) == "finished":
         _keep(last, folder)
 
 

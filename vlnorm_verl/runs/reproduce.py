@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from vlnorm_verl.files import UserError
+from vlnorm_verl.files import UserError, require
 from vlnorm_verl.runs import launch, resources
-from vlnorm_verl.runs.config import check_folders, choices, compose, missing_files, parsed, require
+from vlnorm_verl.runs.config import check_folders, choices, compose, missing_files, parsed
 from vlnorm_verl.runs.folder import left, state
 from vlnorm_verl.runs.process import raise_on_stop
 from vlnorm_verl.runs.progress import terminal

@@ -86,15 +86,6 @@ class Model:
         tensors = layer * self.layers + [self.vocabulary * self.hidden] * self.embeddings
         return sum(3 * gpus * 2 ** math.ceil(math.log2(4 * tensor / gpus)) for tensor in tensors) / GIB
 
-    @property
-    def checkpoint_gb(self) -> float:
-        return CHECKPOINT_BYTES * self.parameters / GB
-
-    @property
-    def finished_gb(self) -> float:
-        """What is left of a checkpoint without the optimizer."""
-        return 4 * self.parameters / GB
-
 
 @dataclass(frozen=True)
 class Gpu:
@@ -279,10 +270,10 @@ def cost(runs: list[tuple[DictConfig, list[str]]]) -> str:
         if len(fitting) < len(hours):
             parts.append(f"{len(hours) - len(fitting)} of {len(hours)} runs do not fit")
         lines.append(f"  {gpu.name}: {'; '.join(parts)}")
-    going = 2 * sum(model.checkpoint_gb for model, *_ in known)
-    left = sum(model.finished_gb for model, *_ in known)
+    billions = sum(model.parameters for model, *_ in known) / GB
     lines.append(
-        f"  disk: {rounded(going)} GB for two checkpoints of each while it goes on, {rounded(left)} GB when finished"
+        f"  disk: {rounded(2 * CHECKPOINT_BYTES * billions)} GB for two checkpoints of each while it goes on, "
+        f"{rounded(4 * billions)} GB when finished"
     )
     return "\n".join(filter(None, [*lines, note]))
 
