@@ -49,7 +49,7 @@ def test_an_address_is_accepted(address: str, monkeypatch: pytest.MonkeyPatch) -
     launch.check_place("")
 
 
-@pytest.mark.parametrize("given", ["+{}=json", "++{}=json", "+{}='vlnorm_verl.verl_entry, json'", "in the environment"])
+@pytest.mark.parametrize("given", ["+{}=json", "+{}='vlnorm_verl.verl_entry, json'", "in the environment"])
 def test_a_cluster_keeps_the_users_modules(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
     monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "csv")

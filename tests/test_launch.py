@@ -63,8 +63,7 @@ def refused(request: Request) -> str:
 def test_one_flag_adds_loggers(tmp_path: Path) -> None:
     config = composed(tmp_path, loggers=["wandb", "tensorboard"])
     assert list(config.trainer.logger) == ["console", "file", "wandb", "tensorboard"]
-    for name in ("trackio", "swanlab", "mlflow"):
-        validate(composed(tmp_path, loggers=[name]))  # verl knows it, without its package
+    validate(composed(tmp_path, loggers=["trackio", "swanlab", "mlflow"]))  # verl knows them, without their packages
     with pytest.raises(UserError, match="--logger wandbb is not accepted"):
         composed(tmp_path, loggers=["wandbb"])
 
@@ -156,7 +155,6 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
         (["actor_rollout_ref.actor.loss_agg_mode=vl-norm"], "Did you mean 'vl_norm'"),
         (["actor_rollout_ref.actor.loss_scale_factor=null", "method=dr_grpo"], "loss_scale_factor=None with"),
         (["model=7b", "attention=sdpa"], "Accepted: attention=flash, or model=3b"),
-        (["method=dapo_norm_as_coded", "attention=sdpa"], "a micro-batch. Accepted: attention=flash"),
         (
             ["actor_rollout_ref.actor.policy_loss.loss_mode=dapo_norm_as_coded", "attention=sdpa"],
             "a micro-batch. Accepted: attention=flash",
@@ -202,7 +200,7 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
             )
         ),
         ([f"recipe.folder={__file__}"], f"Not a directory: '{__file__}/"),
-        *(([f"recipe.keep={value}"], "is not accepted. Accepted: model, all") for value in ("2", "true", "null")),
+        (["recipe.keep=2"], "recipe.keep=2 is not accepted. Accepted: model, all"),
         *(
             ([f"data.{value}"], f"data.{key}_files={shown}: accepted is a parquet file, or a list of some")
             for value, key, shown in (
@@ -212,7 +210,6 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
             )
         ),
         (["~trainer.save_freq"], "save_freq: no key can be taken away. Accepted: trainer.save_freq=…, or null"),
-        (["~trainer.device"], "~trainer.device: no key can be taken away"),
         (["recipe.seed=-1"], "recipe.seed=-1: accepted is a whole number of at least 0"),
         (["trainer.total_training_steps=null"], "trainer.total_training_steps=None: accepted is a whole number"),
         (["method=vl_norm_as_coded", "recipe.alpha=3"], "(recipe.alpha): α = 3 is out of range; accepted: 0 ≤ α ≤ 2"),
@@ -351,7 +348,6 @@ def test_the_version() -> None:
         ([], False, True),
         (["model=3b", "attention=sdpa"], False, False),
         (["model='tiny'"], True, False),
-        (['model="tiny"', "attention=sdpa"], True, False),
     ],
 )
 def test_the_configuration_says_where_a_run_is(tmp_path: Path, overrides: list[str], on_cpu: bool, flash: bool) -> None:

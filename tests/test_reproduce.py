@@ -201,7 +201,6 @@ def test_status_counts_checkpoints(tmp_path: Path) -> None:
     assert invoked("fig2", "--status", f"recipe.root={tmp_path}", "recipe.steps=375")[1].endswith(
         "1 of 2 runs are finished\n"
     )
-    assert invoked("all", "--status", f"recipe.root={tmp_path}")[1].endswith("0 of 74 runs are finished\n")
 
 
 def test_dry_run_of_a_set() -> None:

@@ -83,24 +83,22 @@ def test_what_is_no_part_of_the_experiment_may_change(tmp_path: Path) -> None:
     remember(configured(tmp_path, *changes), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("recipe.alpha=0.5", 'loss_agg_mode: "vl_norm:1.0" there, "vl_norm:0.5" asked for'),
-        ("trainer.nnodes=2", "trainer.nnodes: 1 there, 2 asked for"),
-        ("recipe.seed=1", "recipe.seed: 0 there, 1 asked for"),
-        (f"{ACTOR}.ppo_mini_batch_size=16", "ppo_mini_batch_size: 32 there, 16 asked for"),
-        (f"{ACTOR}.loss_scale_factor=9", "loss_scale_factor: 8192 there, 9 asked for"),
-        ("data.max_response_length=9", "data.max_response_length: 8192 there, 9 asked for"),
-        (f"{ROLLOUT}.temperature=0.6", "temperature: 1.0 there, 0.6 asked for"),
-        ("data.val_max_samples=4", "data.val_max_samples: -1 there, 4 asked for"),
-    ],
-)
-def test_the_experiment_may_not(tmp_path: Path, change: str, message: str) -> None:
+def test_the_experiment_may_not(tmp_path: Path) -> None:
     remember(configured(tmp_path), tmp_path)
     logged(tmp_path, 1)
-    with pytest.raises(UserError, match=message):
-        remember(configured(tmp_path, change), tmp_path)
+    changes = {
+        "recipe.alpha=0.5": f'{ACTOR}.loss_agg_mode: "vl_norm:1.0" there, "vl_norm:0.5" asked for',
+        "trainer.nnodes=2": "trainer.nnodes: 1 there, 2 asked for",
+        "recipe.seed=1": "recipe.seed: 0 there, 1 asked for",
+        f"{ACTOR}.ppo_mini_batch_size=16": f"{ACTOR}.ppo_mini_batch_size: 32 there, 16 asked for",
+        f"{ACTOR}.loss_scale_factor=9": f"{ACTOR}.loss_scale_factor: 8192 there, 9 asked for",
+        "data.max_response_length=7": "data.max_response_length: 8192 there, 7 asked for",
+        f"{ROLLOUT}.temperature=0.6": f"{ROLLOUT}.temperature: 1.0 there, 0.6 asked for",
+        "data.val_max_samples=4": "data.val_max_samples: -1 there, 4 asked for",
+    }
+    with pytest.raises(UserError) as error:
+        remember(configured(tmp_path, *changes), tmp_path)
+    assert set(changes.values()) <= set(str(error.value).split("\n  "))
 
 
 def test_a_start_that_trained_nothing_is_no_run(tmp_path: Path) -> None:
@@ -155,19 +153,20 @@ def test_the_data_folder_may_move_with_the_tiny_model_in_it(tmp_path: Path) -> N
             remember(config, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "change", ["ppo_micro_batch_size_per_gpu=2", "ppo_max_token_len_per_gpu=9000", "use_dynamic_bsz=true"]
-)
-def test_a_loss_of_micro_batches_keeps_them(tmp_path: Path, change: str) -> None:
+def test_a_loss_of_micro_batches_keeps_them(tmp_path: Path) -> None:
     """With whatever method it is asked for (docs/recipes.md gives it to others by this override)."""
     loss = f"{ACTOR}.policy_loss.loss_mode=dapo_norm_as_coded"
+    keys = [f"{ACTOR}.{key}" for key in ("ppo_micro_batch_size_per_gpu", "ppo_max_token_len_per_gpu")]
+    changes = [*(f"{key}=2" for key in keys), f"{ACTOR}.use_dynamic_bsz=true"]
     remember(configured(tmp_path / "other"), tmp_path / "other")
     logged(tmp_path / "other", 1)
-    remember(configured(tmp_path / "other", f"{ACTOR}.{change}"), tmp_path / "other")
+    remember(configured(tmp_path / "other", *changes), tmp_path / "other")
     remember(configured(tmp_path, loss), tmp_path)
     logged(tmp_path, 1)
-    with pytest.raises(UserError, match=f"{change.partition('=')[0]}: .* there, .* asked for"):
-        remember(configured(tmp_path, loss, f"{ACTOR}.{change}"), tmp_path)
+    with pytest.raises(UserError) as error:
+        remember(configured(tmp_path, loss, *changes), tmp_path)
+    for key in (*keys, f"{ACTOR}.use_dynamic_bsz"):
+        assert f"\n  {key}: " in str(error.value)
 
 
 def test_the_data_sets_may_move_and_not_be_others(tmp_path: Path) -> None:
@@ -301,12 +300,6 @@ def test_a_tracker_that_a_crash_left_empty(tmp_path: Path) -> None:
     assert there(tmp_path) == [40]  # what the crash left unfinished is gone, and there is room for a second one
 
 
-def test_a_checkpoint_that_is_gone_is_said(tmp_path: Path) -> None:
-    saved(tmp_path, 20, tracker="40")
-    with pytest.raises(UserError, match="names step 40, which is not there: verl would begin anew"):
-        begin(configured(tmp_path), tmp_path)
-
-
 @pytest.mark.parametrize(("finished", "message"), [(20, "step 40 is not whole"), (40, "was finished at step 40")])
 def test_without_an_optimizer_a_run_is_finished_or_was_killed(tmp_path: Path, finished: int, message: str) -> None:
     """verl's retention of one checkpoint removes actor/ before it names the next one."""
@@ -388,8 +381,3 @@ def test_what_a_kill_kept_is_removed_later(tmp_path: Path, change: str, left: in
     (tmp_path / "finished").write_text("40\n")
     tidy(tmp_path)
     assert len(list(tmp_path.rglob("optim_*"))) == left
-
-
-def test_what_may_be_kept_is_checked(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"recipe\.keep=optimizer is not accepted\. Accepted: model, all"):
-        configured(tmp_path, "recipe.keep=optimizer")

@@ -34,11 +34,13 @@ def run_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
     monkeypatch.setattr(launch, "raise_on_stop", lambda: None)
     monkeypatch.setattr(launch, "make_tiny_files", lambda data, task: None)
 
-    def run(start: Callable[..., Iterator[Record]], *overrides: str, **given: Any) -> int:
+    def run(
+        start: Callable[..., Iterator[Record]], *overrides: str, console: Console | None = None, **given: Any
+    ) -> int:
         monkeypatch.setattr(launch, "start", start)
         request = Request(RECIPES, ["model=tiny", f"recipe.folder={tmp_path}", *overrides], **given)
         asked = configs.compose(RECIPES / "config", request.overrides)
-        return launch.run_here(request, asked, complete(request), terminal(quiet=True))
+        return launch.run_here(request, asked, complete(request), console or terminal(quiet=True))
 
     return run
 
@@ -49,7 +51,7 @@ def no_start(*_: Any) -> Iterator[Record]:
 
 @pytest.mark.parametrize("is_smoke", [True, False])
 def test_after_a_failure_a_run_goes_on_and_a_smoke_run_leaves_no_checkpoint(
-    is_smoke: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_smoke: bool, tmp_path: Path, run_tiny: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next smoke run has a new folder: the checkpoint would be lost."""
     fails, stoppable = iter([False, True] if is_smoke else [True]), list[str]()
@@ -64,22 +66,17 @@ def test_after_a_failure_a_run_goes_on_and_a_smoke_run_leaves_no_checkpoint(
             raise TrainingFailed("verl's trainer ended.")
         yield {"step": 1, "data": {}}
 
-    monkeypatch.setattr(launch, "start", start)
-    monkeypatch.setattr(locks, "OWN_RAY", tmp_path / "own-ray")
     monkeypatch.setattr(launch, "raise_on_stop", lambda: stoppable.append("Ctrl-C"))
-    monkeypatch.setattr(launch, "make_tiny_files", lambda data, task: None)
-    request = Request(RECIPES, ["model=tiny", f"recipe.root={tmp_path}"], smoke=is_smoke)
-    asked, config = configs.compose(RECIPES / "config", request.overrides), complete(request)
     console = terminal(record=True, file=io.StringIO())
-    assert launch.run_here(request, asked, config, console) == 1
+    assert run_tiny(start, f"recipe.root={tmp_path}", console=console, smoke=is_smoke) == 1
     assert not list(fails)
     assert ("the same command goes on from there" in console.export_text()) != is_smoke
-    assert (Path(config.recipe.folder) / "checkpoints").exists() != is_smoke
+    assert bool(list(tmp_path.rglob("checkpoints"))) != is_smoke
 
 
 def test_a_run_whose_checkpoint_is_gone_does_not_start(tmp_path: Path, run_tiny: Callable[..., int]) -> None:
     saved(tmp_path, 20, tracker="40")
-    with pytest.raises(UserError, match="names step 40, which is not there"):
+    with pytest.raises(UserError, match="names step 40, which is not there: verl would begin anew"):
         run_tiny(no_start)
 
 
@@ -120,17 +117,11 @@ def test_the_trainer_is_given_the_locks_and_on_a_cluster_the_variables(
     assert "WANDB_MODE" in variables["RAY_JOB_CONFIG_JSON_ENV_VAR"]
 
 
-def test_two_runs_with_a_ray_of_their_own_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_runs_with_a_ray_of_their_own_are_refused(tmp_path: Path, run_tiny: Callable[..., int]) -> None:
     """Both would send their weights through one socket."""
-    monkeypatch.setattr(locks, "OWN_RAY", tmp_path / "own-ray")
-    monkeypatch.setattr(launch, "raise_on_stop", lambda: None)
-    monkeypatch.setattr(launch, "make_tiny_files", lambda data, task: None)
-    request = Request(RECIPES, ["model=tiny", f"recipe.root={tmp_path}"])
-    asked = configs.compose(RECIPES / "config", request.overrides)
-    config = complete(request)
     with locked(tmp_path / "own-ray"), pytest.raises(UserError, match="another run here has a Ray of its own"):
-        launch.run_here(request, asked, config, terminal(quiet=True))
-    assert not (Path(config.recipe.folder) / "config.yaml").exists()  # it has not begun
+        run_tiny(no_start)
+    assert not (tmp_path / "config.yaml").exists()  # it has not begun
 
 
 def test_another_user_is_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,19 +178,15 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 
 def test_a_start_that_waited_for_the_same_run_finds_it_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_tiny: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hold_folder(folder: Path, stack: contextlib.ExitStack, console: Console) -> IO[str]:
         (folder / "finished").write_text("2\n")
         return stack.enter_context(locked(folder))
 
     monkeypatch.setattr(launch, "hold_folder", hold_folder)
-    monkeypatch.setattr(launch, "raise_on_stop", lambda: None)
-    monkeypatch.setattr(launch, "make_tiny_files", lambda data, task: None)
-    monkeypatch.setattr(launch, "start", lambda *_: pytest.fail("started"))
-    request = Request(RECIPES, ["model=tiny", f"recipe.folder={tmp_path}"])
-    asked, console = configs.compose(RECIPES / "config", request.overrides), terminal(record=True, file=io.StringIO())
-    assert launch.run_here(request, asked, complete(request), console) == 0
+    console = terminal(record=True, file=io.StringIO())
+    assert run_tiny(no_start, console=console) == 0
     assert "finished, step 0" in console.export_text()
 
 
