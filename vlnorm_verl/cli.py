@@ -55,7 +55,7 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version; stop.")
     ] = False,
 ) -> None:
-    """Keeps the sub-command's name needed, however many commands there are."""
+    """The options that need no command."""
 
 
 def _in_its_environment(command: Callable[[], int]) -> None:

@@ -1,6 +1,6 @@
 """What a Python environment and a machine lack for a run on GPUs, or on the CPU, each with what mends it.
 
-Only the standard library; only `flash_attention_problem` imports torch, and `cpus` and `memory_problem` Ray. So
+Only the standard library, but for `flash_attention_problem` (torch), `cpus` (Ray), `memory_problem` (Ray, psutil). So
 recipes/install_gpu.sh can run this file before anything is installed, and the launcher in environments other than its
 own.
 
