@@ -101,7 +101,9 @@ def test_it_is_active_only_where_a_worker_has_it_too(
     monkeypatch.setattr(doctor, "plugin_states", lambda ask_ray: {"this process": "active", "a worker": "why"})
     monkeypatch.setattr(doctor, "gpu_problems", list)
     assert not doctor.examine(ask_ray=True)
-    assert "works in a worker: no: why" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "works in a worker: no: why" in said
+    assert f"docs/support.md of the repository, column {doctor.version('verl')}" in said
 
 
 def test_what_is_missing_is_said_by_use(monkeypatch: pytest.MonkeyPatch) -> None:

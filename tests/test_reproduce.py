@@ -206,7 +206,7 @@ def test_status_counts_checkpoints(tmp_path: Path) -> None:
 def test_dry_run_of_a_set() -> None:
     code, output = invoked("fig2", "--dry-run")
     assert code == 0
-    assert "2 of 2 runs are valid" in output.splitlines()
+    assert output.strip().splitlines()[-1] == "2 of 2 runs are valid"
     assert "H100 80 GB: 12–97 hours of 8 GPUs" in output
 
 

@@ -173,7 +173,8 @@ def examine(ask_ray: bool) -> bool:
     if not active and printed:
         console.print("printed meanwhile:", printed, style="dim", markup=False, soft_wrap=True)
 
-    console.print("Which engines, trainers and policy losses vl_norm works with: docs/support.md of the repository")
+    column = f"docs/support.md of the repository, column {version('verl')}"
+    console.print(f"Which engines, trainers and policy losses vl_norm works with: {column}")
 
     wanted = Table("use", "missing", "how to get it", title="What is missing for what")
     for use, missing, how in uses():

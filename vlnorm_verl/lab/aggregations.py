@@ -1,6 +1,6 @@
 """The aggregations on mini-batches of the pool: noise and bias, predicted and measured; which α to use.
 
-The paper's Figures 1 and 5 and Table 1. Intervals are a jackknife that leaves out a block of prompts at a time.
+Closed forms: the paper's Table 1. Intervals are a jackknife that leaves out a block of prompts at a time.
 """
 
 from __future__ import annotations

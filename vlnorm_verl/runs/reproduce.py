@@ -191,12 +191,9 @@ def reproduce(
     if status:
         show_states(runs, {}, console)
         return 0
-    if not check(recipes, runs, console, elsewhere=on, dry_run=dry_run):
-        return 1
-    if cost := resources.cost([(left(run.outline), run.overrides) for run in runs if run.state != "finished"]):
-        console.print(cost)
-    if dry_run:
-        return 0
+    valid = check(recipes, runs, console, elsewhere=on, dry_run=dry_run)
+    if dry_run or not valid:
+        return 0 if valid else 1
     return submit_all(recipes, runs, on, console) if on else run_all(recipes, runs, console)
 
 
@@ -240,7 +237,8 @@ def show_states(runs: list[PlannedRun], codes: dict[Path, int], console: Console
 def check(recipes: Path, runs: list[PlannedRun], console: Console, elsewhere: str, dry_run: bool) -> bool:
     """Whether verl accepts every run, and data and an environment are here if it starts here.
 
-    Prints each thing that is wrong once. elsewhere: "slurm", where the data is needed too, or "kubernetes".
+    Prints each thing that is wrong once, what the runs cost, and a count as the last line. elsewhere: "slurm", where
+    the data is needed too, or "kubernetes".
     """
     problems: dict[str, list[str]] = {}
     missing: dict[str, None] = {}  # as an ordered set
@@ -260,8 +258,12 @@ def check(recipes: Path, runs: list[PlannedRun], console: Console, elsewhere: st
     for message in missing:
         console.print(message, style="red" if needed else "yellow")
     valid = len(runs) - sum(map(len, problems.values()))
+    if (is_valid := valid == len(runs)) and (
+        cost := resources.cost([(left(run.outline), run.overrides) for run in runs if run.state != "finished"])
+    ):
+        console.print(cost)
     console.print(f"{valid} of {len(runs)} runs are valid")
-    return valid == len(runs) and not (needed and missing)
+    return is_valid and not (needed and missing)
 
 
 def run_all(recipes: Path, runs: list[PlannedRun], console: Console) -> int:
