@@ -2,8 +2,8 @@
 
 sympy can take for ever or all memory on what a model writes. So it runs in processes of its own: each answer has a
 wall-clock limit, after which its worker is killed; each worker has a memory limit and is replaced after RECYCLE_AFTER
-answers. The workers start at the first answer that needs one, in the process that calls
-``compute_score``: there is no server. They die with that process.
+answers. The process that calls ``compute_score`` starts a worker at the first answer that needs one: there is no
+server. Workers die with that process.
 
 What is the answer's fault is an outcome; what is the machine's is not:
 
@@ -141,13 +141,8 @@ class _Worker:
         return self.answers >= RECYCLE_AFTER or self.peak_kib > self.memory_kib / 2
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            # Bytes that a dead worker has not read cannot be flushed.
-            with contextlib.suppress(OSError):
-                pipe.close()
+        with self.process:  # closes its pipes and waits for its end
+            self.process.kill()
 
     def _read(self, limit_s: float) -> dict[str, Any]:
         """The next message."""
