@@ -46,7 +46,6 @@ class DataSet:
     split: str = "train"
     file: str | None = None  # read this one JSON file: rows that are lists do not fit datasets' table format
     local_names: tuple[str, ...] = ()  # further file names that --from accepts, as the set's home publishes it
-    data_source: str = ""  # empty: the set's name
 
 
 COUNTDOWN = DataSet("Jiayi-Pan/Countdown-Tasks-3to4", rows=(0, 10**9))  # checked against the rows asked for
@@ -59,7 +58,6 @@ MATH: dict[str, DataSet] = {
         rows=(56_000, 58_000),
         file="orz_math_57k_collection.json",
         local_names=("orz_math_57k_collected.json", "orz_math_57k_collection.json"),
-        data_source="open_reasoner_zero",
     ),
     "math500": DataSet("HuggingFaceH4/MATH-500", rows=(500, 500), split="test"),
     "aime2024": DataSet("HuggingFaceH4/aime_2024", rows=(30, 30)),
@@ -69,7 +67,7 @@ MATH: dict[str, DataSet] = {
 
 
 def data_source(name: str) -> str:
-    return MATH[name].data_source or name
+    return "open_reasoner_zero" if name == "train" else name
 
 
 @dataclass(frozen=True)
