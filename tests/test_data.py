@@ -12,6 +12,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,24 +106,21 @@ def test_a_changed_local_file_is_noticed_and_a_moved_one_is_the_same(tmp_path: P
     assert (code, "sha256" in output) == (2, True)
 
 
-@pytest.mark.parametrize("damage", ["changed", "gone", "manifest", "alien"])
-def test_what_was_changed_by_others_is_refused_and_force_repairs(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("test.parquet", lambda f: f.write_bytes(f.read_bytes()[:-1] + b"x"), "test.parquet has not the checksum"),
+        ("test.parquet", Path.unlink, "test.parquet is gone"),
+        ("manifest.json", lambda f: f.write_text('{"request": 3}'), "is not a manifest"),
+        ("manifest.json", Path.unlink, "has train.parquet, test.parquet but no manifest.json"),
+    ],
+)
+def test_what_was_changed_by_others_is_refused_and_force_repairs(
+    tmp_path: Path, name: str, damage: Callable[[Path], Any], message: str
+) -> None:
     must_run(*SMALL_COUNTDOWN, "--out", tmp_path)
     good = (tmp_path / "test.parquet").read_bytes()
-    message = {
-        "changed": "test.parquet has not the checksum",
-        "gone": "test.parquet is gone",
-        "manifest": "is not a manifest",
-        "alien": "has train.parquet, test.parquet but no manifest.json",
-    }[damage]
-    if damage == "changed":
-        (tmp_path / "test.parquet").write_bytes(good[:-1] + b"x")
-    elif damage == "gone":
-        (tmp_path / "test.parquet").unlink()
-    elif damage == "manifest":
-        (tmp_path / "manifest.json").write_text('{"request": 3}')
-    else:
-        (tmp_path / "manifest.json").unlink()
+    damage(tmp_path / name)
     before = (tmp_path / "train.parquet").stat().st_mtime_ns
     code, output = data(*SMALL_COUNTDOWN, "--out", tmp_path)
     assert code == 2

@@ -70,31 +70,21 @@ def tagged(answer: str) -> str:
         ("3 * (25 - 4 / 4)", "wrong_numbers"),
         ("25 + 4 * 10 - 3", "wrong_value"),
         ("(25 - 4) * 3 + 10 * 0", "wrong_numbers"),
-        ("10 + 3 + 25 * 4 / 2", "wrong_numbers"),
-        ("25 / (4 - 4)", "wrong_numbers"),
-        ("25 + 4 * 3 + 10", "wrong_value"),
-        ("(25 + 4) * 3 - 10", "wrong_value"),
         ("25 + 4 * 10 - 3 = 62", "malformed"),
         ("", "malformed"),
         ("25 4 + 3 10", "malformed"),
         ("25 + 4) * (3 - 10", "malformed"),
         ("((25 + 4 * 3 + 10)", "malformed"),
-        ("25 + 4 * 3 + 10)", "malformed"),
         ("()25 + 4 * 3 + 10", "malformed"),
         ("25 + 4 * (3 + )10", "malformed"),
         ("25(4) + 3 + 10", "malformed"),
-        ("(25)(4) + 3 + 10", "malformed"),
-        ("25(-4) + 3 + 10", "malformed"),
         ("* 25 + 4 + 3 + 10", "malformed"),
         ("25 + 4 + 3 + 10 -", "malformed"),
-        ("25 ** 4 + 3 + 10", "malformed"),
-        ("25 // 4 + 3 + 10", "malformed"),
-        ("2.5 + 4 + 3 + 10", "malformed"),
         ("025 + 4 + 3 + 10", "malformed"),
         ("٢٥ + 4 + 3 + 10", "malformed"),
         ("25 + 4 + 3 + 10 # done", "malformed"),
-        ("25 + 4 + 3 + 10" + " " * MAX_ANSWER_LENGTH + "+ 0", "too_long"),
-        ("(" * MAX_ANSWER_LENGTH + "1" + ")" * MAX_ANSWER_LENGTH, "too_long"),
+        ("0" * MAX_ANSWER_LENGTH, "wrong_numbers"),
+        ("0" * (MAX_ANSWER_LENGTH + 1), "too_long"),
     ],
 )
 def test_outcomes_of_bad_answers(answer: str, outcome: str) -> None:
@@ -133,7 +123,7 @@ def test_division_by_zero_is_a_wrong_value() -> None:
 
 
 def test_an_answer_before_a_further_assistant_counts() -> None:
-    """Of the documented differences the one in which answer counts."""
+    """The one documented difference in which answer counts."""
     earlier = tagged("25 + 4 * 10 - 3 + 1 - 1")
     problem = Problem((1, 1, 3, 4, 10, 25), 62)
     assert judge(f"Assistant:\n{earlier}", problem) == "correct"
@@ -153,9 +143,7 @@ def test_an_answer_before_a_further_assistant_counts() -> None:
         ("<answer>1</answer><answer>2", "1"),
         ("<answer>1<answer>2</answer>", "1<answer>2"),
         ("</answer>1<answer>", None),
-        ("1 + 2", None),
         ("", None),
-        ("Assistant: <answer>1</answer> Assistant: done", "1"),
     ],
 )
 def test_which_answer_counts(response: str, answer: str | None) -> None:
@@ -349,25 +337,20 @@ def test_every_response_has_the_same_keys() -> None:
 def run_manager(name: str, overrides: list[str], samples: list[tuple[str, Any]]) -> list[dict[str, Any]]:
     """Scores by verl's own loader and reward manager, all at once, in an event loop off the main thread.
 
-    verl's tokenizer is the tiny one's, which knows too few characters: its decoding is replaced by the texts.
+    The token of a response is the number of its text: a stand-in decodes it, since the tiny tokenizer lacks letters.
     """
     import torch
     from hydra import compose, initialize_config_module
     from tensordict import TensorDict
     from verl import DataProto
     from verl.trainer.ppo.reward import load_reward_manager
-    from verl.utils import hf_tokenizer
-
-    from vlnorm_verl.tasks.tiny import WEIGHTS
 
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", overrides=[f"reward.reward_manager.name={name}", *overrides])
-    tokenizer = hf_tokenizer(str(WEIGHTS))
-    texts = [text for text, _ in samples]
+    tokenizer = type("Texts", (), {"decode": lambda self, ids, **_: samples[int(ids[0])][0]})()
 
     async def score() -> list[dict[str, Any]]:
         manager = load_reward_manager(config, tokenizer)
-        manager.tokenizer = type("Texts", (), {"decode": lambda self, ids, **_: texts[int(ids[0])]})()
         tasks = []
         for i, (_, truth) in enumerate(samples):
             ids = torch.tensor([[i, 0]])
@@ -381,19 +364,12 @@ def run_manager(name: str, overrides: list[str], samples: list[tuple[str, Any]])
         return off_the_main_thread.submit(lambda: asyncio.run(score())).result()
 
 
-@pytest.mark.parametrize(
-    ("manager", "path"),
-    [
-        ("naive", "pkg://vlnorm_verl.tasks.countdown"),
-        ("dapo", "pkg://vlnorm_verl/tasks/countdown"),
-        ("naive", "vlnorm_verl/tasks/countdown.py"),
-    ],
-)
-def test_verl_scores_with_it(manager: str, path: str) -> None:
+@pytest.mark.parametrize("path", ["pkg://vlnorm_verl.tasks.countdown", "vlnorm_verl/tasks/countdown.py"])
+def test_verl_scores_with_it(path: str) -> None:
     truth = ground_truth(Problem((3, 5), 8))
     texts = [tagged("5 + 3"), tagged("5 - 3"), "no"]
     samples = list(itertools.islice(itertools.cycle([(t, truth) for t in texts]), 30))
-    results = run_manager(manager, [f"reward.custom_reward_function.path={path}"], samples)
+    results = run_manager("naive", [f"reward.custom_reward_function.path={path}"], samples)
     assert [r["reward_score"] for r in results] == [1.0, 0.0, 0.0] * 10
     assert [r["reward_extra_info"]["outcome"] for r in results[:3]] == ["correct", "wrong_value", "no_answer"]
 

@@ -44,7 +44,6 @@ from vlnorm_verl.tasks.tiny.countdown import (
 CONFIG = Path(__file__).parent.parent / "recipes" / "config"
 ATTEMPT = re.compile(r"(\d+)([-+*])(\d+)=(\d+)([-+*])(\d+)=(\d+)([!;])")
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-HELD_OUT_TARGETS_OF_3_7_12 = [5, 8, 13, 36, 37, 38, 47]
 
 numbers = st.integers(1, MAX_NUMBER)
 triples = st.tuples(numbers, numbers, numbers)
@@ -155,7 +154,7 @@ def test_held_out_split_is_disjoint_in_any_order() -> None:
 def test_held_out_split_never_changes() -> None:
     """Frozen verdicts: weights trained under another split would have seen the test problems."""
     held_out = [t for t in range(1, MAX_TARGET + 1) if is_held_out(Problem((3, 7, 12), t))]
-    assert held_out == HELD_OUT_TARGETS_OF_3_7_12
+    assert held_out == [5, 8, 13, 36, 37, 38, 47]
     assert held_out == [t for t in range(1, MAX_TARGET + 1) if is_held_out(Problem((12, 3, 7), t))]
 
 
@@ -187,10 +186,8 @@ PROBLEM = Problem((2, 3, 4), 20)
         ("4*2=8+3=11;3+2=5*4=20!A:3+2*4.", "correct"),
         ("A:1+1+1.A:2+3*4.", "correct"),  # the last answer counts
         ("A:3*4+2.", "wrong_value"),  # 14
-        ("A:4*2+3.", "wrong_value"),
         ("A:5*4+0.", "wrong_numbers"),  # worth the target, but not with these numbers
         ("A:4*4+4.", "wrong_numbers"),
-        ("A:2*10+0.", "wrong_numbers"),
         ("2+3=5*4=20!", "no_answer"),  # cut at the length limit
         ("A:2+3*.", "no_answer"),
         ("A:2+3.", "no_answer"),
