@@ -260,14 +260,14 @@ import verl
 from vlnorm_verl import plugin
 from omegaconf import OmegaConf
 for mode in ("forks-own", "forks-fussy", "vl_norm", "grpo_norm", "nobodys"):
-    print(mode, plugin.modes.is_verls(mode), plugin.modes.is_ours(mode))
+    print(mode, plugin.modes.only_verls(mode), plugin.modes.is_ours(mode))
 plugin.checks.check_config(OmegaConf.create({"actor_rollout_ref": {"actor": {"loss_agg_mode": "forks-own"}}}))
 """
     )
     assert done.stdout.splitlines() == [
         "forks-own True False",
         "forks-fussy True False",
-        "vl_norm True False",
+        "vl_norm False False",
         "grpo_norm False True",
         "nobodys False False",
     ], done.stderr[-2000:]

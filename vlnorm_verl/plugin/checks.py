@@ -16,7 +16,7 @@ from vlnorm_verl.paper import overlong
 from vlnorm_verl.plugin import policy_loss, releases
 from vlnorm_verl.plugin.engines import check_layout
 from vlnorm_verl.plugin.install import require_installed
-from vlnorm_verl.plugin.modes import is_ours, is_verls
+from vlnorm_verl.plugin.modes import is_ours, only_verls
 from vlnorm_verl.plugin.names import MODE_KEY, SCALE_KEY, STOCK_MODES, WHOLE_GROUPS, untested_release
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def with_our_modes(stock: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(stock)
     def __post_init__(self: Any) -> None:
         mode = self.loss_agg_mode
-        if is_verls(mode) and not registry.is_registered(mode):
+        if only_verls(mode):
             return stock(self)
         check_mode(mode)
         check_scale(self.loss_scale_factor)
@@ -81,8 +81,8 @@ def check_config(config: Any) -> None:
         if "loss_agg_mode" not in (role or {}) or (key == "critic" and not has_critic(config)):
             continue
         mode = role.loss_agg_mode
-        if is_verls(mode) and not registry.is_registered(mode):
-            continue  # nothing of this package's
+        if only_verls(mode):
+            continue
         check_mode(mode, f"{key}.loss_agg_mode")
         releases.check_workers(config, f"{key}.loss_agg_mode", mode)
         check_layout(role, key)

@@ -65,10 +65,10 @@ def with_mini_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(stock)
-    def batch(self: Any, data: Any, loss_function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+    def batch(self: Any, data: Any, loss_function: Any = None, *args: Any, **kwargs: Any) -> Any:
         config: Any = getattr(loss_function, "keywords", {}).get("config")
         mode = getattr(config, "loss_agg_mode", None)
-        if loss_function is None or not modes.is_ours(mode):
+        if not modes.is_ours(mode):
             return stock(self, data, loss_function, *args, **kwargs)
 
         check_engine(self, mode)

@@ -20,18 +20,16 @@ stock_agg_loss: Callable[..., torch.Tensor] | None = None
 
 def is_ours(mode: object) -> TypeGuard[str]:
     """Whether this package answers for the mode: it is registered here, and verl does not know it by itself."""
-    return registry.is_registered(mode) and not is_verls(mode)
-
-
-def is_verls(mode: object) -> bool:
-    """Whether verl aggregates by the mode: a stock one, or one of a patched tree, a fork, a later release, a user."""
-    if not isinstance(mode, str):
+    if not registry.is_registered(mode):
         return False
-    if mode in STOCK_MODES:
-        return True
-    if registry.is_registered(mode):
-        return stock_agg_loss is not None and _accepts(stock_agg_loss, mode)  # None: no plugin in this process
-    return _accepts(importlib.import_module(CORE_ALGOS).agg_loss, mode)
+    return stock_agg_loss is None or not _accepts(stock_agg_loss, mode)  # None: no plugin in this process
+
+
+def only_verls(mode: object) -> bool:
+    """Whether the mode is verl's and not registered here: a stock one, or one of a fork, a later release, a user."""
+    if not isinstance(mode, str) or registry.is_registered(mode):
+        return False
+    return mode in STOCK_MODES or _accepts(importlib.import_module(CORE_ALGOS).agg_loss, mode)
 
 
 @functools.cache

@@ -145,10 +145,8 @@ def trial_gradient(
     config = copy.copy(actor)
     sizes = {"dp_size": 1, "batch_num_tokens": int(LENGTHS.sum()), "global_batch_size": 4, "loss_scale_factor": scale}
     object.__setattr__(config, "global_batch_info", sizes)
-    mini_batch = MiniBatch(
-        actor.loss_agg_mode, method, factor * mini_batch_sum(method, LENGTHS), dp_size=1, scale=scale
-    )
-    mini_batch.lengths = LENGTHS[rows]
+    total = factor * mini_batch_sum(method, LENGTHS)
+    mini_batch = MiniBatch(actor.loss_agg_mode, method, total, dp_size=1, scale=scale, lengths=LENGTHS[rows])
     with working_on(mini_batch), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         loss, _ = get_policy_loss_fn(name)(
