@@ -38,10 +38,9 @@ def test_every_gradient_is_the_closed_form_and_local_sums_would_be_seen(run: Run
     assert judged.least_wrong > 0.1
 
 
-def test_empty_mini_batch_gives_zero_loss_and_gradient(run: Run) -> None:
+def test_an_empty_mini_batch_has_loss_0_and_no_metrics(run: Run) -> None:
+    """And gradient 0, which is judged above."""
     for row in rows(run[1], "no valid token"):
-        assert row["norm"] == 0.0
-        assert row["error"] == 0.0  # the gradient's own norm, here; NaN would fail
         assert row["metrics"]["loss"] == 0.0
         assert not any(name.startswith("vl_norm/") for name in row["metrics"])
 

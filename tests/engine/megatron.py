@@ -90,7 +90,7 @@ def stage_class() -> type:
 
 
 def transformer_config(layout: dict[str, Any], per_token: bool) -> Any:
-    """What verl's `_build_tf_config` (megatron/transformer_impl.py:308) would say of the layout."""
+    """What verl's `_build_tf_config` (megatron/transformer_impl.py:283) would say of the layout."""
     from megatron.core.transformer import TransformerConfig
 
     virtual = layout.get("virtual_pipeline_model_parallel_size")

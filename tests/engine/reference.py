@@ -91,7 +91,7 @@ def make_rows(model: torch.nn.Module, dtype: torch.dtype) -> Rows:
 def response_gradients(model: torch.nn.Module, rows: Rows, scenario: Scenario) -> torch.Tensor:
     """g_i of every response [ROWS, parameters]: gradient of its summed token losses, one response at a time."""
     gradients = []
-    for i, length in enumerate(LENGTHS):
+    for i in range(ROWS):
         log_p = torch.log_softmax(response_logits(model, rows.ids[i]), -1)
         chosen = log_p.gather(-1, rows.ids[i][PROMPT:, None])[:, 0]
         ratio = (chosen - rows.old[i]).exp()
@@ -104,7 +104,6 @@ def response_gradients(model: torch.nn.Module, rows: Rows, scenario: Scenario) -
         if scenario.kl_coef:
             delta = rows.ref[i] - chosen
             loss = loss + scenario.kl_coef * (delta.exp() - delta - 1).sum()
-        assert len(chosen) == length
         model.zero_grad()
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]).cpu())

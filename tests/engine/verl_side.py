@@ -37,7 +37,7 @@ def make_data(rows: Rows, scenario: Scenario, mine: range) -> TensorDict:
     }
     row_id = torch.tensor(list(mine))
     if scenario.padded:
-        pad = functools.partial(torch.nn.functional.pad, mode="constant", value=0)
+        pad = torch.nn.functional.pad
 
         def right(values: torch.Tensor) -> torch.Tensor:
             return pad(values, (0, scenario.width - len(values)))
