@@ -66,7 +66,7 @@ def release_of(name: str) -> str:
     return re.search(r"-([\d.]+?)(\.minimal)?\.patch$", name)[1]  # type: ignore[index]
 
 
-def newest_first(*names: str) -> list[Any]:
+def slow_but_newest(*names: str) -> list[Any]:
     """Parameters, slow for older releases and for the proposal."""
     return [pytest.param(n, marks=[] if n in (FULL, MINIMAL) else [pytest.mark.slow]) for n in names]
 
@@ -184,7 +184,7 @@ def test_patches_are_small() -> None:
 # ------------------------------------------------------------------------------------------------ without the plugin
 
 
-@pytest.mark.parametrize("name", newest_first(*ALL))
+@pytest.mark.parametrize("name", slow_but_newest(*ALL))
 def test_gradients_are_the_closed_form(name: str, answers: Callable[[str], dict[str, Any]]) -> None:
     check_exact(answers(name)["exact:2"])
 
@@ -206,7 +206,7 @@ def check_exact(rows: list[dict[str, Any]]) -> None:
     assert without_gradient
 
 
-@pytest.mark.parametrize("name", newest_first(FULL, MINIMAL, REGISTRY))
+@pytest.mark.parametrize("name", slow_but_newest(FULL, MINIMAL, REGISTRY))
 def test_stock_modes_are_bit_identical(name: str, answers: Callable[[str], dict[str, Any]]) -> None:
     """The registry moves verl's own modes into functions of their own."""
     same = answers(name)["stock"]
@@ -219,7 +219,7 @@ def test_minimal_patch_has_no_gradient_of_a_micro_batchs_own_sum(answers: Callab
     assert "for a gradient, the mini-batch's batch_power_sum" in answers(MINIMAL)["without_sum"]
 
 
-@pytest.mark.parametrize("name", newest_first(*(n for n in ALL if n not in (MINIMAL, REGISTRY))))
+@pytest.mark.parametrize("name", slow_but_newest(*(n for n in ALL if n not in (MINIMAL, REGISTRY))))
 def test_configuration_is_checked_on_verls_own_yaml(name: str, answers: Callable[[str], dict[str, Any]]) -> None:
     """The mode and M reach the critic; what cannot be exact is refused on the driver."""
     *verdicts, old_workers = answers(name)["configuration"]
@@ -229,7 +229,7 @@ def test_configuration_is_checked_on_verls_own_yaml(name: str, answers: Callable
         assert "needs trainer.use_legacy_worker_impl=disable, got auto" in old_workers
 
 
-@pytest.mark.parametrize("name", newest_first(*(n for n in ALL if n != MINIMAL)))
+@pytest.mark.parametrize("name", slow_but_newest(*(n for n in ALL if n != MINIMAL)))
 def test_tests_inside_of_the_patch_pass(name: str, answers: Callable[[str], dict[str, Any]]) -> None:
     status, output = answers(name)["tests"]
     assert status == 0, output

@@ -183,7 +183,7 @@ TRAINERS = {
         (
             *EXPERIMENTAL,
             mini_batch(PROMPTS),
-            # verl 0.9.1 cannot dump here: no `_dump_executor` (one_step_off_policy/ray_trainer.py:46)
+            # verl 0.9.1 cannot dump here: no `_dump_executor` (one_step_off_policy/ray_trainer.py:49)
             "trainer.rollout_data_dir=null",
         ),
         expected=of_the_notes,
@@ -302,5 +302,5 @@ def test_refused_before_ray_starts(name: str, tmp_path: Path) -> None:
     done = warm.python(*arguments, **cpu_environment())
     assert done.returncode != 0
     assert "Did you mean 'vl_norm'" in done.stderr
-    assert "ray init kwargs" not in done.stdout  # verl prints them right before ray.init (trainer/main_ppo.py:70)
+    assert "ray init kwargs" not in done.stdout  # verl prints them right before ray.init (trainer/main_ppo.py:73)
     assert "Started a local Ray instance" not in done.stderr

@@ -65,15 +65,15 @@ def mini_batches(
     made, metrics = trainer(ranks, step, mode, **of_trainer), {}
     batch = made._balance_batch(batch, metrics)
     assert metrics["global_seqlen/min"] < metrics["global_seqlen/balanced_min"] or ranks == 1
-    order = torch.tensor([int(key[1:4]) * RESPONSES + int(key.split("_")[1]) for key in batch.keys])
+    place = {key: row for row, (key, _) in enumerate(rows)}
+    order = torch.tensor([place[key] for key in batch.keys])
     (shares,), _ = _split_args_kwargs_data_proto(ranks, tu.get_tensordict({"row": order}))
-    by_number = {int(key[1:4]) * RESPONSES + int(key.split("_")[1]): (key, length) for key, length in rows}
     parts: list[list[Any]] = [[] for _ in range(PROMPTS // MINI_BATCH)]
     for rank, share in enumerate(shares):
-        size = MINI_BATCH * RESPONSES // ranks  # engine_workers.py:254
+        size = MINI_BATCH * RESPONSES // ranks  # engine_workers.py:270
         iterator = tu.make_iterator(share, size, epochs=1, seed=rank, dataloader_kwargs={"shuffle": shuffle})
         for number, part in enumerate(iterator):
-            parts[number].append([by_number[row] for row in part["row"].tolist()])
+            parts[number].append([rows[row] for row in part["row"].tolist()])
     return parts
 
 

@@ -3,7 +3,7 @@
 The recipes' optimizer mini-batch is 32 prompts with all of their responses (in the authors' code, of a verl that
 balances ranks beforehand, some groups are split). verl 0.9's is that many responses of any prompts: its trainer deals
 the responses out to the ranks by length (`_balance_batch`, trainer/ppo/v1/trainer_base.py:1608), each rank cuts its
-share into mini-batches by itself (workers/engine_workers.py:257), and with actor.shuffle=true it draws them by one
+share into mini-batches by itself (workers/engine_workers.py:273), and with actor.shuffle=true it draws them by one
 permutation, the same in every step (`make_iterator`, utils/tensordict_utils.py:593, makes a new generator of the same
 seed each time). No setting changes that. So this trainer, added by verl's own `register_trainer`, replaces
 `_balance_batch`:
