@@ -94,7 +94,7 @@ def pool_of(rng: np.random.Generator, prompts: int = 48, n: int = 8, **law: Any)
 
 
 def batches_of(pool: Responses, seed: int = 0, alphas: bool = False) -> MiniBatches:
-    modes = [*dict.fromkeys(COMPARED + (OF_ALPHAS if alphas else ()))]
+    modes = COMPARED + (OF_ALPHAS if alphas else ())
     return MiniBatches(pool, modes, int(pool.prompts.max() + 1) // 8, M, seed)  # the size that `truth` has
 
 

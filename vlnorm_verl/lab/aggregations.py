@@ -211,9 +211,7 @@ def noisy_responses(batches: MiniBatches, pool: dict[int, Group]) -> list[NoisyR
     named = []
     for mode in COMPARED:
         noise = (batches.x[mode] ** 2).mean(axis=0) * squared_distances(batches.pool.products)
-        if not noise.sum() > 0:
-            continue
-        shares = noise / noise.sum()
+        shares = relative(noise, noise.sum())
         for index in np.argsort(-shares, kind="stable")[: int((shares > LARGE_SHARE).sum())]:
             prompt, response = at[index]
             group = pool[prompt]

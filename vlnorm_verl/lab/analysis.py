@@ -73,7 +73,7 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
     beta = of_all.mean.value if of_all else math.nan
     of_pool, of_many = inner_products(list(pool.values())), inner_products(many)
     scale = float(stored.settings["max_response_length"])
-    batches = MiniBatches(of_pool, [*dict.fromkeys(COMPARED + OF_ALPHAS)], len(pool) // 4, scale, seed)
+    batches = MiniBatches(of_pool, COMPARED + OF_ALPHAS, len(pool) // 4, scale, seed)
     return Analysis(
         name=name,
         gradients=gradients,

@@ -133,16 +133,15 @@ def with_transformers(
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
         torch.manual_seed(seed_of(request.seed, start))
-        with torch.no_grad():
-            generated = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=True,
-                temperature=request.temperature,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=request.max_response_length,
-            )
+        generated = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=request.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=request.max_response_length,
+        )
         for place, tokens in enumerate(generated[:, width:].tolist(), start):
             if numbers[place] not in finished:
                 yield place, _until_end(tokens, request.ends)

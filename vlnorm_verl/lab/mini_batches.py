@@ -60,16 +60,16 @@ class MiniBatches:
         """
         Args:
             pool: responses of P prompts, numbered from 0.
-            modes: what to compare; `REFERENCE` must be one of them.
+            modes: what to compare, `REFERENCE` among them; a repeated one counts once.
             size: prompts of a mini-batch, at most P/2, so that a round has two or more.
             scale: M, tokens.
         """
-        self.modes, self.pool = list(modes), pool
+        self.pool = pool
         prompts = int(pool.prompts.max()) + 1
         self.responses = size * len(pool.prompts) / prompts  # of a mini-batch
         self.members = draw_mini_batches(prompts, size, seed)
         of_response = self.members[:, pool.prompts]
-        weighted = {mode: weights(mode, pool.lengths, of_response, scale) for mode in self.modes}
+        weighted = {mode: weights(mode, pool.lengths, of_response, scale) for mode in modes}
         self.x = {mode: x for mode, (x, _) in weighted.items()}
         self._factor = factor(pool.products)
         self._block = blocks_of(prompts)[pool.prompts]
@@ -102,7 +102,7 @@ class MiniBatches:
             yield sums * made_up, (whole - part @ self._factor[in_block]) * made_up[:, None]
 
     def row(self, mode: str) -> int:
-        return self.modes.index(mode)
+        return list(self.x).index(mode)
 
     def estimate(self, statistic: Callable[[Floats], Floats], log: bool = False) -> list[Estimate]:
         """Jackknife over prompts of a vector function of the moments [modes, 4]."""

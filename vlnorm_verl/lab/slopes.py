@@ -124,7 +124,7 @@ def slope(groups: Sequence[Group], part: str, columns: slice, score_only: bool, 
     for group in groups:
         of_prompt = inner_products([group], columns, score_only)
         d = deviations(of_prompt.products)
-        if len(d) >= 3 and np.all(d > 0) and len(np.unique(of_prompt.lengths)) > 1:
+        if np.all(d > 0) and len(np.unique(of_prompt.lengths)) > 1:
             left_out.append((of_prompt.lengths, d))
             unbiased.append((of_prompt.lengths, unbiased_deviations(of_prompt.products)))
     if not left_out:

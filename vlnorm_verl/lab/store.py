@@ -7,8 +7,8 @@
     model/                            a verl checkpoint merged to a Hugging Face folder, where one was given
     vllm.log                          what vLLM printed, where it was the engine
 
-Covered: every other file appears whole or not at all; a folder made with other settings is refused with what differs;
-gradients are memory-mapped, one prompt at a time.
+Covered: all files but the partial one and the log appear whole or not at all; a folder made with other settings is
+refused with what differs; gradients are memory-mapped, one prompt at a time.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ class Rollouts:
 def grpo_advantages(rewards: np.ndarray) -> np.ndarray:
     """A_i = (r_i − mean)/(std + 1e-6) over the group, std unbiased, in float32 as verl computes it.
 
-    Source: verl 0.9.1, trainer/ppo/core_algos.py, compute_grpo_outcome_advantage (a group of one has mean 0, std 1).
+    Source: verl 0.9.1, trainer/ppo/core_algos.py, compute_grpo_outcome_advantage.
 
     Args:
-        rewards: [n], of the responses to one prompt.
+        rewards: [n], of the responses to one prompt, n ≥ 2.
 
     Returns:
         float64 [n].
@@ -113,8 +113,7 @@ def grpo_advantages(rewards: np.ndarray) -> np.ndarray:
     import torch
 
     scores = torch.as_tensor(rewards, dtype=torch.float32)
-    mean, std = (scores.mean(), scores.std()) if len(scores) > 1 else (torch.tensor(0.0), torch.tensor(1.0))
-    return ((scores - mean) / (std + 1e-6)).double().numpy()
+    return ((scores - scores.mean()) / (scores.std() + 1e-6)).double().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------- rollouts

@@ -9,7 +9,6 @@ from typing import Any
 
 from vlnorm_verl.lab.aggregations import ALPHAS, LARGE_SHARE, Tradeoff
 from vlnorm_verl.lab.analysis import Analysis
-from vlnorm_verl.lab.jackknife import LOST
 from vlnorm_verl.lab.length_means import PAIRS, THIRDS
 from vlnorm_verl.methods import label_of
 from vlnorm_verl.report.estimates import Estimate
@@ -49,12 +48,12 @@ def _table(
 def _lost(cells: Sequence[Cell]) -> str:
     """What is said of a row of which noise has left no estimate; "" where it has, or where there was none."""
     measured = [cell for cell in cells if isinstance(cell, Estimate)]
-    return (measured[0].note or LOST) if measured and all(math.isnan(e.value) for e in measured) else ""
+    return measured[0].note if measured and all(math.isnan(e.value) for e in measured) else ""
 
 
 def summary(analyses: Sequence[Analysis]) -> Table:
-    def alpha(value: float, otherwise: str | None = None) -> str | None:
-        return f"{value:g}" if math.isfinite(value) else otherwise
+    def shown(alpha: float, otherwise: str | None = None) -> str | None:
+        return f"{alpha:g}" if math.isfinite(alpha) else otherwise
 
     def at_best(a: Analysis, of: Sequence[Estimate]) -> Estimate | None:
         return None if a.tradeoff.lost else of[ALPHAS.index(a.tradeoff.best)]
@@ -66,10 +65,10 @@ def summary(analyses: Sequence[Analysis]) -> Table:
         "summary",
         "Which α should I use?",
         {
-            "recommended": lambda a: alpha(a.tradeoff.recommended, "none"),
+            "recommended": lambda a: shown(a.tradeoff.recommended, "none"),
             "the data allow": allowed,
-            "best alignment": lambda a: alpha(a.tradeoff.best),
-            "least error": lambda a: alpha(a.tradeoff.least_error),
+            "best alignment": lambda a: shown(a.tradeoff.best),
+            "least error": lambda a: shown(a.tradeoff.least_error),
             "β": lambda a: a.slope.interval if a.slope else None,
             "cosine": lambda a: at_best(a, a.tradeoff.cosine),
             "bias²": lambda a: at_best(a, a.tradeoff.bias),
