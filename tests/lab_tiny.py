@@ -40,7 +40,7 @@ def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def by_autograd(value: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
     """The flat gradient of a scalar."""
-    gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=True)
+    gradients = torch.autograd.grad(value, list(parameters.values()))
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 

@@ -30,21 +30,12 @@ def tiny() -> Any:
     return models.load_model(str(WEIGHTS))
 
 
-def random_model(config: Any) -> Any:
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config)
-
-
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
         (
             transformers.Qwen2Config(**SIZES, num_key_value_heads=1, intermediate_size=16),
             [f"model.layers.2.self_attn.{p}_proj.{k}" for p in "qkv" for k in ("weight", "bias")],
-        ),
-        (
-            transformers.LlamaConfig(**SIZES, num_key_value_heads=1, intermediate_size=16),
-            [f"model.layers.2.self_attn.{p}_proj.weight" for p in "qkv"],
         ),
         (
             transformers.Qwen3Config(**SIZES, num_key_value_heads=1, intermediate_size=16, head_dim=8),
@@ -62,7 +53,7 @@ def random_model(config: Any) -> Any:
     ids=lambda value: type(value).__name__,
 )
 def test_last_qkv(config: Any, expected: list[str]) -> None:
-    assert sorted(select_parameters(random_model(config), "last-qkv")) == sorted(expected)
+    assert sorted(select_parameters(models.skeleton(config), "last-qkv")) == sorted(expected)
 
 
 def test_tied_embeddings_count_once(tiny: Any) -> None:
@@ -78,8 +69,6 @@ def test_choice_by_regular_expression(tiny: Any) -> None:
     ]
     with pytest.raises(UserError, match=r"matches no parameter\. Near: model\.layers\.N\.self_attn\.q_proj"):
         select_parameters(tiny, r"layers\.2\.q_projj")
-    with pytest.raises(UserError, match="not a regular expression"):
-        select_parameters(tiny, "layers.(2")
 
 
 def test_model_without_projections_lists_candidates() -> None:
