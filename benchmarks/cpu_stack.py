@@ -51,11 +51,9 @@ def random_model(folder: Path) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(WEIGHTS)
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 32}
-    for name, value in {**sizes, "num_attention_heads": 4, "num_key_value_heads": 4}.items():
-        setattr(config, name, value)
-    config.layer_types = ["full_attention"] * config.num_hidden_layers
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
+    layers = {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
+    config = AutoConfig.from_pretrained(WEIGHTS, **sizes, **layers)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(WEIGHTS).save_pretrained(folder)

@@ -31,31 +31,29 @@ def main(prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] 
     texts = [render_prompt(problem) for problem in distinct_problems(prompts, 0, "test")]
     outputs = engine.generate(texts, SamplingParams(temperature=1.0, max_tokens=256, logprobs=0, seed=1))
     models = {
-        dtype: AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=dtype, attn_implementation="sdpa")
-        for dtype in (torch.float32, torch.float64)
+        f"transformers {dtype}": AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=dtype, attn_implementation="sdpa")
+        for dtype in ("float32", "float64")
     }
 
-    columns: dict[str, list[torch.Tensor]] = {"vllm": [], "float32": [], "float64": []}
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in ("vLLM float32", *models)}
     for output in outputs:
         response = output.outputs[0]
         start = len(output.prompt_token_ids)
         ids = torch.tensor([[*output.prompt_token_ids, *response.token_ids]])
         sampled = [entry[token].logprob for entry, token in zip(response.logprobs, response.token_ids, strict=True)]
-        columns["vllm"].append(torch.tensor(sampled, dtype=torch.float64).exp())
-        for dtype, model in models.items():
+        columns["vLLM float32"].append(torch.tensor(sampled, dtype=torch.float64).exp())
+        for name, model in models.items():
             with torch.no_grad():
                 log_p = torch.log_softmax(model(ids).logits[0, start - 1 : -1], -1)
-            columns[str(dtype).removeprefix("torch.")].append(
-                log_p.gather(-1, ids[0, start:, None])[:, 0].double().exp()
-            )
+            columns[name].append(log_p.gather(-1, ids[0, start:, None])[:, 0].double().exp())
 
     joined = {name: torch.cat(parts) for name, parts in columns.items()}
-    title = f"{len(joined['vllm'])} sampled tokens; {line()}"
+    rollout, actor, exact = joined
+    title = f"{len(joined[rollout])} sampled tokens; {line()}"
     table = Table("difference of token probabilities", "largest", "mean", title=title)
-    for one, other in (("vllm", "float64"), ("float32", "float64"), ("vllm", "float32")):
+    for one, other in ((rollout, exact), (actor, exact), (rollout, actor)):
         difference = (joined[one] - joined[other]).abs()
-        names = [{"vllm": "vLLM float32"}.get(name, f"transformers {name}") for name in (one, other)]
-        table.add_row(" − ".join(names), f"{difference.max():.1e}", f"{difference.mean():.1e}")
+        table.add_row(f"{one} − {other}", f"{difference.max():.1e}", f"{difference.mean():.1e}")
     Console().print(table)
 
 

@@ -224,7 +224,7 @@ class Check:
                 status = {True: "met", None: "open", False: "missed"}[good]
                 status = "failed" if how and status != "missed" else status  # it may fail behind a good result
             except Exception as error:  # the other parts have their say
-                good, words, status = False, f"a result that is not understood: {error!r}", "failed"
+                words, status = f"a result that is not understood: {error!r}", "failed"
             words = "; ".join([name + words, *([how] if how else []), *failed])
             return {"status": status, "words": words, "command": shlex.join(way), "result": raw}
         if not failed:
