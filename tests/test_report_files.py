@@ -224,6 +224,7 @@ def test_a_name_that_is_not_unicode_is_written(tmp_path: Path) -> None:
     table = Table("t", broken, ["run"], [[broken]])
     writers.write_tables([table], tmp_path)
     page.write_page(tmp_path / "page.html", broken, [], [table])
+    writers.print_table(table, Console(file=io.TextIOWrapper(io.BytesIO(), "utf-8")))
     for path in tmp_path.iterdir():
         assert "run-" in path.read_text("utf-8")
 

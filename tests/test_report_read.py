@@ -291,7 +291,6 @@ def test_one_run_by_three_loggers_is_one_run(tracked: Path, tmp_path: Path) -> N
     report(tracked / "resumed", out=tmp_path)
     assert ">2 runs, read on" in (tmp_path / "report.html").read_text()
     assert sum("by another logger: left out" in row["notes"] for row in table_of(tmp_path, "inputs")) == 4
-    assert sum("by another logger: left out" in " ".join(run.notes) for run in runs) == len(runs) - 2 == 4
 
 
 @pytest.mark.parametrize("kind", ["tensorboard-5", "wandb"])
@@ -410,7 +409,8 @@ def test_graded_scores_have_an_average_but_no_pass(tmp_path: Path) -> None:
 
 
 def test_counts_are_kept_until_a_dump_changes(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", curve={1: 0.5}, dumps={1: {"p": [1, 0], "q": [1, 0]}})
+    name = "not Unicode: \udcff"
+    folder = write_run(tmp_path / name, curve={1: 0.5}, dumps={1: {"p": [1, 0], "q": [1, 0]}})
     file = folder / "validation" / "1.jsonl"
     before = read_one(folder, cache_folder=tmp_path / "out")
     stat = file.stat()
@@ -425,7 +425,8 @@ def test_counts_are_kept_until_a_dump_changes(tmp_path: Path) -> None:
     assert before.validations[1]["set"].problems == changed.validations[1]["set"].problems
 
 
-def test_a_cache_of_something_else_is_made_anew(tmp_path: Path) -> None:
-    (tmp_path / dumps.CACHE_FILE).write_bytes(b"\xc1 something else")
+@pytest.mark.parametrize("content", [b"\xc1 something else", b"\x81\xa1\xff\xc0"])
+def test_a_cache_of_something_else_is_made_anew(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / dumps.CACHE_FILE).write_bytes(content)
     folder = write_run(tmp_path / "run", curve={1: 0.5}, dumps={1: {"p": [1, 0]}})
     assert read_one(folder, cache_folder=tmp_path).validations[1]["set"].correct.tolist() == [1]

@@ -60,10 +60,11 @@ class Dump(msgspec.Struct):
 def read_dumps(files: Iterable[Path], cache: Path | None) -> dict[Path, Dump]:
     """The counts of dumps; those that the file `cache` has of the same size and time of change are not read again."""
     known: dict[str, Dump] = {}
-    with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
+    with contextlib.suppress(FileNotFoundError, ValueError):  # msgspec's and Unicode's errors are ValueErrors
         content = cache.read_bytes() if cache else b""
         known = msgspec.msgpack.decode(content, type=dict[str, Dump], dec_hook=lambda _, numbers: np.array(numbers))
-    names = {file: str(file.resolve()) for file in files}
+    # A name that is not UTF-8 could not be kept as it is.
+    names = {file: str(file.resolve()).encode(errors="backslashreplace").decode() for file in files}
     # Before reading: a dump that grows meanwhile is read again the next time.
     stats = {file: ((stat := file.stat()).st_size, stat.st_mtime_ns) for file in names}
     new = [

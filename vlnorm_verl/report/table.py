@@ -15,7 +15,8 @@ ABSENT = "–"
 
 
 def one_line(text: str) -> str:
-    """Without line breaks, control characters and marks that turn the direction of what follows."""
+    """Without line breaks, control characters, marks that turn the direction of what follows, and lone surrogates."""
+    text = text.encode(errors="replace").decode()  # a file name that is not UTF-8, which a terminal refuses
     return "".join(c for c in " ".join(text.split()) if unicodedata.category(c) not in ("Cc", "Cf"))
 
 
@@ -94,9 +95,8 @@ def layout_of(table: Table) -> Layout:
         if cell is None:
             return Shown(ABSENT)
         if isinstance(cell, Estimate):
-            interval = ""
-            if not (math.isnan(cell.low) or math.isnan(cell.high)):
-                interval = f"[{number(cell.low, digits)}, {number(cell.high, digits)}]"
+            ends = f"[{number(cell.low, digits)}, {number(cell.high, digits)}]"
+            interval = "" if math.isnan(cell.low) else ends
             mark = marks.setdefault(cell.note, _letters(len(marks))) if cell.note else ""
             return Shown(number(cell.value, digits), interval, mark)
         if isinstance(cell, Real):
