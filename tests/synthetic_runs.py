@@ -109,16 +109,16 @@ def write(out: Path, steps: int = 1000, problems: int = 64) -> dict[str, Path]:
 
 
 def _config(place: Place, method: str, seed: int, steps: int) -> dict[str, Any]:
-    config = yaml.safe_load((SAMPLE / "config.yaml").read_text())
+    config: dict[str, Any] = yaml.safe_load((SAMPLE / "config.yaml").read_text())
     name, _, alpha = method.partition(":")
     mode = name if METHODS[name].is_mode else "token-mean"
     if name == "vl_norm":
         mode += f":{alpha or (0.75 if place.task == 'math' else 1.0)}"
     config["recipe"] = {**place._asdict(), "method": name, "model": "3b", "seed": seed}
-    actor = config.setdefault("actor_rollout_ref", {}).setdefault("actor", {})
+    actor = config["actor_rollout_ref"]["actor"]
     actor |= {"loss_agg_mode": mode, "optim": {"lr": 2e-6 if method == "dr_grpo" else 1e-6}}
     config["trainer"] = {"total_training_steps": steps}
-    return dict(config)
+    return config
 
 
 def _records(

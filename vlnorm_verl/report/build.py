@@ -76,7 +76,7 @@ def build(request: Request, console: Console, memo: Memo | None = None) -> list[
     memo = memo or Memo()
     with _folder(request.out):
         earlier, options = _earlier(request.out), asdict(request) | {"verbose": False}
-        sources = find([*request.arguments])
+        sources = find(request.arguments)
         inputs = fingerprint(sources, options, earlier.dumps)
         there = earlier.inputs == inputs and all((request.out / name).is_file() for name in earlier.files)
         if there and (memo.inputs == inputs or not request.verbose):

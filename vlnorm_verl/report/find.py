@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def split_label(argument: str) -> tuple[str, int | None, Path]:
     return name, int(seed), Path(path)
 
 
-def find(arguments: list[str]) -> list[Source]:
+def find(arguments: Sequence[str]) -> list[Source]:
     """The runs at and below each RUN, label=RUN or label@seed=RUN, each once, sorted by path within an argument.
 
     Of several labels of one run the first counts.
@@ -106,7 +106,7 @@ def _many(source: Source) -> bool:
     return source.kind == "tensorboard" or bool(STARTS.fullmatch(source.files[0].name))
 
 
-def _source(kind: str, folder: Path, argument: Path, files: list[Path] | None = None, own: str = "") -> Source:
+def _source(kind: str, folder: Path, argument: Path, files: Sequence[Path] = (), own: str = "") -> Source:
     """own: the file's stem, where the file and not its folder is the run."""
     inside = folder.relative_to(argument).parts if folder.is_relative_to(argument) else ()
     parts = [part for part in argument.parts if part not in ("..", argument.anchor)] or [argument.resolve().name]
@@ -115,7 +115,7 @@ def _source(kind: str, folder: Path, argument: Path, files: list[Path] | None = 
     elif own:
         inside = (*inside, own)
     names = (*reversed(inside), *reversed(parts[-1 - ABOVE :]))
-    return Source(kind, folder, tuple(files or ()), names, len(inside))
+    return Source(kind, folder, tuple(files), names, len(inside))
 
 
 def _search(path: Path) -> Iterator[Source]:

@@ -26,7 +26,6 @@ from vlnorm_verl.report.run import Logged, Run, Validation, logged_accuracies, v
 K = 8  # of Pass@k, the paper's
 OVER_SEEDS = "over seeds only"
 
-
 Score = Callable[[Validation], dict[str, float]]  # what each problem scores
 
 
@@ -101,7 +100,7 @@ def accuracy_curve(run: Run, name: str | None = None) -> tuple[np.ndarray, np.nd
     steps, values = [], []
     for step in validated_steps(run):
         of_sets = [_accuracy_at(run, logged, step, name) for name in names]
-        if of_sets and np.isfinite(of_sets).all():
+        if np.isfinite(of_sets).all():
             steps.append(step)
             values.append(float(weights @ of_sets / weights.sum()))
     return np.array(steps, dtype=np.int64), np.array(values)
@@ -203,7 +202,7 @@ def scores(runs: Sequence[Run], step: int, score: Score = averages, name: str | 
     responses) are left out; None if that is all of them.
     """
     names = validation_sets(runs) if name is None else [name]
-    if not runs or not names or undumped(runs, step, name):
+    if undumped(runs, step, name):
         return None
     found = _on_shared_problems([run.validations[step] for run in runs], names, score)
     return None if found is None else Scores(*found, tuple(run.seed for run in runs))

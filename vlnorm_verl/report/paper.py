@@ -28,8 +28,7 @@ class Known:
     method: str = ""
 
     def is_of(self, setting: Setting) -> bool:
-        of = setting._asdict()
-        return all(of[key] == value for key, value in self.setting.items())
+        return all(getattr(setting, key) == value for key, value in self.setting.items())
 
 
 @functools.cache
