@@ -113,10 +113,10 @@ def said(runs: list[Run]) -> list[tuple[str, int]]:
     return [(run.method_key, run.seed) for run in runs]
 
 
-def made(runs: list[Run], name: str, smooth: int | None = None, baseline: str = "") -> list[dict[str, Any]]:
+def made(runs: list[Run], name: str, smooth: int | None = None) -> list[dict[str, Any]]:
     """The rows of a table by their columns; those of results with what details and sets say of the same rows."""
     rows: dict[Any, dict[str, Any]] = {}
-    for table in tables.tables(Comparison(runs, baseline), smooth):
+    for table in tables.tables(Comparison(runs), smooth):
         if table.name in ((name, "details", "sets") if name == "results" else (name,)):
             for number, row in enumerate(table.rows):
                 key = (row[0], row[1]) if name == "results" else number

@@ -69,17 +69,6 @@ def test_pass_at_k_of_many_responses_neither_overflows_nor_loses_digits() -> Non
     assert pass_at_k(np.array([10_000]), np.array([9_990]), 8)[0] == pytest.approx(1.0)
 
 
-@given(st.data())
-def test_pass_at_k_lies_between_avg_and_one_and_grows_with_k(data: st.DataObject) -> None:
-    n = data.draw(st.integers(1, 40))
-    correct = data.draw(st.integers(0, n))
-    found = [pass_at_k(np.array([n]), np.array([correct]), k)[0] for k in range(1, n + 1)]
-    assert found[0] == pytest.approx(correct / n)
-    assert all(a <= b + 1e-12 for a, b in itertools.pairwise(found))
-    assert found[-1] <= 1.0
-    assert found[-1] == (1.0 if correct else 0.0)
-
-
 def test_a_mean_is_that_of_all_problems_and_seeds() -> None:
     assert mean(of(np.array([[0.0, 1.0, 0.5, 0.5], [1.0, 1.0, 0.0, 0.5]]))).value == pytest.approx(4.5 / 8)
 
@@ -94,13 +83,6 @@ def test_one_seed_is_near_the_textbook_interval_of_a_mean_and_says_one_seed() ->
     assert found.note == "one seed"
     assert found.low == pytest.approx(values.mean() - half, abs=0.08 * half)
     assert found.high == pytest.approx(values.mean() + half, abs=0.08 * half)
-
-
-def test_responses_of_a_problem_stay_together() -> None:
-    """Eight equal responses of 50 problems are 50 pieces of evidence, not 400."""
-    right = np.arange(50) % 2
-    found = mean(of(right.astype(float)))
-    assert found.high - found.low == pytest.approx(2 * 2.01 * 0.5 / np.sqrt(49), rel=0.08)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -320,7 +302,7 @@ def test_coverage_where_each_seed_has_its_own_problems(of_seed: float) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=12))
-def test_resampled_rank_correlation_is_scipys(curve: list[int]) -> None:
+def test_rank_correlation_is_scipys(curve: list[int]) -> None:
     expected = kendalltau(range(len(curve)), curve).statistic
     got = estimates.kendall(np.array([curve], dtype=float) / 8)[0]
     assert got == pytest.approx(expected, nan_ok=True)

@@ -256,14 +256,13 @@ def write_math(root: Path, method: str, right: dict[str, int], seed: int = 0, fi
     folder = write_run(root, method, seed, curve={0: 0.0}, recipe=recipe)
     data = {key: v for name, count in right.items() for key, v in accuracy(count / 8, name).items()}
     (folder / "metrics-000.jsonl").write_text(record(1000, **data))
-    (folder / "validation").mkdir()
     lines = [
         dump_line(f"{name} {i}", float(r < right[name]), **({"validation_set": name} if field else {}))
         for name, size in SETS.items()
         for i in range(size)
         for r in range(8)
     ]
-    (folder / "validation" / "1000.jsonl").write_text("".join(lines))
+    put(folder / "validation" / "1000.jsonl", "".join(lines))
     return folder
 
 
@@ -460,7 +459,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_reading(monkeypatch: pyt
         report(SAMPLES, out=Path("/proc/nope"))
 
 
-@pytest.mark.parametrize("content", ["[1]", "\xff"])
+@pytest.mark.parametrize("content", ["[1]", '{"files": ["\xff"]}'])
 def test_a_broken_record_of_what_was_written_is_none(content: str, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", curve={1: 0.5, 2: 0.6})
     (tmp_path / "out").mkdir()
@@ -482,8 +481,7 @@ def test_a_record_of_what_was_written_removes_nothing_elsewhere(tmp_path: Path) 
 def test_a_second_report_removes_what_it_has_no_runs_for(tmp_path: Path) -> None:
     write_run(tmp_path / "a", curve={1: 0.5, 2: 0.6})
     write_run(tmp_path / "b", curve={1: 0.5, 2: 0.6}, recipe={"task": "other"})
-    (tmp_path / "out" / "tables").mkdir(parents=True)
-    (tmp_path / "out" / "tables" / "mine.csv").write_text("kept")
+    put(tmp_path / "out" / "tables" / "mine.csv", "kept")
     report(tmp_path / "a", out=tmp_path / "out")
     assert (tmp_path / "out" / "tables" / "results.csv").exists()
     report(tmp_path / "b", out=tmp_path / "out")

@@ -31,12 +31,9 @@ from vlnorm_verl.report.identity import Setting, from_config
 def test_runs_are_found_below_a_folder_but_not_in_their_own_dumps(tmp_path: Path) -> None:
     write_run(tmp_path / "a" / "b", curve={1: 0.5}, dumps={1: {"p": [1]}})
     other = write_run(tmp_path / "a", "dapo_norm", curve={1: 0.5})
-    (other / "rollouts").mkdir()
-    (other / "rollouts" / "1.jsonl").write_text(record(1, a=1.0))
-    plain = tmp_path / "a" / "project"
-    plain.mkdir()
-    (plain / "experiment.jsonl").write_text(record(1, a=1.0))
-    (plain / "notes.jsonl").write_text('{"step": "no", "data": 3}\n')
+    put(other / "rollouts" / "1.jsonl", record(1, a=1.0))
+    put(tmp_path / "a" / "project" / "experiment.jsonl", record(1, a=1.0))
+    put(tmp_path / "a" / "project" / "notes.jsonl", '{"step": "no", "data": 3}\n')
     assert sorted(run.name for run in read(tmp_path)) == ["dapo_norm-0", "experiment", "vl_norm-1.0-0"]
 
 
@@ -152,21 +149,16 @@ def test_a_label_of_several_runs_only_names_those_that_say_their_method(tmp_path
     assert [run.method_key for run in read(f"dr_grpo={tmp_path}")] == ["dr_grpo", "dr_grpo"]
 
 
-def test_a_labelled_run_of_no_known_setting_is_compared_with_those_of_the_one_that_is_known(tmp_path: Path) -> None:
+def test_a_run_of_no_known_setting_is_compared_with_those_of_the_one_that_is_known_if_labelled(tmp_path: Path) -> None:
     known, old = write_run(tmp_path, curve={0: 0.1, 10: 0.6}), put(tmp_path / "old.jsonl", text((0, 10, 0.0)))
+    what = "Setting not known, so not compared with those of a known one (label=PATH takes it as theirs)"
     runs = read(known, f"token-mean={old}")
     assert runs[0].setting == runs[1].setting
     assert "its setting is not known: taken as that of the other runs" in runs[1].notes
-    assert len({run.setting for run in read(known, old)}) == 2
-
-
-def test_an_unlabelled_run_of_no_known_setting_is_named(tmp_path: Path) -> None:
-    known, old = write_run(tmp_path, curve={0: 0.1, 10: 0.6}), put(tmp_path / "old.jsonl", text((0, 10, 0.0)))
-    what = "Setting not known, so not compared with those of a known one (label=PATH takes it as theirs)"
+    assert what not in looked_at(runs)
     runs = read(known, old)
     assert looked_at(runs)[what] == ["old"]
     assert {row["setting"] for row in made(runs, "results")} == {"CountDown, 3B, 3072 tokens", "setting not known"}
-    assert what not in looked_at(read(known, f"token-mean={old}"))
     assert [row["setting"] for row in made(read(old), "results")] == ["all runs"]
 
 
@@ -192,13 +184,13 @@ def test_several_experiments_in_one_folder_share_no_configuration_and_no_dumps(t
 
 def test_a_plain_run_of_verl_with_hydras_configuration(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(record(7, **accuracy(0.5)))
-    (tmp_path / ".hydra").mkdir()
-    (tmp_path / ".hydra" / "config.yaml").write_text(
+    put(
+        tmp_path / ".hydra" / "config.yaml",
         "base: ${oc.env:NOT_SET_ANYWHERE}/x\n"
         "actor_rollout_ref: {actor: {loss_agg_mode: seq-mean-token-mean}, model: {path: /models/Qwen2.5-3B}}\n"
         "data: {seed: 4, max_response_length: 512, val_files: ['${base}']}\n"
         "steps: 50\n"
-        "trainer: {total_training_steps: '${steps}', validation_data_dir: null}\n"
+        "trainer: {total_training_steps: '${steps}', validation_data_dir: null}\n",
     )
     run = read_one(tmp_path)
     assert (run.method_key, run.seed, run.planned_steps) == ("grpo_norm", 4, 50)
@@ -260,20 +252,13 @@ def test_a_configuration_that_is_cut_is_said(whole: bool, method: str, tmp_path:
 def test_alphas_of_the_authors_code_are_methods_of_their_own(tmp_path: Path) -> None:
     recipe, folders = {"method": "vl_norm_as_coded"}, []
     for seed, alpha in enumerate((1.0, 0.75)):
-        folders.append(write_run(tmp_path, "seq-mean-token-sum-norm", seed, curve={10: 0.5}, recipe=recipe))
-        with open(folders[-1] / "config.yaml", "a") as file:
-            file.write(f"algorithm: {{vl_norm_as_coded_alpha: {alpha}}}\n")
+        folder = write_run(tmp_path, "seq-mean-token-sum-norm", seed, curve={10: 0.5}, recipe=recipe)
+        folders.append(configure(folder, algorithm__vl_norm_as_coded_alpha=alpha))
     assert said(read(*folders)) == [("vl_norm_as_coded:1", 0), ("vl_norm_as_coded:0.75", 1)]
     assert [row["method"] for row in made(read(*folders), "results")] == [
         "VL Norm, as coded (α = 0.75)",
         "VL Norm, as coded (α = 1)",
     ]
-
-
-def test_the_mode_that_was_trained_decides_over_the_recipes_alpha(tmp_path: Path) -> None:
-    run = read_one(write_run(tmp_path, "vl_norm:0.5", curve={1: 0.5}))
-    assert run.method_key == "vl_norm:0.5"
-    assert read_one(write_run(tmp_path, "dapo_norm", curve={1: 0.5})).method_key == "dapo_norm"
 
 
 @pytest.mark.parametrize(

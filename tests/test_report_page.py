@@ -226,8 +226,7 @@ def test_nothing_is_done_again_for_the_same_inputs(tmp_path: Path) -> None:
     page.write_text("mine")
     assert report(tmp_path / "runs", out=tmp_path / "out") == first
     assert page.read_text() == "mine"
-    (run / "validation").mkdir()
-    (run / "validation" / "2.jsonl").write_text("")
+    put(run / "validation" / "2.jsonl", "")
     report(tmp_path / "runs", out=tmp_path / "out")
     assert "<html" in page.read_text()
     page.write_text("mine")
