@@ -151,7 +151,7 @@
       else if (points.some((point) => point.high > point.low))
         add([...points.map((point) => [point.x, bottom(point.high)]), ...points.map((point) => [point.x, bottom(point.low)]).reverse()], "band");
       const mean = points.map((point) => [point.x, point.y]);
-      if (whole < mean.length) add(mean.slice(Math.max(0, whole - 1)), "thin", dash);
+      if (whole < mean.length) add(mean.slice(whole - 1), "thin", dash);
       if (whole === 1 && (!log || mean[0][1] > 0)) group.append(element("circle", { cx: X(mean[0][0]), cy: Y(mean[0][1]), r: 3.5 }));
       add(mean.slice(0, whole), "line", dash);
       inner.append(group);

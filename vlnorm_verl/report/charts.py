@@ -92,7 +92,7 @@ class Chart:
 
 
 class Mean(NamedTuple):
-    """One method over steps [T]: mean, lowest and highest seed. whole: of these steps, before any seed's end."""
+    """One method over steps [T]: mean, lowest and highest seed. whole: steps before any seed's end, 1 or more."""
 
     steps: np.ndarray
     mean: np.ndarray

@@ -75,8 +75,8 @@ def unfinished(run: Run) -> bool:
 def set_sizes(run: Run) -> dict[str, int]:
     """Problems of each validation set, from the dumps."""
     sizes: dict[str, int] = {}
-    for step in sorted(run.validations):
-        for name, validation in run.validations[step].items():
+    for sets in run.validations.values():
+        for name, validation in sets.items():
             sizes[name] = max(sizes.get(name, 0), len(validation.problems))
     return sizes
 

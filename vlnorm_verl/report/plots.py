@@ -68,8 +68,7 @@ def _panel(axes: Axes, panel: Panel, looks: dict[str, Look]) -> list[str]:
         axes.fill_between(mean.steps, mean.low, mean.high, color=looks[key].color, alpha=0.16, linewidth=0)
         every = max(1, mean.whole // 12)
         axes.plot(mean.steps[: mean.whole], mean.mean[: mean.whole], **line, markevery=every)
-        joined = max(0, mean.whole - 1)
-        axes.plot(mean.steps[joined:], mean.mean[joined:], **thin)
+        axes.plot(mean.steps[mean.whole - 1 :], mean.mean[mean.whole - 1 :], **thin)
     axes.set_ylim(*y_range(panel, means))
     if panel.target is not None:
         axes.axhline(panel.target, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)

@@ -85,7 +85,7 @@ def _method(look: Look, mean: Mean, shown: Panel, key: str, x: Any, y: Any) -> s
         parts.append(_path(np.append(steps, steps[::-1]), np.append(high, low[::-1]), "band"))
     whole = int((kept < mean.whole).sum())
     if whole < len(kept):
-        parts.append(_path(steps[max(0, whole - 1) :], of_line[max(0, whole - 1) :], "thin", dash))
+        parts.append(_path(steps[whole - 1 :], of_line[whole - 1 :], "thin", dash))
     if whole == 1:
         parts.append(f'<circle cx="{steps[0]:.1f}" cy="{of_line[0]:.1f}" r="3.5"/>')
     parts.append(_path(steps[:whole], of_line[:whole], "line", dash))
@@ -94,7 +94,7 @@ def _method(look: Look, mean: Mean, shown: Panel, key: str, x: Any, y: Any) -> s
 
 def _path(x: np.ndarray, y: np.ndarray, kind: str, more: str = "") -> str:
     along = "L".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    return f'<path class="{kind}"{more} d="M{along}"/>' if along else ""
+    return f'<path class="{kind}"{more} d="M{along}"/>'
 
 
 # -------------------------------------------------------------------------------------------------- what the script has
