@@ -221,7 +221,7 @@ def test_files_are_whole_or_not_there(table: Table, tmp_path: Path, monkeypatch:
 
 def test_a_name_that_is_not_unicode_is_written(tmp_path: Path) -> None:
     broken = b"run-\xff".decode("utf-8", "surrogateescape")
-    table = Table("t", broken, ["run"], [[broken]])
+    table = Table("t", broken, [broken], [[broken], [Estimate(0.5, note=broken)]], [broken])
     writers.write_tables([table], tmp_path)
     page.write_page(tmp_path / "page.html", broken, [], [table])
     writers.print_table(table, Console(file=io.TextIOWrapper(io.BytesIO(), "utf-8")))
