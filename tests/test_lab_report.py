@@ -256,11 +256,13 @@ def of_pool(mixed: int, reward: float = 0.0) -> Analysis:
 
 @pytest.fixture(scope="module")
 def little() -> list[Analysis]:
-    """Pools of 0, 1, 2 and 8 mixed groups, one of equal rewards whose advantages are rounding, one with lost α."""
+    """Pools of 0, 1, 2 and 8 mixed groups, one of equal rewards whose advantages are rounding, one with lost α,
+    one all NaN, one whose prompts with many responses have no rewards that differ."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mini_batches, "ROUNDS", 16)
         pools = [of_pool(0), of_pool(1), of_pool(2), of_pool(8), of_pool(0, reward=0.1), of_pool(16)]
-    return [*pools, replace(pools[3], name="some α lost", tradeoff=some_lost()), nothing_known(pools[5])]
+    no_slope = replace(pools[5], name="no slope", slopes=[], slope=None)
+    return [*pools, replace(pools[3], name="some α lost", tradeoff=some_lost()), nothing_known(pools[5]), no_slope]
 
 
 def some_lost() -> Tradeoff:
@@ -318,6 +320,8 @@ def test_tables_of_pools_without_a_signal_say_so(little: list[Analysis]) -> None
     assert lost == [["0 mixed, 0", "all", f"8 rows: {LOST}", *[None] * 6]]
     assert len([row for row in made["alpha"].rows if row[0] == "some α lost"]) == 8
     assert [row[2] for row in made["summary"].rows if row[0] == "NaN"] == ["none"]
+    (row,) = (row for row in made["summary"].rows if row[0] == "no slope")
+    assert row[made["summary"].columns.index("β")] is None
 
 
 def test_each_column_has_what_its_heading_says(little: list[Analysis]) -> None:
@@ -448,6 +452,10 @@ def test_the_verdict_says_what_is_known(little: list[Analysis]) -> None:
     assert "The mean squared error, which rewards a shorter update, is least at α = 1.125." in said
     assert "(all, 24 parameters)" in said  # they may be few of the model's
     assert "if E[g | L], and the variance at a given length, were the same for all prompts and lengths, α = β" in said
+
+
+def test_the_verdict_of_a_pool_without_beta_is_silent_on_it(little: list[Analysis]) -> None:
+    assert ["L^β" in verdict.verdict(analysis) for analysis in (little[5], little[8])] == [True, False]
 
 
 def test_the_verdict_warns_of_single_responses(little: list[Analysis]) -> None:
