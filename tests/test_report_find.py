@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests.report_runs import (
     accuracy,
@@ -23,6 +24,7 @@ from tests.report_runs import (
     write_run,
 )
 from vlnorm_verl.files import UserError
+from vlnorm_verl.report import measures
 from vlnorm_verl.report.identity import Setting, from_config
 
 # ---------------------------------------------------------------------------------------------------------------- found
@@ -259,6 +261,28 @@ def test_alphas_of_the_authors_code_are_methods_of_their_own(tmp_path: Path) -> 
         "VL Norm, as coded (α = 0.75)",
         "VL Norm, as coded (α = 1)",
     ]
+
+
+ACTOR = "actor_rollout_ref.actor"
+
+
+@pytest.mark.parametrize(
+    ("script", "method"),
+    [([], "dapo_norm_as_coded"), ([f"{ACTOR}.loss_agg_mode=seq-mean-token-mean"], "grpo_norm"),
+     ([f"{ACTOR}.use_dr_grpo=True"], "dr_grpo"),
+     ([f"{ACTOR}.use_grpopp=True", f"{ACTOR}.grpopp_config.alpha=0.0"], "dr_grpo_norm"),
+     ([f"{ACTOR}.use_grpopp=True", f"{ACTOR}.grpopp_config.alpha=1"], "vl_norm_as_coded:1"),
+     (["algorithm.filter_overlong_response.enable=True"], "overlong_filtering_as_coded"),
+     (["reward_model.overlong_buffer.enable=True"], "soft_punishment_as_coded")],
+)  # fmt: skip
+def test_the_authors_fork_has_its_methods_in_keys_of_its_own(script: list[str], method: str, tmp_path: Path) -> None:
+    """As its scripts set them. Its entropy is logged by loss_agg_mode (ray_trainer.py:1004), whatever it trains."""
+    off = [f"{ACTOR}.use_dr_grpo=False", f"{ACTOR}.use_grpopp=False", f"{ACTOR}.grpopp_config.alpha=0.75"]
+    config = OmegaConf.from_dotlist([f"{ACTOR}.loss_agg_mode=token-mean", *off, *script])
+    put(tmp_path / ".hydra" / "config.yaml", OmegaConf.to_yaml(config))
+    run = read_one(put(tmp_path / "log.jsonl", record(1, actor__entropy=0.25)).parent)
+    assert run.method_key == method
+    assert measures.entropy_per_token(run) == pytest.approx([0.25])
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class Setting(NamedTuple):
 class Identity:
     """What a run is, as far as it is known.
 
-    method: the recipe's, else verl's loss_agg_mode. alpha: VL Norm's.
+    method: the recipe's, else verl's loss_agg_mode. alpha: VL Norm's. mode: loss_agg_mode, by the methods' names.
     scale_factor: M, verl's loss_scale_factor, tokens.
     limit: of a response, tokens.
     notes: what was odd while reading.
@@ -57,6 +57,7 @@ class Identity:
     setting: Setting = field(default_factory=Setting)
     method: str = ""
     alpha: float | None = None
+    mode: str = ""
     seed: int = UNKNOWN_SEED
     planned_steps: int | None = None
     scale_factor: float | None = None
@@ -183,12 +184,15 @@ def from_config(config: dict[str, Any], where: str) -> Identity:
             node = node.get(part) if isinstance(node, dict) else None
         return _resolved(config, key) if "${" in str(node) else node
 
-    method, alpha = parse_method(str(get("actor_rollout_ref.actor.loss_agg_mode") or ""), where)
+    mode, alpha = parse_method(str(get("actor_rollout_ref.actor.loss_agg_mode") or ""), where)
+    fork = _of_the_fork(mode, get)
+    method, alpha = methods.split(fork) if fork else (mode, alpha)
     recipe = get("recipe")
     recipe = recipe if isinstance(recipe, dict) and "method" in recipe else {}
     identity = Identity(
         method=method,
         alpha=alpha,
+        mode=mode,
         config=config,
         seed=_whole(recipe.get("seed", get("data.seed")), UNKNOWN_SEED),
         planned_steps=_whole(get("trainer.total_training_steps"), 0) or _steps_of_optimizer(get) or None,
@@ -215,6 +219,23 @@ def from_config(config: dict[str, Any], where: str) -> Identity:
         length=str(get("data.max_response_length") or ""),
     )
     return identity
+
+
+def _of_the_fork(mode: str, get: Callable[[str], Any]) -> str:
+    """The method's key by what only the authors' fork of verl has in its configuration; "" where that decides nothing.
+
+    Its first two keys replace loss_agg_mode (verl/trainer/ppo/core_algos.py:617 there), which they leave at token-mean.
+    """
+    use_vl_norm, alpha = (get(f"actor_rollout_ref.actor.{key}") for key in ("use_grpopp", "grpopp_config.alpha"))
+    if get("actor_rollout_ref.actor.use_dr_grpo"):
+        return "dr_grpo"
+    if use_vl_norm:
+        return "dr_grpo_norm" if alpha == 0 else f"vl_norm_as_coded:{alpha}"
+    if use_vl_norm is None or mode != "dapo_norm":
+        return ""
+    if get("algorithm.filter_overlong_response.enable"):
+        return "overlong_filtering_as_coded"
+    return "soft_punishment_as_coded" if get("reward_model.overlong_buffer.enable") else "dapo_norm_as_coded"
 
 
 def file_names(files: Any) -> str:

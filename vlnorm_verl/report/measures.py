@@ -126,7 +126,7 @@ def entropy_per_token(run: Run) -> np.ndarray | None:
     divisor = run.metrics.get("actor/vl_norm/divisor")
     if weighted is not None and divisor is not None:
         return np.asarray(entropy * divisor / np.where(weighted > 0, weighted, nan))
-    kind = method_of(run.method).entropy
+    kind = method_of(run.mode or run.method).entropy
     if kind == MEAN_OVER_TOKENS:
         return entropy
     lengths = run.metrics.get("response_length/mean")
