@@ -56,6 +56,7 @@ OUR_TESTS_NOT_BEFORE_0_9 = (
     "test_critic_alone",
     "test_a_critic_on_a_mode",
     "test_refused_before_ray_starts",
+    "test_mini_batches_sorted_by_length",
 )
 # Globs below verl's folder `tests`: what touches losses, their configuration, the engines and the data between them.
 VERL_TESTS = (

@@ -111,7 +111,7 @@ def test_mini_batches_sorted_by_length_are_warned_of(
     assert caplog.text.count("actor.shuffle=true") == caplog.text.count(WHOLE_GROUPS[2:]) == warned
 
 
-V0 = "++trainer.use_v1=false"
+V0, BEFORE_0_9 = "++trainer.use_v1=false", "++trainer.use_v1=null"  # the second: as where verl has no such key
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,8 @@ V0 = "++trainer.use_v1=false"
         (["data.train_batch_size=12", V0], True),
         (["data.train_batch_size=8", V0], False),  # each half has short and long responses
         (["data.train_batch_size=12", V0, "trainer.balance_batch=false"], False),
+        (["data.train_batch_size=12", BEFORE_0_9], True),
+        (["data.train_batch_size=8", BEFORE_0_9], False),
         (["data.train_batch_size=12", V0, SEPARATE], True),
         (["data.train_batch_size=0", "+async_training.require_batches=3"], True),
         (["data.train_batch_size=0", "+async_training.require_batches=2"], False),
@@ -133,7 +135,7 @@ def test_v0s_order_is_warned_of_from_three_mini_batches_on(
     assert WHOLE_GROUPS[2:] not in caplog.text
 
 
-@pytest.mark.parametrize("trainer", [V0, "+async_training.require_batches=2", "+rollout.n_gpus_per_node=1"])
+@pytest.mark.parametrize("trainer", [V0, BEFORE_0_9, "+async_training.require_batches=2", "+rollout.n_gpus_per_node=1"])
 def test_whole_groups_with_a_trainer_that_ignores_them_is_refused(trainer: str) -> None:
     for mode in ("vl_norm", "token-mean"):
         with pytest.raises(ValueError, match=r"sync_whole_groups.*verl ignores the key.*Accepted: trainer.use_v1=true"):

@@ -164,17 +164,19 @@ def examine(ask_ray: bool) -> bool:
     for where, state in states.items():
         mark = "[green]yes" if state == "active" else f"[red]no[/]: {escape(state)}"
         console.print(f"loss_agg_mode=vl_norm works in {where}: {mark}")
+    page = "docs/support.md of the repository"
     if states["this process"] == "active":
         from vlnorm_verl.plugin.names import untested_release
 
         if untested := untested_release():
             console.print(untested, style="yellow", markup=False)
+        else:
+            page += f", column {version('verl')}"
     active = all(state == "active" for state in states.values())
     if not active and printed:
         console.print("printed meanwhile:", printed, style="dim", markup=False, soft_wrap=True)
 
-    column = f"docs/support.md of the repository, column {version('verl')}"
-    console.print(f"Which engines, trainers and policy losses vl_norm works with: {column}")
+    console.print(f"Which engines, trainers and policy losses vl_norm works with: {page}")
 
     wanted = Table("use", "missing", "how to get it", title="What is missing for what")
     for use, missing, how in uses():

@@ -56,7 +56,8 @@ def resolve(model: str, out: Path) -> str:
             return str(_merged(actor, out / MERGED))
         raise UserError(
             f"MODEL {model} holds neither config.json (a Hugging Face folder) nor fsdp_config.json, here or in "
-            "actor/ (an FSDP checkpoint of verl, …/checkpoints/global_step_N)"
+            "actor/ (an FSDP checkpoint of verl 0.7.1 or later, …/checkpoints/global_step_N; merge an older one by its "
+            "own verl's scripts/model_merger.py)"
         )
     if path.exists():
         raise UserError(f"MODEL {model} is a file; give the model's folder")

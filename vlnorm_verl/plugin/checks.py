@@ -94,8 +94,11 @@ def check_config(config: Any) -> None:
 
 
 def uses_v0(config: Any) -> bool:
-    """Whether the run's trainer is known to be V0's or made from it: one_step_off_policy, fully_async_policy."""
-    return OmegaConf.select(config, "trainer.use_v1") is False or "rollout" in config or "async_training" in config
+    """Whether the run's trainer is V0's or made from it (one_step_off_policy, fully_async_policy).
+
+    verl 0.7.1 and 0.8.0 have no trainer.use_v1: their main_ppo is V0's, and no key tells 0.8.0's main_ppo_sync from it.
+    """
+    return not OmegaConf.select(config, "trainer.use_v1") or "rollout" in config or "async_training" in config
 
 
 def check_trainer_mode(config: Any) -> None:
@@ -103,7 +106,7 @@ def check_trainer_mode(config: Any) -> None:
     if OmegaConf.select(config, TRAINER_MODE) == WHOLE_GROUPS and uses_v0(config):
         raise ValueError(
             f"{TRAINER_MODE}={WHOLE_GROUPS}: this run's trainer is not one of V1's, and verl ignores the key there. "
-            "Accepted: trainer.use_v1=true with verl.trainer.main_ppo; for other trainers "
+            "Accepted: trainer.use_v1=true with verl.trainer.main_ppo of verl 0.9 or later; for other trainers "
             "actor_rollout_ref.actor.shuffle=true."
         )
 
