@@ -204,7 +204,7 @@ def test_time_scales() -> None:
 def test_a_higher_plateau_reads_as_speed_unless_each_has_its_own() -> None:
     rise = 1 - np.exp(-np.arange(1, 61) / 20)
     pair = {"low": np.tile(0.37 + 0.26 * rise, (12, 1)), "high": np.tile(0.37 + 0.30 * rise, (12, 1))}
-    shared, own = effects.time_scales(pair), effects.time_scales(pair, plateaus=2)
+    shared, own = effects.time_scales(pair), effects.time_scales(pair, own_plateaus=True)
     assert shared["low"] / shared["high"] > 1.3
     assert own == pytest.approx({"low": 20, "high": 20}, rel=1e-3)
 

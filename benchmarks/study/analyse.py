@@ -165,10 +165,10 @@ def side_runs(records: Records, main: dict[str, Records]) -> Table:
         gaps = [values([r, usual[r["block"]]], "accuracy") for r in of if part != "pilots" and r["block"] in usual]
         setting: list[Cell] = [part, label_of(method), str(length), f"{rate:g}", f"{eps:g}", f"{steps} × {len(of)}"]
         gap = over_seeds([float(a - b) for a, b in gaps]) if gaps else None
-        found: list[Cell] = [float(values(of, "accuracy").mean()), gap, end(of, "accuracy"), mean(held_out(of))]
-        found += [end(of, "length_mean"), end(of, "cut")]
+        reached: list[Cell] = [float(values(of, "accuracy").mean()), gap, end(of, "accuracy"), mean(held_out(of))]
+        reached += [end(of, "length_mean"), end(of, "cut")]
         first = float(np.mean([sum(r["columns"]["seconds"][:20]) for r in of]))
-        rows.append([*setting, *(found if jobs == 1 else [None] * len(found)), jobs, first])
+        rows.append([*setting, *(reached if jobs == 1 else [None] * len(reached)), jobs, first])
     columns = ["part", "method", "longest", "lr", "ε", "steps × runs", "accuracy, up to step 60", "minus main's"]
     columns += [f"last {LAST} steps", "held-out Avg@8", "A", "cut", "at a time", "seconds, steps 1–20"]
     foot = [

@@ -130,12 +130,13 @@ def steps_to(curves: np.ndarray) -> float:
     return float(first_hit(np.arange(1, len(best) + 1), best, TARGET) or nan)
 
 
-def time_scales(curves: Blocks, plateaus: int = 1) -> dict[str, float]:
+def time_scales(curves: Blocks, own_plateaus: bool = False) -> dict[str, float]:
     """τ of a + b·(1 − exp(−step/τ)) for each method, least squares of the means over blocks.
 
-    a is shared, and b, too, unless plateaus is the number of methods: then each has its own.
+    a is shared, and b, too, unless each method has a plateau of its own.
     """
     means = np.array([of.mean(0) for of in curves.values()])
+    plateaus = len(means) if own_plateaus else 1
     step = np.arange(1, means.shape[1] + 1)
 
     def distance(x: np.ndarray) -> np.ndarray:
@@ -168,6 +169,6 @@ def speed_ups(curves: Blocks) -> dict[str, list[Estimate]]:
     found = [
         speed_up(curves, lambda some: {method: steps_to(of) for method, of in some.items()}, RESAMPLES),
         speed_up(curves, time_scales, FITS),
-        speed_up(curves, lambda some: time_scales(some, len(some)), FITS),
+        speed_up(curves, lambda some: time_scales(some, own_plateaus=True), FITS),
     ]
     return {method: [of[method] for of in found] for method in curves}

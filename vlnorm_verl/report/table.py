@@ -95,8 +95,7 @@ def layout_of(table: Table) -> Layout:
         if cell is None:
             return Shown(ABSENT)
         if isinstance(cell, Estimate):
-            ends = f"[{number(cell.low, digits)}, {number(cell.high, digits)}]"
-            interval = "" if math.isnan(cell.low) else ends
+            interval = "" if math.isnan(cell.low) else f"[{number(cell.low, digits)}, {number(cell.high, digits)}]"
             mark = marks.setdefault(cell.note, _letters(len(marks))) if cell.note else ""
             return Shown(number(cell.value, digits), interval, mark)
         if isinstance(cell, Real):
@@ -116,4 +115,5 @@ def layout_of(table: Table) -> Layout:
         if table.grouped and row[0] == above:
             cells[-1][0] = cells[-1][0]._replace(text="")
         above = row[0]
-    return Layout(columns, cells, numeric, {mark: note for note, mark in marks.items()})
+    notes = {mark: one_line(note) for note, mark in marks.items()}
+    return Layout([*map(one_line, columns)], cells, numeric, notes)

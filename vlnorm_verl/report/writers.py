@@ -210,17 +210,17 @@ def print_table(table: Table, console: Console) -> None:
     title = Text(one_line(table.title), style="bold")
     printed = RichTable(title=title, title_justify="left")
     for column, numeric in zip(layout.columns, layout.numeric, strict=True):
-        printed.add_column(Text(one_line(column)), justify="right" if numeric else "left")
+        printed.add_column(Text(column), justify="right" if numeric else "left")
     for row in layout.cells:
         printed.add_row(*map(text, row))
     if Measurement.get(console, console.options.update(max_width=10_000), printed).maximum > console.width:
         printed = RichTable(title=title, title_justify="left", show_header=False)
         for row in layout.cells:
             for column, shown in zip(layout.columns, row, strict=True):
-                printed.add_row(Text(one_line(column), style="dim"), text(shown))
+                printed.add_row(Text(column, style="dim"), text(shown))
             printed.add_section()
     console.print(printed)
     for mark, note in layout.notes.items():
-        console.print(Text(f"({mark}) {one_line(note)}", style="dim"))
+        console.print(Text(f"({mark}) {note}", style="dim"))
     for sentence in table.foot:
         console.print(Text(one_line(sentence), style="dim"))

@@ -257,13 +257,11 @@ def check(recipes: Path, runs: list[PlannedRun], console: Console, elsewhere: st
     needed = not dry_run and not on_cluster
     for message in missing:
         console.print(message, style="red" if needed else "yellow")
-    valid = len(runs) - sum(map(len, problems.values()))
-    if (is_valid := valid == len(runs)) and (
-        cost := resources.cost([(left(run.outline), run.overrides) for run in runs if run.state != "finished"])
-    ):
+    unfinished = [(left(run.outline), run.overrides) for run in runs if run.state != "finished"]
+    if not problems and (cost := resources.cost(unfinished)):
         console.print(cost)
-    console.print(f"{valid} of {len(runs)} runs are valid")
-    return is_valid and not (needed and missing)
+    console.print(f"{len(runs) - sum(map(len, problems.values()))} of {len(runs)} runs are valid")
+    return not problems and not (needed and missing)
 
 
 def run_all(recipes: Path, runs: list[PlannedRun], console: Console) -> int:
