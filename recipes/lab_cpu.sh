@@ -5,6 +5,7 @@
 #   bash recipes/lab_cpu.sh runs/other       after another run of verl on the tiny task
 #   bash recipes/lab_cpu.sh runs/other out   and into another folder than runs/lab
 set -euo pipefail
+unset PYTHONPATH PYTHONHOME # else an environment module's packages come first
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run=${1:-runs/cpu/quickstart-countdown-tiny-256-vl_norm-seed0}
 out=${2:-runs/lab}

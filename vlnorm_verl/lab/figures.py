@@ -35,6 +35,8 @@ def overview(analyses: Sequence[Analysis]) -> Figure:
         for row, analysis in zip(axes, analyses, strict=True):
             if analysis.slope:
                 draw_deviations(row[0], analysis.slope)
+            else:
+                row[0].set(xticks=[], yticks=[])
             row[0].set_title(figure_text(f"{analysis.name} ({analysis.gradients})"))
             draw_noise(row[1], analysis)
             row[1].set_title(f"noise of a mini-batch of {analysis.drawn} responses")
@@ -97,6 +99,7 @@ def draw_tradeoff(axes: Axes, trade: Tradeoff) -> None:
     value, low, high = np.array([(e.value, e.low, e.high) for e in trade.alignment]).T
     if not np.isfinite(value).any():
         axes.text(0.5, 0.5, (trade.lost or LOST).replace("; ", ";\n"), transform=axes.transAxes, ha="center")
+        axes.set(xticks=[], yticks=[])
         return
     axes.plot(ALPHAS, value, color=BLACK)
     axes.fill_between(ALPHAS, low, high, color=BLACK, alpha=0.12, linewidth=0)
