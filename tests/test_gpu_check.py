@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil
 import pytest
-import typer
 
 from benchmarks.gpu import check, metadata, strip_gpu_code
 from tests import processes
@@ -128,45 +127,6 @@ def test_an_update_meets_its_bound_by_its_whole_interval(
     assert [*found.values()] == [met]
 
 
-# ---------------------------------------------------------------------------------------------------------- the page
-
-
-def results(device: str) -> dict[str, Any]:
-    part = {"part": "gradient, float64", "status": "met", "words": "50 gradients | exact", "seconds": 12.3}
-    about = {"card": "NVIDIA H100", "date": "2026-12-01", "commit": "1234567", "machine": "x86_64", "command": "bash …"}
-    return about | {"group": "engine", "device": device, "versions": {"verl": "0.9.1"}, "parts": [part]}
-
-
-def test_page_says_what_was_measured_on_which_card(tmp_path: Path) -> None:
-    page = tmp_path / "gpu.md"
-    shutil.copy(ROOT / "docs/results/gpu.md", page)
-    head = page.read_text().partition(check.MARK)[0]
-    (tmp_path / "engine.json").write_text(json.dumps(results("cuda")))
-    check.write_page(page, tmp_path)
-    text = page.read_text()
-    assert text.startswith(head)
-
-    assert "### NVIDIA H100: engine\n\n2026-12-01, commit 1234567" in text
-    assert "| gradient, float64 | met | 50 gradients \\| exact | 12 |" in text
-    check.write_page(page, tmp_path)
-    assert page.read_text() == text
-    (tmp_path / "engine.json").unlink()
-    with pytest.raises(typer.BadParameter, match="there are no results"):
-        check.write_page(page, tmp_path)
-    assert page.read_text() == text
-
-
-@pytest.mark.parametrize(
-    ("device", "page", "why"), [("cpu", check.MARK, "not of a GPU"), ("cuda", "# Mine\n", check.MARK)]
-)
-def test_page_is_not_written_over(tmp_path: Path, device: str, page: str, why: str) -> None:
-    (tmp_path / "gpu.md").write_text(page)
-    (tmp_path / "engine.json").write_text(json.dumps(results(device)))
-    with pytest.raises(typer.BadParameter, match=why.strip()):
-        check.write_page(tmp_path / "gpu.md", tmp_path)
-    assert (tmp_path / "gpu.md").read_text() == page
-
-
 # ------------------------------------------------------------------------------------------------------ without network
 
 
@@ -231,10 +191,7 @@ def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
     ("arguments", "says"),
     [
         (["engine"], "torch sees no GPU"),
-        (["page"], "--write docs/results/gpu.md"),
-        (["everything"], "'engine', 'stack', 'all', 'page'"),
-        (["--device", "cpu", "--write", "docs/results/gpu.md"], "only tries the check"),
-        (["--device", "cpu", "--write", "README.md"], "a page with the line"),
+        (["everything"], "'engine', 'stack', 'all'"),
     ],
 )
 def test_what_cannot_be_done_is_said(arguments: list[str], says: str, tmp_path: Path) -> None:

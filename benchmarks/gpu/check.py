@@ -39,7 +39,6 @@ LIMITS = ", ".join(f"{group} {seconds}" for group, seconds in GROUPS.items())
 LEAST = 15  # seconds that a part is worth beginning with
 ROUNDS = 5  # of an update, below which its ratios say nothing
 APART = 0.05  # between probabilities of rollout and actor, mean; bfloat16 of two programs differs by less
-MARK = "<!-- below: written by check.sh -->\n"
 
 
 @dataclass(frozen=True)
@@ -301,58 +300,22 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def head_of(page: Path) -> str:
-    """What stands above the page's mark.
-
-    Raises:
-        typer.BadParameter: no such page, or no mark in it.
-    """
-    head, mark, _ = page.read_text().partition(MARK) if page.exists() else ("", "", "")
-    if not mark:
-        raise typer.BadParameter(
-            f"--write {page}: a page with the line {MARK.strip()!r} is needed; docs/results/gpu.md"
-        )
-    return head
-
-
-def write_page(page: Path, folder: Path) -> None:
-    """Replace what stands below the page's mark by the tables of the results in `folder`.
-
-    Raises:
-        typer.BadParameter: no such page, no mark in it, no results, or such that are not of a GPU.
-    """
-    head = head_of(page)
-    found = [json.loads(file.read_text()) for group in GROUPS if (file := folder / f"{group}.json").exists()]
-    if not found:
-        raise typer.BadParameter(f"--write {page}: there are no results in --out {folder}")
-    if any(results["device"] != "cuda" for results in found):
-        raise typer.BadParameter(f"--write {page}: the results in --out {folder} are not of a GPU")
-    page.write_text(head + MARK + "\n" + "\n".join(map(table, found)))
-
-
 def main(
-    what: Annotated[Literal["engine", "stack", "all", "page"], typer.Argument(help="page: only --write.")] = "all",
+    what: Annotated[Literal["engine", "stack", "all"], typer.Argument()] = "all",
     device: Annotated[
         Literal["cuda", "cpu"], typer.Option(help="cpu: tries the check itself, at tiny sizes.")
     ] = "cuda",
     seconds: Annotated[float | None, typer.Option(help=f"Limit of a group. Default: {LIMITS}; on a CPU 3600.")] = None,
     only: Annotated[list[str], typer.Option(help="Only parts with this in their name.")] = [],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/gpu-check"),
-    write: Annotated[Path | None, typer.Option(help="Page to write the tables of --out into.")] = None,
 ) -> None:
     """Check the method on one GPU. Exits with 1 if a part failed or missed its bound, or none met one."""
-    if what == "page" and not write:
-        raise typer.BadParameter("page: --write PAGE says which, for instance --write docs/results/gpu.md")
-    if write:
-        head_of(write)  # before minutes of a GPU
-        if device == "cpu":
-            raise typer.BadParameter("--write: the page is of GPUs, and --device cpu only tries the check")
-    card = "" if what == "page" else card_of(device)
+    card = card_of(device)
     out.mkdir(parents=True, exist_ok=True)
     # Nothing of the check is downloaded.
     os.environ.update(PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     ends = []
-    for group in GROUPS if what == "all" else () if what == "page" else (what,):
+    for group in GROUPS if what == "all" else (what,):
         (out / f"{group}.log").unlink(missing_ok=True)
         limit = seconds or (GROUPS[group] if device == "cuda" else 3600)
         check = Check(group, device, card, limit, out)
@@ -362,9 +325,7 @@ def main(
         if check.done:
             print(f"\n{(out / f'{group}.md').read_text()}", flush=True)
         ends += [row["status"] for row in check.done]
-    if write:
-        write_page(write, out)
-    if what != "page" and ("met" not in ends or {"failed", "missed"} & set(ends)):
+    if "met" not in ends or {"failed", "missed"} & set(ends):
         raise typer.Exit(1)
 
 

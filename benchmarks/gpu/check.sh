@@ -2,7 +2,7 @@
 # What this project's method does on a GPU: exactness, cost, memory, the whole stack. 25 minutes at most on one GPU;
 # docs/gpu.md says more.
 #
-#   bash benchmarks/gpu/check.sh [engine|stack|all|page] [--device cpu] [--out FOLDER] [--write PAGE] …    (--help)
+#   bash benchmarks/gpu/check.sh [engine|stack|all] [--device cpu] [--out FOLDER] …    (--help)
 #   PYTHON=.venv-gpu/bin/python bash benchmarks/gpu/check.sh    in another environment than .venv-gpu or the active one
 #
 # Where that Python has no verl, the archives of prepare.sh are unpacked into .gpu/site, once each.
