@@ -240,6 +240,14 @@ def test_planned_steps_are_the_optimizers_where_the_trainer_has_none(
     assert from_config(config, "").planned_steps == planned
 
 
+def test_steps_that_a_later_start_was_given_are_those_that_are_planned(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, curve={500: 0.5}, planned=1000)
+    assert "Not finished" in looked_at([read_one(folder)])
+    last = (folder / "config.yaml").read_text().replace("1000", "500")
+    put(folder / "trainer.yaml", f"{last}hydra: {{}}\n")
+    assert "Not finished" not in looked_at([read_one(folder)])
+
+
 @pytest.mark.parametrize(("whole", "method"), [(True, "grpo_norm"), (False, "vl_norm:1")])
 def test_a_configuration_that_is_cut_is_said(whole: bool, method: str, tmp_path: Path) -> None:
     put(tmp_path / "vl_norm.jsonl", text((0, 10, 0.0)))
@@ -326,6 +334,10 @@ NAMED = {
     ("vl_norm:0.75/metrics.jsonl", "Dr_GRPO_Norm/metrics.jsonl"): [("dr_grpo_norm", 0), ("vl_norm:0.75", 0)],
     ("vl-norm-0.5_s2/x.jsonl", "q_vl_norm-alpha0.25-s3/x.jsonl"): [("vl_norm:0.25", 3), ("vl_norm:0.5", 2)],
     ("q-vl_norm-1.5b_s0/x.jsonl",): [("vl_norm:1", 0)],
+    ("dapo-tiny-vl_norm_as_coded-seed0/metrics-000.jsonl", "dapo-tiny-dapo_norm_as_coded-seed1/metrics-000.jsonl"): [
+        ("dapo_norm_as_coded", 1),
+        ("vl_norm_as_coded", 0),
+    ],
     ("project/experiment.jsonl",): [("experiment", 0)],
     ("a/experiment.jsonl", "b/experiment.jsonl"): [("a/experiment", 0), ("b/experiment", 0)],
     ("mine_s0.jsonl", "mine_s1.jsonl"): [("mine", 0), ("mine", 1)],

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.report_runs import KEY, made, put, read, read_one, record, text, write_run
+from tests.report_runs import KEY, looked_at, made, put, read, read_one, record, text, write_run
 from vlnorm_verl.report import first_hit, measures
 
 
@@ -112,6 +112,7 @@ def test_a_log_whose_beginning_is_lost_has_no_ratio(tmp_path: Path) -> None:
     put(tmp_path / "token-mean.jsonl", text((0, 60, 0.0)))
     runs = read(tmp_path)
     assert "its log begins at step 31: what was before is not known" in runs[1].notes
+    assert looked_at(runs)["Its log begins late, so how it was trained before is not known"] == ["vl_norm (step 31)"]
     (row,) = made(runs, "speedup", smooth=1)
     assert (row["at step"], row["that one's first hit"]) == ("at or before 40", "50–60")
     assert (row.get("last step / first hit"), row.get("first hit / first hit")) == (None, None)

@@ -119,6 +119,25 @@ def test_seeds_with_other_configurations_are_named(tmp_path: Path) -> None:
     assert which.endswith("; actor_rollout_ref.actor.optim.lr)")
 
 
+@pytest.mark.parametrize("estimator", ["grpo", "gae"])
+def test_m_and_a_critics_mode_are_no_part_of_the_methods_name(estimator: str, tmp_path: Path) -> None:
+    """A critic that no run has does not matter."""
+    for seed, (m, mode) in enumerate(((None, "vl_norm"), (600, "token-mean"))):
+        configure(
+            write_run(tmp_path, seed=seed, curve={10: 0.5}),
+            actor_rollout_ref__actor__loss_scale_factor=m,
+            critic__loss_agg_mode=mode,
+            algorithm__adv_estimator=estimator,
+        )
+    rows = {row["key"]: row["values"] for row in made(read(tmp_path), "settings")}
+    label = "VL Norm (α = 1) seed"
+    expected = {"actor_rollout_ref.actor.loss_scale_factor": f"None: {label} 0; 600: {label} 1"}
+    if estimator == "gae":
+        expected["critic.loss_agg_mode"] = f"vl_norm: {label} 0; token-mean: {label} 1"
+    assert rows == expected
+    assert DIFFERENTLY in looked_at(read(tmp_path))
+
+
 def test_what_tells_honest_seeds_apart_is_no_other_configuration(tmp_path: Path) -> None:
     """Among it what verl and the launcher write: names of the run, seeds, roots of data, environments of Ray."""
     for seed in (0, 1):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vlnorm_verl.report.find import Source
+from vlnorm_verl.report.identity import CONFIGS, LAST_START
 
 T = TypeVar("T")
 Stamp = tuple[tuple[str, int, int], ...]
@@ -50,7 +51,7 @@ def fingerprint(sources: Sequence[Source], options: object, dumps: Iterable[str]
     """
     folders = dict.fromkeys([*(source.folder / "validation" for source in sources), *map(Path, dumps)])
     files = [file for source in sources for file in source.files]
-    files += [source.folder / name for source in sources for name in ("config.yaml", ".hydra/config.yaml")]
+    files += [source.folder / name for source in sources for name in (*CONFIGS, LAST_START)]
     files += [file for folder in folders for file in sorted(folder.glob("*.jsonl"))]
     package = Path(__file__).parents[1]
     files += sorted([*package.glob("*.py"), *package.glob("report/*.*"), *package.glob("runs/*.py")])

@@ -12,7 +12,8 @@ from vlnorm_verl.report.table import Table
 
 # What makes a run the one it is (method, seed, names, folders, the machine) differs in every run.
 EXPECTED = re.compile(
-    r"recipe\..*|ray_kwargs\..*|trainer\.logger|.*\b(loss_agg_mode|loss_scale_factor|experiment_name|project_name)"
+    r"recipe\..*|ray_kwargs\..*|trainer\.logger|actor_rollout_ref\.actor\.loss_agg_mode"
+    r"|.*\b(experiment_name|project_name)"
     r"|.*(\b|_)seed|.*(_dir|_path|folder|file|address|port|proxy|_wandb.*)",
 )
 # Files that say what is trained. They may lie elsewhere in each run, so their last folder and name are compared.
@@ -31,15 +32,26 @@ def flat(node: Any, prefix: str = "") -> dict[str, str]:
 def differing_keys(runs: Sequence[Identity]) -> list[str]:
     """Keys that do not have one value in all of the runs that have a configuration.
 
-    Without those of secrets, and without those that say which run it is.
+    Without those of secrets, those that say which run it is, and those of a critic that no run has.
     """
     every = [flat(run.config) for run in runs if run.config]
+    critic = any(map(_has_critic, every))
     keys = dict.fromkeys(key for config in every for key in config if _compared(key))
-    return [key for key in keys if len({config.get(key) for config in every}) > 1]
+    return [
+        key
+        for key in keys
+        if len({config.get(key) for config in every}) > 1 and (critic or not key.startswith("critic."))
+    ]
 
 
 def _compared(key: str) -> bool:
     return not SECRET.fullmatch(key) and bool(FILES.fullmatch(key) or not EXPECTED.fullmatch(key))
+
+
+def _has_critic(config: dict[str, str]) -> bool:
+    """As verl's need_critic (trainer/ppo/utils.py) decides it."""
+    enable = config.get("critic.enable", "None")
+    return enable == "True" or (enable == "None" and config.get("algorithm.adv_estimator") == "gae")
 
 
 def differing(compared: Comparison) -> Table | None:

@@ -152,25 +152,34 @@ def settle(identities: Sequence[Identity], labelled: Sequence[bool]) -> None:
 # --------------------------------------------------------------------------------------------------- configurations
 
 
+# Of the launcher, whose first start writes the one and each start the other; of verl's trainer, started by Hydra.
+CONFIGS, LAST_START = ("config.yaml", ".hydra/config.yaml"), "trainer.yaml"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster than Python's
 
 
 def _beside(folder: Path) -> Identity:
     """From the files beside the metrics; an empty Identity if there is none."""
     notes: list[str] = []
-    for file in (folder / "config.yaml", folder / ".hydra" / "config.yaml"):
-        if not file.is_file():
-            continue
-        try:
-            content = yaml.load(file.read_bytes(), Loader=LOADER)
-        except yaml.YAMLError as error:
-            notes.append(f"{file.relative_to(folder)} is no YAML ({str(error).splitlines()[0]})")
-            continue
-        if isinstance(content, dict) and ("recipe" in content or "actor_rollout_ref" in content):
-            identity = from_config(content, str(file))
+    for name in CONFIGS:
+        if config := _of_verl(folder, name, notes):
+            identity = from_config(config, str(folder / name))
+            if last := _of_verl(folder, LAST_START, notes):  # recipe.steps may change between starts
+                identity.planned_steps = from_config(last, str(folder / LAST_START)).planned_steps
             identity.notes += notes
             return identity
     return Identity(notes=notes)
+
+
+def _of_verl(folder: Path, name: str, notes: list[str]) -> dict[str, Any]:
+    """A configuration of verl; empty if the file is none."""
+    file = folder / name
+    try:
+        content = yaml.load(file.read_bytes(), Loader=LOADER) if file.is_file() else None
+    except yaml.YAMLError as error:
+        notes.append(f"{name} is no YAML ({str(error).splitlines()[0]})")
+        return {}
+    is_verls = isinstance(content, dict) and ("recipe" in content or "actor_rollout_ref" in content)
+    return content if is_verls else {}
 
 
 def from_config(config: dict[str, Any], where: str) -> Identity:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from vlnorm_verl.methods import MODES
+from vlnorm_verl.methods import METHODS, MODES
+
+# Not DAPO and Dr. GRPO, whose names are also those of families and of aggregations.
+NAMED = (*MODES, *(name for name in METHODS if name.endswith("_as_coded")))
 
 # A mode between separators, "-", "_" and " " alike, longest first; of VL Norm with α as in vl_norm:0.75,
 # vl_norm-alpha0.75, vl_norm-0.75.
 _MODE = re.compile(
     "(?<![a-z0-9])(?P<mode>"
-    + "|".join(re.sub("[-_]", "[-_ ]", mode) for mode in sorted(MODES, key=len, reverse=True))
+    + "|".join(re.sub("[-_]", "[-_ ]", mode) for mode in sorted(NAMED, key=len, reverse=True))
     + r")(?![a-z0-9])"
     + r"(?::(?P<parameter>[^\s_/-]*)|(?:[-_ ]?(?:alpha|α)[-_= ]*(?P<alpha>\d(\.\d+)?)|[-_ ](?P<decimal>\d\.\d+))"
     + r"(?![a-z0-9.]))?",  # 1.5b is a model
@@ -63,7 +66,7 @@ def _cut_mode(name: str) -> tuple[str, str]:
         return name, ""
     (match,) = matches
     plain = re.sub("[- ]", "_", match["mode"].lower())
-    mode = next(mode for mode in MODES if mode.replace("-", "_") == plain)
+    mode = next(mode for mode in NAMED if mode.replace("-", "_") == plain)
     for parameter in (match[group] for group in ("parameter", "alpha", "decimal") if match[group] is not None):
         mode += f":{parameter}"
     return (name[: match.start()].rstrip("-_., ") + name[match.end() :]).strip("-_., "), mode

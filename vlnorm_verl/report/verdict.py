@@ -241,6 +241,9 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
         "Left out of its row, not as far as another seed": [
             f"{run.name} (step {measures.final_step([run])})" for run in behind if not measures.unfinished(run)
         ],
+        "Its log begins late, so how it was trained before is not known": [
+            f"{run.name} (step {run.late_start})" for run in every if run.late_start is not None
+        ],
         "Ends before other runs of its setting; whether that was planned is not known": [
             f"{run.name} (step {_last(run)})"
             for run in validated
