@@ -129,6 +129,17 @@ def test_a_missing_or_wrong_length_is_refused_before_ray(length: Any) -> None:
     checks.check_overlong_filtering(config)
 
 
+def test_a_context_that_cuts_responses_below_the_limit_is_refused() -> None:
+    """verl clamps a response to max_model_len less its prompt: no response would be overlong."""
+    config = OmegaConf.create({"algorithm": {"adv_estimator": ESTIMATOR, LENGTH_KEY: 8}})
+    config.data = {"max_prompt_length": 4, "max_response_length": 8}
+    config.actor_rollout_ref = {"rollout": {"max_model_len": 11}}
+    with pytest.raises(ValueError, match=rf"max_model_len=11.* algorithm\.{LENGTH_KEY}=8 .*= 12$"):
+        checks.check_overlong_filtering(config)
+    config.actor_rollout_ref.rollout.max_model_len = 12
+    checks.check_overlong_filtering(config)
+
+
 # --------------------------------------------------------------------------------------------------- soft punishment
 
 

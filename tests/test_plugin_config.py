@@ -111,6 +111,13 @@ def test_mini_batches_sorted_by_length_are_warned_of(
     assert caplog.text.count("actor.shuffle=true") == caplog.text.count(WHOLE_GROUPS[2:]) == warned
 
 
+def test_a_critics_own_mini_batches_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    overrides = ["data.train_batch_size=8", *actor(loss_agg_mode="vl_norm", ppo_mini_batch_size="8")]
+    check_config(compose(*overrides, "algorithm.adv_estimator=gae", "critic.ppo_mini_batch_size=4"))
+    assert "critic.shuffle=true" in caplog.text
+    assert "actor.shuffle=true" not in caplog.text
+
+
 V0, BEFORE_0_9 = "++trainer.use_v1=false", "++trainer.use_v1=null"  # the second: as where verl has no such key
 
 

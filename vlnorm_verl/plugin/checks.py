@@ -122,7 +122,7 @@ def check_actor(config: Any, actor: Any) -> None:
         )
     keep_scale_of_critic(OmegaConf.select(config, "critic") or {})
     fill_scale(actor, whole_number(config, "data.max_response_length"))
-    warn_of_sorted_mini_batches(actor, config)
+    warn_of_sorted_mini_batches("actor_rollout_ref.actor", actor, config)
     if registry.parse_mode(actor.loss_agg_mode).divide_by_m:
         warn_of_losses_beside(config, actor)
     if untested := untested_release():
@@ -138,6 +138,7 @@ def check_critic(config: Any, critic: Any) -> None:
     if "loss_scale_factor" in critic:
         check_scale(critic.get("loss_scale_factor"), "critic.loss_scale_factor")
         fill_scale(critic, whole_number(config, "data.max_response_length"))
+        warn_of_sorted_mini_batches("critic", critic, config)
     else:
         releases.check_critic_without_m(critic.loss_agg_mode, registry.parse_mode(critic.loss_agg_mode))
 
@@ -196,8 +197,8 @@ def warn_of_untried_policy_loss(name: str) -> None:
     )
 
 
-def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
-    """Warn where the mini-batches of a rollout batch will hold responses of similar lengths each.
+def warn_of_sorted_mini_batches(key: str, role: Any, config: Any) -> None:
+    """Warn where the mini-batches of a rollout batch will hold responses of similar lengths each, of actor or critic.
 
     verl keeps the order of the rollout batch unless told to shuffle. The V1 trainer's replay buffer returns responses
     in the order in which they were finished (trainer/ppo/v1/replay_buffer.py). The V0 trainer's `_balance_batch` puts
@@ -212,10 +213,9 @@ def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
     if v0 and not asynchronous and not OmegaConf.select(config, "trainer.balance_batch"):
         return
     mini_batches = asynchronous or (
-        whole_number(config, "data.train_batch_size")
-        / whole_number(config, "actor_rollout_ref.actor.ppo_mini_batch_size")
+        whole_number(config, "data.train_batch_size") / whole_number(config, f"{key}.ppo_mini_batch_size")
     )
-    if mini_batches > (2 if v0 else 1) and not actor.get("shuffle"):
+    if mini_batches > (2 if v0 else 1) and not role.get("shuffle"):
         order, ours = "by length", ""
         if not v0:
             order = "by when they were finished"
@@ -224,10 +224,10 @@ def warn_of_sorted_mini_batches(actor: Any, config: Any) -> None:
                 "groups in random order, or with any trainer "
             )
         say(
-            "actor_rollout_ref.actor.shuffle=false with several optimizer mini-batches a rollout batch: verl orders "
+            f"{key}.shuffle=false with several optimizer mini-batches a rollout batch: verl orders "
             f"responses {order}, so each mini-batch holds responses of similar lengths, and "
-            f"loss_agg_mode={actor.loss_agg_mode} has little left to weigh. Set {ours}"
-            "actor_rollout_ref.actor.shuffle=true for single responses drawn at random."
+            f"loss_agg_mode={role.loss_agg_mode} has little left to weigh. Set {ours}"
+            f"{key}.shuffle=true for single responses drawn at random."
         )
 
 
@@ -263,4 +263,13 @@ def check_overlong_filtering(config: Any) -> None:
             f"algorithm.{overlong.LENGTH_KEY}={limit!r}: algorithm.adv_estimator={overlong.ESTIMATOR} needs the length "
             f"from which a response is overlong, in tokens: 1 to data.max_response_length={longest}, "
             f"usually +algorithm.{overlong.LENGTH_KEY}='${{data.max_response_length}}'"
+        )
+    context = OmegaConf.select(config, "actor_rollout_ref.rollout.max_model_len")
+    if context is None:  # the model's own, which only a worker knows
+        return
+    if context < (needed := whole_number(config, "data.max_prompt_length") + limit):
+        raise ValueError(
+            f"actor_rollout_ref.rollout.max_model_len={context}: behind a long prompt a response is cut before it has "
+            f"algorithm.{overlong.LENGTH_KEY}={limit} tokens, and would not be filtered. Accepted: at least "
+            f"data.max_prompt_length + algorithm.{overlong.LENGTH_KEY} = {needed}"
         )
