@@ -99,6 +99,10 @@ def test_the_experiment_may_not(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         remember(configured(tmp_path, *changes), tmp_path)
     assert set(changes.values()) <= set(str(error.value).split("\n  "))
+    assert "another release" not in str(error.value)
+    (tmp_path / "config.yaml").write_text((tmp_path / "config.yaml").read_text() + "of_0_9_0: 1\n")
+    with pytest.raises(UserError, match=r"of_0_9_0: 1 there, nothing asked for\n.*another release of verl"):
+        remember(configured(tmp_path), tmp_path)
 
 
 def test_a_start_that_trained_nothing_is_no_run(tmp_path: Path) -> None:
@@ -308,6 +312,27 @@ def test_without_an_optimizer_a_run_is_finished_or_was_killed(tmp_path: Path, fi
     (tmp_path / "finished").write_text(f"{finished}\n")  # the first, before the run was made longer
     with pytest.raises(UserError, match=message):
         begin(configured(tmp_path), tmp_path)
+    saved(tmp_path, 20, tracker="40")
+    with pytest.raises(UserError, match=f"{message}.*, or write 20 into" if finished < 40 else message):
+        begin(configured(tmp_path), tmp_path)
+
+
+def test_a_run_that_began_from_another_ones_checkpoint_goes_on_from_its_own(tmp_path: Path) -> None:
+    given = [
+        f"recipe.folder={tmp_path}",
+        "trainer.resume_mode=resume_path",
+        "trainer.resume_from_path=/a/global_step_9",
+    ]
+
+    def started() -> str:
+        asked = configured(tmp_path, *given)
+        config = with_settings(asked, launch.settings(Request(RECIPES, given), asked, tmp_path))
+        remember(config, tmp_path)
+        return str(config.trainer.resume_mode)
+
+    assert started() == "resume_path"
+    saved(tmp_path, 40)
+    assert started() == "auto"
 
 
 def test_a_checkpoint_that_cannot_be_removed_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

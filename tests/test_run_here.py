@@ -76,7 +76,9 @@ def test_after_a_failure_a_run_goes_on_and_a_smoke_run_leaves_no_checkpoint(
 
 def test_a_run_whose_checkpoint_is_gone_does_not_start(tmp_path: Path, run_tiny: Callable[..., int]) -> None:
     saved(tmp_path, 20, tracker="40")
-    with pytest.raises(UserError, match="names step 40, which is not there: verl would begin anew"):
+    with pytest.raises(
+        UserError, match=r"names step 40, which is not there: verl would begin anew.*, or write 20 into"
+    ):
         run_tiny(no_start)
 
 
@@ -187,7 +189,7 @@ def test_a_start_that_waited_for_the_same_run_finds_it_finished(
     monkeypatch.setattr(launch, "hold_folder", hold_folder)
     console = terminal(record=True, file=io.StringIO())
     assert run_tiny(no_start, console=console) == 0
-    assert "finished, step 0" in console.export_text()
+    assert "finished; " in console.export_text()
 
 
 def test_a_missing_login_is_named(

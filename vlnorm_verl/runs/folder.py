@@ -32,7 +32,13 @@ MAY_CHANGE = (
     # how long it is, where it lies, what it prints and keeps
     *("recipe.steps", "recipe.root", "recipe.data", "recipe.folder", "recipe.keep"),
     *("trainer.total_*", "trainer.*_freq", "trainer.val_*", "trainer.*_dir", "trainer.max_*_ckpt_to_keep"),
-    *("trainer.logger", "trainer.log_*", "trainer.*_name", "trainer.v1.sampler.sampler_kwargs.poll_interval"),
+    *(
+        "trainer.resume_*",
+        "trainer.logger",
+        "trainer.log_*",
+        "trainer.*_name",
+        "trainer.v1.sampler.sampler_kwargs.poll_interval",
+    ),
     *("ray_kwargs.*", "global_profiler.*", "*.profiler.*"),
     # memory and speed: where and in how many pieces the same numbers are computed
     *("*micro_batch_size*", "*use_dynamic_bsz", "*max_token_len_per_gpu", "*offload*"),
@@ -143,27 +149,29 @@ def refuse_other(config: DictConfig, folder: Path) -> None:
             if key in fixed or not any(fnmatch(key, may) for may in MAY_CHANGE)
         }
 
-    if changed := files.differences(experiment(flatten(OmegaConf.load(file))), experiment(flatten(config))):
+    before, now = experiment(flatten(OmegaConf.load(file))), experiment(flatten(config))
+    if changed := files.differences(before, now):
+        releases = "\nKeys that one side has not: the run may have begun with another release of verl, which it needs."
         raise UserError(
             f"{folder} holds a run with other values; give the same, or another folder with recipe.folder=… or "
-            "recipe.root=…\n  " + "\n  ".join(changed)
+            "recipe.root=…\n  " + "\n  ".join(changed) + (releases if before.keys() != now.keys() else "")
         )
     if state(config) == "finished":
         return
     # Both may change, but not by an override that was forgotten: what is removed cannot be had back.
     last = _last_start(folder)
-    before, steps = last.trainer.total_training_steps, config.trainer.total_training_steps
-    if steps < before and config.recipe.keep != "all":
+    begun, steps = last.trainer.total_training_steps, config.trainer.total_training_steps
+    if steps < begun and config.recipe.keep != "all":
         raise UserError(
-            f"{folder}: the run was last started for {before} steps; to end it at {steps} removes its optimizer for "
-            f"good. Accepted: recipe.steps={before} or more, or recipe.keep=all"
+            f"{folder}: the run was last started for {begun} steps; to end it at {steps} removes its optimizer for "
+            f"good. Accepted: recipe.steps={begun} or more, or recipe.keep=all"
         )
     kept, keep = (run.trainer.max_actor_ckpt_to_keep or math.inf for run in (last, config))
     if keep < kept:
-        before, more = ("null", "") if kept == math.inf else (kept, " or more, or null")
+        most, more = ("null", "") if kept == math.inf else (kept, " or more, or null")
         raise UserError(
-            f"{folder}: the run was last started with trainer.max_actor_ckpt_to_keep={before}; {keep} removes "
-            f"checkpoints for good. Accepted: {before}{more}"
+            f"{folder}: the run was last started with trainer.max_actor_ckpt_to_keep={most}; {keep} removes "
+            f"checkpoints for good. Accepted: {most}{more}"
         )
 
 
@@ -186,14 +194,17 @@ def begin(config: DictConfig, folder: Path) -> None:
     """
     if not (done := completed_steps(folder)):
         return
-    path = _checkpoints(folder).get(done)
+    saved = _checkpoints(folder)
+    path = saved.get(done)
+    earlier = max((at for at, other in saved.items() if at < done and _whole(other) and _optimizer(other)), default=0)
+    or_earlier = f", or write {earlier} into {_tracker(folder)} to go on from that step" if earlier else ""
     if path is None:
         raise UserError(
             f"{_tracker(folder)} names step {done}, which is not there: verl would begin anew. Delete this file if "
-            "that is what you want"
+            f"that is what you want{or_earlier}"
         )
     loads = OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.load_contents") or []
-    if "optimizer" in loads and not list(path.glob("actor/optim_*")):
+    if "optimizer" in loads and not _optimizer(path):
         if _finished(folder) >= done:
             raise UserError(
                 f"{folder}: the run was finished at step {done} and kept its model without the optimizer, so it cannot "
@@ -202,9 +213,9 @@ def begin(config: DictConfig, folder: Path) -> None:
         raise UserError(
             f"{folder}: the checkpoint of step {done} is not whole, so the run cannot go on. With "
             "trainer.max_actor_ckpt_to_keep=1 verl removes it a moment before the next one is whole; 2 keeps one. "
-            "Begin anew with recipe.folder=…"
+            f"Begin anew with recipe.folder=…{or_earlier}"
         )
-    for step, other in _checkpoints(folder).items():
+    for step, other in saved.items():
         if step > done:
             _remove(other)
     if _tracker(folder).read_text() != str(done):  # see completed_steps
@@ -277,6 +288,10 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     """{step: folder} of all that are there, whole or not."""
     paths = {path.name.removeprefix("global_step_"): path for path in (folder / "checkpoints").glob("global_step_*")}
     return {int(step): path for step, path in paths.items() if step.isdecimal()}  # not a user's global_step_20_copy
+
+
+def _optimizer(path: Path) -> list[Path]:
+    return list(path.glob("actor/optim_*"))
 
 
 def _whole(path: Path) -> bool:

@@ -204,6 +204,7 @@ def settings(request: Request, asked: DictConfig, folder: Path) -> dict[str, Any
         # It was validated when it began. What a crash has kept from being validated is, now.
         changed["trainer.val_before_train"] = validation_due(asked, folder)
         changed["trainer.val_only"] = done >= asked.trainer.total_training_steps
+        changed["trainer.resume_mode"] = "auto"  # resume_path would go back to another run's checkpoint at each start
     if request.on_cluster:
         changed |= clusters.settings(asked, next_metrics(folder))
     return changed
@@ -351,7 +352,7 @@ def finished(config: DictConfig, console: Console) -> bool:
     if state(config) != "finished":
         return False
     folder = Path(config.recipe.folder)
-    console.print(f"{config.recipe.name}: finished, step {completed_steps(folder)}; {folder}")
+    console.print(f"{config.recipe.name}: finished; {folder}")
     return True
 
 
