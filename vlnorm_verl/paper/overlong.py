@@ -3,11 +3,11 @@
 Zeroed: the advantage of every token of a response of algorithm.overlong_filtering_length and more tokens, the length
 limit. Such a response was cut, or ended with its very last possible token; nothing in the batch tells the two apart,
 and the authors' code does not try (its recipe/dapo/dapo_ray_trainer.py:274). All its tokens count, those of tools and
-those that rollout correction rejected as well.
+those that rollout correction rejected as well. A session that ended since a tool's output did not fit is shorter.
 
 Not zeroed: anything else. A filtered response stays in its group, so its reward moves the group's mean and standard
 deviation. It stays in the response mask, so it counts in every denominator: the ΣL of token-mean, the N of the
-sequence means, the ΣL^-α of vl_norm. It contributes no gradient, that is all.
+sequence means, the ΣL^-α of vl_norm. Its policy loss has no gradient; KL loss and entropy bonus still have theirs.
 
 Advantages are those of `algorithm.adv_estimator=grpo`: verl's compute_advantage (trainer/ppo/ray_trainer.py) and V1's
 compute_advantage_for_multi_trajectories (trainer/ppo/v1/utils.py), which takes only the last output of a session into
