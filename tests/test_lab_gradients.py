@@ -36,7 +36,6 @@ from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import gradients, models, store
 from vlnorm_verl.lab.gradients import _checkpoint, compute, score_gradient
 from vlnorm_verl.lab.parameters import LAST_QKV, parts_of, select_parameters
-from vlnorm_verl.lab.prompt_cache import prompt_cache
 from vlnorm_verl.lab.sketch import CountSketch
 from vlnorm_verl.lab.store import Stored, folder_of, grpo_advantages, load
 from vlnorm_verl.tasks.tiny import WEIGHTS
@@ -90,51 +89,40 @@ DECODERS = {
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("modules", [r"\.2\.", r"\.[12]\."])
+@pytest.mark.parametrize("modules", [r"\.2\.", "all"])
 def test_a_prompt_that_is_computed_once_gives_the_same_gradients(decoder: str, modules: str) -> None:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(DECODERS[decoder], dtype=torch.float64).eval()
     parameters = select_parameters(model, modules)
-    cache = prompt_cache(model, parameters)
-    assert cache is not None
-    for prompt in ([3, 1, 4, 1, 5, 9], [2, 6]):
-        cache.start(prompt)
+    for prompt in ([3, 1, 4, 1, 5, 9], [2, 6], [2]):
+        known = gradients.keys_and_values(model, prompt)
         for response in ([5, 3, 5, 8, 9, 7], [9], [3, 2]):
             whole = score_gradient(model, parameters, prompt, response, 0.7)
-            shared = score_gradient(model, parameters, prompt, response, 0.7, cache)
+            shared = score_gradient(model, parameters, prompt, response, 0.7, known)
             assert differences(flat(shared), flat(whole)) < ROUNDING
 
 
-def test_a_prompt_is_shared_only_by_layers_below_all_chosen_parameters(exact: Any) -> None:
-    for modules, below in (("last-qkv", 2), ("layers.[12].mlp", 1), ("layers.0", None), ("all", None), ("norm", None)):
-        cache = prompt_cache(exact, select_parameters(exact, modules))
-        assert (cache and len(cache.below)) == below
-
-
 def test_a_model_that_cannot_share_a_prompt_computes_it_anew(sampled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mamba keeps a state and no keys, and ignores those that it is given; without a warning."""
     torch.manual_seed(0)
     config = transformers.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, intermediate_size=32)
     mamba = transformers.AutoModelForCausalLM.from_config(config).eval()
     tiny, rollouts = models.load_model(str(WEIGHTS)), next(store.read_rollouts(sampled))
-    for model, modules, why in (
-        (mamba, "layers.1", "its gradient of norm .* would be off by"),
-        (tiny, "last-qkv", "$"),
-    ):
-        parameters = select_parameters(model, modules)
-        cache = prompt_cache(model, parameters)
-        assert cache is not None
-        assert re.match(why, gradients.why_not_shared(model, parameters, cache, rollouts, 1.0))
+    assert gradients.keys_and_values(mamba, rollouts.prompt_ids) == []  # it keeps a state instead
+    asked = (tiny, select_parameters(tiny, "last-qkv"), rollouts, 1.0)
+    assert gradients.why_not_shared(*asked) == ""
+    known = gradients.keys_and_values(tiny, rollouts.prompt_ids)
 
-    def fails(_: Any) -> None:
+    def fails(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(cache, "start", fails)
+    monkeypatch.setattr(gradients, "keys_and_values", lambda *_: [(keys + 0.1, values) for keys, values in known])
+    assert re.match("its gradient of norm .* would be off by", gradients.why_not_shared(*asked))
+    monkeypatch.setattr(gradients, "keys_and_values", fails)
     error: Exception = AttributeError("no layers")
-    assert gradients.why_not_shared(tiny, parameters, cache, rollouts, 1.0) == "AttributeError: no layers"
+    assert gradients.why_not_shared(*asked) == "AttributeError: no layers"
     error = torch.OutOfMemoryError("of a GPU")
     with pytest.raises(torch.OutOfMemoryError):
-        gradients.why_not_shared(tiny, parameters, cache, rollouts, 1.0)
+        gradients.why_not_shared(*asked)
 
 
 def test_expected_score_gradient_is_zero() -> None:

@@ -4,13 +4,13 @@
 after it. On policy the PPO ratio is 1, so the paper's gradient is g_i = A_i s_i; the scalars A_i are kept beside.
 
 One plain backward pass a response, without padding. Only the chosen parameters require a gradient, so that for the last
-layer autograd stops there. Logits are computed at the response's positions alone. Through the layers below the chosen
-parameters a prompt goes once (prompt_cache.py), if the model's first response has the same gradient without that.
+layer autograd stops there. Logits are computed at the response's positions alone. A prompt goes forward once for all of
+its responses, if the model's first response has the same gradient without that.
 
 Memory: the model and one gradient of the chosen parameters in float32, about four matrices of response length ×
-vocabulary, one prompt's result, and the activations of the layers from the first chosen one on, or of one layer with
-checkpointing. On a GPU a layer with grouped heads has heads × tokens² numbers among them: in float32 PyTorch has no
-other kernel for what transformers asks of it (`use_gqa_in_sdpa`).
+vocabulary, one prompt's keys and values, and the activations of the layers from the first chosen one on, or of one
+layer with checkpointing. On a GPU a layer with grouped heads has heads × tokens² numbers among them: in float32 PyTorch
+has no other kernel for what transformers asks of it (`use_gqa_in_sdpa`).
 
 With a projection (sketch.py) a gradient is stored as K numbers. Each of the P parts of the model
 (`parameters.parts_of`) has K/P of them for itself, so that parts can be told apart: products of one part have a
@@ -34,13 +34,14 @@ from tqdm import tqdm
 from vlnorm_verl.files import UserError, whole, write_json
 from vlnorm_verl.lab import models, store
 from vlnorm_verl.lab.parameters import LAST_QKV, parts_of, select_parameters
-from vlnorm_verl.lab.prompt_cache import PromptCache, prompt_cache
 from vlnorm_verl.lab.sketch import Projection
 from vlnorm_verl.tasks.base import content_sha256
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+Prompt = list[tuple["torch.Tensor", "torch.Tensor"]]  # its keys and values in each layer, see `keys_and_values`
 
 PROJECT_ABOVE = 1_000_000  # entries; beyond it gradients are projected unless told otherwise
 PROJECTION = 65_536  # to so many
@@ -102,18 +103,16 @@ def compute(
     total, left = (sum(len(rollouts.responses) for rollouts in each.values()) for each in (files, missing))
     fewer = f" projected to {width:,}" if width < size else ""
     print(f"score gradients of {len(chosen)} parameters, {size:,} entries{fewer}")
-    # What is recomputed keeps no keys and values.
-    cache = None if checkpointing or not missing else prompt_cache(model, chosen)
+    share = bool(missing) and not checkpointing  # what is recomputed keeps no keys and values
     with tqdm(desc="score gradients", total=total, initial=total - left, mininterval=5) as bar:
-        if cache and (why := why_not_shared(model, chosen, cache, next(iter(files.values())), sampled["temperature"])):
+        if share and (why := why_not_shared(model, chosen, next(iter(files.values())), sampled["temperature"])):
             bar.write(f"each prompt is computed for each response: this model cannot share it ({why})")
-            cache = None
+            share = False
         for file, rollouts in missing.items():
-            if cache:
-                cache.start(rollouts.prompt_ids)
+            prompt = keys_and_values(model, rollouts.prompt_ids) if share else None
             rows: np.ndarray = np.empty((len(rollouts.responses), width), dtype=np.float32)
             for row, response in enumerate(rollouts.responses):
-                gradient = score_gradient(model, chosen, rollouts.prompt_ids, response, sampled["temperature"], cache)
+                gradient = score_gradient(model, chosen, rollouts.prompt_ids, response, sampled["temperature"], prompt)
                 rows[row] = projected(gradient).cpu().numpy()
                 del gradient  # its memory is for the next one
                 bar.update()
@@ -147,7 +146,7 @@ def score_gradient(
     prompt_ids: Sequence[int],
     response_ids: Sequence[int],
     temperature: float,
-    cache: PromptCache | None = None,
+    prompt: Prompt | None = None,
 ) -> dict[str, torch.Tensor]:
     """∇ Σ_t log π(o_t | q, o_<t) of one response.
 
@@ -157,38 +156,56 @@ def score_gradient(
         prompt_ids: tokens of the prompt, at least one.
         response_ids: tokens of the response, at least one; the end token is one of them.
         temperature: T; log π is the log-softmax of logits/T.
-        cache: started with the prompt.
+        prompt: its keys and values, to save computing them.
 
     Returns:
         The gradient of each parameter, in its shape; 0 where the response does not depend on it.
     """
     import torch
+    from transformers import DynamicCache
 
     ids = torch.tensor([[*prompt_ids, *response_ids]], device=model.device)
     # The last token predicts nothing: it goes in as a target alone. Token t is predicted at the position before it.
-    if cache:
-        logits = cache.logits(ids[:, :-1], len(response_ids))  # [L, V]
+    if prompt:
+        past = {"past_key_values": DynamicCache(prompt), "use_cache": True}  # what a response adds to it is its own
+        output = model(input_ids=ids[:, len(prompt_ids) - 1 : -1], **past)
     else:
-        logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=len(response_ids)).logits[0]
+        output = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=len(response_ids))
+    logits = output.logits[0]  # [L, V]
     negative = torch.nn.functional.cross_entropy(logits / temperature, ids[0, -len(response_ids) :], reduction="sum")
-    gradients = torch.autograd.grad(-negative, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        -negative, list(parameters.values()), retain_graph=bool(prompt), allow_unused=True, materialize_grads=True
+    )
     return dict(zip(parameters, gradients, strict=True))
+
+
+def keys_and_values(model: PreTrainedModel, prompt_ids: Sequence[int]) -> Prompt:
+    """Of each layer at all positions of a prompt but its last, [1, heads, T - 1, head size], with their graph.
+
+    Empty for a prompt of one token.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    if len(prompt_ids) > 1:
+        ids = torch.tensor([prompt_ids[:-1]], device=model.device)
+        model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def why_not_shared(
     model: PreTrainedModel,
     parameters: dict[str, torch.nn.Parameter],
-    cache: PromptCache,
     rollouts: store.Rollouts,
     temperature: float,
 ) -> str:
-    """Why the first response's gradient cannot be had with the prompt's cache; "" where it is the same."""
+    """Why the first response's gradient cannot be had from the prompt's keys and values; "" where it is the same."""
     import torch
 
     asked = (model, parameters, rollouts.prompt_ids, rollouts.responses[0], temperature)
     try:
-        cache.start(rollouts.prompt_ids)
-        shared = score_gradient(*asked, cache)
+        shared = score_gradient(*asked, keys_and_values(model, rollouts.prompt_ids))
     except torch.OutOfMemoryError:  # which the whole computation would need more of
         raise
     except Exception as error:  # of a model whose layers or cache are of another kind
