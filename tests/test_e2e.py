@@ -1,11 +1,10 @@
 """Recipes as users start them: `bash recipes/*.sh model=tiny`, with verl, Ray, FSDP2 and vLLM on this machine's CPU.
 
-Covered in CI: two steps of VL Norm with validation, checkpoint, table and report; a finished run that is not repeated;
-a folder that is in use or holds another run. Marked slow: dynamic sampling, overlong filtering, soft
-punishment, Math; resume, critic with KL and entropy; Ctrl-C, an engine that dies inside a weight sync; kill
--9 of the trainer, of a Ray worker, of a raylet, and of trainer and launcher at once, then the same command again; a
-Ray job on two nodes; a node without the package. What a run learns is in docs/results, by seeds. Every family × task ×
-method: `bash recipes/reproduce.sh each model=tiny`.
+Covered in CI: two steps of VL Norm with validation, checkpoint, table and report. Marked slow: dynamic sampling,
+overlong filtering, soft punishment, Math; resume, critic with KL and entropy; Ctrl-C, an engine that dies inside a
+weight sync; kill -9 of the trainer, of a Ray worker, of a raylet, and of trainer and launcher at once, then the same
+command again; a Ray job on two nodes; a node without the package. What a run learns is in docs/results, by seeds. Every
+family × task × method: `bash recipes/reproduce.sh each model=tiny`.
 """
 
 import json
@@ -23,7 +22,6 @@ from typing import Any
 import psutil
 import pytest
 
-from tests import warm
 from tests.engine.ranks import free_port
 from tests.processes import kill, named, processes_of, wait_for, with_variable
 from vlnorm_verl.runs.process import read_metrics
@@ -132,56 +130,6 @@ def test_the_terminal_shows_progress_a_table_and_where_the_report_is(run: tuple[
     (curve,) = [Path(line.split(": ", 1)[1]) for line in lines if line.startswith("learning curve: ")]
     assert "VL Norm" in report.read_text()
     assert curve.read_bytes().startswith(b"\x89PNG")
-
-
-# ------------------------------------------------------------------------------- the same command, and others, after it
-
-ASK = """
-import contextlib, json, sys
-from pathlib import Path
-from typer.testing import CliRunner
-from vlnorm_verl.cli import app
-from vlnorm_verl.files import locked
-answers = []
-for arguments, folder in json.loads(sys.argv[1]):
-    with locked(Path(folder)) if folder else contextlib.nullcontext():
-        result = CliRunner().invoke(app, arguments)
-    answers.append((result.exit_code, result.output))
-json.dump(answers, sys.stdout)
-"""
-
-
-@pytest.fixture(scope="module")
-def answers(run: tuple[Path, str], data: Path) -> list[tuple[int, str]]:
-    """Exit code and output of three launches beside the finished run, by one process: each alone imports verl anew."""
-    folder, _ = run
-    given = command("", folder.parent, data, *SMALL, "recipe.folder='" + str(folder).replace("'", r"\'") + "'")[2:]
-    requests = [
-        ([], ""),
-        (["actor_rollout_ref.actor.optim.lr=1e-5"], ""),  # finished or not
-        (["recipe.steps=3"], str(folder)),
-    ]
-    asked = [(["launch", f"--recipes={RECIPES}", *given, *more], held) for more, held in requests]
-    return json.loads(warm.python("-c", ASK, json.dumps(asked), check=True).stdout.splitlines()[-1])
-
-
-def test_a_finished_run_is_not_repeated(run: tuple[Path, str], answers: list[tuple[int, str]]) -> None:
-    code, output = answers[0]
-    assert code == 0, output
-    assert "finished; " in output
-    assert len(list(run[0].glob("metrics-*.jsonl"))) == 1
-
-
-def test_a_folder_of_another_run_is_refused(answers: list[tuple[int, str]]) -> None:
-    code, output = answers[1]
-    assert code == 2
-    assert "actor_rollout_ref.actor.optim.lr: 0.0002 there, 1e-05 asked for" in output
-
-
-def test_a_folder_in_use_is_refused(answers: list[tuple[int, str]]) -> None:
-    code, output = answers[2]
-    assert code == 2
-    assert "another run is writing there" in output
 
 
 # --------------------------------------------------------------------------------------------- two steps of other kinds
