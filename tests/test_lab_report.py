@@ -295,7 +295,7 @@ def nothing_known(analysis: Analysis) -> Analysis:
         slopes=[blank(slope) for slope in analysis.slopes],
         methods=[blank(method) for method in analysis.methods],
         tradeoff=replace(blank(analysis.tradeoff), among=(nan, nan), lost=LOST),
-        thirds=[replace(blank(third), norm=[lost] * 3) for third in analysis.thirds],
+        thirds=analysis.thirds and replace(blank(analysis.thirds), norm=[lost] * 3),
     )
 
 
@@ -331,7 +331,7 @@ def test_each_column_has_what_its_heading_says(little: list[Analysis]) -> None:
         pool,
         slopes=[Slope("q_proj", True, e[1], e[2], e[3], pool.slopes[0].points)],
         methods=[Comparison("vl_norm:1", 1.0, e[2], e[3], e[4], 5.0, 6.0, e[7], 8.0, e[9])],
-        thirds=[Thirds("within prompts", [10.0, 20.0, 30.0], e[:3], cosine, difference)],
+        thirds=Thirds([10.0, 20.0, 30.0], e[:3], cosine, difference),
     )
     made = {t.name: [dict(zip(t.columns[2:], row[2:], strict=True)) for row in t.rows] for t in tables([known])}
     assert made["slopes"] == [
@@ -358,9 +358,9 @@ def test_each_column_has_what_its_heading_says(little: list[Analysis]) -> None:
             "bias²": e[9],
         }
     ]
-    names = "compared", "mean length", "‖E g‖ of the shorter", "of the longer", "cosine", "difference²"
+    names = "thirds", "mean length", "‖E g‖ of the shorter", "of the longer", "cosine", "difference²"
     assert made["thirds"] == [
-        {"lengths' thirds": "within prompts", **dict(zip(names, values, strict=True))}
+        dict(zip(names, values, strict=True))
         for values in (
             ("short – middle", "10 – 20", e[0], e[1], e[3], e[6]),
             ("middle – long", "20 – 30", e[1], e[2], e[4], e[7]),
@@ -494,4 +494,4 @@ def test_everything_of_a_model(little: list[Analysis]) -> None:
     assert {slope.score_only for slope in analysis.slopes} == {True, False}
     assert analysis.slope is not None
     assert not analysis.slope.score_only
-    assert [thirds.where for thirds in analysis.thirds] == ["across prompts", "within prompts"]
+    assert analysis.thirds is not None

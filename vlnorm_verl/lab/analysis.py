@@ -52,7 +52,7 @@ class Analysis:
     noisy: list[NoisyResponse]
     drawn: int
     tradeoff: Tradeoff
-    thirds: list[Thirds]
+    thirds: Thirds | None
 
 
 def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: int = 0) -> Analysis:
@@ -71,7 +71,7 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
     slopes = [of_part for of_part in every if of_part]
     of_all = next((s for s in slopes if s.part == "all" and not s.score_only), None)
     beta = of_all.mean.value if of_all else math.nan
-    of_pool, of_many = inner_products(list(pool.values())), inner_products(many)
+    of_pool = inner_products(list(pool.values()))
     scale = float(stored.settings["max_response_length"])
     batches = MiniBatches(of_pool, COMPARED + OF_ALPHAS, len(pool) // 4, scale, seed)
     return Analysis(
@@ -92,7 +92,7 @@ def analyse(stored: Stored, name: str, gradients: str, mini_batch: int, seed: in
         noisy=aggregations.noisy_responses(batches, pool),
         drawn=round(batches.responses),
         tradeoff=aggregations.tradeoff(batches, mini_batch),
-        thirds=[t for t in (thirds(of_pool, False), thirds(of_many, True)) if t],
+        thirds=thirds(of_pool),
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from vlnorm_verl.lab.gram import Bools, Floats, Ints
 from vlnorm_verl.report.estimates import Estimate, t_half_width, t_quantile
 
-BLOCKS = 16  # of prompts (or responses)
+BLOCKS = 16  # of prompts
 LOST = "lost in noise"
 FOUND = 1.4  # half widths above 0: four such samples in five find it
 
@@ -28,21 +28,21 @@ def kept(blocks: Ints) -> Bools:
     return np.concatenate([np.ones((1, len(blocks)), dtype=bool), np.unique(blocks)[:, None] != blocks])
 
 
-def lost_in_noise(squared_norm: Estimate, count: int, of: str = "prompts") -> str:
+def lost_in_noise(squared_norm: Estimate, prompts: int) -> str:
     """What is said where an unbiased estimate of a squared norm is not above 0; "" where it is.
 
-    With how many would find it, `count` being what there are: the half width falls as 1/count while noise has most of
-    it. If the estimate is negative, its interval's upper end is taken for the truth, so that even more may be needed.
+    With how many prompts would find it: the half width falls as 1/prompts while noise has most of it. If the estimate
+    is negative, its interval's upper end is taken for the truth, so that even more may be needed.
     """
     if squared_norm.low > 0:
         return ""
     truth = squared_norm.value if squared_norm.value > 0 else squared_norm.high
     if not truth > 0:
         return LOST
-    needed = count * (FOUND * (squared_norm.high - squared_norm.value) / truth)
+    needed = prompts * (FOUND * (squared_norm.high - squared_norm.value) / truth)
     unit = 10 ** (math.floor(math.log10(needed)) - 1)  # of two digits
     rounded = math.ceil(needed / unit) * unit
-    return f"{LOST}; {'about' if squared_norm.value > 0 else 'more than'} {rounded:,.0f} {of} would find it"
+    return f"{LOST}; {'about' if squared_norm.value > 0 else 'more than'} {rounded:,.0f} prompts would find it"
 
 
 def jackknife(values: Floats, log: bool = False, lost: str = LOST) -> list[Estimate]:

@@ -19,13 +19,11 @@ PAIRS = ((0, 1), (1, 2), (0, 2))
 class Thirds:
     """E[g | third of the lengths], short to long.
 
-    where: "across prompts" (thirds of all lengths of the pool) or "within prompts" (of each prompt's own lengths).
     length: mean length of each third. norm: ‖E[g | third]‖, without the noise's share.
     cosine: {(a, b): cosine of the means of two thirds}, corrected for noise, so that a value above 1 is noise.
     difference: {(a, b): ‖difference of the means‖² over the mean of the two squared norms}; 0 if E[g | L] is the same.
     """
 
-    where: str
     length: list[float]
     norm: list[Estimate]
     cosine: dict[tuple[int, int], Estimate]
@@ -53,44 +51,28 @@ def _edges(lengths: Ints) -> Ints:
     return np.asarray(distinct[[min(first, second - 1), second]])
 
 
-def thirds(responses: Responses, within: bool) -> Thirds | None:
-    """E[g | third] from products of different prompts, or (`within`) of different responses of one prompt.
-
-    Within, each prompt has the same share of each third: were it by its products, thirds would differ because prompts
-    do. None where there are fewer than three lengths. Prompts with fewer, or without two responses in each third, are
-    left out.
-    """
-    third: Ints = np.full(len(responses.lengths), -1)
-    groups = responses.prompts if within else np.zeros(len(third))
-    # Products are of different units, and blocks of units: of prompts, or of a prompt's responses, so that what is said
-    # within prompts is said of these prompts.
-    unit = np.concatenate([np.arange(n) for n in np.bincount(responses.prompts)]) if within else responses.prompts
-    parts = []
-    for scope in (np.flatnonzero(groups == group) for group in np.unique(groups)):
-        lengths = responses.lengths[scope]
-        if len(np.unique(lengths)) > 2:
-            third[scope] = np.searchsorted(_edges(lengths), lengths, side="left")
-            allowed = (unit[scope, None] != unit[scope]).astype(np.float64)
-            parts.append((scope, responses.products[np.ix_(scope, scope)] * allowed, allowed))
+def thirds(responses: Responses) -> Thirds | None:
+    """E[g | third of all lengths] from products of different prompts; None where there are fewer than three lengths."""
+    if len(np.unique(responses.lengths)) < 3:
+        return None
+    third = np.searchsorted(_edges(responses.lengths), responses.lengths, side="left")
     onehot = (third[:, None] == np.arange(3)).astype(np.float64)  # [N, 3]
+    allowed = (responses.prompts[:, None] != responses.prompts).astype(np.float64)
+    products = responses.products * allowed
 
     def inner(keep: Bools) -> Floats:
         """Products of the means of two thirds [3, 3]."""
-        found = []
-        for scope, products, allowed in parts:
-            chosen = onehot[scope] * keep[scope, None]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                found.append((chosen.T @ products @ chosen) / (chosen.T @ allowed @ chosen))
-        whole = [table for table in found if np.isfinite(table).all()]
-        return np.mean(whole, axis=0) if whole else np.full((3, 3), np.nan)
+        chosen = onehot * keep[:, None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray((chosen.T @ products @ chosen) / (chosen.T @ allowed @ chosen))
 
-    units = int(unit.max()) + 1
-    inners = [inner(keep) for keep in kept(blocks_of(units)[unit])]
-    if np.isnan(inners[0]).all():
+    prompts = int(responses.prompts.max()) + 1
+    inners = [inner(keep) for keep in kept(blocks_of(prompts)[responses.prompts])]
+    if not np.isfinite(inners[0]).all():
         return None
 
     weakest = min(jackknife(np.array([np.diag(m) for m in inners])), key=lambda norm: norm.low)
-    lost = lost_in_noise(weakest, units, "responses to each prompt" if within else "prompts") or LOST
+    lost = lost_in_noise(weakest, prompts) or LOST
 
     def estimate(statistic: Callable[[Floats], Floats], log: bool = False) -> list[Estimate]:
         return jackknife(np.array([statistic(products_of_means) for products_of_means in inners]), log, lost)
@@ -103,7 +85,6 @@ def thirds(responses: Responses, within: bool) -> Thirds | None:
 
     cosines = estimate(lambda m: m[a, b] / (root(np.diag(m)[a]) * root(np.diag(m)[b])))
     return Thirds(
-        where="within prompts" if within else "across prompts",
         length=[float(responses.lengths[third == t].mean()) for t in range(3)],
         norm=estimate(lambda m: root(np.diag(m)), log=True),
         cosine=dict(zip(PAIRS, cosines, strict=True)),

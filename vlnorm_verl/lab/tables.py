@@ -184,26 +184,20 @@ def thirds(analyses: Sequence[Analysis]) -> Table:
         "thirds",
         "What “unbiased” assumes: E[g | L] by thirds of the lengths",
         {
-            "lengths' thirds": lambda a, t, x, y: t.where,
-            "compared": lambda a, t, x, y: f"{THIRDS[x]} – {THIRDS[y]}",
+            "thirds": lambda a, t, x, y: f"{THIRDS[x]} – {THIRDS[y]}",
             "mean length": lambda a, t, x, y: f"{t.length[x]:.0f} – {t.length[y]:.0f}",
             "‖E g‖ of the shorter": lambda a, t, x, y: t.norm[x],
             "of the longer": lambda a, t, x, y: t.norm[y],
             "cosine": lambda a, t, x, y: t.cosine[x, y],
             "difference²": lambda a, t, x, y: t.difference[x, y],
         },
-        [(a, third, *pair) for a in analyses for third in a.thirds for pair in PAIRS],
+        [(a, a.thirds, *pair) for a in analyses if a.thirds for pair in PAIRS],
         [
             "The theory takes E[g | L] as the same for all lengths: equal norms, cosine 1, difference² 0. All are "
-            "without the noise's share (products of different prompts, or of different responses); a cosine above 1 "
-            "is noise. A reward that depends on the length is one way for E[g | L] to vary, not the only one.",
-            "Within prompts, an advantage is a distance from the mean reward of the same responses: their products are "
-            "a little too small, the more so the fewer responses a prompt has, so a cosine comes out too large and a "
-            "difference² too small.",
-            "difference²: squared norm of the difference of the two means over the mean of their squared norms. Across "
-            "prompts, an interval above 0 says that E[g | L] depends on the length (jackknife over prompts). Within "
-            "prompts, it says so of these prompts' own E[g | L, prompt] (jackknife over their responses): what differs "
-            "from prompt to prompt can average out over prompts. Intervals 95%.",
+            "without the noise's share (products of different prompts); a cosine above 1 is noise. A reward that "
+            "depends on the length is one way for E[g | L] to vary, not the only one.",
+            "difference²: squared norm of the difference of the two means over the mean of their squared norms. An "
+            "interval above 0 says that E[g | L] depends on the length. Intervals 95%, by a jackknife over prompts.",
         ],
     )
 
