@@ -55,6 +55,7 @@ OUR_TESTS_NOT_BEFORE_0_9 = (
     "test_run_with_a_critic",
     "test_critic_alone",
     "test_a_critic_on_a_mode",
+    "test_a_critics_own_mini_batches",
     "test_refused_before_ray_starts",
     "test_mini_batches_sorted_by_length",
 )

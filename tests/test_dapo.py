@@ -15,6 +15,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from vlnorm_verl.paper import overlong
 from vlnorm_verl.paper.overlong import ESTIMATOR, LENGTH_KEY, up_to_last_valid
 from vlnorm_verl.plugin import checks
 
@@ -90,8 +91,6 @@ def test_several_outputs_of_a_session_have_grpos_advantages() -> None:
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
     from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 
-    from vlnorm_verl.paper import overlong
-
     keys = ["p_0_0", "p_0_1", "p_1_0", "p_2_0"]  # prompt, session, output
 
     def compute(estimator: str, lengths: list[int]) -> torch.Tensor:
@@ -127,6 +126,14 @@ def test_a_missing_or_wrong_length_is_refused_before_ray(length: Any) -> None:
         checks.check_overlong_filtering(config)
     config.algorithm[LENGTH_KEY] = 8
     checks.check_overlong_filtering(config)
+
+
+def test_a_trainer_that_hands_on_no_config_is_told() -> None:
+    def stock(data: Any, adv_estimator: Any, config: Any = None) -> Any:
+        return data
+
+    with pytest.raises(ValueError, match=r"needs config=config\.algorithm"):
+        overlong.filtering(stock)(None, adv_estimator=ESTIMATOR)
 
 
 def test_a_context_that_cuts_responses_below_the_limit_is_refused() -> None:

@@ -3,6 +3,8 @@
 Gradients of our modes in verl's engine: test_engine.py.
 """
 
+import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +30,15 @@ def test_no_silent_local_sum() -> None:
         agg_loss(losses.detach(), mask, "vl_norm", dp_size=2, loss_scale_factor=2)
     with pytest.raises(ValueError, match="loss_scale_factor=0"):
         agg_loss(losses.detach(), mask, "vl_norm", loss_scale_factor=0)
+
+
+@pytest.mark.parametrize("mode", ["vl_norm", "dr_grpo_norm"])
+def test_a_config_that_verls_validation_did_not_see_is_named(mode: str) -> None:
+    """Of a main program of one's own. Only validation fills M and refuses what cannot be exact."""
+    config = SimpleNamespace(loss_agg_mode=mode, loss_scale_factor=None)
+    train_batch = hooks.with_mini_batch(lambda *_: pytest.fail("trains"))
+    with pytest.raises(ValueError, match=rf"{mode}.* loss_scale_factor is null here.* validate_config"):
+        train_batch(None, {}, functools.partial(print, config=config))
 
 
 def test_a_mini_batch_leaves_nothing_behind() -> None:

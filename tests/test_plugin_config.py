@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from tests import warm
 from tests.engine import older_verl
 from tests.verl_config import actor, compose
+from vlnorm_verl import Aggregation, registry
 from vlnorm_verl.plugin import checks, engines, hooks
 from vlnorm_verl.plugin.checks import check_config
 from vlnorm_verl.plugin.names import TESTED_RELEASES
@@ -140,6 +141,30 @@ def test_v0s_order_is_warned_of_from_three_mini_batches_on(
     check_config(compose(*actor(loss_agg_mode="vl_norm", ppo_mini_batch_size="4"), *overrides))
     assert ("actor.shuffle=true" in caplog.text) == warned
     assert WHOLE_GROUPS[2:] not in caplog.text
+
+
+def test_whole_groups_are_refused_by_a_v0_trainer_of_ones_own_main_program() -> None:
+    """Whose trainer.use_v1 nobody reads."""
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+
+    with pytest.raises(ValueError, match="sync_whole_groups: this run's trainer is not one of V1's"):
+        RayPPOTrainer(compose(WHOLE_GROUPS), None, {}, None)
+
+
+OWN_MODES = {
+    "of_the_batch": Aggregation(lambda n: 1 / n, lambda n: n.max() * torch.ones_like(n), False),
+    "of_the_mean": Aggregation(lambda n: n.mean() / n, lambda n: n, False),
+    "negative": Aggregation(lambda n: 3 - n, lambda n: n, False),
+    "infinite": Aggregation(lambda n: 1 / torch.log(n), lambda n: n, False),
+    "zero": Aggregation(lambda n: n, lambda n: n - 1, False),
+}
+
+
+@pytest.mark.parametrize("name", OWN_MODES)
+def test_an_aggregation_that_is_no_function_of_each_length_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._REGISTRY, name, lambda: OWN_MODES[name])
+    with pytest.raises(ValueError, match=rf"loss_agg_mode={name!r}: (numerator|summand) must give each length"):
+        check_config(compose(*actor(loss_agg_mode=name)))
 
 
 @pytest.mark.parametrize("trainer", [V0, BEFORE_0_9, "+async_training.require_batches=2", "+rollout.n_gpus_per_node=1"])

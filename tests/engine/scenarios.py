@@ -107,10 +107,12 @@ def run_exact(rank: int, args: argparse.Namespace) -> None:
     gradients: dict[tuple[float, float], torch.Tensor] = {}
     by_engine: dict[tuple[float, float], torch.Tensor] = {}
     results = []
-    chosen = native_scenarios if args.native else rounded_scenarios if args.dtype == "bfloat16" else scenarios
-    for scenario in chosen(args.ranks):
-        if not any(part in scenario.name for part in args.only) or (args.mode and scenario.mode not in args.mode):
-            continue
+    every = native_scenarios if args.native else rounded_scenarios if args.dtype == "bfloat16" else scenarios
+    chosen = [s for s in every(args.ranks) if not args.mode or s.mode in args.mode]
+    chosen = [s for s in chosen if any(part in s.name for part in args.only)]
+    if not chosen:
+        raise SystemExit(f"no scenario is called {args.only} and of {args.mode or 'any mode'}: see scenarios()")
+    for scenario in chosen:
         key = (scenario.entropy_coeff, scenario.kl_coef)
         if key not in gradients:
             gradients[key] = response_gradients(reference, rows, scenario)

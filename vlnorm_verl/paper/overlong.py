@@ -53,6 +53,8 @@ def filtering(stock: Callable[..., Any]) -> Callable[..., Any]:
         given = signature.bind(*args, **kwargs)
         if given.arguments.get("adv_estimator") != ESTIMATOR:
             return stock(*args, **kwargs)
+        if given.arguments.get("config") is None:
+            raise ValueError(f"{ESTIMATOR}: compute_advantage needs config=config.algorithm, which has {LENGTH_KEY}")
         from verl.trainer.ppo.core_algos import AdvantageEstimator
 
         given.arguments["adv_estimator"] = AdvantageEstimator.GRPO

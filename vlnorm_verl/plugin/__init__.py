@@ -38,6 +38,7 @@ WRAPPERS = {
     ("verl.workers.config.actor", "ActorConfig.__post_init__"): checks.with_our_modes,
     ("verl.utils.config", "validate_config"): checks.with_checked_config,
     ("verl.trainer.main_ppo", "run_ppo"): checks.with_checked_config,
+    ("verl.trainer.ppo.ray_trainer", "RayPPOTrainer.__init__"): checks.with_refused_whole_groups,
     ("verl.trainer.ppo.ray_trainer", "compute_advantage"): overlong.filtering,
     ("verl.trainer.ppo.v1.utils", "compute_advantage_for_multi_trajectories"): overlong.filtering,
     ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._compute_advantage"): overlong.with_lengths,

@@ -9,9 +9,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf, open_dict
 
 from vlnorm_verl import registry
+from vlnorm_verl.aggregation import Aggregation
 from vlnorm_verl.paper import overlong
 from vlnorm_verl.plugin import policy_loss, releases
 from vlnorm_verl.plugin.engines import check_layout
@@ -103,12 +105,28 @@ def uses_v0(config: Any) -> bool:
 
 def check_trainer_mode(config: Any) -> None:
     """Raises ValueError where our trainer is asked for and verl would start another one, which ignores the key."""
-    if OmegaConf.select(config, TRAINER_MODE) == WHOLE_GROUPS and uses_v0(config):
+    if uses_v0(config):
+        refuse_whole_groups(config)
+
+
+def refuse_whole_groups(config: Any) -> None:
+    if OmegaConf.select(config, TRAINER_MODE) == WHOLE_GROUPS:
         raise ValueError(
             f"{TRAINER_MODE}={WHOLE_GROUPS}: this run's trainer is not one of V1's, and verl ignores the key there. "
             "Accepted: trainer.use_v1=true with verl.trainer.main_ppo of verl 0.9 or later; for other trainers "
             "actor_rollout_ref.actor.shuffle=true."
         )
+
+
+def with_refused_whole_groups(stock: Callable[..., None]) -> Callable[..., None]:
+    """`RayPPOTrainer.__init__` (trainer/ppo/ray_trainer.py): V0's trainer, whatever a main program's trainer.use_v1."""
+
+    @functools.wraps(stock)
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        refuse_whole_groups(config)
+        stock(self, config, *args, **kwargs)
+
+    return __init__
 
 
 def check_actor(config: Any, actor: Any) -> None:
@@ -145,8 +163,22 @@ def check_critic(config: Any, critic: Any) -> None:
 
 def check_mode(mode: object, key: str = MODE_KEY) -> None:
     """Raises ValueError unless `mode` is one of ours with a good parameter, and RuntimeError if a patch is missing."""
-    registry.parse_mode(mode, key, also_accepted=STOCK_MODES)
+    check_functions(registry.parse_mode(mode, key, also_accepted=STOCK_MODES), f"{key}={mode!r}")
     require_installed(mode)
+
+
+def check_functions(method: Aggregation, where: str) -> None:
+    """Raises ValueError unless numerator and summand are finite, ≥ 0 and > 0, and of each length by itself."""
+    lengths = torch.tensor([3.0, 1.0, 1000.0, 2.0], dtype=torch.float64)
+    for name, function in (("numerator", method.numerator), ("summand", method.summand)):
+        together, alone = function(lengths), torch.cat([function(length) for length in lengths.split(1)])
+        wrong = (together < 0) if name == "numerator" else (together <= 0)
+        if (wrong | ~together.isfinite()).any() or not torch.allclose(together, alone, rtol=1e-12):
+            raise ValueError(
+                f"{where}: {name} must give each length a finite number {'≥' if name == 'numerator' else '>'} 0, "
+                f"whatever the other lengths are. Of {lengths.tolist()} tokens it gives {together.tolist()} together, "
+                f"and {alone.tolist()} one by one"
+            )
 
 
 def check_scale(scale: object, key: str = SCALE_KEY) -> None:

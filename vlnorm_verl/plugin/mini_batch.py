@@ -1,8 +1,8 @@
 """The optimizer mini-batch that this process works on: its sum, and whether losses aggregate by its mode.
 
 Each loss inside of it (policy loss, entropy, KL, value loss, users' own) calls verl's `agg_loss` on a micro-batch, and
-finds the mini-batch here. A loss that would train by anything else than Σ x_i ℓ_i raises `IgnoresMode`: one that never
-calls agg_loss, or calls it with another mode, mask, M or dp_size than the mini-batch's.
+finds the mini-batch here. A loss raises `IgnoresMode` if it never calls agg_loss, or calls it with another mode, mask,
+M or dp_size than the mini-batch's. A term beside agg_loss is not seen here.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class MiniBatch:
                 self.mode,
                 "a loss calls agg_loss with another mask than response_mask, whose lengths the mini-batch is weighted "
                 "by",
-                "Multiply the losses by a mask of your own, agg_loss(losses * keep, response_mask, ...), or sum over "
-                "it without agg_loss.",
+                "For some of its tokens: agg_loss(losses * keep, response_mask, ...). Tokens outside of it have no "
+                "weight: sum over them without agg_loss.",
             )
         self.checked = mask
 

@@ -79,6 +79,13 @@ NAMES = (
         ("config",),
         needed=False,
     ),
+    VerlName(
+        "verl.trainer.ppo.ray_trainer",
+        "RayPPOTrainer.__init__",
+        "refuses a trainer_mode that V0 ignores, in main programs of one's own too",
+        ("config",),
+        needed=False,
+    ),
     VerlName("verl.trainer.ppo.ray_trainer", "compute_advantage", _OVERLONG, _ADVANTAGES, needed=False),
     VerlName(f"{_V1}.utils", "compute_advantage_for_multi_trajectories", _OVERLONG, _ADVANTAGES, needed=False),
     VerlName(f"{_V1}.trainer_base", "PPOTrainer._compute_advantage", _OVERLONG, needed=False),

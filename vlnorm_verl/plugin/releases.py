@@ -11,9 +11,8 @@ from vlnorm_verl.aggregation import Aggregation
 from vlnorm_verl.plugin.names import verl_version
 
 
-def before_0_9(release: str = "") -> bool:
-    """Of the verl that is imported, unless a release is named."""
-    return (release or verl_version()).startswith(("0.7.", "0.8."))
+def before_0_9() -> bool:
+    return verl_version().startswith(("0.7.", "0.8."))
 
 
 def how_to_load() -> str:
