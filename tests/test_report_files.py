@@ -14,6 +14,8 @@ import math
 import os
 import re
 import string
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -256,6 +258,14 @@ def test_render_closes_the_figure() -> None:
 
     draw("x", "x")
     assert plt.get_fignums() == []
+
+
+def test_figures_are_drawn_from_a_notebook() -> None:
+    """Its kernel names a backend that only the notebook's own environment has."""
+    code = "from vlnorm_verl.report import style; import matplotlib.pyplot as plt; print(plt.get_backend())"
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("Agg\n", "")
 
 
 # ------------------------------------------------------------------------------------------------------------ page

@@ -167,10 +167,12 @@ def test_other_training_data_and_tools_are_named(tmp_path: Path) -> None:
             data__train_files=["/d/math/train.parquet", f"/d/extra{seed}/train.parquet"],
             actor_rollout_ref__rollout__multi_turn__tool_config_path=f"tools/{seed}.yaml",
             actor_rollout_ref__rollout__agent__agent_loop_config_path=f"loops/{seed}.yaml",
+            reward__reward_model__model_path=f"/models/judge-{seed}",
+            trainer__resume_from_path=f"/runs/{seed}",
         )
     rows = {row["key"]: row["values"] for row in made(read(tmp_path), "settings")}
     expected = {f"{rollout}.multi_turn.tool_config_path", f"{rollout}.agent.agent_loop_config_path"}
-    assert rows.keys() == {"data.train_files", *expected}
+    assert rows.keys() == {"data.train_files", "reward.reward_model.model_path", *expected}
     assert rows["data.train_files"].startswith("extra0/train, math/train: VL Norm (α = 1) seed 0; ")
 
 

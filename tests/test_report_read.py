@@ -359,6 +359,16 @@ def test_scores_as_verls_trainers_write_them(scores: dict[str, Any], right: int 
     assert ("40.jsonl: 1 responses without a score, left out" in run.notes) == (right is None)
 
 
+def test_a_validation_set_that_verl_does_not_log_is_that_of_the_only_one(tmp_path: Path) -> None:
+    """A reward that writes another name than the row's data_source."""
+    put(tmp_path / "validation" / "40.jsonl", "".join(dump_line("p", r, validation_set="other") for r in (1, 0)))
+    put(tmp_path / "metrics-000.jsonl", record(40, **accuracy(0.5)))
+    assert read_one(tmp_path).validations[40]["set"].correct.tolist() == [1]
+    lines = (dump_line("p", r, validation_set=name) for r, name in ((1, "other"), (0, "third")))
+    put(tmp_path / "validation" / "40.jsonl", "".join(lines))
+    assert read_one(tmp_path).unnamed
+
+
 def test_texts_are_not_touched_where_a_line_has_nan(tmp_path: Path) -> None:
     """A problem is one problem, whether its line has a NaN in another field or not."""
     folder = write_run(tmp_path, dumps={40: {'is 1 NaN? \\" -Infinity': [1, 0] * 4, "q": [1] * 8}})

@@ -307,6 +307,7 @@ def test_ground_truths(value: Any) -> None:
         "score": 1.0,
         "acc": 1.0,
         "outcome": "correct",
+        "validation_set": "any",
     }
 
 

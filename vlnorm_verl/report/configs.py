@@ -14,7 +14,7 @@ from vlnorm_verl.report.table import Table
 EXPECTED = re.compile(
     r"recipe\..*|ray_kwargs\..*|trainer\.logger|actor_rollout_ref\.actor\.loss_agg_mode"
     r"|.*\b(experiment_name|project_name)"
-    r"|.*(\b|_)seed|.*(_dir|_path|folder|file|address|port|proxy|_wandb.*)",
+    r"|.*(\b|_)seed|.*(_dir|(save|resume_from)_path|folder|file|address|port|proxy|_wandb.*)",
 )
 # Files that say what is trained. They may lie elsewhere in each run, so their last folder and name are compared.
 FILES = re.compile(r".*(_files|\b(tool_config|function_tool|agent_loop_config)_path)")

@@ -115,8 +115,10 @@ def attach_validations(run: Run, dumps: dict[int, Dump]) -> None:
     named = logged_accuracies(run)
     of_several = len({match["set"] for key in run.metrics if (match := VALIDATION_METRIC.fullmatch(key))}) > 1
     for step, dump in sorted(dumps.items()):
-        for name, validation in dump.sets.items():
-            if not name and (of_several or len(named) != 1):
+        for said, validation in dump.sets.items():
+            # A name that verl logged no set by is none: the reward took another than the row's data_source.
+            name = said if run.metric or not named or said in named else ""
+            if not name and (of_several or len(named) != 1 or len(dump.sets) > 1):
                 run.unnamed = True
             elif not run.metric or not name or name in named:  # else of an accuracy that was not asked for
                 run.validations.setdefault(step, {})[name or next(iter(named))] = validation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from vlnorm_verl.report.table import one_line
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
 
+
+# Before matplotlib is imported: of a notebook it names a module that only the notebook's own environment has.
+os.environ["MPLBACKEND"] = "Agg"
 
 STYLE = {
     "font.family": ["DejaVu Sans", "sans-serif"],
@@ -62,7 +66,6 @@ def use_style() -> Iterator[None]:
     """matplotlib in the style of the report, without a display."""
     import matplotlib
 
-    matplotlib.use("Agg")
     with matplotlib.rc_context(STYLE):
         yield
 

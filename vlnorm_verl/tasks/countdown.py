@@ -225,4 +225,4 @@ def compute_score(
     """
     outcome = judge(solution_str, parse_ground_truth(ground_truth))
     score = float(outcome == "correct")
-    return {"score": score, "acc": score, "outcome": outcome}
+    return {"score": score, "acc": score, "outcome": outcome, "validation_set": data_source}
