@@ -14,7 +14,7 @@ fi
 command -v uv > /dev/null || "$target/bin/python" -m pip --version > /dev/null 2>&1 ||
   "$target/bin/python" -m ensurepip > /dev/null
 
-pip_install() { "$target/bin/python" -m pip --disable-pip-version-check --no-input install "$@"; }
+pip_install() { "$target/bin/python" -m pip --disable-pip-version-check --no-input install --no-user "$@"; }
 
 # index=URL install …: from that index. (uv would not go by --index-url where UV_DEFAULT_INDEX is set.)
 install() {

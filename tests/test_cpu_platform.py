@@ -163,6 +163,17 @@ def test_tokens_are_sent_by_the_dozen(stop: list[str], sent: list[int]) -> None:
     assert outputs[-1].finished
 
 
+def test_cached_files_are_no_used_memory_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.utils import cpu_resource_utils
+
+    gib = 2**30
+    monkeypatch.setattr(cpu_resource_utils, "get_cgroup_memory_limit", lambda: (8 * gib, 8 * gib))
+    monkeypatch.setattr("ray._private.utils.get_used_memory", lambda: 4 * gib)
+    assert cpu_resource_utils.get_memory_node_info(0).available_memory == 0
+    vllm_plugin.without_cached_files(cpu_resource_utils)
+    assert 0 < cpu_resource_utils.get_memory_node_info(0).available_memory <= 4 * gib
+
+
 @pytest.mark.parametrize("patch", sorted(patches.AFTER_IMPORT.values(), key=lambda patch: patch.__name__))
 def test_a_missing_name_is_loud(patch) -> None:
     with pytest.raises(PatchError, match="not found"):

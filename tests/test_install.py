@@ -172,10 +172,12 @@ def test_nothing_is_installed_for_help_or_a_typo(argument: str, code: int, tmp_p
     done = cpu_stack(tmp_path, argument, PYTHON=sys.executable)
     assert (done.returncode, "Installing" in done.stdout) == (code, False)
     script(tmp_path / "recipes/install_cpu.sh", "echo Installing; exit 3")
-    shutil.copy(PROJECT / "recipes/test.sh", tmp_path / "recipes")
-    tested = subprocess.run(["bash", str(tmp_path / "recipes/test.sh"), argument], capture_output=True, text=True)
-    assert (tested.returncode, "Installing" in tested.stdout) == (code, False)
-    for run in (done, tested):
+    runs = [done]
+    for name in ("test.sh", "quickstart.sh", "lab_cpu.sh")[: 1 if code else 3]:
+        shutil.copy(PROJECT / "recipes" / name, tmp_path / "recipes")
+        runs.append(subprocess.run(["bash", f"{tmp_path}/recipes/{name}", argument], capture_output=True, text=True))
+        assert (runs[-1].returncode, "Installing" in runs[-1].stdout) == (code, False)
+    for run in runs:
         said = run.stderr if code else run.stdout
         assert ("unknown argument 'Slow'; accepted:" if code else "  bash recipes/") in said
 

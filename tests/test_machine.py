@@ -146,17 +146,20 @@ def test_threads_fit_into_a_containers_limit(
 
 
 @pytest.mark.parametrize(
-    ("available", "limit", "said"),
+    ("available", "of_container", "ranks", "said"),
     [
-        (7.1e9, 60e9, ""),
-        (3.9e9, 60e9, "3.9 GB of memory are free; a run of the tiny model can take 7"),
-        (60e9, 4e9, "4.0 GB of memory"),  # a container
+        (7.1e9, 60e9, 1, ""),
+        (3.9e9, 60e9, 1, "3.9 GB of memory are free; a run of the tiny model can take 7"),
+        (60e9, 4e9, 1, "4.0 GB of memory"),
+        (8e9, 60e9, 2, "8.0 GB of memory are free; a run of the tiny model can take 10.5"),
     ],
 )
-def test_little_memory(available: float, limit: float, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_memory(
+    available: float, of_container: float, ranks: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=int(available)))
-    monkeypatch.setattr("ray._common.utils.get_system_memory", lambda: int(limit))
-    problem = machine.memory_problem()
+    monkeypatch.setattr("ray._private.utils.estimate_available_memory", lambda: int(of_container))
+    problem = machine.memory_problem(ranks)
     assert (said in problem.what) if problem else not said
 
 

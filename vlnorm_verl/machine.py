@@ -35,7 +35,7 @@ WHEELS_CUDA = "13.0"  # of torch and vllm in recipes/requirements-gpu.txt
 FIRST_DRIVER = {12: "525.60", 13: "580.65"}
 SHARED_MEMORY_GB = 10  # verl's own containers have it; a container's default is 0.064
 OPEN_FILES = 8192  # of a process; Ray raises its soft limit up to the hard one (ray/_private/worker.py:1763)
-CPU_RUN_GB = 7  # of memory, free before a run of the tiny model (docs/cpu.md)
+CPU_RUN_GB, CPU_RANK_GB = 7, 3.5  # of memory: a run of the tiny model on one rank, and each more (docs/cpu.md)
 SOCKET_BYTES = 107  # of a path, in Linux
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weights, Adam's moments
 PARAMETERS = {"3b": 3.09e9, "7b": 7.62e9}  # Qwen2.5
@@ -235,6 +235,17 @@ def environment_problems(on_cpu: bool, flash_attention: bool) -> list[Defect]:
     return problems + [problem for problem in further if problem]
 
 
+def verl_problem() -> str:
+    """Why `import verl` fails, as any process of a run does it; "" if it does not."""
+    try:
+        importlib.import_module("verl")
+    except Exception as error:
+        named = os.environ.get("VERL_USE_EXTERNAL_MODULES")
+        by = f" (verl imports what VERL_USE_EXTERNAL_MODULES={named} names)" if named else ""
+        return f"import verl fails: {type(error).__name__}: {error}{by}"
+    return ""
+
+
 def cpus() -> int:
     """Of a Ray that is started here: the container's limit, if there is one (ray/_private/utils.py:432)."""
     from ray._private.utils import get_num_cpus
@@ -247,16 +258,17 @@ def usable_cpus() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), cpus()))
 
 
-def memory_problem() -> Defect | None:
+def memory_problem(ranks: int) -> Defect | None:
     """Why the kernel, or Ray, might end a run on the CPU. It may still fit: swap is not counted."""
     import psutil
-    from ray._common.utils import get_system_memory  # a container's limit, if there is one
+    from ray._private.utils import estimate_available_memory  # of a container's limit, if there is one
 
-    free = min(psutil.virtual_memory().available, get_system_memory()) / 1e9
-    if free >= CPU_RUN_GB:
+    free = min(psutil.virtual_memory().available, estimate_available_memory()) / 1e9
+    needed = CPU_RUN_GB + CPU_RANK_GB * (ranks - 1)
+    if free >= needed:
         return None
     return Defect(
-        f"{free:.1f} GB of memory are free; a run of the tiny model can take {CPU_RUN_GB}",
+        f"{free:.1f} GB of memory are free; a run of the tiny model can take {needed:g}",
         "Close other programs; in WSL2 raise memory= in .wslconfig; in a container, --memory",
     )
 

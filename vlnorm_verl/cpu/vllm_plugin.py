@@ -9,6 +9,9 @@ Outputs. vLLM's engine sends every token of every response to its front end, a p
 sampled (v1/engine/core.py:1438; `stream_interval` acts behind that). Where two processes share two cores the front end
 slows the engine down. Here the engine keeps a response's tokens and sends EVERY of them at a time, and the rest when it
 ends. Left alone: responses with stop strings, which the front end looks for.
+
+Memory. In a container with a limit vLLM counts cached files as used (utils/cpu_resource_utils.py:164), of which there
+are gigabytes after an installation. Here it has Ray's count, without them.
 """
 
 import functools
@@ -36,6 +39,7 @@ def register() -> None:
         return
     keep_weights(importlib.import_module(MODULE))
     wrapt.register_post_import_hook(send_seldom, "vllm.v1.engine.core")  # for the engine's own process
+    wrapt.register_post_import_hook(without_cached_files, "vllm.utils.cpu_resource_utils")
 
 
 def keep_weights(layers: Any) -> None:
@@ -51,6 +55,21 @@ def keep_weights(layers: Any) -> None:
 
     dispatch_keeping_weight._vlnorm_cpu = True  # type: ignore[attr-defined]
     setattr(layers, FUNCTION, dispatch_keeping_weight)
+
+
+def without_cached_files(resources: Any) -> None:
+    """See the module's docstring."""
+    original = resources.get_cgroup_memory_limit
+
+    def get_cgroup_memory_limit() -> tuple[int | None, int | None]:
+        limit, used = original()
+        if limit is None:
+            return limit, used
+        from ray._private.utils import get_used_memory
+
+        return limit, min(used or 0, get_used_memory())
+
+    resources.get_cgroup_memory_limit = get_cgroup_memory_limit
 
 
 def send_seldom(core: Any) -> None:

@@ -137,7 +137,11 @@ def launch(request: Request, console: Console | None = None) -> int:
     if unfit := unfit or cannot_run(config):
         raise UserError("\n".join(filter(None, [unfit, missing_files(config)])))
     console.print(f"environment: {machine.this_environment()}")
-    tight = [machine.memory_problem()] if is_cpu(config) else machine.tight(folder, (config.recipe.model,))
+    tight = (
+        [machine.memory_problem(config.trainer.n_gpus_per_node)]
+        if is_cpu(config)
+        else machine.tight(folder, (config.recipe.model,))
+    )
     for problem in filter(None, tight):
         console.print(f"note: {problem}", style="yellow")
     code = run_here(request, asked, config, console)
@@ -387,7 +391,8 @@ def train_once(config: DictConfig, console: Console, *locks: IO[str]) -> int:
         console.print(f"{error} The end of {log}:", style="red")
         console.print(end)
         if "out of memory" in end or "OutOfMemoryError" in end:
-            console.print("Out of memory: docs/costs.md of the repository has what the same run may change.")
+            page = "cpu.md says what a run takes" if is_cpu(config) else "costs.md has what the same run may change"
+            console.print(f"Out of memory: docs/{page}.")
         return 1
     finally:
         status.stop()
