@@ -148,6 +148,7 @@ def test_a_second_run_on_one_ray_is_refused(tmp_path: Path, monkeypatch: pytest.
         lines = iter(first.stdout.readline, "")
         monkeypatch.setenv("RAY_ADDRESS", next(line for line in lines if ":" in line).strip())
         config = composed(tmp_path, "model=tiny")
+        config.reward.custom_reward_function.path = f"{tmp_path}/reward.py"
         Path(config.recipe.folder).mkdir(parents=True)
         (node,) = probe.probe(config, {})
         first.stdin.write("\n")
@@ -159,7 +160,8 @@ def test_a_second_run_on_one_ray_is_refused(tmp_path: Path, monkeypatch: pytest.
         first.stdin.close()
         first.wait(60)
     assert node.cpus == 4
-    assert {f"does not see {tmp_path}/data/{name}" for name in ("model", "countdown/test.parquet")} <= {*node.problems}
+    files = ("data/model", "data/countdown/test.parquet", "reward.py")
+    assert {f"does not see {tmp_path}/{file}" for file in files} <= {*node.problems}
 
 
 def test_a_ray_jobs_own_configuration_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

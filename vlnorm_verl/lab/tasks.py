@@ -131,7 +131,8 @@ def _own_reward(path: str, name: str) -> Callable[..., Any]:
         function = load_extern_object(path, name)
     except (OSError, ImportError, RuntimeError, AttributeError) as error:
         reason = error.__cause__ or error
-        raise UserError(f"--reward {path}, --reward-name {name}: cannot be loaded: {reason}") from error
+        here = ". `python -m vlnorm_verl lab run` looks in this folder, too" if path.startswith("pkg://") else ""
+        raise UserError(f"--reward {path}, --reward-name {name}: cannot be loaded: {reason}{here}") from error
     if not inspect.isfunction(function) or inspect.iscoroutinefunction(function):
         raise UserError(
             f"--reward {path}, --reward-name {name}: {function!r:.100} is not a plain function (def); "

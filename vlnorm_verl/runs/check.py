@@ -99,7 +99,8 @@ def validate(config: DictConfig) -> None:
             if sampler.path:
                 load_extern_object(sampler.path, sampler.name)
     except Exception as error:  # verl raises asserts, ValueErrors, KeyErrors, ImportErrors …: each refuses the run
-        raise UserError(f"verl refuses the configuration: {type(error).__name__}: {error}") from error
+        cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
+        raise UserError(f"verl refuses the configuration: {type(error).__name__}: {error}{cause}") from error
 
     check_micro_batches(config)
     for key in ("save_freq", "test_freq"):
@@ -195,8 +196,11 @@ def check_micro_batches(config: DictConfig) -> None:
             )
 
 
-# What is handed on whole, to Ray, vLLM, transformers and TransferQueue: its keys are theirs. recipe.* is interpolated.
-HANDED_ON = re.compile(r"^(recipe|ray_kwargs|transfer_queue)\.|\.(engine_kwargs|override_config)\.")
+# What is handed on whole, to Ray, vLLM, transformers, TransferQueue, a user's reward: its keys are theirs. recipe.* is
+# interpolated.
+HANDED_ON = re.compile(
+    r"^(recipe|ray_kwargs|transfer_queue)\.|\.(engine_kwargs|override_config|reward_kwargs|\w+_template_kwargs)\."
+)
 
 
 def unread_keys(config: DictConfig, keys: list[str]) -> list[str]:

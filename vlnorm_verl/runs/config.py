@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vlnorm_verl import machine
 from vlnorm_verl.files import UserError, is_path, require
 from vlnorm_verl.tasks.sources import MATH
 
@@ -115,11 +115,14 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
     Raises:
         UserError: an unknown choice or key, a value that cannot be resolved, or a combination that is no recipe.
     """
+    if problem := machine.verl_problem():  # Hydra, which imports verl for its configuration, would hide it
+        raise UserError(problem)
+    from vlnorm_verl.plugin.names import verl_version
     from vlnorm_verl.plugin.releases import before_0_9  # imports torch, which not every command needs
 
-    if before_0_9(release := importlib.metadata.version("verl")):
+    if before_0_9():
         raise UserError(
-            f"the installed verl is {release}: recipes are written for the V1 trainer of verl 0.9.0 and later. "
+            f"the installed verl is {verl_version()}: recipes are written for the V1 trainer of verl 0.9.0 and later. "
             "loss_agg_mode=vl_norm itself works in runs of your own (docs/support.md)"
         )
     chosen = choices(config_folder, overrides)
@@ -245,7 +248,7 @@ def data_files(config: DictConfig) -> list[Path]:
         entries = list(given) if OmegaConf.is_list(given) else [given]
         if not entries or not all(isinstance(entry, str) and entry for entry in entries):
             raise UserError(f"data.{key}={given}: accepted is a parquet file, or a list of some")
-        files += [Path(entry).expanduser() for entry in entries]
+        files += [Path(entry).expanduser() for entry in entries if "://" not in entry]  # verl copies those itself
     return files
 
 
@@ -271,9 +274,33 @@ def missing_files(config: DictConfig) -> str:
             f"no model: actor_rollout_ref.model.path={config.actor_rollout_ref.model.path} is no folder here. "
             "Accepted: a folder that every node sees, or a name on the hub, as in Qwen/Qwen2.5-3B"
         )
-    if missing := [str(file) for file in data_files(config) if file not in made and not file.is_file()]:
-        problems.append(f"no data: {', '.join(missing)}{'' if is_cpu(config) else _how_to_make_data(config)}")
+    if missing := [file.absolute() for file in data_files(config) if file not in made and not file.is_file()]:
+        ours = (Path(config.recipe.data) / config.recipe.task).absolute()
+        how = _how_to_make_data(config) if ours in (file.parent for file in missing) and not is_cpu(config) else ""
+        problems.append(f"no data: {', '.join(map(str, missing))}{how}")
+    elif not problems:
+        problems += _too_few_rows(config)
     return "\n".join(problems)
+
+
+def _too_few_rows(config: DictConfig) -> list[str]:
+    """Why the training files cannot make one rollout batch: after its first validation verl would divide by 0."""
+    given = config.data.train_files
+    entries = [Path(entry).expanduser() for entry in (given if OmegaConf.is_list(given) else [given])]
+    if not all(entry.suffix == ".parquet" and entry.is_file() for entry in entries):
+        return []  # the launcher makes it, or verl copies it
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = sum(pq.read_metadata(entry).num_rows for entry in entries)
+    except (OSError, pa.ArrowException) as error:
+        return [f"data.train_files={given}: {error}"]
+    if rows >= config.data.train_batch_size:
+        return []
+    return [
+        f"data.train_files have {rows} rows. Accepted: data.train_batch_size={config.data.train_batch_size} or more"
+    ]
 
 
 def _how_to_make_data(config: DictConfig) -> str:

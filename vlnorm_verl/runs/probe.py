@@ -96,10 +96,12 @@ def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
         ) from error
     token = Path(config.recipe.folder) / f".probe-{uuid.uuid4().hex}"
     token.touch()
+    reward = config.reward.custom_reward_function.path
+    reward = None if "://" in (reward or "") else reward  # pkg://… is imported
     run = {
         "mode": config.actor_rollout_ref.actor.loss_agg_mode,
         "token": str(token),
-        "files": [str(file) for file in (*data_files(config), model_folder(config)) if file],
+        "files": [str(file) for file in (*data_files(config), model_folder(config), reward) if file],
         "loggers": list(config.trainer.logger),
         "on_cpu": is_cpu(config),
         "flash_attention": wants_flash_attention(config),

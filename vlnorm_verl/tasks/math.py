@@ -77,7 +77,8 @@ def read_row(raw: Any) -> tuple[str, str]:
         if isinstance(answer, list):
             answer = answer[0]
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):
-        raise ValueError(f"neither question nor answer found in {raw!r:.200}") from None
+        columns = f"{' or '.join(_QUESTION_COLUMNS)}, and {' or '.join(_ANSWER_COLUMNS)}"
+        raise ValueError(f"columns {columns} not found in {raw!r:.200}") from None
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"the question must be a text, in {raw!r:.200}")
     number = type(answer) is int or (isinstance(answer, float) and isfinite(answer))  # True is no answer
