@@ -1,12 +1,14 @@
 """A run's process and its lock, with a few lines in place of verl's trainer. test_e2e.py has the real one."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -60,6 +62,23 @@ def test_steps_are_whole_and_nothing_is_left_running(tmp_path: Path, monkeypatch
             assert [next(records), next(records)] == [{"step": 1, "data": {"a": 0.5}}, {"step": 2, "data": {}}]
             assert all(map(running, processes(tmp_path)))
         wait_for(lambda: not any(map(running, processes(tmp_path))), 120)
+
+
+def test_a_network_disk_that_is_away_for_a_moment_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = iter([True, False, True])
+
+    def opened(path: Path, *arguments: str) -> Any:
+        if path.suffix == ".jsonl" and next(away, False):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return open(path, *arguments)
+
+    monkeypatch.setattr(process, "open", opened, raising=False)
+    writes = TRAINER.replace("time.sleep(120)", "time.sleep(0)")
+    records = [*train([sys.executable, "-c", writes], {}, tmp_path / "metrics-000.jsonl", tmp_path / "log")]
+    assert [record["step"] for record in records] == [1, 2]
+    assert not [*away]
 
 
 def test_loggers_write_into_the_runs_folder_and_slurms_variable_of_other_gpus_is_gone(

@@ -422,6 +422,9 @@ def test_watch_reports_again_what_has_changed_and_ends_at_an_interrupt(tmp_path:
         assert process.stdout is not None
         try:
             before = next(line for line in process.stdout if "DAPO Norm 0.400" in line)
+            log.parent.rename(tmp_path / "away")  # a network disk
+            assert any("tried again every 1 s" in line for line in process.stdout)
+            (tmp_path / "away").rename(log.parent)
             with open(log, "a") as file:
                 file.write(text((21, 30, 0.0)))
             after = next(line for line in process.stdout if "DAPO Norm 0." in line)

@@ -5,16 +5,19 @@ Covered: JSON lines, tensorboard and offline wandb, written by verl's own Tracki
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.report_runs import (
     KEY,
@@ -34,8 +37,12 @@ from tests.report_runs import (
     write_run,
 )
 from vlnorm_verl.files import UserError
-from vlnorm_verl.report import dumps, groups, measures
+from vlnorm_verl.report import build, dumps, groups, measures
+from vlnorm_verl.report.changes import Memo
+from vlnorm_verl.report.find import find
+from vlnorm_verl.report.read import read_runs
 from vlnorm_verl.report.run import value_at
+from vlnorm_verl.runs import records
 
 # -------------------------------------------------------------------------------------------------------------- records
 
@@ -49,6 +56,50 @@ def test_a_cut_last_line_and_a_corrupt_line_are_named_and_left_out(tmp_path: Pat
     assert run.steps.tolist() == [0, 2]
     assert "metrics-000.jsonl: last line is cut, left out" in run.notes
     assert "metrics-000.jsonl: line 2 corrupt, left out" in run.notes
+
+
+def test_what_could_not_be_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network disk that was away for a moment. Neither counts, logs nor the report are kept as they then were."""
+    for method, rate in (("vl_norm:1.0", 0.7), ("dapo_norm", 0.3)):
+        write_run(tmp_path / "runs", method, dumps={10: random_dump(0, rate), 20: random_dump(1, rate)})
+    away = {tmp_path / "runs" / "dapo_norm-0" / name for name in ("metrics-000.jsonl", "validation/20.jsonl")}
+
+    def opened(path: Path, *arguments: str) -> Any:
+        if path in away:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return open(path, *arguments)
+
+    monkeypatch.setattr(records, "open", opened, raising=False)
+    memo, out = Memo(), tmp_path / "out"
+    request = build.Request((str(tmp_path / "runs"),), out)
+    first = build.build(request, Console(quiet=True), memo)
+    assert any("Files of it cannot be read: dapo_norm-0" in line for line in first)
+    away.clear()
+    again = build.build(request, Console(quiet=True), memo)
+    assert again == report(tmp_path / "runs", out=out) != first
+    assert build.build(replace(request, out=tmp_path / "new"), Console(quiet=True))[0] == again[0]
+
+
+def test_of_a_run_that_starts_again_nothing_is_kept_twice(tmp_path: Path) -> None:
+    folder, memo = write_run(tmp_path, curve={10: 0.5}), Memo()
+    for number in (1, 2):
+        read_runs(find([str(folder)]), memo=memo)
+        put(folder / f"metrics-{number:03d}.jsonl", record(10 + number, **accuracy(0.6)))
+    assert len(memo._known) == 1
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path, seed=seed, curve={10: 0.5})
+    scandir = os.scandir
+
+    def closed(path: Any) -> Any:
+        if str(path).endswith("-1"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert looked_at(read(tmp_path))["Files of it cannot be read"] == ["vl_norm-1.0-1"]
 
 
 def test_bytes_that_are_no_text_and_a_step_that_is_none_are_corrupt_lines(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ launcher decides before (test_launch.py), the functions that mend a folder (test
 """
 
 import contextlib
+import errno
 import io
 import re
 import shutil
@@ -94,6 +95,20 @@ def test_checkpoints_of_an_earlier_start_make_room_while_this_one_trains(
     keep = "trainer.max_actor_ckpt_to_keep=2", "recipe.keep=all"
     assert run_tiny(start, "recipe.steps=60", "trainer.test_freq=-1", *keep) == 0
     assert there(tmp_path) == [40, 60]
+
+
+def test_a_disk_that_is_away_for_a_moment_ends_no_training(
+    tmp_path: Path, run_tiny: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: Any) -> Iterator[Record]:
+        saved(tmp_path, 60)
+        yield {"step": 60, "data": {}}
+
+    def away(*_: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(launch, "prune", away)
+    assert run_tiny(start, "recipe.steps=60", "trainer.test_freq=-1", "recipe.keep=all") == 0
 
 
 def test_the_same_command_tidies_a_finished_run(tmp_path: Path, run_tiny: Callable[..., int]) -> None:

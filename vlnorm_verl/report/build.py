@@ -38,6 +38,7 @@ from vlnorm_verl.report.table import Table, one_line
 from vlnorm_verl.report.tables import tables
 from vlnorm_verl.report.verdict import look_at, several_at_once, shortened, verdicts
 from vlnorm_verl.report.writers import FORMATS, print_table, write_tables
+from vlnorm_verl.runs.records import Unread
 
 WRITTEN = ".written.json"
 
@@ -94,6 +95,8 @@ def build(request: Request, console: Console, memo: Memo | None = None) -> list[
     for name in set(earlier.files) - set(files):
         if re.fullmatch(r"(tables|figures)/\w[^/]*", name):  # the record may have come with the folder
             (request.out / name).unlink(missing_ok=True)
+    if any(isinstance(note, Unread) for run in runs for note in run.notes):
+        inputs = ""  # the next report is to try again
     write_json(request.out / WRITTEN, {"files": files, "inputs": inputs, "dumps": dumps, "said": said})
     memo.inputs = inputs
     for table in made if request.verbose else ():
@@ -112,7 +115,12 @@ def watch(request: Request, seconds: float, console: Console) -> None:
     memo = Memo()
     last: list[str] = []
     while True:
-        said = build(request, console, memo)
+        try:
+            said = build(request, console, memo)
+        except (OSError, UserError) as error:  # a disk that is away for a moment ends no watch
+            if not last:
+                raise
+            said = [f"{error}; tried again every {seconds:g} s"]
         if said != last:
             console.rule(f"{datetime.datetime.now():%H:%M:%S}")
             say(said, console)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from vlnorm_verl.report.find import Source
 from vlnorm_verl.report.identity import CONFIGS, LAST_START
+from vlnorm_verl.runs.records import Unread
 
 T = TypeVar("T")
 Stamp = tuple[tuple[str, int, int], ...]
@@ -31,15 +32,17 @@ class Memo:
 
     def __init__(self) -> None:
         self.inputs = ""
-        self._known: dict[tuple[str, ...], tuple[Stamp, Any, list[str]]] = {}
+        self._known: dict[str, tuple[Stamp, Any, list[str]]] = {}  # by the first file: a run gets more of them
 
     def of(self, files: Sequence[Path], notes: list[str], make: Callable[[list[str]], T]) -> T:
         """make(notes), whose notes are remembered with what it returns."""
-        names, now = tuple(map(str, files)), stamp(files)  # before reading: a file that grows meanwhile is read again
-        known = self._known.get(names)
+        first, now = str(files[0]), stamp(files)  # before reading: a file that grows meanwhile is read again
+        known = self._known.get(first)
         if known is None or known[0] != now:
             own: list[str] = []
-            known = self._known[names] = (now, make(own), own)
+            known = self._known[first] = (now, make(own), own)
+            if any(isinstance(note, Unread) for note in own):
+                del self._known[first]
         notes += known[2]
         return known[1]
 

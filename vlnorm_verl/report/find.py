@@ -45,6 +45,7 @@ class Source:
     below: how many of the names are below the argument. common: those that all sources have.
     label, seed: of label@seed=RUN. alone: RUN holds one run, whose method the label is, also against its configuration.
     shared: other runs' metrics are in the folder too, so its configuration and dumps may be another's.
+    unread: why a folder cannot be listed, which is then "empty"; "" where it can.
     """
 
     kind: str
@@ -57,6 +58,7 @@ class Source:
     seed: int | None = None
     alone: bool = False
     shared: bool = False
+    unread: str = ""
 
 
 def split_label(argument: str) -> tuple[str, int | None, Path]:
@@ -123,7 +125,8 @@ def _search(path: Path) -> Iterator[Source]:
         yield from _of_file(path)
         return
     seen: set[Path] = set()
-    for top, folders, names in os.walk(path, followlinks=True):
+    closed: list[OSError] = []
+    for top, folders, names in os.walk(path, followlinks=True, onerror=closed.append):
         folder = Path(top)
         if (real := folder.resolve()) in seen:
             folders.clear()
@@ -136,6 +139,8 @@ def _search(path: Path) -> Iterator[Source]:
         folders[:] = sorted(wanted, key=lambda name: ((folder / name).is_symlink(), name))
         if sources and (sources[0].kind == "wandb" or (sources[0].kind == "jsonl" and _many(sources[0]))):
             folders.clear()  # what lies below is of the same run
+    for error in closed:
+        yield replace(_source("empty", Path(error.filename), path), unread=str(error.strerror))
 
 
 def _of_file(path: Path) -> Iterator[Source]:

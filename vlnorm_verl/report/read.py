@@ -35,7 +35,17 @@ from vlnorm_verl.report.measures import same_sets, validated_steps, validation_s
 from vlnorm_verl.report.names import shortest
 from vlnorm_verl.report.run import Run, logged_accuracies
 from vlnorm_verl.report.trackers import read_tensorboard, read_wandb
-from vlnorm_verl.runs.records import NOTED, RECORD, VALIDATION_METRIC, Start, columns, join, read_lines, read_starts
+from vlnorm_verl.runs.records import (
+    NOTED,
+    RECORD,
+    VALIDATION_METRIC,
+    Start,
+    Unread,
+    columns,
+    join,
+    read_lines,
+    read_starts,
+)
 
 # Keys that may change when a run goes on.
 OF_A_START = re.compile(r"trainer\..*|.*\boptim\.total_training_steps")
@@ -266,6 +276,7 @@ def _note_missing(run: Run, log: _Log) -> None:
         return
     if not len(run.steps):
         empty = "no metrics yet" if any(run.setting) else f"no run there; accepted: {ACCEPTED}"
+        empty = Unread(f"cannot be read ({log.source.unread})") if log.source.unread else empty
         run.notes.append(empty if log.source.kind == "empty" else "no step in its metrics")
         run.left_out = "" if run.validations else run.notes[-1]
         return

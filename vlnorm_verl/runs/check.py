@@ -112,6 +112,18 @@ def validate(config: DictConfig) -> None:
             f"trainer.default_local_dir={config.trainer.default_local_dir}: accepted is {checkpoints}. For another "
             "disk make this a symbolic link, or set recipe.folder=…"
         )
+    checkpoint = config.actor_rollout_ref.actor.checkpoint
+    if checkpoint.async_save:
+        raise UserError(
+            "actor_rollout_ref.actor.checkpoint.async_save=true: with FSDP verl then names no checkpoint as the last "
+            "(trainer/ppo/v1/trainer_base.py:1012), so every start would train from step 0. Accepted: false"
+        )
+    if not {"model", "optimizer", "extra"} <= {*checkpoint.save_contents}:
+        raise UserError(
+            f"actor_rollout_ref.actor.checkpoint.save_contents={checkpoint.save_contents}: a later start would go on "
+            "with a new optimizer. Accepted: a list with model, optimizer and extra; recipe.keep=model removes the "
+            "optimizer at the end"
+        )
     rollout, needed = config.actor_rollout_ref.rollout, config.data.max_prompt_length + config.data.max_response_length
     if rollout.max_model_len is not None and rollout.max_model_len < needed:
         raise UserError(

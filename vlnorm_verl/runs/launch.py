@@ -379,10 +379,12 @@ def train_once(config: DictConfig, console: Console, *locks: IO[str]) -> int:
     try:
         with contextlib.closing(start(config, *locks)) as records:
             for record in records:
-                status.update(f"{time.monotonic() - clock:.0f} s")
-                prune(folder, config.trainer.max_actor_ckpt_to_keep, began)
-                if line := progress_line(record, max(steps, record["step"])):
-                    console.print(line)
+                line = progress_line(record, max(steps, record["step"]))
+                with contextlib.suppress(OSError):  # a disk that is away or full must not end a training that goes on
+                    status.update(f"{time.monotonic() - clock:.0f} s")
+                    prune(folder, config.trainer.max_actor_ckpt_to_keep, began)
+                    if line:
+                        console.print(line)
     except KeyboardInterrupt:
         console.print("stopped")
         return 130

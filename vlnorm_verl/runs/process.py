@@ -99,18 +99,18 @@ def _follow(path: Path, process: subprocess.Popen[bytes]) -> Generator[Record, N
     position, rest = 0, b""
     while True:
         last = process.poll() is not None  # asked before reading: what a finished process wrote is read once more
-        if path.exists():
-            with open(path, "rb") as file:
-                file.seek(position)
-                chunk = file.read()
-            position += len(chunk)
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                try:
-                    record = decode(line, RECORD)
-                except (msgspec.MsgspecError, UnicodeDecodeError):
-                    continue
-                yield {"step": record.step, "data": record.data}
+        chunk = b""
+        with contextlib.suppress(OSError), open(path, "rb") as file:  # not there yet, or a network disk is away
+            file.seek(position)
+            chunk = file.read()
+        position += len(chunk)
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            try:
+                record = decode(line, RECORD)
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                continue
+            yield {"step": record.step, "data": record.data}
         if last:
             return
         time.sleep(0.2)

@@ -53,6 +53,10 @@ def decode(line: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
         return decoder.decode(_NOT_FINITE.sub(lambda m: m[0] if m[0].startswith(b'"') else b"null", line))
 
 
+class Unread(str):
+    """A note that a file could not be read: what was made without it is not to be kept."""
+
+
 def read_lines(path: Path, decoder: msgspec.json.Decoder[Any], notes: list[str]) -> Iterator[Any]:
     """The lines of a JSONL file that decode; what does not is told in `notes`."""
     corrupt = []
@@ -67,7 +71,7 @@ def read_lines(path: Path, decoder: msgspec.json.Decoder[Any], notes: list[str])
                     elif line.strip(b"\xef\xbb\xbf \t\r\n"):
                         corrupt.append(number)
     except OSError as error:
-        notes.append(f"{path.name}: cannot be read ({error.strerror})")
+        notes.append(Unread(f"{path.name}: cannot be read ({error.strerror})"))
     if corrupt:
         named = ", ".join(map(str, corrupt[:NOTED])) + (" …" if len(corrupt) > NOTED else "")
         word = "line" if len(corrupt) == 1 else f"{len(corrupt)} lines"
