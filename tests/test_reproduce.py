@@ -150,12 +150,14 @@ def test_the_cost_of_a_set(tmp_path: Path) -> None:
     checkpoints.mkdir(parents=True)
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("500")
     assert of_steps(1500) in cost("fig2", *here)
-    assert "; 10 of 20 runs do not fit" in cost("countdown")  # 7B on 24 GB
+    assert " GPUs with micro 2 and micro 1 (docs/costs.md); 10 of 20 runs do not fit" in cost("countdown")  # 24 GB
     for without in ("model=tiny", "attention=sdpa"):
         assert cost("fig2", without) == ""
     copy, more = "actor_rollout_ref.model.path=/models/Qwen2.5-3B", "++actor_rollout_ref.rollout.n=64"
     assert cost("fig2", *here, copy, "actor_rollout_ref.actor.optim.lr=1e-6") == cost("fig2", *here)
     assert cost("fig2", *here, copy, more).startswith(f"no cost with {more}: ")
+    small = "actor_rollout_ref.model.path=Qwen/Qwen2.5-1.5B"
+    assert cost("fig2", *here, small, "recipe.model=qwen2.5-1.5b").startswith(f"no cost with {small}: ")
     one, other = [(left(run.outline), run.overrides) for run in planned("fig2", overrides=here)]
     both = resources.cost([one, (other[0], [*other[1], more])])
     assert both.startswith("cost, ")

@@ -19,9 +19,9 @@ Why no bootstrap over seeds: percentiles of resampled seeds lie inside the range
 own for each component (Howe 1974) and not Satterthwaite's degrees of freedom for the sum: with two or three seeds those
 are themselves a guess, and the interval covers 86 to 92% where seeds differ about as much as problems; this one covers
 94 to 99%, since nothing is taken from the seeds' variance that happens to be small. It is wider where seeds do not
-matter: twice with S = 2, by a third with S = 3, by a tenth with S = 5. An interval of one seed holds for that one
-training run, and the tables say "one seed". What still covers too little: rates below 5% on 30 problems (down to 86%).
-Measured: benchmarks/coverage.py.
+matter: a mean's twice with S = 2, a paired difference's four times. An interval of one seed holds for that one training
+run, and the tables say "one seed". What still covers too little: rates below 5% on 30 problems (down to 86%). Measured:
+benchmarks/coverage.py.
 
 Sources: Hesterberg 2015, "What teachers should know about the bootstrap", for the levels; Owen 2007, "The pigeonhole
 bootstrap", for variances in crossed tables; Chen et al. 2021, arXiv 2107.03374, for Pass@k.
@@ -37,7 +37,7 @@ from math import isfinite, nan
 import numpy as np
 
 LEVEL = 0.95
-RESAMPLES = 10_000  # the ends of the interval then have a Monte-Carlo error of 3% of its half width
+RESAMPLES = 10_000  # the ends of the interval then have a Monte-Carlo error of 1.4% of its half width
 RESAMPLING_SEED = 0
 TAIL = (1 - LEVEL) / 2
 NOTHING = 1e-9  # a half width or a spread below it is rounding

@@ -58,8 +58,8 @@ def hold_own_ray(stack: contextlib.ExitStack) -> IO[str]:
         with contextlib.suppress(FileNotFoundError):  # it has just ended
             if path.lstat().st_uid != os.getuid():
                 raise UserError(
-                    f"{path} of another user is in the way of verl's weight sync: wait for their run, or give this one "
-                    "a /tmp of its own (a container)"
+                    f"{path} of another user is in the way of verl's weight sync: wait for their run (or, without "
+                    "one, have them delete it), or give this one a /tmp of its own (a container)"
                 )
     try:
         with contextlib.suppress(FileExistsError):

@@ -246,10 +246,12 @@ def cost(runs: list[tuple[DictConfig, list[str]]]) -> str:
         script = f"{'dapo_' if run.recipe.family == 'dapo' else ''}{run.recipe.task}.sh"
         model = next((model for model in MODELS if model.name == run.recipe.model), None)
         row = next((row for row in RECIPES if (row.script, str(row.limit)) == (script, run.recipe.length)), None)
-        if not model or not row or run.recipe.attention != "flash":
+        if run.recipe.model == "tiny" or run.recipe.attention != "flash":
             continue
-        if others := unknown(overrides, model.name):
-            left_out |= dict.fromkeys(others)
+        others = unknown(overrides, run.recipe.model)
+        others += [] if run.recipe.family in ("aggregation", "dapo") else [f"family={run.recipe.family}"]
+        left_out |= dict.fromkeys(others)
+        if not model or not row or others:
             continue
         gpus = run.trainer.nnodes * run.trainer.n_gpus_per_node
         known.append((model, row, gpus, run.trainer.total_training_steps))
@@ -266,7 +268,10 @@ def cost(runs: list[tuple[DictConfig, list[str]]]) -> str:
         sizes = ", ".join(map(str, sorted({gpus for _, _, gpus, _ in known})))
         parts = []
         if fitting:
-            parts.append(f"{between(*map(sum, zip(*fitting, strict=True)))} hours of {sizes} GPUs")
+            needed = dict.fromkeys(pair[0] for run in known if (pair := remedy(*run[:2], gpu, run[2])))
+            settings = " and ".join(name for name in needed if name != "yes")
+            to_fit = f" with {settings} (docs/costs.md)" if settings else ""
+            parts.append(f"{between(*map(sum, zip(*fitting, strict=True)))} hours of {sizes} GPUs{to_fit}")
         if len(fitting) < len(hours):
             parts.append(f"{len(hours) - len(fitting)} of {len(hours)} runs do not fit")
         lines.append(f"  {gpu.name}: {'; '.join(parts)}")
