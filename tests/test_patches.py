@@ -108,7 +108,8 @@ def tree(release: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
         folder = tmp_path_factory.mktemp(name.removesuffix(".patch"))
         shutil.copytree(release(release_of(name)), folder / "verl")
         apply_patch(name, folder)
-        if name not in (FULL, MINIMAL, REGISTRY):  # the newest release's test is that of the older ones, too
+        test = folder / "tests/trainer/ppo/test_vl_norm_on_cpu.py"
+        if name not in (MINIMAL, REGISTRY) and not test.exists():  # the newest release's is that of older ones, too
             command = ["git", "apply", "--include=tests/*", str(PATCHES / FULL)]
             subprocess.run(command, cwd=folder, check=True)
         return folder
