@@ -3,14 +3,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The releases that are supported, and what the choice of versions must be kept from or helped with, and why.
+# The releases that are supported, and what the choice of versions must be kept from or helped with ("": nothing), and why.
 declare -A also=(
   [0.7.1]="pyarrow<26" # verl wants numpy<2, pyarrow 26 refuses numpy 1 and says so only when it is imported
   [0.8.0]="pyarrow<26" # the same
   [0.9.0]="TransferQueue>=0.1.11" # the V1 trainer imports it, verl does not require it
   [0.9.1]="TransferQueue>=0.1.11" # the same
 )
-mapfile -t known < <(printf '%s\n' "${!also[@]}" | sort)
+mapfile -t known < <(printf '%s\n' "${!also[@]}" | sort -V)
 
 usage() {
   cat <<END
@@ -101,7 +101,8 @@ make_environment() { # RELEASE
   local wanted needed
   target=.releases/$1/venv
   mapfile -t needed < <(requirements)
-  local packages=("verl==$1" ${also[$1]:+"${also[$1]}"} setuptools "${missing[@]}" "${tools[@]}" "${needed[@]}")
+  local help=${also[$1]-${also[${known[-1]}]}} # of a release that is not in the list: as for the last one
+  local packages=("verl==$1" ${help:+"$help"} setuptools "${missing[@]}" "${tools[@]}" "${needed[@]}")
   wanted=$("$python" --version; cat recipes/installer.sh; echo "${packages[@]}")
   [ "$(cat "$target/installed" 2> /dev/null)" = "$wanted" ] && return
   echo "Installing verl $1 into $target …"

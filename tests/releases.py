@@ -98,6 +98,7 @@ Run on: {machine}. Seeds are fixed in the programs. *Exact*, *refused*, *absent*
 *matrix row* is one feature with one mode (`tests/engine/features.py`). There are more of them at later commits.
 
 """
+ENDS = {"error": "error", "failure": "failed", "skipped": "skipped"}  # JUnit's word: ours, the worst first
 # After the tests, since importing verl before them could hide what they are about.
 PYTEST = """
 import sys, pytest
@@ -174,7 +175,7 @@ class Release:
         return json.loads(out.read_text())
 
     def pytest(self, name: str, files: list[str], plugin: bool, cwd: Path, select: str = "") -> dict[str, str]:
-        """Outcome of every test: passed, failed, error or skipped.
+        """Outcome of every test, as `outcomes` has it.
 
         Raises:
             RuntimeError: pytest itself died, or the plugin was not as it was to be.
@@ -257,11 +258,11 @@ class Release:
         )
         ends = {name: (ours.get(name, "not run"), stock.get(name, "not run")) for name in sorted({*ours, *stock})}
         different = [
-            f"{name}: {with_plugin}, without {without}"
+            f"{name}: {with_plugin}; without the plugin {without}"
             for name, (with_plugin, without) in ends.items()
-            if with_plugin != without
+            if kind(with_plugin) != kind(without)
         ]
-        failing = sorted({*not_passed(ours)} & {*not_passed(stock)})
+        failing = [name for name, both in ends.items() if {*map(kind, both)} <= {"failed", "error"}]
         cells = {
             "verl's own tests, with the plugin": counted(ours),
             "verl's own tests, without the plugin": counted(stock),
@@ -308,25 +309,36 @@ def feature_is_good(row: dict[str, Any], bound: float = TOLERANCE["float64"]) ->
 
 
 def outcomes(report: Path) -> dict[str, str]:
-    """Test id -> outcome of a JUnit file; the worst where a test has two (a failure and an error of its fixture)."""
+    """{test id: outcome} of a JUnit file: "passed", or failed, error or skipped with ": " and why.
+
+    The worst where a test has two (a failure and an error of its fixture). Of a file that cannot be imported only the
+    text says why; where that has no line of an error, the message does.
+    """
     out: dict[str, str] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = "::".join(filter(None, (case.get("classname"), case.get("name"))))
-        kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
-        outcome = "error" if "error" in kinds else "failed" if "failure" in kinds else "skipped" if kinds else "passed"
+        outcome = "passed"
+        if found := [child for tag in ENDS for child in case.findall(tag)]:
+            why = re.search(r"^E +(.*)", f"{found[0].text}\nE {found[0].get('message')}", re.MULTILINE)
+            outcome = f"{ENDS[found[0].tag]}: {why[1][:300]}"  # type: ignore[index]
         out[name] = outcome if out.get(name, "passed") == "passed" else out[name]
     return out
 
 
+def kind(outcome: str) -> str:
+    return outcome.partition(":")[0]
+
+
 def counted(result: dict[str, str]) -> str:
-    counts = Counter(result.values())
+    counts = Counter(map(kind, result.values()))
     return f"{counts['passed']} passed, {counts['failed'] + counts['error']} failed, {counts['skipped']} skipped"
 
 
 def not_passed(result: dict[str, str]) -> list[str]:
-    """Tests that failed; "no test passed" as well if none did."""
+    """Tests that failed, and why; "no test passed" as well if none did."""
     none_passed = [] if "passed" in result.values() else ["no test passed"]
-    return sorted(name for name, outcome in result.items() if outcome in ("failed", "error")) + none_passed
+    failed = sorted(f"{name}: {end}" for name, end in result.items() if kind(end) in ("failed", "error"))
+    return failed + none_passed
 
 
 def collect_verl_tests(release: str, repository: Path | None, folder: Path) -> str:
