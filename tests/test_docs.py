@@ -38,6 +38,7 @@ from typer.testing import CliRunner
 import vlnorm_verl
 from vlnorm_verl.aggregation import aggregate, mini_batch_sum, response_lengths
 from vlnorm_verl.cli import app
+from vlnorm_verl.plugin.names import TESTED_RELEASES
 from vlnorm_verl.registry import parse_mode
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs import reproduce
@@ -345,3 +346,10 @@ def test_one_version_everywhere() -> None:
     assert f"\n## {vlnorm_verl.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     for file in ("recipes/cluster/Dockerfile", "recipes/cluster/rayjob.yaml", "docs/clusters.md"):
         assert f"registry.example.com/vlnorm-verl:{vlnorm_verl.__version__}" in (ROOT / file).read_text()
+
+
+def test_one_list_of_releases_everywhere() -> None:
+    also = re.findall(r"^  \[(.*)\]=", (RECIPES / "test_releases.sh").read_text(), re.M)
+    assert tuple(also) == TESTED_RELEASES
+    for page in (ROOT / "README.md", ROOT / "docs/support.md"):
+        assert f" verl {', '.join(also[:-1])} and {also[-1]}" in " ".join(page.read_text().split()), page
