@@ -46,7 +46,8 @@ def required(name: str, extras: set[str]) -> list[Requirement]:
 
 def test_the_lock_is_what_verl_and_this_package_ask_for() -> None:
     versions = locked()
-    assert versions["verl"] == importlib.metadata.version("verl")
+    anew = "`bash recipes/install_gpu.sh --lock DAY` makes the lock anew, of the verl that the script names"
+    assert versions["verl"] == importlib.metadata.version("verl"), anew
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     own = [*project["dependencies"], *(r for extra in ("recipes", "report", "math") for r in extras[extra])]
@@ -61,7 +62,7 @@ def test_the_lock_is_what_verl_and_this_package_ask_for() -> None:
                 in (PROJECT / "recipes" / "install_gpu.sh").read_text()
             )
             continue
-        assert name in versions, name
+        assert name in versions, f"{name}: {anew}"
         assert requirement.specifier.contains(versions[name], prereleases=True), (requirement, versions[name])
 
 
