@@ -3,8 +3,8 @@
 #
 #   bash recipes/test.sh           ruff, mypy, the tests and a training run of two steps: what CI runs (ten minutes)
 #   bash recipes/test.sh slow      all that takes longer (an hour and a half): two ranks, two nodes, kill -9 of each part,
-#                                  every trainer, other engines, older releases, the wheel. Asked for where plugin/, cpu/
-#                                  or patches/ change. It needs a Chromium or Chrome on the PATH, for the report's page
+#                                  every trainer, other engines, patches of older releases, the wheel. It needs a Chromium or
+#                                  Chrome on the PATH, for the report's page
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in

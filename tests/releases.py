@@ -95,7 +95,7 @@ HEAD = """# Releases of verl
 Written by `bash recipes/test_releases.sh --verl-repo DIR`, and copied by `cp .releases/table.md
 docs/results/releases.md`.
 Run on: {machine}. Seeds are fixed in the programs. *Exact*, *refused*, *absent*: as in [support](../support.md). A
-*matrix row* is one feature with one mode (`tests/engine/features.py`). There are more of them at later commits.
+*matrix row* is one feature with one mode (`tests/engine/features.py`).
 
 """
 ENDS = {"error": "error", "failure": "failed", "skipped": "skipped"}  # JUnit's word: ours, the worst first

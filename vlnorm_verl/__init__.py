@@ -1,7 +1,7 @@
 """VL Norm (arXiv 2509.07558, first called ΔL Normalization) for stock verl.
 
-Installing this package is enough: verl finds it through its `verl.plugins` entry point, and
-`actor_rollout_ref.actor.loss_agg_mode=vl_norm` works in every verl run.
+With verl 0.9 installing this package is enough: verl finds it through its `verl.plugins` entry point, and takes
+`actor_rollout_ref.actor.loss_agg_mode=vl_norm` (docs/support.md has older releases).
 
 The names below are the public API; they import no verl.
 """

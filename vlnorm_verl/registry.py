@@ -31,7 +31,7 @@ def register_aggregation(name: str) -> Callable[[Factory], Factory]:
     """Decorator: make an aggregation usable as `loss_agg_mode=<name>` or `<name>:<number>`.
 
     The factory takes no argument, or one number (with a default), and raises ValueError on a bad one. It must be
-    registered in every process: do it in a module named in your own `verl.plugins` entry point.
+    registered in every process (docs/extending.md).
 
     Raises:
         ValueError: the name is taken, or is not lower-case letters, digits and underscores.

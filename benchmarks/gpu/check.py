@@ -89,7 +89,7 @@ def update(results: dict[str, Any], tiny: bool) -> tuple[bool | None, str]:
     ours, again = modes["vl_norm"]["wall_ratio"], modes["token-mean again"]["wall_ratio"]
     peak = f", peak {modes['vl_norm']['peak_gib']:.1f} GiB" if "peak_gib" in modes["vl_norm"] else ""
     (met,) = results["targets"].values()
-    return tiny or (len(result["rounds"]) >= ROUNDS and met), (
+    return True if tiny else met if len(result["rounds"]) >= ROUNDS else None, (
         f"{result['model_parameters'] / 1e6:,.1f} M parameters, {result['responses']} responses of up to "
         f"{result['response_tokens']['max']} tokens: vl_norm takes {ours['median']:.4f} of token-mean's time "
         f"[{ours['low']:.4f}, {ours['high']:.4f}], token-mean again {again['median']:.4f} [{again['low']:.4f}, "

@@ -38,7 +38,7 @@ TRAINING = {
     "actor/vl_norm/variance_ratio": "√(A/H), predicted ratio of CVs",
     "actor/vl_norm/length_harmonic_mean": "harmonic mean length H, tokens",
     "actor/vl_norm/effective_responses": "effective sample size of the weights (Kish)",
-    "actor/vl_norm/weight_max": "largest weight M·N·x",
+    "actor/vl_norm/weight_max": "largest weight N·x/Σx",
 }
 MEASURED = {  # drawn instead of what verl logs under this name
     "actor/entropy": measures.entropy_per_token,
