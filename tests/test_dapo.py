@@ -145,6 +145,9 @@ def test_a_context_that_cuts_responses_below_the_limit_is_refused() -> None:
         checks.check_overlong_filtering(config)
     config.actor_rollout_ref.rollout.max_model_len = 12
     checks.check_overlong_filtering(config)
+    config.actor_rollout_ref.rollout.name = "sglang"
+    with pytest.raises(ValueError, match=r"\+ 1 = 13$"):
+        checks.check_overlong_filtering(config)
 
 
 # --------------------------------------------------------------------------------------------------- soft punishment

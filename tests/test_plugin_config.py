@@ -160,6 +160,12 @@ OWN_MODES = {
 }
 
 
+def test_an_aggregation_may_have_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    constant = Aggregation(lambda n: torch.tensor(1.0), lambda n: n, False)
+    monkeypatch.setitem(registry._REGISTRY, "mine", lambda: constant)
+    check_config(compose(*actor(loss_agg_mode="mine")))
+
+
 @pytest.mark.parametrize("name", OWN_MODES)
 def test_an_aggregation_that_is_no_function_of_each_length_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry._REGISTRY, name, lambda: OWN_MODES[name])

@@ -98,8 +98,17 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
+    stat = os.stat
+
+    def unseen(path: Any, **given: Any) -> Any:
+        if "-1/" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **given)
+
     monkeypatch.setattr(os, "scandir", closed)
-    assert looked_at(read(tmp_path))["Files of it cannot be read"] == ["vl_norm-1.0-1"]
+    monkeypatch.setattr(os, "stat", unseen)
+    said = report(tmp_path, out=tmp_path / "out")
+    assert any("Not in the report: vl_norm-1.0-1 (cannot be read (Permission denied))" in line for line in said)
 
 
 def test_bytes_that_are_no_text_and_a_step_that_is_none_are_corrupt_lines(tmp_path: Path) -> None:

@@ -324,15 +324,21 @@ def test_a_run_that_began_from_another_ones_checkpoint_goes_on_from_its_own(tmp_
         "trainer.resume_from_path=/a/global_step_9",
     ]
 
-    def started() -> str:
+    def started(*given: str) -> str:
         asked = configured(tmp_path, *given)
-        config = with_settings(asked, launch.settings(Request(RECIPES, given), asked, tmp_path))
+        config = with_settings(asked, launch.settings(Request(RECIPES, [*given]), asked, tmp_path))
         remember(config, tmp_path)
         return str(config.trainer.resume_mode)
 
-    assert started() == "resume_path"
+    assert started(*given) == "resume_path"
+    logged(tmp_path, 10)
+    for other in (["trainer.resume_mode=disable"], [*given[1:2], "trainer.resume_from_path=/b/global_step_9"]):
+        with pytest.raises(UserError, match=r"trainer\.resume_"):
+            started(given[0], *other)
     saved(tmp_path, 40)
-    assert started() == "auto"
+    assert started(*given) == started(given[0]) == "auto"
+    with pytest.raises(UserError, match=r"trainer\.resume_mode"):
+        started(given[0], "trainer.resume_mode=disable")
 
 
 def test_a_checkpoint_that_cannot_be_removed_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """What a Python environment and a machine lack for a run on GPUs, or on the CPU, each with what mends it.
 
-Only the standard library, but for `flash_attention_problem` (torch), `cpus` (Ray), `memory_problem` (Ray, psutil). So
-recipes/install_gpu.sh can run this file before anything is installed, and the launcher in environments other than its
-own.
+Only the standard library, but for `flash_attention_problem` (torch), `cpus` (Ray), `memory_problem` (Ray, psutil),
+`verl_problem`. So recipes/install_gpu.sh can run this file before anything is installed, and the launcher in
+environments other than its own.
 
     python vlnorm_verl/machine.py driver         in words; exit code 1 if the driver is too old for the wheels
     python vlnorm_verl/machine.py environment    the versions that decide between CPU and GPU, as JSON

@@ -171,7 +171,9 @@ def check_functions(method: Aggregation, where: str) -> None:
     """Raises ValueError unless numerator and summand are finite, ≥ 0 and > 0, and of each length by itself."""
     lengths = torch.tensor([3.0, 1.0, 1000.0, 2.0], dtype=torch.float64)
     for name, function in (("numerator", method.numerator), ("summand", method.summand)):
-        together, alone = function(lengths), torch.cat([function(length) for length in lengths.split(1)])
+        # A function may be a constant.
+        together, *apart = (function(part) * torch.ones_like(part) for part in (lengths, *lengths.split(1)))
+        alone = torch.cat(apart)
         wrong = (together < 0) if name == "numerator" else (together <= 0)
         if (wrong | ~together.isfinite()).any() or not torch.allclose(together, alone, rtol=1e-12):
             raise ValueError(
@@ -299,9 +301,10 @@ def check_overlong_filtering(config: Any) -> None:
     context = OmegaConf.select(config, "actor_rollout_ref.rollout.max_model_len")
     if context is None:  # the model's own, which only a worker knows
         return
-    if context < (needed := whole_number(config, "data.max_prompt_length") + limit):
+    sglang = OmegaConf.select(config, "actor_rollout_ref.rollout.name") == "sglang"  # verl keeps one token free there
+    if context < (needed := whole_number(config, "data.max_prompt_length") + limit + sglang):
         raise ValueError(
             f"actor_rollout_ref.rollout.max_model_len={context}: behind a long prompt a response is cut before it has "
             f"algorithm.{overlong.LENGTH_KEY}={limit} tokens, and would not be filtered. Accepted: at least "
-            f"data.max_prompt_length + algorithm.{overlong.LENGTH_KEY} = {needed}"
+            f"data.max_prompt_length + algorithm.{overlong.LENGTH_KEY}{' + 1' * sglang} = {needed}"
         )

@@ -95,7 +95,7 @@ def build(request: Request, console: Console, memo: Memo | None = None) -> list[
     for name in set(earlier.files) - set(files):
         if re.fullmatch(r"(tables|figures)/\w[^/]*", name):  # the record may have come with the folder
             (request.out / name).unlink(missing_ok=True)
-    if any(isinstance(note, Unread) for run in runs for note in run.notes):
+    if any(isinstance(note, Unread) and not note.forbidden for run in runs for note in run.notes):
         inputs = ""  # the next report is to try again
     write_json(request.out / WRITTEN, {"files": files, "inputs": inputs, "dumps": dumps, "said": said})
     memo.inputs = inputs

@@ -6,6 +6,7 @@ A file is taken as unchanged while its size and its time of change are.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,13 +16,13 @@ from vlnorm_verl.report.identity import CONFIGS, LAST_START
 from vlnorm_verl.runs.records import Unread
 
 T = TypeVar("T")
-Stamp = tuple[tuple[str, int, int], ...]
+Stamp = tuple[tuple[str, int, int, bool], ...]
 
 
 def stamp(files: Iterable[Path]) -> Stamp:
-    """(path, size, time of change) of each file that is there."""
+    """(path, size, time of change, whether it may be read) of each file that is there."""
     stats = [(str(file), file.stat()) for file in files if file.is_file()]
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return tuple((name, stat.st_size, stat.st_mtime_ns, os.access(name, os.R_OK)) for name, stat in stats)
 
 
 class Memo:
@@ -52,9 +53,10 @@ def fingerprint(sources: Sequence[Source], options: object, dumps: Iterable[str]
 
     dumps: folders of dumps that are not in the runs' own.
     """
-    folders = dict.fromkeys([*(source.folder / "validation" for source in sources), *map(Path, dumps)])
+    listed = [source.folder for source in sources if not source.unread]
+    folders = dict.fromkeys([*(folder / "validation" for folder in listed), *map(Path, dumps)])
     files = [file for source in sources for file in source.files]
-    files += [source.folder / name for source in sources for name in (*CONFIGS, LAST_START)]
+    files += [folder / name for folder in listed for name in (*CONFIGS, LAST_START)]
     files += [file for folder in folders for file in sorted(folder.glob("*.jsonl"))]
     package = Path(__file__).parents[1]
     files += sorted([*package.glob("*.py"), *package.glob("report/*.*"), *package.glob("runs/*.py")])

@@ -127,7 +127,7 @@ def attach_validations(run: Run, dumps: dict[int, Dump]) -> None:
     if run.unnamed:
         run.notes.append(
             "validation dumps do not say which validation set a response is of: no intervals (a reward that returns "
-            "validation_set tells it)"
+            "the row's data_source as validation_set tells it)"
         )
     for step, sets in run.validations.items():
         run.notes += [note for validation in sets.values() for note in _uneven(step, validation)]

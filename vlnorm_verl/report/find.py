@@ -88,13 +88,17 @@ def find(arguments: Sequence[str]) -> list[Source]:
         if not path.exists():
             raise UserError(f"RUN {argument}: there is no {path}. Accepted: {ACCEPTED}")
         sources = list(_search(path)) or [_source("empty", path, path)]
-        if seed is not None and len(sources) > 1:
-            raise UserError(f"RUN {argument}: a seed is of one run, and there are {len(sources)} in {path}")
+        count = sum(not source.unread for source in sources)
+        if seed is not None and count > 1:
+            raise UserError(f"RUN {argument}: a seed is of one run, and there are {count} in {path}")
         for source in sources:
             key = source.kind, (source.files[0] if source.files and not _many(source) else source.folder).resolve()
             if key not in sources_by_file or (label and not sources_by_file[key].label):
-                sources_by_file[key] = replace(source, label=label, seed=seed, alone=len(sources) == 1)
-    if all(source.kind == "empty" and not _has_configuration(source.folder) for source in sources_by_file.values()):
+                sources_by_file[key] = replace(source, label=label, seed=seed, alone=count == 1)
+    if all(
+        source.kind == "empty" and (source.unread or not _has_configuration(source.folder))
+        for source in sources_by_file.values()
+    ):
         raise UserError(
             f"RUN {' '.join(arguments)}: no run there. Looked for metrics-NNN.jsonl or another *.jsonl of verl's file "
             "logger, tensorboard's events.out.tfevents.* and *.wandb, in these folders and all below"

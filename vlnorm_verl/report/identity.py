@@ -100,6 +100,8 @@ def identify(source: Source, config: dict[str, Any] | None = None, title: str = 
     """
     if source.shared:
         identity = Identity(notes=["several runs' *.jsonl in its folder: configuration and dumps there not used"])
+    elif source.unread:
+        identity = Identity()
     elif source.kind == "wandb" and config:
         identity = from_config(config, str(source.files[0]))
     else:

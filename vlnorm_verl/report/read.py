@@ -40,7 +40,6 @@ from vlnorm_verl.runs.records import (
     RECORD,
     VALIDATION_METRIC,
     Start,
-    Unread,
     columns,
     join,
     read_lines,
@@ -239,7 +238,7 @@ def _dumps(run: Run, log: _Log) -> dict[int, Path]:
     if run.left_out or not run.method:
         return {}
     files: dict[int, Path] = {}
-    for part in (part for part in (log, *log.later) if not part.source.shared):
+    for part in (part for part in (log, *log.later) if not part.source.shared and not part.source.unread):
         folder = part.source.folder / "validation"
         if not folder.is_dir() and part.identity.validation_folder:
             folder = Path(part.identity.validation_folder)
@@ -276,7 +275,7 @@ def _note_missing(run: Run, log: _Log) -> None:
         return
     if not len(run.steps):
         empty = "no metrics yet" if any(run.setting) else f"no run there; accepted: {ACCEPTED}"
-        empty = Unread(f"cannot be read ({log.source.unread})") if log.source.unread else empty
+        empty = f"cannot be read ({log.source.unread})" if log.source.unread else empty
         run.notes.append(empty if log.source.kind == "empty" else "no step in its metrics")
         run.left_out = "" if run.validations else run.notes[-1]
         return

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs.records import Start, decode, starts_of
+from vlnorm_verl.runs.records import Start, decode, starts_of, unread
 
 
 def read_tensorboard(files: Iterable[Path], notes: list[str]) -> list[Start]:
@@ -30,7 +30,8 @@ def read_tensorboard(files: Iterable[Path], notes: list[str]) -> list[Start]:
                     if number is not None and number.ndim == 0 and number.dtype.kind in "fiu":
                         rows.append((event.step, {value.tag: number.item()}))
         except Exception as error:  # tensorboard has no class of its own for a file that is damaged
-            notes.append(f"{file.name}: cannot be read to its end ({type(error).__name__})")
+            cut = f"{file.name}: cannot be read to its end ({type(error).__name__})"
+            notes.append(unread(file, error) if isinstance(error, OSError) else cut)
         if began is None:
             notes.append(f"{file.name}: no event in it")
         by_time.append((began or 0.0, starts_of(file.name, rows)))

@@ -277,9 +277,8 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
             for run in validated
             if measures.undumped([run], step := measures.validated_steps(run)[-1]) and not run.unnamed
         ],
-        "Validation dumps do not say the validation set of a response (a reward that returns validation_set does)": [
-            run.name for run in validated if run.unnamed
-        ],
+        "Validation dumps do not say the validation set of a response (a reward that returns data_source as "
+        "validation_set does)": [run.name for run in validated if run.unnamed],
     }
     return {what: which for what, which in found.items() if which}
 

@@ -32,13 +32,7 @@ MAY_CHANGE = (
     # how long it is, where it lies, what it prints and keeps
     *("recipe.steps", "recipe.root", "recipe.data", "recipe.folder", "recipe.keep"),
     *("trainer.total_*", "trainer.*_freq", "trainer.val_*", "trainer.*_dir", "trainer.max_*_ckpt_to_keep"),
-    *(
-        "trainer.resume_*",
-        "trainer.logger",
-        "trainer.log_*",
-        "trainer.*_name",
-        "trainer.v1.sampler.sampler_kwargs.poll_interval",
-    ),
+    *("trainer.logger", "trainer.log_*", "trainer.*_name", "trainer.v1.sampler.sampler_kwargs.poll_interval"),
     *("ray_kwargs.*", "global_profiler.*", "*.profiler.*"),
     # memory and speed: where and in how many pieces the same numbers are computed
     *("*micro_batch_size*", "*use_dynamic_bsz", "*max_token_len_per_gpu", "*offload*"),
@@ -134,6 +128,9 @@ def refuse_other(config: DictConfig, folder: Path) -> None:
     if not file.exists() or not _has_run(folder):
         return
     fixed = MICRO_BATCHES if depends_on_micro_batches(config) else ()
+    # From its own checkpoint it goes on whatever it began from.
+    own = completed_steps(folder) > 0 and config.trainer.resume_mode == "auto"
+    may_change = (*MAY_CHANGE, "trainer.resume_*") if own else MAY_CHANGE
 
     def experiment(values: dict[str, Any]) -> dict[str, Any]:
         data = f"{values['recipe.data']}/"  # may move, with the tiny model in it
@@ -146,7 +143,7 @@ def refuse_other(config: DictConfig, folder: Path) -> None:
         return {
             key: moved(value)
             for key, value in values.items()
-            if key in fixed or not any(fnmatch(key, may) for may in MAY_CHANGE)
+            if key in fixed or not any(fnmatch(key, may) for may in may_change)
         }
 
     before, now = experiment(flatten(OmegaConf.load(file))), experiment(flatten(config))

@@ -208,7 +208,11 @@ def settings(request: Request, asked: DictConfig, folder: Path) -> dict[str, Any
         # It was validated when it began. What a crash has kept from being validated is, now.
         changed["trainer.val_before_train"] = validation_due(asked, folder)
         changed["trainer.val_only"] = done >= asked.trainer.total_training_steps
-        changed["trainer.resume_mode"] = "auto"  # resume_path would go back to another run's checkpoint at each start
+        # What it began from, another run's checkpoint say, it would go back to at each start.
+        if (folder / "config.yaml").exists():
+            first = OmegaConf.load(folder / "config.yaml").trainer
+            if all(asked.trainer[key] == first[key] for key in ("resume_mode", "resume_from_path")):
+                changed["trainer.resume_mode"] = "auto"
     if request.on_cluster:
         changed |= clusters.settings(asked, next_metrics(folder))
     return changed

@@ -97,7 +97,8 @@ def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
     token = Path(config.recipe.folder) / f".probe-{uuid.uuid4().hex}"
     token.touch()
     reward = config.reward.custom_reward_function.path
-    reward = None if "://" in (reward or "") else reward  # pkg://… is imported
+    reward = (reward or "").removeprefix("file://")
+    reward = None if "://" in reward else reward  # pkg://… is imported
     run = {
         "mode": config.actor_rollout_ref.actor.loss_agg_mode,
         "token": str(token),

@@ -54,7 +54,18 @@ def decode(line: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
 
 
 class Unread(str):
-    """A note that a file could not be read: what was made without it is not to be kept."""
+    """A note that a file could not be read: what was made without it is not to be kept.
+
+    forbidden: as long as its permissions are what they are; else it may be read the next time.
+    """
+
+    forbidden: bool
+
+
+def unread(path: Path, error: OSError) -> Unread:
+    note = Unread(f"{path.name}: cannot be read ({error.strerror})")
+    note.forbidden = isinstance(error, PermissionError)
+    return note
 
 
 def read_lines(path: Path, decoder: msgspec.json.Decoder[Any], notes: list[str]) -> Iterator[Any]:
@@ -71,7 +82,7 @@ def read_lines(path: Path, decoder: msgspec.json.Decoder[Any], notes: list[str])
                     elif line.strip(b"\xef\xbb\xbf \t\r\n"):
                         corrupt.append(number)
     except OSError as error:
-        notes.append(Unread(f"{path.name}: cannot be read ({error.strerror})"))
+        notes.append(unread(path, error))
     if corrupt:
         named = ", ".join(map(str, corrupt[:NOTED])) + (" …" if len(corrupt) > NOTED else "")
         word = "line" if len(corrupt) == 1 else f"{len(corrupt)} lines"
