@@ -56,6 +56,13 @@ def test_last_qkv(config: Any, expected: list[str]) -> None:
     assert sorted(select_parameters(models.skeleton(config), "last-qkv")) == sorted(expected)
 
 
+def test_the_accelerator_that_torch_knows_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever made it; torch's meta device stands for one."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("meta"))
+    assert models.load_model(str(WEIGHTS)).device.type == "meta"
+
+
 def test_tied_embeddings_count_once(tiny: Any) -> None:
     everything = select_parameters(tiny, "all")
     assert sum(parameter.numel() for parameter in everything.values()) == 337_152

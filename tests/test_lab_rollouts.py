@@ -21,7 +21,7 @@ from tests.lab_tiny import PROMPT, SMALL_DESIGN, ids, sample_small
 from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import models, store, vllm_engine
 from vlnorm_verl.lab.engines import Request, by_prompt, end_tokens, with_transformers
-from vlnorm_verl.lab.rollouts import Design, prompt_text, sample
+from vlnorm_verl.lab.rollouts import Design, prompt_ids, sample
 from vlnorm_verl.lab.store import Rollouts
 from vlnorm_verl.lab.tasks import Question, Task, load_task
 from vlnorm_verl.tasks.tiny import WEIGHTS
@@ -284,19 +284,27 @@ def test_prompts_go_through_the_chat_template_as_in_verl() -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role[0] }}{{ m.content }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"
     )
-    text = prompt_text(tokenizer, CHAT, chat_template=True)
+    text = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
     assert text == "<s07,03><u,12>bp:>:"
-    # The call of verl's agent loop and of its data set.
-    theirs = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert tokenizer.encode(text, add_special_tokens=False) == theirs
-    assert prompt_text(tokenizer, CHAT, chat_template=False) == "07,03,12>bp:"
+    assert prompt_ids(tokenizer, CHAT, chat_template=True) == tokenizer.encode(text, add_special_tokens=False)
+    assert prompt_ids(tokenizer, CHAT, chat_template=False) == ids("07,03,12>bp:")
+
+
+def test_mistrals_own_tokenizer_gives_control_tokens(tmp_path: Path) -> None:
+    package = Path(pytest.importorskip("mistral_common").__file__).parent
+    shutil.copy(package / "data" / "tekken_240911.json", tmp_path / "tekken.json")
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    tokenizer = models.load_tokenizer(str(tmp_path))
+    begin, *_, end = found = prompt_ids(tokenizer, CHAT, chat_template=True)
+    assert [begin, found[1], end] == tokenizer.convert_tokens_to_ids(["<s>", "[INST]", "[/INST]"])
+    assert tokenizer.decode(found).startswith("<s>[INST]")
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     tokenizer = models.load_tokenizer(str(WEIGHTS))
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"chat template cannot be applied: .* --no-chat-template takes the prompts"):
-        prompt_text(tokenizer, CHAT, chat_template=True)
+        prompt_ids(tokenizer, CHAT, chat_template=True)
 
 
 def test_requests_that_cannot_be_met(tmp_path: Path) -> None:

@@ -135,11 +135,12 @@ def load_tokenizer(resolved: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(resolved: str) -> PreTrainedModel:
-    """The model in float32, in evaluation mode, on the GPU if there is one; raises as `_loaded`."""
+    """The model in float32, in evaluation mode, on torch's accelerator if there is one; raises as `_loaded`."""
     import torch
 
     model: PreTrainedModel = _loaded("AutoModelForCausalLM", resolved, NOT_CAUSAL, dtype=torch.float32)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return model.to(accelerator or "cpu").eval()
 
 
 def skeleton(config: Any) -> PreTrainedModel:

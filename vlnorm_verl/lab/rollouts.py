@@ -89,8 +89,7 @@ def sample(
     questions = task.questions(len(kinds), seed)
     resolved = models.resolve(model, out)
     tokenizer = models.load_tokenizer(resolved)
-    texts = [prompt_text(tokenizer, question.messages, chat_template) for question in questions]
-    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    prompts = [prompt_ids(tokenizer, question.messages, chat_template) for question in questions]
     config = models.load_config(resolved)
     positions = getattr(config, "max_position_embeddings", None)
     longest = max(map(len, prompts))
@@ -135,7 +134,7 @@ def sample(
             decoded = tokenizer.batch_decode(responses, skip_special_tokens=True)
             finished[number] = Rollouts(
                 kind=kinds[number],
-                prompt=texts[number],
+                prompt=tokenizer.decode(prompts[number]),
                 prompt_ids=prompts[number],
                 responses=responses,
                 rewards=[task.score(questions[number], text) for text in decoded],
@@ -152,16 +151,17 @@ def _fingerprint(prompts: Sequence[list[int]], questions: Sequence[Question]) ->
     return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, chat_template: bool) -> str:
-    """The text that the model continues: as verl's data set and agent loop make it, or that of the messages alone.
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, chat_template: bool) -> list[int]:
+    """Tokens that the model continues: as verl's data set and agent loop make them, or of the messages' text alone.
 
     Raises:
         UserError: the tokenizer has no chat template, or one that refuses the messages.
     """
     if not chat_template:
-        return "".join(message["content"] for message in messages)
+        return tokenizer.encode("".join(message["content"] for message in messages), add_special_tokens=False)
     try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        # Not by way of the text: mistral_common's tokenizer reads no control tokens from it.
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     except Exception as error:  # of the template's own, too
         raise UserError(
             f"the tokenizer's chat template cannot be applied: {error}. --no-chat-template takes the prompts as they "

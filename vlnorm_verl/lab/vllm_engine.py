@@ -42,7 +42,7 @@ def responses(resolved: str, request: Request, out: Path, finished: Set[int] = f
     missing = len(places)
     if not missing:
         return
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.accelerator.is_available()
     asked = {
         "engine": {
             "model": resolved,
