@@ -58,7 +58,8 @@ case "${1:-}" in
 esac
 flash=${FLASH_ATTN:-wheel}
 case $flash in wheel | build | none) ;; *) fail "FLASH_ATTN=$flash: accepted are wheel, build, none" ;; esac
-[ "$(uname -sm)" = "Linux x86_64" ] || fail "$(uname -sm): the lock is for x86-64 Linux"
+[ "$(uname -sm)" = "Linux x86_64" ] || fail "$(uname -sm): the lock is for x86-64 Linux. In an environment \
+where verl already trains: pip install '.[recipes,math,report]'; flash-attn by its own instructions, or attention=sdpa"
 
 # The base of conda is active by itself.
 target=${VIRTUAL_ENV:-}

