@@ -161,6 +161,7 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
             ["actor_rollout_ref.actor.policy_loss.loss_mode=dapo_norm_as_coded", "attention=sdpa"],
             "a micro-batch. Accepted: attention=flash",
         ),
+        (["actor_rollout_ref.rollout.name=sglang"], "rollout.name=sglang: accepted is vllm"),
         (["trainer.test_freq=null"], "trainer.test_freq=null: accepted is a number of steps; -1 is never"),
         (["trainer.default_local_dir=/big/disk"], "default_local_dir=/big/disk: accepted is "),
         (["trainer.save_freq=null"], "trainer.save_freq=null: accepted is a number of steps; -1 is never"),
@@ -370,6 +371,7 @@ def test_the_version() -> None:
     [
         ([], False, True),
         (["model=3b", "attention=sdpa"], False, False),
+        (["model=7b", "+actor_rollout_ref.model.override_config.attn_implementation=eager"], False, False),
         (["model='tiny'"], True, False),
     ],
 )

@@ -69,6 +69,8 @@ def validate(config: DictConfig) -> None:
             f"actor_rollout_ref.model.path={model}: verl does not know ~. Accepted: the whole path, "
             f"{os.path.expanduser(model)}"
         )
+    if (engine := config.actor_rollout_ref.rollout.name) != "vllm":
+        raise UserError(f"actor_rollout_ref.rollout.name={engine}: accepted is vllm. Others: in a run of your own")
     actor = config.actor_rollout_ref.actor
     needs_m = actor.loss_agg_mode == "seq-mean-token-sum-norm"  # of verl's own modes; the plugin checks ours
     if needs_m and actor.loss_scale_factor is None:

@@ -154,7 +154,7 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
             f"trainer.device={config.trainer.device} with model={chosen['model']}: model=tiny is on the CPU and the "
             "others on GPUs. trainer.device cannot be given by itself"
         )
-    if not is_cpu(config) and not wants_flash_attention(config):
+    if not is_cpu(config) and chosen["attention"] == "sdpa":
         if depends_on_micro_batches(config):
             raise UserError(
                 f"actor_rollout_ref.actor.policy_loss.loss_mode={config.actor_rollout_ref.actor.policy_loss.loss_mode} "
