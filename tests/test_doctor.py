@@ -89,6 +89,9 @@ def test_before_0_9_the_other_variable_is_the_reason(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("verl.__version__", "0.8.0")
     monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "mine")
     assert "VERL_USE_EXTERNAL_MODULES, which is 'mine': add vlnorm_verl.verl_entry" in doctor.not_loaded()
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "mine,vlnorm_verl.verl_entry")
+    assert doctor.not_loaded() == ""  # something else is wrong
+    assert any("recipes are for 0.9 and later" in problem.what for problem in doctor.gpu_problems())
 
 
 def test_where_the_package_is_not_installed_there_is_no_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:

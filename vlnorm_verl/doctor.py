@@ -70,6 +70,8 @@ def not_loaded() -> str:
 
     if before_0_9():
         value = os.environ.get("VERL_USE_EXTERNAL_MODULES")
+        if "vlnorm_verl.verl_entry" in (value or "").split(","):
+            return ""
         return (
             f"verl {verl_version()} loads it by VERL_USE_EXTERNAL_MODULES, which is {value!r}: add "
             "vlnorm_verl.verl_entry, on every node, before `ray start`"
@@ -125,7 +127,12 @@ def quiet() -> Iterator[IO[str]]:
 
 def gpu_problems() -> list[machine.Defect]:
     """What a run of the recipes on GPUs would fail for in this environment, on this machine."""
+    from vlnorm_verl.plugin.names import verl_version
+    from vlnorm_verl.plugin.releases import before_0_9
+
     problems = machine.environment_problems(on_cpu=False, flash_attention=True)
+    if importlib.util.find_spec("verl") and before_0_9():
+        problems.append(machine.Defect(f"verl {verl_version()}: recipes are for 0.9 and later", machine.INSTALL_GPU))
     if problem := machine.driver_problem(machine.this_environment().cuda or machine.WHEELS_CUDA):
         problems.append(problem)
     return problems + machine.tight(Path("runs"))
