@@ -247,6 +247,8 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
         (["actor_rollout_ref.model.path='~/Qwen'"], f"know ~. Accepted: the whole path, {Path.home()}/Qwen"),
         (["recipe.data=/tmp/a,b"], """"recipe.root='~/a, (b)=#1'\""""),
         (["recipe.data=/tmp/run(copy)"], "Hydra cannot read this"),
+        (["recipe.seed=0,1,2"], "reproduce.sh SET --seeds 0,1,2"),
+        (["hydra.run.dir=/x"], "The run's folder is recipe.folder="),
         (["actor_rollout_ref.actor.checkpoint.async_save=true"], "verl then names no checkpoint as the last"),
         (["actor_rollout_ref.actor.checkpoint.save_contents=[model]"], "go on with a new optimizer"),
         (["data.max_prompt_length=2000"], "max_model_len=9216: vLLM would cut responses. Accepted: at least"),

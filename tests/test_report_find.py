@@ -196,8 +196,21 @@ def test_a_plain_run_of_verl_with_hydras_configuration(tmp_path: Path) -> None:
     )
     run = read_one(tmp_path)
     assert (run.method_key, run.seed, run.planned_steps) == ("grpo_norm", 4, 50)
-    assert run.setting == Setting(model="Qwen2.5-3B", length="512")
+    assert run.setting == Setting(task="/${base}", model="Qwen2.5-3B", length="512")
     assert [row["step"] for row in made([run], "results")] == ["7 of 50"]
+
+
+def test_what_an_environment_says_tells_runs_apart_by_its_text(tmp_path: Path) -> None:
+    """The reader's environment is not asked. Hydra's multirun numbers its jobs."""
+    for job, (model, mode) in enumerate((("A", "token-mean"), ("B", "token-mean"), ("B", "vl_norm:${oc.env:ALPHA}"))):
+        folder = tmp_path / "multirun" / "2026-11-28" / "12-00-00" / str(job)
+        put(folder / "metrics-000.jsonl", record(7, **accuracy(0.5)))
+        actor = f"{{actor: {{loss_agg_mode: '{mode}'}}, model: {{path: '${{oc.env:MODELS}}/{model}'}}}}"
+        put(folder / ".hydra" / "config.yaml", f"actor_rollout_ref: {actor}\ndata: {{max_response_length: 512}}\n")
+    runs = read(tmp_path)
+    assert sorted(run.setting.model for run in runs) == ["A", "B", "B"]
+    assert {run.method_key for run in runs} == {"dapo_norm", "vl_norm:${oc.env:ALPHA}"}
+    assert len({run.name for run in runs}) == 3
 
 
 @pytest.mark.parametrize(
@@ -338,6 +351,7 @@ NAMED = {
         ("dapo_norm_as_coded", 1),
         ("vl_norm_as_coded", 0),
     ],
+    ("project/vl_norm:0.75,lr=1e-06,seed=3.jsonl",): [("vl_norm:0.75", 3)],
     ("project/experiment.jsonl",): [("experiment", 0)],
     ("a/experiment.jsonl", "b/experiment.jsonl"): [("a/experiment", 0), ("b/experiment", 0)],
     ("mine_s0.jsonl", "mine_s1.jsonl"): [("mine", 0), ("mine", 1)],

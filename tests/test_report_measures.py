@@ -183,7 +183,7 @@ def test_a_sweep_of_one_seed_says_what_is_left_out(tmp_path: Path) -> None:
     odd = looked_at(read(tmp_path))
     what = "Left out, another run has the same seed"
     assert odd[what] == ["c/vl_norm-1.0-0"]
-    configured = f"{what}, but another configuration (label=PATH gives it a row of its own)"
+    configured = f"{what}, but another configuration (label=PATH for each such run)"
     assert odd[configured] == ["a/vl_norm-1.0-0 (actor_rollout_ref.actor.optim.lr)"]
     labelled = read(tmp_path / "b", f"slow={tmp_path}/a")
     assert [row["method"] for row in made(labelled, "results")] == ["VL Norm (α = 1)", "slow"]

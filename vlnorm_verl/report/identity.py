@@ -187,15 +187,21 @@ def _of_verl(folder: Path, name: str, notes: list[str]) -> dict[str, Any]:
 def from_config(config: dict[str, Any], where: str) -> Identity:
     """Of a configuration of verl, with the recipes' own section or without. where: its file, for messages."""
 
-    def get(key: str) -> Any:
+    def raw(key: str) -> Any:
         node: Any = config
         for part in key.split("."):
             if isinstance(node, str) and "${" in node:
                 break
             node = node.get(part) if isinstance(node, dict) else None
-        return _resolved(config, key) if "${" in str(node) else node
+        return node
 
-    mode, alpha = parse_method(str(get("actor_rollout_ref.actor.loss_agg_mode") or ""), where)
+    def get(key: str) -> Any:
+        return _resolved(config, key) if "${" in str(raw(key)) else raw(key)
+
+    key = "actor_rollout_ref.actor.loss_agg_mode"
+    mode, alpha = parse_method(str(get(key) or ""), where)
+    if not mode and raw(key):
+        mode = str(raw(key))  # of an environment that is gone, so not the default, nor what a folder is called
     fork = _of_the_fork(mode, get)
     method, alpha = methods.split(fork) if fork else (mode, alpha)
     recipe = get("recipe")
@@ -223,9 +229,9 @@ def from_config(config: dict[str, Any], where: str) -> Identity:
             alpha = get("algorithm.vl_norm_as_coded_alpha")  # of that method alone
             identity.alpha = alpha if isinstance(alpha, int | float) else None
         return identity
-    model = get("actor_rollout_ref.model.path")
+    model, files = (get(key) or raw(key) for key in ("actor_rollout_ref.model.path", "data.val_files"))
     identity.setting = Setting(
-        task=file_names(get("data.val_files")),
+        task=file_names(files),
         model=Path(str(model)).name if model else "",
         length=str(get("data.max_response_length") or ""),
     )

@@ -20,7 +20,8 @@ _MODE = re.compile(
     "(?<![a-z0-9])(?P<mode>"
     + "|".join(re.sub("[-_]", "[-_ ]", mode) for mode in sorted(NAMED, key=len, reverse=True))
     + r")(?![a-z0-9])"
-    + r"(?::(?P<parameter>[^\s_/-]*)|(?:[-_ ]?(?:alpha|α)[-_= ]*(?P<alpha>\d(\.\d+)?)|[-_ ](?P<decimal>\d\.\d+))"
+    + r"(?::(?P<parameter>(?:,(?![a-z])|[^\s_/,-])*)"
+    + r"|(?:[-_ ]?(?:alpha|α)[-_= ]*(?P<alpha>\d(\.\d+)?)|[-_ ](?P<decimal>\d\.\d+))"
     + r"(?![a-z0-9.]))?",  # 1.5b is a model
     re.IGNORECASE,
 )

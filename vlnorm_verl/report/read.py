@@ -165,7 +165,10 @@ def _configured_alike(log: _Log, run: _Log) -> bool:
 def _names(logs: Sequence[_Log]) -> list[str]:
     """What each run is called: its label, or as much of its path as tells it from the others."""
     names, labels = [], [(log.source.label, log.source.seed) for log in logs]
-    for log, path in zip(logs, shortest([log.identity.names for log in logs]), strict=True):
+    paths = [log.identity.names for log in logs]
+    # Of Hydra's multirun only the number of the job tells them apart, which else says nothing.
+    paths = [path if paths.count(path) == 1 else log.source.names for log, path in zip(logs, paths, strict=True)]
+    for log, path in zip(logs, shortest(paths), strict=True):
         label, seed = log.source.label, log.source.seed
         if not label:
             names.append(path)

@@ -250,7 +250,7 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
             for run in validated
             if run.planned_steps is None and run not in behind and _last(run) < furthest[run.setting]
         ],
-        "Left out, another run has the same seed, but another configuration (label=PATH gives it a row of its own)": [
+        "Left out, another run has the same seed, but another configuration (label=PATH for each such run)": [
             f"{run.name} ({shortened(keys)})" for run, keys in left_out.items() if keys
         ],
         "Left out, another run has the same seed": [run.name for run, keys in left_out.items() if not keys],

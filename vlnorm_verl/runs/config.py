@@ -45,7 +45,7 @@ def parsed(overrides: list[str]) -> list[Override]:
         try:
             override = OverridesParser.create().parse_override(text)
             if override.is_sweep_override():
-                raise HydraException("several values")
+                raise HydraException("several values: a launch is one run, reproduce.sh SET --seeds 0,1,2 several")
         except HydraException as error:
             raise UserError(
                 f"{text}: Hydra cannot read this as key=value ({str(error).splitlines()[0]}). A value with special "
@@ -129,6 +129,8 @@ def compose(config_folder: Path, overrides: list[str]) -> DictConfig:
     given = parsed(hydra_overrides(overrides))
     if removed := next((o for o in given if o.is_delete()), None):
         raise UserError(f"{removed.input_line}: no key can be taken away. Accepted: {removed.key_or_group}=…, or null")
+    if of_hydra := next((o for o in given if o.key_or_group.startswith(("hydra.", "hydra/"))), None):
+        raise UserError(f"{of_hydra.input_line}: the launcher starts Hydra. The run's folder is recipe.folder=…")
     try:
         config = _composed(config_folder.resolve(), tuple(o.input_line for o in given)).copy()
         values = flatten(config)
