@@ -55,7 +55,7 @@ def thirds(responses: Responses) -> Thirds | None:
     """E[g | third of all lengths] from products of different prompts; None where there are fewer than three lengths."""
     if len(np.unique(responses.lengths)) < 3:
         return None
-    third = np.searchsorted(_edges(responses.lengths), responses.lengths, side="left")
+    third: Ints = np.asarray(np.searchsorted(_edges(responses.lengths), responses.lengths, side="left"))
     onehot = (third[:, None] == np.arange(3)).astype(np.float64)  # [N, 3]
     allowed = (responses.prompts[:, None] != responses.prompts).astype(np.float64)
     products = responses.products * allowed

@@ -180,8 +180,9 @@ def _of_verl(folder: Path, name: str, notes: list[str]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         notes.append(f"{name} is no YAML ({str(error).splitlines()[0]})")
         return {}
-    is_verls = isinstance(content, dict) and ("recipe" in content or "actor_rollout_ref" in content)
-    return content if is_verls else {}
+    if isinstance(content, dict) and ("recipe" in content or "actor_rollout_ref" in content):
+        return content
+    return {}
 
 
 def from_config(config: dict[str, Any], where: str) -> Identity:
