@@ -260,7 +260,7 @@ def test_vllm_on_a_gpu_is_one_process(tmp_path: Path, monkeypatch: pytest.Monkey
         started.update(json.load(options["stdin"])["engine"], environment=options["env"])
         return contextlib.nullcontext(SimpleNamespace(stdout=iter(["[0, [5, 1]]\n"])))
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(subprocess, "Popen", start)
     assert list(vllm_engine.responses("model", request([PROMPT], [1], 1.0, 4), tmp_path)) == [(0, [5, 1])]
     assert started["environment"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"

@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -271,7 +273,7 @@ def test_one_job_for_each_run_on_slurm(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for file in ("countdown/train.parquet", "countdown/test.parquet"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).touch()
+        pq.write_table(pa.table({"prompt": ["?"] * 128}), tmp_path / file)
     done = tmp_path / "dapo-countdown-3b-3072-dapo-seed1"
     done.mkdir()
     (done / "finished").write_text("1000")

@@ -131,7 +131,7 @@ def gpu_problems() -> list[machine.Defect]:
     from vlnorm_verl.plugin.releases import before_0_9
 
     problems = machine.environment_problems(on_cpu=False, flash_attention=True)
-    if importlib.util.find_spec("verl") and before_0_9():
+    if not machine.verl_problem() and before_0_9():
         problems.append(machine.Defect(f"verl {verl_version()}: recipes are for 0.9 and later", machine.INSTALL_GPU))
     if problem := machine.driver_problem(machine.this_environment().cuda or machine.WHEELS_CUDA):
         problems.append(problem)

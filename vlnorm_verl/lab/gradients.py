@@ -103,7 +103,8 @@ def compute(
     total, left = (sum(len(rollouts.responses) for rollouts in each.values()) for each in (files, missing))
     fewer = f" projected to {width:,}" if width < size else ""
     print(f"score gradients of {len(chosen)} parameters, {size:,} entries{fewer}")
-    share = bool(missing) and not checkpointing  # what is recomputed keeps no keys and values
+    # What is recomputed keeps no keys and values. Of most parameters two gradients, to compare, would not fit.
+    share = bool(missing) and not checkpointing and 2 * size < model.num_parameters()
     with tqdm(desc="score gradients", total=total, initial=total - left, mininterval=5) as bar:
         if share and (why := why_not_shared(model, chosen, next(iter(files.values())), sampled["temperature"])):
             bar.write(f"each prompt is computed for each response: this model cannot share it ({why})")

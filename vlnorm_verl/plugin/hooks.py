@@ -71,6 +71,7 @@ def with_mini_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
         if not modes.is_ours(mode):
             return stock(self, data, loss_function, *args, **kwargs)
 
+        check_engine(self, mode)
         scale = getattr(config, "loss_scale_factor", None)  # the critic's config has none up to verl 0.8.0
         method = registry.parse_mode(mode)
         if method.divide_by_m and scale is None:
@@ -79,7 +80,6 @@ def with_mini_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
                 "(verl.utils.config) fills it, and has the run checked: call it before the workers start, as verl's "
                 "main_ppo does"
             )
-        check_engine(self, mode)
         # Not `loss_mask`: verl's rollout correction takes tokens out of `response_mask` only.
         lengths = aggregation.response_lengths(data["response_mask"])
         sums = sum_over_data_parallel_ranks(self, mini_batch_sums(method, lengths))
