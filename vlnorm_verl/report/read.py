@@ -35,16 +35,7 @@ from vlnorm_verl.report.measures import same_sets, validated_steps, validation_s
 from vlnorm_verl.report.names import shortest
 from vlnorm_verl.report.run import Run, logged_accuracies
 from vlnorm_verl.report.trackers import read_tensorboard, read_wandb
-from vlnorm_verl.runs.records import (
-    NOTED,
-    RECORD,
-    VALIDATION_METRIC,
-    Start,
-    columns,
-    join,
-    read_lines,
-    read_starts,
-)
+from vlnorm_verl.runs.records import NOTED, RECORD, VALIDATION_METRIC, Start, columns, join, read_lines, read_starts
 
 # Keys that may change when a run goes on.
 OF_A_START = re.compile(r"trainer\..*|.*\boptim\.total_training_steps")
