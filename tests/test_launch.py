@@ -299,7 +299,7 @@ def test_fewer_problems_than_a_rollout_batch_are_refused(tmp_path: Path) -> None
     config, file = composed(tmp_path, "model=tiny", "data.train_batch_size=11"), tmp_path / "mine.parquet"
     config.data.train_files = [str(file)]
     pq.write_table(pa.table({"prompt": ["?"] * 10}), file)
-    assert "have 10 rows. Accepted: data.train_batch_size=11 or more" in configs.missing_files(config)
+    assert "have 10 rows, and data.train_batch_size=11 needs as many" in configs.missing_files(config)
     config.data.train_files = [str(file), str(file)]
     assert configs.missing_files(config) == ""
     file.write_text("no parquet")

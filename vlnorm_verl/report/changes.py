@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from vlnorm_verl.report.find import Source
 from vlnorm_verl.report.identity import CONFIGS, LAST_START
-from vlnorm_verl.runs.records import Unread
+from vlnorm_verl.runs.records import has_unread
 
 T = TypeVar("T")
 Stamp = tuple[tuple[str, int, int, bool], ...]
@@ -21,7 +21,7 @@ Stamp = tuple[tuple[str, int, int, bool], ...]
 
 def stamp(files: Iterable[Path]) -> Stamp:
     """(path, size, time of change, whether it may be read) of each file that is there."""
-    stats = [(str(file), file.stat()) for file in files if file.is_file()]
+    stats = [(str(file), file.stat()) for file in files if os.path.isfile(file)]
     return tuple((name, stat.st_size, stat.st_mtime_ns, os.access(name, os.R_OK)) for name, stat in stats)
 
 
@@ -41,9 +41,9 @@ class Memo:
         known = self._known.get(first)
         if known is None or known[0] != now:
             own: list[str] = []
-            known = self._known[first] = (now, make(own), own)
-            if any(isinstance(note, Unread) for note in own):
-                del self._known[first]
+            known = (now, make(own), own)
+            if not has_unread(own):
+                self._known[first] = known
         notes += known[2]
         return known[1]
 
@@ -53,11 +53,10 @@ def fingerprint(sources: Sequence[Source], options: object, dumps: Iterable[str]
 
     dumps: folders of dumps that are not in the runs' own.
     """
-    listed = [source.folder for source in sources if not source.unread]
-    folders = dict.fromkeys([*(folder / "validation" for folder in listed), *map(Path, dumps)])
+    folders = dict.fromkeys([*(source.folder / "validation" for source in sources), *map(Path, dumps)])
     files = [file for source in sources for file in source.files]
-    files += [folder / name for folder in listed for name in (*CONFIGS, LAST_START)]
-    files += [file for folder in folders for file in sorted(folder.glob("*.jsonl"))]
+    files += [source.folder / name for source in sources for name in (*CONFIGS, LAST_START)]
+    files += [file for folder in folders if os.path.isdir(folder) for file in sorted(folder.glob("*.jsonl"))]
     package = Path(__file__).parents[1]
     files += sorted([*package.glob("*.py"), *package.glob("report/*.*"), *package.glob("runs/*.py")])
     said = repr((options, [source.folder for source in sources], stamp(files)))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vlnorm_verl.files import write
 from vlnorm_verl.report.run import Run, Validation, logged_accuracies, value_at
-from vlnorm_verl.runs.records import VALIDATION_METRIC, Unread, read_lines
+from vlnorm_verl.runs.records import VALIDATION_METRIC, has_unread, read_lines
 
 CACHE_FILE = ".validation-counts-5.msgpack"  # another number for another format
 
@@ -76,7 +76,7 @@ def read_dumps(files: Iterable[Path], cache: Path | None) -> dict[Path, Dump]:
         notes: list[str] = []
         known[names[file]] = Dump(*stats[file], count(file, notes), notes)
     if cache and new:
-        whole = {name: dump for name, dump in known.items() if not any(isinstance(note, Unread) for note in dump.notes)}
+        whole = {name: dump for name, dump in known.items() if not has_unread(dump.notes)}
         write(cache, msgspec.msgpack.encode(whole, enc_hook=np.ndarray.tolist))
     return {file: known[name] for file, name in names.items()}
 

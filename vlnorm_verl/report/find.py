@@ -95,10 +95,7 @@ def find(arguments: Sequence[str]) -> list[Source]:
             key = source.kind, (source.files[0] if source.files and not _many(source) else source.folder).resolve()
             if key not in sources_by_file or (label and not sources_by_file[key].label):
                 sources_by_file[key] = replace(source, label=label, seed=seed, alone=count == 1)
-    if all(
-        source.kind == "empty" and (source.unread or not _has_configuration(source.folder))
-        for source in sources_by_file.values()
-    ):
+    if all(source.kind == "empty" and not _has_configuration(source.folder) for source in sources_by_file.values()):
         raise UserError(
             f"RUN {' '.join(arguments)}: no run there. Looked for metrics-NNN.jsonl or another *.jsonl of verl's file "
             "logger, tensorboard's events.out.tfevents.* and *.wandb, in these folders and all below"
@@ -205,7 +202,7 @@ def _is_metrics(path: Path) -> bool:
 
 def _has_configuration(folder: Path) -> bool:
     """Whether the launcher has begun a run here."""
-    if not (folder / "config.yaml").is_file():
+    if not os.path.isfile(folder / "config.yaml"):  # False, too, where the folder may not be entered
         return False
     with open(folder / "config.yaml", errors="replace") as file:
         return any(line.startswith("recipe:") for line in file)

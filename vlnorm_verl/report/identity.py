@@ -16,6 +16,7 @@ seeds.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -100,8 +101,6 @@ def identify(source: Source, config: dict[str, Any] | None = None, title: str = 
     """
     if source.shared:
         identity = Identity(notes=["several runs' *.jsonl in its folder: configuration and dumps there not used"])
-    elif source.unread:
-        identity = Identity()
     elif source.kind == "wandb" and config:
         identity = from_config(config, str(source.files[0]))
     else:
@@ -176,7 +175,7 @@ def _of_verl(folder: Path, name: str, notes: list[str]) -> dict[str, Any]:
     """A configuration of verl; empty if the file is none."""
     file = folder / name
     try:
-        content = yaml.load(file.read_bytes(), Loader=LOADER) if file.is_file() else None
+        content = yaml.load(file.read_bytes(), Loader=LOADER) if os.path.isfile(file) else None
     except yaml.YAMLError as error:
         notes.append(f"{name} is no YAML ({str(error).splitlines()[0]})")
         return {}

@@ -16,6 +16,7 @@ server.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -232,11 +233,12 @@ def _dumps(run: Run, log: _Log) -> dict[int, Path]:
     if run.left_out or not run.method:
         return {}
     files: dict[int, Path] = {}
-    for part in (part for part in (log, *log.later) if not part.source.shared and not part.source.unread):
+    for part in (part for part in (log, *log.later) if not part.source.shared):
         folder = part.source.folder / "validation"
-        if not folder.is_dir() and part.identity.validation_folder:
+        if not os.path.isdir(folder) and part.identity.validation_folder:
             folder = Path(part.identity.validation_folder)
-        files |= {int(file.stem): file for file in folder.glob("*.jsonl") if file.stem.isdecimal() and file.is_file()}
+        found = folder.glob("*.jsonl") if os.path.isdir(folder) else ()
+        files |= {int(file.stem): file for file in found if file.stem.isdecimal() and file.is_file()}
     last = int(run.steps[-1]) if len(run.steps) else max(files, default=0)
     if beyond := sorted(step for step in files if step > last):
         run.notes.append(f"validation dumps of steps {', '.join(map(str, beyond))}, after its last record, left out")

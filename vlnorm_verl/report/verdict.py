@@ -19,7 +19,7 @@ from vlnorm_verl.report.groups import Comparison, Group, Groups, by_setting, dou
 from vlnorm_verl.report.labels import accuracy_label, points
 from vlnorm_verl.report.run import Run, logged_accuracies
 from vlnorm_verl.report.table import number
-from vlnorm_verl.runs.records import VALIDATION_METRIC, Unread
+from vlnorm_verl.runs.records import VALIDATION_METRIC, has_unread
 
 MANY = 3  # pairs of methods; from so many on the page says what several intervals at once mean
 NAMED = 8  # runs that are named one by one
@@ -225,7 +225,7 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
             for run in runs
             if (keys := sorted((key for key in run.ended if not _is_accuracy(run, key)), key=run.ended.__getitem__))
         ],
-        "Files of it cannot be read": [run.name for run in runs if any(isinstance(note, Unread) for note in run.notes)],
+        "Files of it cannot be read": [run.name for run in runs if has_unread(run.notes)],
         "Not in the report": [f"{run.name} ({run.left_out})" for run in runs if run.left_out and not run.copy],
         **_without_average(compared),
         f"Setting not known, so not compared with those of a known one{hint}": [

@@ -238,19 +238,19 @@ def flatten(config: Any) -> dict[str, Any]:
     return dict(leaves(plain, ""))
 
 
-def data_files(config: DictConfig) -> list[Path]:
-    """The run's parquet files, those of training first.
+def data_files(config: DictConfig, keys: tuple[str, ...] = ("train_files", "val_files")) -> list[Path]:
+    """The run's parquet files, those of training first. Not addresses: verl copies what is there.
 
     Raises:
         UserError: something else stands there.
     """
     files: list[Path] = []
-    for key in ("train_files", "val_files"):
+    for key in keys:
         given = config.data[key]
         entries = list(given) if OmegaConf.is_list(given) else [given]
         if not entries or not all(isinstance(entry, str) and entry for entry in entries):
             raise UserError(f"data.{key}={given}: accepted is a parquet file, or a list of some")
-        files += [Path(entry).expanduser() for entry in entries if "://" not in entry]  # verl copies those itself
+        files += [Path(entry).expanduser() for entry in entries if "://" not in entry]
     return files
 
 
@@ -287,10 +287,9 @@ def missing_files(config: DictConfig) -> str:
 
 def _too_few_rows(config: DictConfig) -> list[str]:
     """Why the training files cannot make one rollout batch: after its first validation verl would divide by 0."""
-    given = config.data.train_files
-    entries = [Path(entry).expanduser() for entry in (given if OmegaConf.is_list(given) else [given])]
-    if not all(entry.suffix == ".parquet" and entry.is_file() for entry in entries):
-        return []  # the launcher makes it, or verl copies it
+    given, entries = config.data.train_files, data_files(config, ("train_files",))
+    if "://" in str(given) or not all(entry.suffix == ".parquet" and entry.is_file() for entry in entries):
+        return []  # verl copies it, or the launcher makes it
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -298,11 +297,11 @@ def _too_few_rows(config: DictConfig) -> list[str]:
         rows = sum(pq.read_metadata(entry).num_rows for entry in entries)
     except (OSError, pa.ArrowException) as error:
         return [f"data.train_files={given}: {error}"]
-    if rows >= config.data.train_batch_size:
-        return []
-    return [
-        f"data.train_files have {rows} rows. Accepted: data.train_batch_size={config.data.train_batch_size} or more"
-    ]
+    batch = config.data.train_batch_size
+    few = (
+        f"data.train_files have {rows} rows, and data.train_batch_size={batch} needs as many: more, or a smaller batch"
+    )
+    return [few] if rows < batch else []
 
 
 def _how_to_make_data(config: DictConfig) -> str:

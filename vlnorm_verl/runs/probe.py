@@ -96,13 +96,12 @@ def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
         ) from error
     token = Path(config.recipe.folder) / f".probe-{uuid.uuid4().hex}"
     token.touch()
-    reward = config.reward.custom_reward_function.path
-    reward = (reward or "").removeprefix("file://")
-    reward = None if "://" in reward else reward  # pkg://… is imported
+    reward = (config.reward.custom_reward_function.path or "").removeprefix("file://")
+    files = (*data_files(config), model_folder(config), None if "://" in reward else reward)  # pkg://… is imported
     run = {
         "mode": config.actor_rollout_ref.actor.loss_agg_mode,
         "token": str(token),
-        "files": [str(file) for file in (*data_files(config), model_folder(config), reward) if file],
+        "files": [str(file) for file in files if file],
         "loggers": list(config.trainer.logger),
         "on_cpu": is_cpu(config),
         "flash_attention": wants_flash_attention(config),

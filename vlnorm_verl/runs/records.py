@@ -68,6 +68,10 @@ def unread(path: Path, error: OSError) -> Unread:
     return note
 
 
+def has_unread(notes: Iterable[str]) -> bool:
+    return any(isinstance(note, Unread) for note in notes)
+
+
 def read_lines(path: Path, decoder: msgspec.json.Decoder[Any], notes: list[str]) -> Iterator[Any]:
     """The lines of a JSONL file that decode; what does not is told in `notes`."""
     corrupt = []
