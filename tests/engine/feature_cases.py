@@ -79,6 +79,12 @@ def cases(ranks: int) -> list[Case]:
             "bypass_mode",
             correction=reinforce | {"rollout_is": "sequence"},
         ),
+        Case(
+            "bypass_mode, reinforce, IS weights with two bounds",
+            "bypass_mode",
+            correction=reinforce | {"rollout_is_threshold": "0.5_2.0"},
+            since="0.8.0",
+        ),
         Case("bypass_mode, rejected tokens", "bypass_mode", correction=reinforce, masks="rejected tokens"),
         Case(
             "bypass_mode with rollout_rs",
