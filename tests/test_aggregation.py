@@ -250,12 +250,17 @@ def authors_factor(lengths: torch.Tensor, alpha: float) -> torch.Tensor:
     return relative / relative.mean()
 
 
+def log_normal(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Lengths like those of a reasoning model, cut at 512."""
+    draws = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (draws * 0.8 + 4.5).exp().long().clamp(1, 512)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.75, 1.0])
 def test_equals_the_authors_scheme_for_one_update_per_rollout_batch(alpha: float) -> None:
     """Loss and gradient; scaling the advantage before the clip is exact because the loss is homogeneous in it."""
     g = torch.Generator().manual_seed(0)
-    # like those of a reasoning model: log-normal, cut
-    lengths = (torch.randn(64, generator=g, dtype=torch.float64) * 0.8 + 4.5).exp().long().clamp(1, 512)
+    lengths = log_normal((64,), seed=1)
     ratio = (0.5 * torch.randn(64, 512, generator=g, dtype=torch.float64)).exp()
     advantage = torch.randn(64, 1, generator=g, dtype=torch.float64)
     mask = torch.arange(512) < lengths[:, None]
@@ -269,6 +274,13 @@ def test_equals_the_authors_scheme_for_one_update_per_rollout_batch(alpha: float
     ours.backward()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
     torch.testing.assert_close(ours_ratio.grad, theirs_ratio.grad, rtol=1e-12, atol=1e-20)
+
+
+@pytest.mark.parametrize(("alpha", "percent"), [(0.75, 3.5), (1.0, 5)])
+def test_with_four_updates_the_authors_sum_of_weights_moves_by_a_few_percent(alpha: float, percent: float) -> None:
+    """Σx_i of one update times M, over 400 rollout batches of 4 × 320 responses (docs/recipes.md). Ours is always 1."""
+    theirs = torch.stack([authors_factor(batch, alpha).mean(-1) for batch in log_normal((400, 4, 320))])
+    assert 100 * theirs.std(-1).mean().item() == pytest.approx(percent, rel=0.1)
 
 
 # --------------------------------------------------------------------------------------------------------- memory

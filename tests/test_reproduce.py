@@ -207,11 +207,18 @@ def test_status_counts_checkpoints(tmp_path: Path) -> None:
     )
 
 
-def test_dry_run_of_a_set() -> None:
-    code, output = invoked("fig2", "--dry-run")
+@pytest.mark.parametrize(
+    ("name", "runs", "hours"),
+    [
+        ("fig2", 2, "H100 80 GB: 12–97 hours of 8 GPUs"),
+        pytest.param("alpha", 8, "", marks=pytest.mark.slow),  # the rows with a name of their own
+    ],
+)
+def test_dry_run_of_a_set(name: str, runs: int, hours: str) -> None:
+    code, output = invoked(name, "--dry-run")
     assert code == 0
-    assert output.strip().splitlines()[-1] == "2 of 2 runs are valid"
-    assert "H100 80 GB: 12–97 hours of 8 GPUs" in output
+    assert output.strip().splitlines()[-1] == f"{runs} of {runs} runs are valid"
+    assert hours in output
 
 
 def test_dry_run_fails_if_a_run_does() -> None:

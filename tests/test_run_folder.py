@@ -78,7 +78,7 @@ def test_what_is_no_part_of_the_experiment_may_change(tmp_path: Path) -> None:
         *(f"{ACTOR}.entropy_from_logits_with_chunking=true", f"{ACTOR}.use_dynamic_bsz=true"),
         *(f"{ACTOR}.fsdp_config.param_offload=false", f"{ACTOR}.fsdp_config.offload_policy=true"),
         *(f"{ROLLOUT}.max_num_seqs=64", f"{ROLLOUT}.gpu_memory_utilization=0.5", f"{ROLLOUT}.enforce_eager=true"),
-        f"{ROLLOUT}.tensor_model_parallel_size=2",
+        *(f"{ROLLOUT}.tensor_model_parallel_size=2", "actor_rollout_ref.model.use_fused_kernels=true"),
     ]
     remember(configured(tmp_path, *changes), tmp_path)
 

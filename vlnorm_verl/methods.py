@@ -1,7 +1,8 @@
 """The methods that are compared: one row each, with what it is called, how it is drawn and what its entropy is.
 
 A method's key is its name, of VL Norm with its α: "dapo_norm", "vl_norm:0.75". Colours are Okabe & Ito's (2008), which
-differ under the common colour-vision deficiencies too; line style and marker tell the methods apart without colour.
+differ under the common colour-vision deficiencies too, as do those of the two "as coded"; line style and marker tell
+the methods apart without colour.
 
 Covered: names and looks. Not covered: the aggregations themselves (aggregation.py) and what is accepted as a
 loss_agg_mode (`vlnorm_verl.parse_mode`). Nothing here needs torch or verl.
@@ -50,7 +51,7 @@ METHODS = {
         Method("dapo", "DAPO", GREEN, "-.", "^", MEAN_OVER_TOKENS),
         Method("overlong_filtering", "DAPO + overlong filtering", BLACK, "--", "s", MEAN_OVER_TOKENS),
         Method("soft_punishment", "DAPO + soft punishment", ORANGE, ":", "D", MEAN_OVER_TOKENS),
-        Method("dapo_norm_as_coded", "DAPO Norm, as coded", "#999933", (0, (5, 1)), "P", MEAN_OVER_TOKENS),
+        Method("dapo_norm_as_coded", "DAPO Norm, as coded", "#666633", (0, (5, 1)), "P", MEAN_OVER_TOKENS),
         Method("vl_norm_as_coded", "VL Norm, as coded", "#882255", (0, (8, 2)), "X", SUM_OVER_M),
         Method("vl_norm", "VL Norm", VERMILION, "-", "o", is_mode=True),
     )

@@ -19,9 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,28 +61,26 @@ class Study:
     def run(self, left: list[Run], deadline: float) -> bool:
         """Whether none failed. The second that fails ends it; no run begins that would end after the deadline."""
         self.make_warm_starts(sorted({run.warm_start for run in left}))
-        problems, failed = left[0].problems, 0
+        problems, failed = left[0].problems, False
         held_out = self.work / "data" / f"held-out-{problems}.parquet"
         if not held_out.exists():
             with whole(held_out) as temporary:
                 write_parquet(rows(problems, 0, "test"), temporary)
-        for batch in batches(left):
-            if time.time() + max(seconds_of(run, read_records(self.records)) for run in batch) > deadline:
+        for run in left:
+            if time.time() + seconds_of(run, read_records(self.records)) > deadline:
                 break
-            commands = {}
-            for run in batch:
-                empty(folder := self.work / run.name)
-                given = run.overrides(folder, self.work / "data", self.model(run.warm_start), held_out)
-                commands[run.name] = ["-m", "vlnorm_verl", "launch", *given, *(TRIAL if self.trial else [])]
+            empty(folder := self.work / run.name)
+            given = run.overrides(folder, self.work / "data", self.model(run.warm_start), held_out)
+            command = ["-m", "vlnorm_verl", "launch", *given, *(TRIAL if self.trial else [])]
             begun = self.load.now()
-            codes = self.together(commands, lambda name: f"{name}: step {last_step(self.work / name)}")
+            codes = self.together({run.name: command}, lambda name: f"{name}: step {last_step(self.work / name)}")
             ended = self.load.now()
-            for run in batch:
-                if not codes[run.name]:
-                    write_record(self.records, run, self.work / run.name, self.model(run.warm_start), begun, ended)
-            failed += sum(map(bool, codes.values()))
-            if failed > 1:
+            if not codes[run.name]:
+                write_record(self.records, run, folder, self.model(run.warm_start), begun, ended)
+            elif failed:
                 break
+            else:
+                failed = True
         return not failed
 
     def make_warm_starts(self, needed: list[int]) -> None:
@@ -139,21 +136,14 @@ class Study:
         return codes
 
 
-def batches(left: list[Run]) -> Iterator[list[Run]]:
-    """Runs that are run at the same time, in their order."""
-    for jobs, group in groupby(left, key=lambda run: run.jobs):
-        while batch := [*islice(group, jobs)]:
-            yield batch
-
-
 def last_step(folder: Path) -> int:
     return max((record["step"] for record in read_metrics(folder)), default=0)
 
 
 def seconds_of(run: Run, known: list[dict[str, Any]]) -> float:
-    """What a run is expected to take: by the finished ones, with as many at a time if there are such."""
-    alike = [record for record in known if record["jobs"] == run.jobs] or known
-    return run.steps * statistics.median([record["seconds"] / record["steps"] for record in alike] or [FIRST_GUESS])
+    """What a run is expected to take: by the finished ones that ran alone."""
+    alone = [record["seconds"] / record["steps"] for record in known if record["jobs"] == 1]
+    return run.steps * statistics.median(alone or [FIRST_GUESS])
 
 
 def empty(folder: Path) -> None:
@@ -173,7 +163,7 @@ def show(every_run: list[Run], records: Path) -> None:
     for part, what in PARTS.items():
         of_part = [run for run in every_run if run.part == part]
         left = [run for run in of_part if run.name not in known]
-        hours = sum(seconds_of(run, [*known.values()]) / run.jobs for run in left) / 3600
+        hours = sum(seconds_of(run, [*known.values()]) for run in left) / 3600
         table.add_row(part, what, str(len(of_part)), str(len(of_part) - len(left)), f"{hours:.1f}")
     console.print(table)
     for name, record in known.items():
@@ -190,7 +180,8 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder of the runs and the warm starts.")] = ROOT / "runs" / "study",
 ) -> None:
     """Run what is left of the study."""
-    deadline, records, every_run = time.time() + hours * 3600, RECORDS, runs()
+    deadline, records = time.time() + hours * 3600, RECORDS
+    every_run = [replace(run, jobs=1) for run in runs()]  # launch refuses two at a time by now, as two pilots were
     if attempt:
         work, records = attempt / "work", attempt / "records"
         every_run = [replace(run, steps=3, problems=16) for run in every_run]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run of your own: stock verl with VL Norm. Here two steps of a tiny model on this machine's CPU, about a minute.
+# A run of your own: stock verl with VL Norm. Here two steps of a tiny model on this machine's CPU, one to two minutes.
 # On GPUs: without the lines marked CPU, and with what is yours (docs/your-own-run.md lists it).
 # own_run.yaml is the same as a config file.
 set -euo pipefail

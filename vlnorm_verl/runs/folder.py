@@ -37,7 +37,7 @@ MAY_CHANGE = (
     # memory and speed: where and in how many pieces the same numbers are computed
     *("*micro_batch_size*", "*use_dynamic_bsz", "*max_token_len_per_gpu", "*offload*"),
     *("*entropy_from_logits_with_chunking", "*entropy_checkpointing", "*enable_gradient_checkpointing"),
-    *("*use_torch_compile", "*reshard_after_forward", "*forward_prefetch", "transfer_queue.*"),
+    *("*use_torch_compile", "*use_fused_kernels", "*reshard_after_forward", "*forward_prefetch", "transfer_queue.*"),
     *("reward.num_workers", "actor_rollout_ref.rollout.agent.num_workers", "data.filter_overlong_prompts_workers"),
     *("actor_rollout_ref.rollout.max_num_*", "actor_rollout_ref.rollout.max_model_len"),
     *("actor_rollout_ref.rollout.gpu_memory_utilization", "actor_rollout_ref.rollout.tensor_model_parallel_size"),
