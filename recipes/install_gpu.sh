@@ -122,7 +122,7 @@ else
   cat >&2 << END
 
 Everything is installed but flash-attn $flash_attn: its wheel could not be had, or does not load here; the reason is
-above. verl builds its wheels for Python 3.12; this is $(version "$python"). If it is the network, try again: bash
+above. verl names Python 3.12 for this torch; this is $(version "$python"). If it is the network, try again: bash
 recipes/install_gpu.sh. Else either
   FLASH_ATTN=build bash recipes/install_gpu.sh     compiles it: CUDA 13's nvcc is needed, and half an hour or more
 or give every run attention=sdpa: PyTorch's attention, one response at a time (docs/gpu.md says what that costs)
