@@ -264,6 +264,7 @@ def test_vllm_on_a_gpu_is_one_process(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(subprocess, "Popen", start)
     assert list(vllm_engine.responses("model", request([PROMPT], [1], 1.0, 4), tmp_path)) == [(0, [5, 1])]
     assert started["environment"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert started["environment"]["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
     assert (started["dtype"], started["enforce_eager"]) == ("auto", False)
 
 

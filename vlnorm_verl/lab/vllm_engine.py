@@ -67,8 +67,14 @@ def responses(resolved: str, request: Request, out: Path, finished: Set[int] = f
         stdin.seek(0)
         with subprocess.Popen(
             [sys.executable, "-m", __name__],
-            # vLLM's engine in a process of its own would outlive this one's SIGTERM, and keep the GPU's memory.
-            env={**os.environ, **({} if on_gpu else cpu_environment()), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            env={
+                **os.environ,
+                **({} if on_gpu else cpu_environment()),
+                # vLLM's engine in a process of its own would outlive this one's SIGTERM, and keep the GPU's memory.
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                # It compiles at the start, for which a GPU node may lack CUDA's toolkit, and takes no seeds.
+                "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            },
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=log,
