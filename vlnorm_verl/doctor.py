@@ -80,7 +80,10 @@ def not_loaded() -> str:
     if policy.strip().lower() != "auto" and "vlnorm" not in [name.strip() for name in policy.lower().split(",")]:
         return f"VERL_USE_EXTERNAL_PLUGINS={policy!r} keeps verl from loading it: unset it, or name vlnorm in it"
     if "vlnorm" not in {entry.name for entry in importlib.metadata.entry_points(group="verl.plugins")}:
-        return f"{sys.prefix} has no entry point of it: `pip install .` in the project's folder, with this Python"
+        return (
+            f"{sys.prefix} has no entry point of it: `pip install .` in the project's folder, with this Python "
+            "(an environment of uv: `uv pip install` of that folder, again after each `uv sync`)"
+        )
     return ""
 
 

@@ -254,14 +254,14 @@ def warn_of_sorted_mini_batches(key: str, role: Any, config: Any) -> None:
         if not v0:
             order = "by when they were finished"
             ours = (
-                f"{TRAINER_MODE}={WHOLE_GROUPS} (verl 0.9's synchronous V1 trainer) for mini-batches of whole prompt "
-                "groups in random order, or with any trainer "
+                f", or, with the synchronous trainer of verl 0.9's main_ppo, {TRAINER_MODE}={WHOLE_GROUPS} for "
+                "mini-batches of whole prompt groups in random order"
             )
         say(
             f"{key}.shuffle=false with several optimizer mini-batches a rollout batch: verl orders "
             f"responses {order}, so each mini-batch holds responses of similar lengths, and "
-            f"loss_agg_mode={role.loss_agg_mode} has little left to weigh. Set {ours}"
-            f"{key}.shuffle=true for single responses drawn at random."
+            f"loss_agg_mode={role.loss_agg_mode} has little left to weigh. Set {key}.shuffle=true for "
+            f"single responses drawn at random{ours}."
         )
 
 
