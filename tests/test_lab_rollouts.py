@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 
 from tests.lab_tiny import PROMPT, SMALL_DESIGN, ids, sample_small
 from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import models, store, vllm_engine
 from vlnorm_verl.lab.engines import Request, by_prompt, end_tokens, with_transformers
-from vlnorm_verl.lab.rollouts import Design, prompt_ids, sample
+from vlnorm_verl.lab.rollouts import Design, prompt_ids, refuse_lost_spaces, sample
 from vlnorm_verl.lab.store import Rollouts
 from vlnorm_verl.lab.tasks import Question, Task, load_task
 from vlnorm_verl.tasks.tiny import WEIGHTS
@@ -299,6 +301,7 @@ def test_mistrals_own_tokenizer_gives_control_tokens(tmp_path: Path) -> None:
     begin, *_, end = found = prompt_ids(tokenizer, CHAT, chat_template=True)
     assert [begin, found[1], end] == tokenizer.convert_tokens_to_ids(["<s>", "[INST]", "[/INST]"])
     assert tokenizer.decode(found).startswith("<s>[INST]")
+    refuse_lost_spaces(tokenizer, "model", ["two words", ""])
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
@@ -306,6 +309,40 @@ def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"chat template cannot be applied: .* --no-chat-template takes the prompts"):
         prompt_ids(tokenizer, CHAT, chat_template=True)
+
+
+def test_a_tokenizer_that_loses_spaces_is_refused(tmp_path: Path) -> None:
+    """Byte-level tokens read as sentencepiece's, as those of DeepSeek-R1-Distill-Llama are by transformers 5."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({token: at for at, token in enumerate(alphabet)}, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    (tmp_path / "model").mkdir()
+    made.save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    task = load_task("countdown", parquet(tmp_path / "train.parquet", rows(2)))
+    for name, message in (
+        (
+            "LlamaTokenizerFast",
+            r"read as LlamaTokenizer, loses spaces and line ends: the prompt 'prompt (\d)\\n<think>' comes back as "
+            r"'prompt\1<think>'\. .* set `tokenizer_class` .* for example PreTrainedTokenizerFast",
+        ),
+        ("PreTrainedTokenizerFast", "has no weights"),  # it is asked further
+    ):
+        settings = {"tokenizer_class": name, "unk_token": None, "bos_token": None, "eos_token": None}
+        (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+        arguments = (str(tmp_path / "model"), task, Design(0, 2, 2, 2), 0, 1.0, 4, "transformers", tmp_path / "lab")
+        with pytest.raises(UserError, match=message):
+            sample(*arguments, chat_template=False)
+
+
+def test_a_tokenizer_that_loses_a_few_spaces_is_taken() -> None:
+    """Phi-3's special tokens take the space behind them."""
+    vocabulary = {token: at for at, token in enumerate(("<unk>", "<s>", "</s>", "▁", "a", "b"))}
+    tokenizer = transformers.LlamaTokenizer(vocab=vocabulary, merges=[])
+    tokenizer.add_tokens(tokenizers.AddedToken("<|user|>", rstrip=True, special=True))
+    assert tokenizer.decode(tokenizer.encode("<|user|> a b  a", add_special_tokens=False)) == "<|user|>a b  a"
+    refuse_lost_spaces(tokenizer, "model", ["<|user|> a b  a"])
 
 
 def test_requests_that_cannot_be_met(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def sample(
         chat_template: whether prompts go through the tokenizer's chat template.
 
     Raises:
-        UserError: a request that cannot be met, or rollouts of other settings in `out`.
+        UserError: a request that cannot be met, a tokenizer that loses the prompts' spaces, or rollouts of other
+            settings in `out`.
     """
     require(f"--engine {engine}", engine, engines.ENGINES)
     if engine == "vllm" and not engines.has_vllm():
@@ -89,6 +90,9 @@ def sample(
     questions = task.questions(len(kinds), seed)
     resolved = models.resolve(model, out)
     tokenizer = models.load_tokenizer(resolved)
+    refuse_lost_spaces(
+        tokenizer, resolved, [message["content"] for question in questions for message in question.messages]
+    )
     prompts = [prompt_ids(tokenizer, question.messages, chat_template) for question in questions]
     config = models.load_config(resolved)
     positions = getattr(config, "max_position_embeddings", None)
@@ -149,6 +153,27 @@ def _fingerprint(prompts: Sequence[list[int]], questions: Sequence[Question]) ->
     """Changes with the data's rows, the tokenizer and its chat template, none of which need have another name."""
     asked = [prompts, [question.ground_truth for question in questions]]
     return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
+
+
+def refuse_lost_spaces(tokenizer: PreTrainedTokenizerBase, resolved: str, texts: Sequence[str]) -> None:
+    """The class that a tokenizer's configuration names may be of another kind than its file: LlamaTokenizerFast for
+    byte-level tokens loses all spaces and line ends in transformers 5 (huggingface/transformers#45488).
+
+    A right one may lose a few, beside special tokens or punctuation.
+
+    Raises:
+        UserError: fewer than half of the texts' words come back from their tokens.
+    """
+    back = [tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    lost = [len(text.split()) - len(found.split()) for text, found in zip(texts, back, strict=True)]
+    if 2 * sum(lost) > sum(len(text.split()) for text in texts):
+        worst = lost.index(max(lost))
+        raise UserError(
+            f"MODEL {resolved}: its tokenizer, read as {type(tokenizer).__name__}, loses spaces and line ends: the "
+            f"prompt {texts[worst][:60]!r} comes back as {back[worst][:60]!r}. In a local copy of the model, set "
+            "`tokenizer_class` in tokenizer_config.json to the kind that tokenizer.json is of, for example "
+            "PreTrainedTokenizerFast, which takes that file as it is"
+        )
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, chat_template: bool) -> list[int]:
