@@ -140,7 +140,7 @@ def test_a_prompt_of_equal_rewards_says_nothing_with_advantages(reward: float) -
     found = slope([equal, differing], "all", slice(None), False, 0)
     assert found is not None
     assert len(found.points) == 1
-    assert found.over_prompts.note == "known for 1 of 1 prompts"
+    assert found.over_prompts.note == "one prompt"
     assert slope([equal], "all", slice(None), False, 0) is None
     scores = slope([equal, differing], "all", slice(None), True, 0)
     assert scores is not None

@@ -73,7 +73,8 @@ def mean_over_prompts(values: Floats) -> Estimate:
     known = values[np.isfinite(values)]
     mean = float(known.mean()) if len(known) else math.nan
     if len(known) < max(2, len(values)):
-        return Estimate(mean, note=f"known for {len(known)} of {len(values)} prompts")
+        note = "one prompt" if len(known) == len(values) else f"known for {len(known)} of {len(values)} prompts"
+        return Estimate(mean, note=note)
     half = t_half_width(known)
     return Estimate(mean, mean - half, mean + half)
 
