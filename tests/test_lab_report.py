@@ -261,7 +261,7 @@ def little() -> list[Analysis]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mini_batches, "ROUNDS", 16)
         pools = [of_pool(0), of_pool(1), of_pool(2), of_pool(8), of_pool(0, reward=0.1), of_pool(16)]
-    no_slope = replace(pools[5], name="no slope", slopes=[], slope=None)
+    no_slope = replace(pools[5], name="no slope", slopes=[s for s in pools[5].slopes if s.score_only], slope=None)
     return [*pools, replace(pools[3], name="some α lost", tradeoff=some_lost()), nothing_known(pools[5]), no_slope]
 
 
@@ -390,6 +390,8 @@ def test_pools_without_a_signal_can_be_drawn(little: list[Analysis]) -> None:
     drawn = overview(little).svg
     assert drawn.count("lost in noise") == 8
     assert "alignment against α, mini-batch of 320" in drawn
+    assert drawn.count("no prompt with many responses") == 1
+    assert drawn.count("β with all advantages 1: table “slopes”") == 1
 
 
 def test_verdicts_of_pools_without_a_signal_recommend_nothing(little: list[Analysis]) -> None:

@@ -36,7 +36,7 @@ def overview(analyses: Sequence[Analysis]) -> Figure:
             if analysis.slope:
                 draw_deviations(row[0], analysis.slope)
             else:
-                row[0].set(xticks=[], yticks=[])
+                draw_no_slope(row[0], analysis)
             row[0].set_title(figure_text(f"{analysis.name} ({analysis.gradients})"))
             draw_noise(row[1], analysis)
             row[1].set_title(f"noise of a mini-batch of {analysis.drawn} responses")
@@ -75,6 +75,14 @@ def draw_deviations(axes: Axes, slope: Slope) -> None:
         axes.plot(line, level * line**beta.value, color="black", linewidth=1.2)
         axes.text(0.03, 0.97, f"β = {interval(beta)}", transform=axes.transAxes, va="top")
     axes.set(xscale="log", yscale="log", xlabel="response length, tokens", ylabel="‖g − E g‖²")
+
+
+def draw_no_slope(axes: Axes, analysis: Analysis) -> None:
+    said = "no prompt with many responses\nhas rewards and lengths that differ"
+    if analysis.slopes:  # of the score alone
+        said += ";\nβ with all advantages 1: table “slopes”"
+    axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", va="center")
+    axes.set(xticks=[], yticks=[])
 
 
 def draw_noise(axes: Axes, analysis: Analysis) -> None:

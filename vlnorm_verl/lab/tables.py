@@ -78,7 +78,8 @@ def summary(analyses: Sequence[Analysis]) -> Table:
         [
             "Of the α whose alignment the data do not tell from the best one: that of the authors' scripts (1 or 0.75) "
             f"nearest to it, for mini-batches of {analyses[0].tradeoff.responses} responses; none where α = 0 is among "
-            "them. The least error decides nothing: it rewards a shorter update. β: exponent of the variance. Cosine, "
+            "them. The least error decides nothing: it rewards a shorter update. β: exponent of the variance, with "
+            "real advantages; none where no prompt with many responses has rewards and lengths that differ. Cosine, "
             "bias², variance: at the α of best alignment, as in the table on α."
         ],
         digits=2,
