@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.lab_tiny import (
     PROMPT,
@@ -123,6 +125,55 @@ def test_a_model_that_cannot_share_a_prompt_computes_it_anew(sampled: Path, monk
     error = torch.OutOfMemoryError("of a GPU")
     with pytest.raises(torch.OutOfMemoryError):
         gradients.why_not_shared(*asked)
+
+
+def test_sharing_is_checked_on_a_short_response(sampled: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole computation of a long one may not fit where all others do."""
+    rollouts, parameters = next(store.read_rollouts(sampled)), select_parameters(tiny, "last-qkv")
+    lengths: list[int] = []
+
+    def noting(*arguments: Any) -> Any:
+        lengths.append(len(arguments[3]))
+        return score_gradient(*arguments)
+
+    monkeypatch.setattr(gradients, "score_gradient", noting)
+    for given in ([200, 40], [200, 5, 40, 90], [5, 40], [5, 40, 31]):
+        of_lengths = replace(rollouts, responses=[[3] * length for length in given])
+        assert gradients.why_not_shared(tiny, parameters, of_lengths, 1.0) == ""
+    assert lengths == [40] * 8
+    assert gradients.why_not_shared(tiny, parameters, replace(rollouts, responses=[[3] * 5, [3] * 20]), 1.0) == ""
+    assert lengths[8:] == [20] * 2
+
+
+def test_a_rotary_embedding_that_changes_with_the_length_is_not_shared() -> None:
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    config = transformers.LlamaConfig(**LLAMA, max_position_embeddings=64, rope_parameters=rope)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    parameters, prompt, responses = select_parameters(model, r"\.2\."), [3, 1, 4, 1], [[5, 9] * 20, [5, 9] * 80]
+    off = [
+        differences(
+            flat(score_gradient(model, parameters, prompt, response, 1.0, gradients.keys_and_values(model, prompt))),
+            flat(score_gradient(model, parameters, prompt, response, 1.0)),
+        )
+        for response in responses
+    ]
+    assert off[0] < gradients.ALIKE < off[1]  # only the long one shows it
+    rollouts = store.Rollouts("slope", "", prompt, responses, [0.0, 1.0], [False, False])
+    assert gradients.why_not_shared(model, parameters, rollouts, 1.0) == "its rotary embedding changes with the length"
+
+
+def test_logits_are_freed_before_the_backward_pass(tiny: Any) -> None:
+    freed: list[bool] = []
+
+    def watch(_: Any, __: Any, logits: torch.Tensor) -> None:
+        storage = StorageWeakRef(logits.untyped_storage())
+        logits.register_hook(lambda _: freed.append(storage.expired()))
+
+    with tiny.lm_head.register_forward_hook(watch):
+        for prompt in (None, gradients.keys_and_values(tiny, ids(PROMPT))):
+            score_gradient(tiny, select_parameters(tiny, "last-qkv"), ids(PROMPT), ids(RESPONSE), 1.0, prompt)
+    assert freed == [True, True]
 
 
 def test_expected_score_gradient_is_zero() -> None:

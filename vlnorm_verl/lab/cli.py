@@ -66,7 +66,8 @@ def run(
         ),
     ] = None,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Gradient checkpointing: less memory, more time.")
+        bool,
+        typer.Option("--checkpointing", help="Gradient checkpointing: less memory for --modules all, and more time."),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the prompts and the sampling.")] = 0,
     mini_batch: MiniBatch = 320,
@@ -107,8 +108,8 @@ def run(
         raise UserError(f"--out {out}: another `vlnorm-verl lab run` writes into it; take another") from None
     except torch.OutOfMemoryError as error:
         raise UserError(
-            "The GPU's memory is full. Gradients need less of it with --checkpointing or of fewer parameters "
-            f"(--modules), sampling by transformers with a smaller --batch-size. {error}"
+            "The GPU's memory is full. Gradients of fewer parameters (--modules) need less of it, those of --modules "
+            f"all less with --checkpointing; sampling by transformers needs less with a smaller --batch-size. {error}"
         ) from None
 
 

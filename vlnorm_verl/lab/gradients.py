@@ -5,12 +5,12 @@ after it. On policy the PPO ratio is 1, so the paper's gradient is g_i = A_i s_i
 
 One plain backward pass a response, without padding. Only the chosen parameters require a gradient, so that for the last
 layer autograd stops there. Logits are computed at the response's positions alone. A prompt goes forward once for all of
-its responses, if the model's first response has the same gradient without that.
+its responses, if one of the first prompt's has the same gradient without that.
 
-Memory: the model and one gradient of the chosen parameters in float32, about four matrices of response length ×
+Memory: the model and one gradient of the chosen parameters in float32, about three matrices of response length ×
 vocabulary, one prompt's keys and values, and the activations of the layers from the first chosen one on, or of one
-layer with checkpointing. On a GPU a layer with grouped heads has heads × tokens² numbers among them: in float32 PyTorch
-has no other kernel for what transformers asks of it (`use_gqa_in_sdpa`).
+layer with checkpointing. Where the prompt is not shared, a layer with grouped heads has heads × tokens² numbers among
+them on a GPU: in float32 PyTorch has no other kernel for what transformers asks of it (`use_gqa_in_sdpa`).
 
 With a projection (sketch.py) a gradient is stored as K numbers. Each of the P parts of the model
 (`parameters.parts_of`) has K/P of them for itself, so that parts can be told apart: products of one part have a
@@ -45,6 +45,7 @@ Prompt = list[tuple["torch.Tensor", "torch.Tensor"]]  # its keys and values in e
 
 PROJECT_ABOVE = 1_000_000  # entries; beyond it gradients are projected unless told otherwise
 PROJECTION = 65_536  # to so many
+ENOUGH = 32  # tokens of a response that shows whether a prompt can be shared
 ALIKE = 1e-3  # of the gradient: what float32 may make of another order of sums, with room
 
 
@@ -62,7 +63,8 @@ def compute(
         projection: K, numbers that a gradient is projected to, of which each part has its share; a part that is not
             longer stays as it is. 0 for none; None for PROJECTION where the chosen parameters have more than
             PROJECT_ABOVE entries, and none otherwise.
-        checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        checkpointing: recompute activations in the backward pass: less memory for all parameters, about a third more
+            time. For the last layer's it saves next to nothing, and no prompt is shared.
 
     Raises:
         UserError: a request that cannot be met, gradients of other settings in the folder, or weights that are not
@@ -174,6 +176,7 @@ def score_gradient(
         output = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=len(response_ids))
     logits = output.logits[0]  # [L, V]
     negative = torch.nn.functional.cross_entropy(logits / temperature, ids[0, -len(response_ids) :], reduction="sum")
+    del output, logits  # which the backward pass does not need
     gradients = torch.autograd.grad(
         -negative, list(parameters.values()), retain_graph=bool(prompt), allow_unused=True, materialize_grads=True
     )
@@ -201,10 +204,15 @@ def why_not_shared(
     rollouts: store.Rollouts,
     temperature: float,
 ) -> str:
-    """Why the first response's gradient cannot be had from the prompt's keys and values; "" where it is the same."""
+    """Why a response's gradient cannot be had from its prompt's keys and values; "" where it is the same."""
     import torch
 
-    asked = (model, parameters, rollouts.prompt_ids, rollouts.responses[0], temperature)
+    rope = str(getattr(model.config, "rope_parameters", ""))
+    if "dynamic" in rope or "longrope" in rope:
+        return "its rotary embedding changes with the length"
+    # The whole computation of a long one may not fit where the shared one does: the shortest that is long enough.
+    response = min(rollouts.responses, key=lambda tokens: (len(tokens) < ENOUGH, abs(len(tokens) - ENOUGH)))
+    asked = (model, parameters, rollouts.prompt_ids, response, temperature)
     try:
         shared = score_gradient(*asked, keys_and_values(model, rollouts.prompt_ids))
     except torch.OutOfMemoryError:  # which the whole computation would need more of
