@@ -38,10 +38,21 @@ if [ -x "$target/bin/python" ]; then
       ;;
   esac
 fi
-case $(version "$python") in
+release=$(version "$python")
+case $release in
   3.11 | 3.12) ;;
-  *) fail "$python: Python 3.11 or 3.12 is needed (by verl and by numpy 2.3); name one with PYTHON=python3.11" ;;
+  *)
+    fail "$python ${release:+is Python }${release:-does not run}; 3.11 or 3.12 is needed (by verl and by numpy 2.3), \
+named by PYTHON=python3.12. Where the system has none: uv python install 3.12, and then \
+PYTHON=\$(uv python find --managed-python 3.12)"
+    ;;
 esac
+"$python" -c 'import bz2, ctypes, lzma' ||
+  fail "$python was built without a module of the standard library, named above. With pyenv: apt-get install \
+libbz2-dev libffi-dev liblzma-dev, and build it again"
+grep -qw avx2 /proc/cpuinfo ||
+  fail "this CPU shows no AVX2, which vLLM's CPU build needs (in a virtual machine: CPU type host)"
+command -v lscpu > /dev/null || fail "lscpu is missing, which vLLM's CPU build asks: apt-get or dnf install util-linux"
 "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2> /dev/null ||
   fail "libnuma.so.1 is missing, which vLLM's CPU build needs: apt-get install libnuma1, or dnf install numactl-libs"
 

@@ -68,6 +68,7 @@ cpu_torch="torch==2.13.0+cpu"
 # The machine's own index first (a mirror or a local wheel may have the CPU build), PyTorch's index of CPU wheels next.
 # The exact "+cpu" version keeps a CUDA build out.
 install_cpu_torch() {
+  echo "Looking for $cpu_torch. If the configured index has none, errors follow here, and PyTorch's index is next."
   install --no-deps "$cpu_torch" && return
   echo "The configured index has no $cpu_torch; trying PyTorch's index of CPU wheels …"
   index=https://download.pytorch.org/whl/cpu install --no-deps "$cpu_torch"

@@ -6,6 +6,7 @@
 #                                  every trainer, other engines, patches of older releases, the wheel. It needs a Chromium or
 #                                  Chrome on the PATH, for the report's page
 set -euo pipefail
+unset PYTHONPATH PYTHONHOME # else an environment module's packages come first
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
   "" | slow) ;;

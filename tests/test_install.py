@@ -193,7 +193,9 @@ def test_nothing_is_installed_for_help_or_a_typo(argument: str, code: int, tmp_p
 def test_the_cpu_stack_says_which_python_does_not_fit(tmp_path: Path) -> None:
     old = script(tmp_path / "python3.10", "echo 3.10")
     done = cpu_stack(tmp_path, PYTHON=str(old))
-    assert (done.returncode, "Python 3.11 or 3.12 is needed" in done.stderr) == (2, True)
+    assert (done.returncode, "python3.10 is Python 3.10; 3.11 or 3.12 is needed" in done.stderr) == (2, True)
+    done = cpu_stack(tmp_path, PYTHON="python3.0")
+    assert (done.returncode, "python3.0 does not run; 3.11 or 3.12 is needed" in done.stderr) == (2, True)
     script(tmp_path / ".venv/bin/python", "echo 3.12")
     done = cpu_stack(tmp_path, PYTHON=str(old))
     assert (done.returncode, ".venv has Python 3.12. Remove it" in done.stderr) == (2, True)
@@ -205,6 +207,7 @@ def test_the_cpu_stack_says_which_python_does_not_fit(tmp_path: Path) -> None:
         ("cpu", "CS_GNU_LIBC_VERSION", "echo 2.28", "glibc 2.28: the wheels need 2.31 or newer"),
         ("gpu", "CS_GNU_LIBC_VERSION", "echo 2.28", "glibc 2.28: the wheels need 2.31 or newer"),
         ("cpu", "CS_GNU_LIBC_VERSION", "exit 1", "glibc not found: the wheels need 2.31 or newer"),  # musl
+        ("cpu", "lzma", "exit 1", "was built without a module of the standard library"),
         ("cpu", "libnuma", "exit 1", "libnuma.so.1 is missing, which vLLM's CPU build needs: apt-get install libnuma1"),
         ("cpu", "venv", "echo goes on >&2; exit 1", "goes on"),
     ],
@@ -218,6 +221,20 @@ def test_what_the_system_lacks_is_said_before_anything_is_installed(
     else:
         done = install(VIRTUAL_ENV=str(tmp_path / ".venv"), PYTHON=str(python), ANY_DRIVER="1")
     assert (done.returncode, said in done.stderr) == (1 if asked == "venv" else 2, True), done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize(("program", "said"), [("grep", "this CPU shows no AVX2"), ("lscpu", "lscpu is missing")])
+def test_what_vllm_would_end_without_is_said_before_anything_is_installed(
+    program: str, said: str, tmp_path: Path
+) -> None:
+    (programs := tmp_path / "bin").mkdir()
+    for name in {"bash", "cat", "cksum", "dirname", "uname"} | ({"grep"} - {program}):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    if program == "grep":
+        script(programs / "grep", "exit 1")
+    done = cpu_stack(tmp_path, PATH=str(programs), PYTHON=sys.executable)
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / ".venv").exists()
 
 
@@ -235,6 +252,11 @@ def test_packages_of_an_environment_module_stay_away(tmp_path: Path) -> None:
 
     assert said() == "home= path=\n"
     assert said(VERL_USE_EXTERNAL_MODULES="mine") == "home= path=/other\n"  # where mine is
+    shutil.copy(PROJECT / "recipes/test.sh", tmp_path / "recipes")
+    for name in ("ruff", "mypy"):
+        script(tmp_path / ".venv/bin" / name, "exit 0")
+    tested = subprocess.run(["bash", f"{tmp_path}/recipes/test.sh"], env=os.environ | modules, stdout=subprocess.PIPE)
+    assert tested.stdout == b"home= path=\n"
     (tmp_path / "recipes/install_cpu.sh").unlink()
     shutil.rmtree(tmp_path / ".venv")
     cpu_stack(tmp_path, PYTHON=str(python), **modules)

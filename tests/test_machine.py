@@ -148,7 +148,30 @@ def test_threads_fit_into_a_containers_limit(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)))
     monkeypatch.setattr("multiprocessing.cpu_count", lambda: 64)
     monkeypatch.setattr("ray._private.utils._get_docker_cpus", lambda: limit)
+    monkeypatch.setattr(machine, "CGROUPS", Path("/none"))
     assert machine.usable_cpus() == usable
+
+
+def test_the_limits_of_a_user_on_a_login_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray sees a container's only. The user's slice is around the session's, which has no limits."""
+    user = tmp_path / "user.slice/user-1000.slice"
+    (session := user / "session-3.scope").mkdir(parents=True)
+    (tmp_path / "cgroup").write_text("1:name=systemd:/x\n0::/user.slice/user-1000.slice/session-3.scope\n")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(machine, "cpus", lambda: 64)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=int(60e9)))
+    monkeypatch.setattr("ray._private.utils.estimate_available_memory", lambda: int(60e9))
+    for folder in (session, user):
+        for name, text in {"cpu.max": "max 100000", "memory.max": "max", "memory.high": "max"}.items():
+            (folder / name).write_text(f"{text}\n")
+        (folder / "memory.current").write_text("5000000000\n")
+        (folder / "memory.stat").write_text("anon 1\ninactive_file 3000000000\nactive_file 7\n")
+    assert (machine.usable_cpus(), machine.free_memory()) == (64, 60e9)
+    (user / "cpu.max").write_text("200000 100000\n")
+    (user / "memory.high").write_text("8000000000\n")
+    assert (machine.usable_cpus(), machine.free_memory()) == (2, 6e9)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +188,7 @@ def test_little_memory(
 ) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=int(available)))
     monkeypatch.setattr("ray._private.utils.estimate_available_memory", lambda: int(of_container))
+    monkeypatch.setattr(machine, "CGROUPS", Path("/none"))
     problem = machine.memory_problem(ranks)
     assert (said in problem.what) if problem else not said
 

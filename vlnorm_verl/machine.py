@@ -1,6 +1,6 @@
 """What a Python environment and a machine lack for a run on GPUs, or on the CPU, each with what mends it.
 
-Only the standard library, but for `flash_attention_problem` (torch), `cpus` (Ray), `memory_problem` (Ray, psutil),
+Only the standard library, but for `flash_attention_problem` (torch), `cpus` (Ray), `free_memory` (Ray, psutil),
 `verl_problem`. So recipes/install_gpu.sh can run this file before anything is installed, and the launcher in
 environments other than its own.
 
@@ -12,12 +12,14 @@ Covered: this machine, NVIDIA. Not covered: other nodes of a cluster, AMD, how f
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -38,6 +40,7 @@ SHARED_MEMORY_GB = 10  # verl's own containers have it; a container's default is
 OPEN_FILES = 8192  # of a process; Ray raises its soft limit up to the hard one (ray/_private/worker.py:1763)
 CPU_RUN_GB, CPU_RANK_GB = 7, 3.5  # of memory: a run of the tiny model on one rank, and each more (docs/cpu.md)
 SOCKET_BYTES = 107  # of a path, in Linux
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weights, Adam's moments
 PARAMETERS = {"3b": 3.09e9, "7b": 7.62e9}  # Qwen2.5
 
@@ -262,23 +265,50 @@ def cpus() -> int:
     return int(get_num_cpus(override_docker_cpu_warning=True))
 
 
+def cgroups() -> list[Path]:
+    """The control groups (v2) that this process is in, its own first: a user's on a login node, a batch job's.
+
+    Ray reads the outermost alone, which is a container's.
+    """
+    own = re.search("^0::/(.+)", OWN_CGROUP.read_text(), re.M) if OWN_CGROUP.exists() else None
+    folder = CGROUPS / own[1] if own else CGROUPS
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(CGROUPS))]
+
+
 def usable_cpus() -> int:
-    """How many this process can keep busy: its affinity, or less by a container's limit."""
-    return max(1, min(len(os.sched_getaffinity(0)), cpus()))
+    """How many this process can keep busy: its affinity, or less by a limit of a container, a user or a job."""
+    quotas = []
+    for folder in cgroups():
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            quota, period = map(int, (folder / "cpu.max").read_text().split())
+            quotas.append(quota // period)
+    return max(1, min(len(os.sched_getaffinity(0)), cpus(), *quotas))
 
 
-def memory_problem(ranks: int) -> Defect | None:
-    """Why the kernel, or Ray, might end a run on the CPU. It may still fit: swap is not counted."""
+def free_memory() -> int:
+    """Bytes, of the machine or of the least limit of a container, a user or a job. Swap is not counted."""
     import psutil
     from ray._private.utils import estimate_available_memory  # of a container's limit, if there is one
 
-    free = min(psutil.virtual_memory().available, estimate_available_memory()) / 1e9
+    free = [psutil.virtual_memory().available, estimate_available_memory()]
+    for folder in cgroups():
+        for limit in ("memory.max", "memory.high"):
+            with contextlib.suppress(OSError, ValueError):
+                cached = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.M)
+                used = int((folder / "memory.current").read_text()) - int(cached[1] if cached else 0)
+                free.append(int((folder / limit).read_text()) - used)
+    return min(free)
+
+
+def memory_problem(ranks: int) -> Defect | None:
+    """Why the kernel, or Ray, might end a run on the CPU. It may still fit, by swap."""
+    free = free_memory() / 1e9
     needed = CPU_RUN_GB + CPU_RANK_GB * (ranks - 1)
     if free >= needed:
         return None
     return Defect(
         f"{free:.1f} GB of memory are free; a run of the tiny model can take {needed:g}",
-        "Close other programs; in WSL2 raise memory= in .wslconfig; in a container, --memory",
+        "Close other programs; in WSL2 raise memory= in .wslconfig; in a container, --memory; of a batch job, --mem",
     )
 
 
