@@ -40,18 +40,21 @@ from tests.data_command import (
 from vlnorm_verl.tasks import generate, sources
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LATER = "76543210fedcba9876543210fedcba9876543210"
 HUB_MATH = [part for name, source in sources.MATH.items() for part in ("--repo", f"{name}={source.repo}")]
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the hub's HTTP interface as `datasets` and `huggingface_hub` use, over a folder of repositories.
 
-    The branch `main` and the tag `v1` stand for COMMIT; nothing else is a revision.
+    The branch `main` and the tag `v1` stand for its one commit; nothing else is a revision.
     """
 
     protocol_version = "HTTP/1.1"
     root: Path
     requests: list[str]
+    commit = COMMIT
+    forbidden = False  # whether files are
 
     def log_message(self, *_: Any) -> None: ...
 
@@ -79,12 +82,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
             repo, (kind, revision, *inside) = self.root.joinpath(*parts[2:4]), parts[4:]
             if not repo.is_dir():
                 return self.answer(404, X_Error_Code="RepoNotFound")
-            if revision not in ("main", "v1", COMMIT):
+            if revision not in ("main", "v1", self.commit):
                 return self.answer(404, X_Error_Code="RevisionNotFound")
             if kind == "revision":
                 names = [p.relative_to(repo).as_posix() for p in repo.rglob("*") if p.is_file()]
                 return self.json(
-                    {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
+                    {"id": "/".join(parts[2:4]), "sha": self.commit, "siblings": [{"rfilename": n} for n in names]}
                 )
             folder = repo.joinpath(*inside)
             if kind == "tree" and folder.is_dir():
@@ -94,11 +97,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 asked = urllib.parse.parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
                 return self.json([self.entry(repo / name, repo) for name in asked if (repo / name).is_file()])
         if parts[0] == "datasets" and parts[3] == "resolve":
+            if self.forbidden:
+                return self.answer(403)
             path = self.root.joinpath(*parts[1:3], *parts[5:])
-            if path.is_file() and parts[4] == COMMIT:
-                content = path.read_bytes()
-                return self.answer(200, content, X_Repo_Commit=COMMIT, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
-        return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+            if path.is_file() and parts[4] == self.commit:
+                content, commit = path.read_bytes(), self.commit
+                return self.answer(200, content, X_Repo_Commit=commit, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
+        return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=self.commit)
 
     do_HEAD = do_POST = do_GET
 
@@ -204,6 +209,21 @@ def test_countdown_from_a_hub(hub: tuple[dict[str, str], type[Hub], Path], tmp_p
     handler.requests.clear()
     ((code, output, _),) = data_process(environment | {"HF_HUB_OFFLINE": "1"}, arguments)
     assert (code, output.splitlines()[-1], handler.requests) == (0, "up to date", [])
+
+
+def test_rows_of_another_commit_are_not_taken_where_the_hub_fails(
+    hub: tuple[dict[str, str], type[Hub], Path], tmp_path: Path
+) -> None:
+    environment, handler, _ = hub
+    arguments = ["countdown", "--train-rows", 50, "--test-rows", 10, "--out"]
+    ((code, _, errors),) = data_process(environment, [*arguments, tmp_path / "o"])
+    assert code == 0, errors
+    handler.commit, handler.forbidden = LATER, True
+    ((code, _, errors),) = data_process(environment, [*arguments, tmp_path / "later"])
+    assert code == 2, "published the rows of the first commit"
+    assert "cannot read Jiayi-Pan/Countdown-Tasks-3to4 at revision main" in errors
+    assert f"commit {LATER} cannot be downloaded, and {COMMIT} is the one cached" in errors
+    assert visible(tmp_path / "later") == []
 
 
 def test_math_from_a_hub(hub: tuple[dict[str, str], type[Hub], Path], tmp_path: Path) -> None:

@@ -174,7 +174,11 @@ class Hub:
             # First, because it is one request that fails at once, where a download would retry for half a minute.
             commit = HfApi().dataset_info(self.repo, revision=self.revision, timeout=20).sha
             if self.data_set.file is None:
-                return datasets.load_dataset(self.repo, split=self.data_set.split, revision=commit), {"commit": commit}
+                builder = datasets.load_dataset_builder(self.repo, revision=commit)
+                if builder.hash != commit:  # where the hub fails, datasets takes its newest copy, of whatever commit
+                    raise ConnectionError(f"commit {commit} cannot be downloaded, and {builder.hash} is the one cached")
+                builder.download_and_prepare()
+                return builder.as_dataset(split=self.data_set.split), {"commit": commit}
             path = hf_hub_download(self.repo, self.data_set.file, repo_type="dataset", revision=commit)
         except Exception as error:  # of many types, which do not tell another layout from a connection that broke
             raise UserError(
