@@ -207,20 +207,52 @@ def test_a_start_that_waited_for_the_same_run_finds_it_finished(
     assert "finished; " in console.export_text()
 
 
-def test_a_missing_login_is_named(
-    tmp_path: Path, run_tiny: Callable[..., int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+LOGINS = ("API_KEY", "MODE", "IDENTITY_TOKEN_FILE", "ROOT", "SAVE_DIR")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Without a login."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "SWANLAB_API_KEY", "SWANLAB_MODE"):
+    for name in ("NETRC", *(f"{logger}_{name}" for logger in ("WANDB", "SWANLAB") for name in LOGINS)):
         monkeypatch.delenv(name, raising=False)
-    (tmp_path / ".netrc").write_bytes("machine x login Müller".encode("latin-1"))
+    return tmp_path
+
+
+def test_a_missing_login_is_named(home: Path, run_tiny: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.missing_logins(["console", "file", "mlflow"]) == []
     (problem,) = machine.missing_logins(["file", "wandb"])
-    assert problem == "logger wandb needs WANDB_API_KEY (or WANDB_MODE=offline|disabled, or its login in ~/.netrc)"
+    keys = "WANDB_API_KEY or WANDB_IDENTITY_TOKEN_FILE"
+    assert problem == f"logger wandb needs {keys} (or WANDB_MODE=offline|disabled, or its login in ~/.netrc)"
     with pytest.raises(UserError, match=re.escape(problem)):
         run_tiny(no_start, loggers=["wandb"])
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert len(machine.missing_logins(["wandb", "swanlab"])) == 1
     monkeypatch.delenv("WANDB_MODE")
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x\n")
-    assert machine.missing_logins(["wandb"]) == []
+    monkeypatch.setenv("NETRC", "/nowhere/.netrc")
+    assert machine.missing_logins(["wandb"])[0].endswith("or its login in /nowhere/.netrc)")
+
+
+@pytest.mark.parametrize(
+    ("logger", "variable", "value", "file"),
+    [
+        ("wandb", "WANDB_API_KEY", "x", None),
+        ("wandb", "WANDB_IDENTITY_TOKEN_FILE", "/run/token", None),
+        ("wandb", None, None, ".netrc"),
+        ("wandb", "NETRC", "~/elsewhere/.netrc", "elsewhere/.netrc"),
+        ("swanlab", None, None, ".swanlab/.netrc"),
+        ("swanlab", "SWANLAB_ROOT", "~/elsewhere", "elsewhere/.netrc"),
+        ("swanlab", "SWANLAB_SAVE_DIR", "~/elsewhere", "elsewhere/.netrc"),
+    ],
+)
+def test_a_login_that_is_there_is_enough(
+    logger: str, variable: str | None, value: str, file: str | None, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a host of any name."""
+    assert len(machine.missing_logins([logger])) == 1
+    if variable:
+        monkeypatch.setenv(variable, value)
+    if file:
+        (home / file).parent.mkdir(exist_ok=True)
+        (home / file).write_text("machine tracking.example login user password x\n")
+    assert machine.missing_logins([logger]) == []

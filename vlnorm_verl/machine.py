@@ -44,10 +44,10 @@ CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weights, Adam's moments
 PARAMETERS = {"3b": 3.09e9, "7b": 7.62e9}  # Qwen2.5
 
-# What a logger needs where verl's driver runs: a key, or another mode than online, or a file of `wandb login` and such.
+# What a logger needs where verl's driver runs: one of these variables, or another mode than online, or a login's file.
 LOGINS = {
-    "wandb": ("WANDB_API_KEY", "WANDB_MODE", ("offline", "disabled"), "~/.netrc"),
-    "swanlab": ("SWANLAB_API_KEY", "SWANLAB_MODE", ("local", "offline", "disabled"), "~/.swanlab/.netrc"),
+    "wandb": (("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"), "WANDB_MODE", ("offline", "disabled")),
+    "swanlab": (("SWANLAB_API_KEY",), "SWANLAB_MODE", ("local", "offline", "disabled")),
 }
 
 
@@ -389,14 +389,22 @@ def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Def
 
 
 def missing_logins(loggers: list[str]) -> list[str]:
-    """What a logger of the run lacks in this process, each as a message."""
+    """What a logger of the run lacks in this process, each as a message.
+
+    What is in a login's file is not read: a host of one's own may have any name.
+    """
+    given = os.environ.get
+    files = {
+        "wandb": given("NETRC") or "~/.netrc",
+        "swanlab": f"{given('SWANLAB_ROOT') or given('SWANLAB_SAVE_DIR') or '~/.swanlab'}/.netrc",
+    }
     problems = []
-    for logger, (key, mode, enough, file) in LOGINS.items():
-        if logger not in loggers or os.environ.get(key) or os.environ.get(mode) in enough:
+    for logger, (keys, mode, enough) in LOGINS.items():
+        if logger not in loggers or any(map(given, keys)) or given(mode) in enough:
             continue
-        login = Path(file).expanduser()
-        if not login.is_file() or logger not in login.read_text(errors="replace"):
-            problems.append(f"logger {logger} needs {key} (or {mode}={'|'.join(enough)}, or its login in {file})")
+        if not os.path.isfile(os.path.expanduser(files[logger])):
+            ways = f"{mode}={'|'.join(enough)}, or its login in {files[logger]}"
+            problems.append(f"logger {logger} needs {' or '.join(keys)} (or {ways})")
     return problems
 
 
