@@ -134,6 +134,13 @@ def test_a_label_with_a_seed(tmp_path: Path) -> None:
             read(wrong)
 
 
+def test_the_home_folder_after_a_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "log.jsonl", text((0, 10, 0.0)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert said(read("mine=~/log.jsonl")) == [("mine", 0)]
+    assert said(read("mine@3=~/log.jsonl")) == [("mine", 3)]
+
+
 def test_a_label_of_several_runs_only_names_those_that_say_their_method(tmp_path: Path) -> None:
     for method in ("vl_norm:1.0", "dapo_norm"):
         write_run(tmp_path / "runs", method, curve={10: 0.5})

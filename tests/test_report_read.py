@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -353,6 +354,18 @@ def test_one_run_by_three_loggers_is_one_run(tracked: Path, tmp_path: Path) -> N
     assert sum("by another logger: left out" in row["notes"] for row in table_of(tmp_path, "inputs")) == 4
 
 
+def test_a_copy_that_begins_earlier_says_how_it_is_read(tracked: Path, tmp_path: Path) -> None:
+    """verl's file logger kept only the last start, and has a configuration, which tensorboard lacks."""
+    folder = write_run(tmp_path, seed=7, curve={0: 0.0})
+    shutil.copy(tracked / "resumed/seed7.jsonl", folder / "metrics-000.jsonl")
+    shutil.copytree(tracked / "resumed/tensorboard-7", tmp_path / "tensorboard-7")
+    copy, kept = sorted(read(tmp_path), key=lambda run: len(run.steps))
+    assert (copy.copy, kept.steps[0]) == (True, 41)
+    way = "begins at step 0, before that one: to read this one, give label@seed=PATH of it alone"
+    assert any(note.endswith(way) for note in copy.notes)
+    assert read_one(f"vl_norm@7={tmp_path}/tensorboard-7").steps[0] == 0
+
+
 @pytest.mark.parametrize("kind", ["tensorboard-5", "wandb"])
 def test_runs_of_other_loggers(tracked: Path, kind: str) -> None:
     run = read_one(tracked / "wide" / kind)
@@ -377,6 +390,30 @@ def test_an_offline_wandb_file_that_is_cut(tracked: Path, tmp_path: Path) -> Non
 def test_a_file_that_only_has_the_name_of_wandbs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a file of wandb"):
         read(put(tmp_path / "bad.wandb", "something else"))
+
+
+@pytest.mark.parametrize("how", ["damaged", "away"])
+def test_one_wandb_file_that_cannot_be_read_does_not_stop_the_report(
+    how: str, tracked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,) = (tracked / "wide").rglob("*.wandb")
+    shutil.copy(file, tmp_path / "run-good.wandb")
+    (tmp_path / "run-x.wandb").write_bytes(bytes(100))
+    read_bytes = Path.read_bytes
+
+    def away(path: Path) -> bytes:
+        if path.name == "run-x.wandb":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read_bytes(path)
+
+    if how == "away":
+        monkeypatch.setattr(Path, "read_bytes", away)
+    good, bad = read(tmp_path)
+    assert (good.method_key, good.left_out, len(good.steps)) == ("vl_norm:1", "", 30)
+    assert bad.left_out
+    note = {"damaged": "not a file of wandb", "away": "cannot be read (Stale file handle)"}[how]
+    assert f"run-x.wandb: {note}" in bad.notes
+    assert ("Files of it cannot be read" in looked_at([good, bad])) == (how == "away"), "it is read again"
 
 
 # ---------------------------------------------------------------------------------------------------------------- dumps

@@ -30,6 +30,7 @@ OF_A_RUN = {"checkpoints", "rollouts", "validation"}  # in the folder of a run t
 STARTS = re.compile(r"metrics-(\d+)\.jsonl")
 TRIED_LINES = 10  # of a file: its first ones may be empty, cut or corrupt
 LONGEST_LINE = 1 << 24
+WANDB = b":W&B"  # how its files begin
 ABOVE = 2  # folders above an argument whose names may tell what the run is
 ACCEPTED = (
     "the folder of a run, a folder that holds runs, a *.jsonl of verl's file logger, a tensorboard folder, an offline "
@@ -62,16 +63,20 @@ class Source:
 
 
 def split_label(argument: str) -> tuple[str, int | None, Path]:
-    """("label", seed, path) of `label@seed=PATH`; a path that exists as it is written has no label."""
+    """("label", seed, path) of `label@seed=PATH`; a path that exists as it is written has no label.
+
+    After = the shell leaves ~ as it is.
+    """
     if Path(argument).exists() or "=" not in argument:
         return "", None, Path(argument)
-    label, path = argument.split("=", 1)
+    label, given = argument.split("=", 1)
+    path = Path(os.path.expanduser(given))
     name, at, seed = label.rpartition("@")
     if not at:
-        return label, None, Path(path)
+        return label, None, path
     if not seed.isdecimal():
-        raise UserError(f"RUN {argument}: {seed!r} is no seed; accepted after @ is a whole number: {name}@0={path}")
-    return name, int(seed), Path(path)
+        raise UserError(f"RUN {argument}: {seed!r} is no seed; accepted after @ is a whole number: {name}@0={given}")
+    return name, int(seed), path
 
 
 def find(arguments: Sequence[str]) -> list[Source]:
@@ -80,7 +85,8 @@ def find(arguments: Sequence[str]) -> list[Source]:
     Of several labels of one run the first counts.
 
     Raises:
-        UserError: a path does not exist, a seed is none or is of several runs, or there is no run at all.
+        UserError: a path does not exist, is a file that only has the name of wandb's, a seed is none or is of several
+            runs, or there is no run at all.
     """
     sources_by_file: dict[tuple[str, Path], Source] = {}
     for argument in arguments:
@@ -152,6 +158,9 @@ def _of_file(path: Path) -> Iterator[Source]:
     elif ".tfevents." in path.name:
         yield _source("tensorboard", folder, folder, _events(folder, names))
     elif path.suffix == ".wandb":
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if not WANDB.startswith(file.read(4)):
+                raise UserError(f"RUN {path}: not a file of wandb")
         yield _source("wandb", folder, folder, [path])
     elif path.suffix == ".jsonl" or _is_metrics(path):
         plain = _plain_logs(folder, names)

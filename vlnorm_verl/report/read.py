@@ -212,7 +212,9 @@ def _leave_out_copies(runs: Sequence[Run], logs: Sequence[_Log]) -> None:
         copied = [other for other, its in kept if its.source.kind != log.source.kind and _same_values(run, other)]
         if copied:
             run.left_out, run.copy = f"the same values as {copied[0].name}, by another logger", True
-            run.notes.append(f"{run.left_out}: left out")
+            begins = f"at step {run.steps[0]}, before that one: to read this one, give label@seed=PATH of it alone"
+            earlier = f", though it begins {begins}" if run.steps[0] < copied[0].steps[0] else ""
+            run.notes.append(f"{run.left_out}: left out{earlier}")
             run.steps, run.metrics, run.ended = run.steps[:0], {}, {}
         kept.append((run, log))
 

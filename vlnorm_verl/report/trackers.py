@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from vlnorm_verl.files import UserError
+from vlnorm_verl.report.find import WANDB
 from vlnorm_verl.runs.records import Start, decode, starts_of, unread
 
 
@@ -54,16 +54,18 @@ def read_wandb(file: Path, notes: list[str]) -> Wandb:
     wandb has no public reader of its .wandb files, and since 0.20 no private one in Python either. The frame is
     LevelDB's log format after a header of 7 bytes (blocks of 32 KiB; records of checksum, length, type); in it are
     protobuf messages, which wandb's own generated classes (`wandb.proto`, private) decode.
-
-    Raises:
-        UserError: the file is not one of wandb's.
     """
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
-    content = file.read_bytes()
-    if content[:4] != b":W&B"[: len(content)]:
-        raise UserError(f"{file}: not a file of wandb")
+    content = b""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        notes.append(unread(file, error))
+    if not WANDB.startswith(content[:4]):
+        notes.append(f"{file.name}: not a file of wandb")
+        content = b""
     rows: list[tuple[int, dict[str, Any]]] = []
     config: dict[str, Any] = {}
     name = run = ""
