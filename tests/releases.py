@@ -58,6 +58,7 @@ OUR_TESTS_NOT_BEFORE_0_9 = (
     "test_a_critics_own_mini_batches",
     "test_refused_before_ray_starts",
     "test_mini_batches_sorted_by_length",
+    "test_importance_weights_with_two_bounds",
 )
 # Globs below verl's folder `tests`: what touches losses, their configuration, the engines and the data between them.
 VERL_TESTS = (

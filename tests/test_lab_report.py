@@ -391,7 +391,7 @@ def test_pools_without_a_signal_can_be_drawn(little: list[Analysis]) -> None:
     assert drawn.count("lost in noise") == 8
     assert "alignment against α, mini-batch of 320" in drawn
     assert drawn.count("no prompt with many responses") == 1
-    assert drawn.count("β with all advantages 1: table “slopes”") == 1
+    assert drawn.count("β with all advantages 1 is in the table on β") == 1
 
 
 def test_verdicts_of_pools_without_a_signal_recommend_nothing(little: list[Analysis]) -> None:

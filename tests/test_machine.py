@@ -167,7 +167,7 @@ def test_the_limits_of_a_user_on_a_login_node(monkeypatch: pytest.MonkeyPatch, t
         for name, text in {"cpu.max": "max 100000", "memory.max": "max", "memory.high": "max"}.items():
             (folder / name).write_text(f"{text}\n")
         (folder / "memory.current").write_text("5000000000\n")
-        (folder / "memory.stat").write_text("anon 1\ninactive_file 3000000000\nactive_file 7\n")
+        (folder / "memory.stat").write_text("anon 1\ninactive_file 2000000000\nactive_file 1000000000\n")
     assert (machine.usable_cpus(), machine.free_memory()) == (64, 60e9)
     (user / "cpu.max").write_text("200000 100000\n")
     (user / "memory.high").write_text("8000000000\n")

@@ -118,6 +118,15 @@ def test_a_users_policy_loss_is_tried() -> None:
             assert (problem is None) if refusal is None else (problem and refusal in problem), (name, problem)
 
 
+@pytest.mark.parametrize("of", ["token", "sequence"])
+def test_importance_weights_with_two_bounds_are_accepted(of: str) -> None:
+    """IcePop's. A response whose weights were all 0 in the trial would be verl's own error."""
+    assert (
+        policy_loss.problem("bypass_mode", actor_config("bypass_mode", rollout_is=of, rollout_is_threshold="0.8_1.25"))
+        is None
+    )
+
+
 def test_what_a_refusal_of_rollout_rs_names_as_accepted_is_accepted() -> None:
     section, algorithm = "actor_rollout_ref.actor.policy_loss", "algorithm.rollout_correction"
     by_the_loss = [f"{section}.loss_mode=bypass_mode", f"+{section}.rollout_correction.rollout_rs=token_k2"]
@@ -183,11 +192,12 @@ def test_a_config_is_made_without_trying_its_policy_loss() -> None:
         actor_config("own_mean")
 
 
-def actor_config(policy_loss_name: str) -> Any:
+def actor_config(policy_loss_name: str, **correction: str) -> Any:
     from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
     known = {field.name for field in dataclasses.fields(PolicyLossConfig)}  # they differ from release to release
-    wanted = {"loss_mode": policy_loss_name, "dro_beta": 1.0, "rollout_correction": {"loss_type": "reinforce"}}
+    wanted = {"loss_mode": policy_loss_name, "dro_beta": 1.0}
+    wanted |= {"rollout_correction": {"loss_type": "reinforce"} | correction}
     # So that they choose among four responses too.
     wanted |= {"clip_cov_ratio": 0.5, "clip_cov_lb": -0.5, "clip_cov_ub": 0.5, "kl_cov_ratio": 0.5}
     settings = PolicyLossConfig(**{name: value for name, value in wanted.items() if name in known})

@@ -214,7 +214,11 @@ LOGINS = ("API_KEY", "MODE", "IDENTITY_TOKEN_FILE", "ROOT", "SAVE_DIR")
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Without a login."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("NETRC", *(f"{logger}_{name}" for logger in ("WANDB", "SWANLAB") for name in LOGINS)):
+    for name in (
+        "NETRC",
+        "WANDB_BASE_URL",
+        *(f"{logger}_{name}" for logger in ("WANDB", "SWANLAB") for name in LOGINS),
+    ):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -223,36 +227,39 @@ def test_a_missing_login_is_named(home: Path, run_tiny: Callable[..., int], monk
     assert machine.missing_logins(["console", "file", "mlflow"]) == []
     (problem,) = machine.missing_logins(["file", "wandb"])
     keys = "WANDB_API_KEY or WANDB_IDENTITY_TOKEN_FILE"
-    assert problem == f"logger wandb needs {keys} (or WANDB_MODE=offline|disabled, or its login in ~/.netrc)"
+    assert problem == f"logger wandb needs {keys} (or WANDB_MODE=offline|disabled, or `wandb login`)"
     with pytest.raises(UserError, match=re.escape(problem)):
         run_tiny(no_start, loggers=["wandb"])
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert len(machine.missing_logins(["wandb", "swanlab"])) == 1
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("NETRC", "/nowhere/.netrc")
-    assert machine.missing_logins(["wandb"])[0].endswith("or its login in /nowhere/.netrc)")
+    (home / ".netrc").write_text("machine github.com login user password x\n")
+    assert machine.missing_logins(["wandb"]) == [problem]
 
 
 @pytest.mark.parametrize(
-    ("logger", "variable", "value", "file"),
+    ("logger", "variables", "files"),
     [
-        ("wandb", "WANDB_API_KEY", "x", None),
-        ("wandb", "WANDB_IDENTITY_TOKEN_FILE", "/run/token", None),
-        ("wandb", None, None, ".netrc"),
-        ("wandb", "NETRC", "~/elsewhere/.netrc", "elsewhere/.netrc"),
-        ("swanlab", None, None, ".swanlab/.netrc"),
-        ("swanlab", "SWANLAB_ROOT", "~/elsewhere", "elsewhere/.netrc"),
-        ("swanlab", "SWANLAB_SAVE_DIR", "~/elsewhere", "elsewhere/.netrc"),
+        ("wandb", {"WANDB_API_KEY": "x"}, {}),
+        ("wandb", {"WANDB_IDENTITY_TOKEN_FILE": "/run/token"}, {}),
+        ("wandb", {}, {".netrc": "machine api.wandb.ai"}),
+        ("wandb", {"NETRC": "~/other/.netrc"}, {"other/.netrc": "machine api.wandb.ai"}),
+        ("wandb", {"WANDB_BASE_URL": "https://tracking.example"}, {".netrc": "machine tracking.example"}),
+        ("wandb", {}, {".netrc": "machine tracking.example", ".config/wandb/settings": "[default]"}),
+        ("swanlab", {}, {".swanlab/.netrc": "machine tracking.example"}),
+        ("swanlab", {"SWANLAB_ROOT": "other"}, {"other/.netrc": "machine tracking.example"}),
+        ("swanlab", {"SWANLAB_ROOT": "other"}, {".swanlab/.netrc": "of swanlab login --local"}),
+        ("swanlab", {"SWANLAB_SAVE_DIR": "other"}, {"other/.netrc": "machine tracking.example"}),
     ],
 )
 def test_a_login_that_is_there_is_enough(
-    logger: str, variable: str | None, value: str, file: str | None, home: Path, monkeypatch: pytest.MonkeyPatch
+    logger: str, variables: dict[str, str], files: dict[str, str], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a host of any name."""
+    monkeypatch.chdir(home)
     assert len(machine.missing_logins([logger])) == 1
-    if variable:
-        monkeypatch.setenv(variable, value)
-    if file:
-        (home / file).parent.mkdir(exist_ok=True)
-        (home / file).write_text("machine tracking.example login user password x\n")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for name, text in files.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
     assert machine.missing_logins([logger]) == []

@@ -44,7 +44,7 @@ CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weights, Adam's moments
 PARAMETERS = {"3b": 3.09e9, "7b": 7.62e9}  # Qwen2.5
 
-# What a logger needs where verl's driver runs: one of these variables, or another mode than online, or a login's file.
+# What a logger needs where verl's driver runs: one of these variables, or another mode than online, or a login.
 LOGINS = {
     "wandb": (("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"), "WANDB_MODE", ("offline", "disabled")),
     "swanlab": (("SWANLAB_API_KEY",), "SWANLAB_MODE", ("local", "offline", "disabled")),
@@ -294,8 +294,8 @@ def free_memory() -> int:
     for folder in cgroups():
         for limit in ("memory.max", "memory.high"):
             with contextlib.suppress(OSError, ValueError):
-                cached = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.M)
-                used = int((folder / "memory.current").read_text()) - int(cached[1] if cached else 0)
+                cached = re.findall(r"^(?:in)?active_file (\d+)", (folder / "memory.stat").read_text(), re.M)
+                used = int((folder / "memory.current").read_text()) - sum(map(int, cached))
                 free.append(int((folder / limit).read_text()) - used)
     return min(free)
 
@@ -389,23 +389,26 @@ def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Def
 
 
 def missing_logins(loggers: list[str]) -> list[str]:
-    """What a logger of the run lacks in this process, each as a message.
-
-    What is in a login's file is not read: a host of one's own may have any name.
-    """
+    """What a logger of the run lacks in this process, each as a message."""
     given = os.environ.get
-    files = {
-        "wandb": given("NETRC") or "~/.netrc",
-        "swanlab": f"{given('SWANLAB_ROOT') or given('SWANLAB_SAVE_DIR') or '~/.swanlab'}/.netrc",
-    }
     problems = []
     for logger, (keys, mode, enough) in LOGINS.items():
-        if logger not in loggers or any(map(given, keys)) or given(mode) in enough:
+        if logger not in loggers or any(map(given, keys)) or given(mode) in enough or has_login(logger):
             continue
-        if not os.path.isfile(os.path.expanduser(files[logger])):
-            ways = f"{mode}={'|'.join(enough)}, or its login in {files[logger]}"
-            problems.append(f"logger {logger} needs {' or '.join(keys)} (or {ways})")
+        ways = f"{mode}={'|'.join(enough)}, or `{logger} login`"
+        problems.append(f"logger {logger} needs {' or '.join(keys)} (or {ways})")
     return problems
+
+
+def has_login(logger: str) -> bool:
+    """Whether what `wandb login` or `swanlab login` writes is there. A server of one's own may have any name."""
+    given = os.environ.get
+    if logger == "swanlab":
+        folders = ".swanlab", given("SWANLAB_ROOT") or given("SWANLAB_SAVE_DIR") or os.path.expanduser("~/.swanlab")
+        return any(os.path.isfile(f"{folder}/.netrc") for folder in folders)
+    file = Path(given("NETRC") or "~/.netrc").expanduser()
+    own_server = given("WANDB_BASE_URL") or os.path.isfile(os.path.expanduser("~/.config/wandb/settings"))
+    return file.is_file() and bool(own_server or "wandb" in file.read_text(errors="replace"))
 
 
 def main(question: str) -> int:

@@ -80,7 +80,7 @@ def draw_deviations(axes: Axes, slope: Slope) -> None:
 def draw_no_slope(axes: Axes, analysis: Analysis) -> None:
     said = "no prompt with many responses\nhas rewards and lengths that differ"
     if analysis.slopes:  # of the score alone
-        said += ";\nβ with all advantages 1: table “slopes”"
+        said += ";\nβ with all advantages 1 is in the table on β"
     axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", va="center")
     axes.set(xticks=[], yticks=[])
 

@@ -207,7 +207,8 @@ def why_not_shared(
     """Why a response's gradient cannot be had from its prompt's keys and values; "" where it is the same."""
     import torch
 
-    rope = str(getattr(model.config, "rope_parameters", ""))
+    names = "rope_parameters", "rope_scaling"  # transformers 5, 4
+    rope = str([getattr(model.config, name, "") for name in names])
     if "dynamic" in rope or "longrope" in rope:
         return "its rotary embedding changes with the length"
     # The whole computation of a long one may not fit where the shared one does: the shortest that is long enough.

@@ -28,10 +28,10 @@ from vlnorm_verl.plugin.names import MODE_KEY
 CHOOSE_TOKENS = ("clip_cov", "kl_cov")
 # Four responses: a mini-batch that is padded to its longest one.
 LENGTHS = torch.tensor([3, 1, 2, 4])
-ADVANTAGES = torch.tensor([[1.0], [-0.5], [-1.0], [0.5]], dtype=torch.float64)
+ADVANTAGES = torch.tensor([[1.0], [0.5], [-1.0], [-0.5]], dtype=torch.float64)
 # How far the policy moved: beyond the clip range, but no response as a whole, nor each of its tokens. An importance
 # weight with bounds on both sides would be 0 there, on which verl's own statistics of the weights fail.
-MOVED = torch.tensor([[1.0, -1, 0.05, 0], [0.05, 0, 0, 0], [0.05, -0.5, 0, 0], [1, -1, 0.05, -0.05]]).double()
+MOVED = torch.tensor([[1.0, -1, 0.05, 0], [0.05, 0, 0, 0], [0.05, -0.05, 0, 0], [1, -1, 0.05, -0.05]]).double()
 M = 7.0  # where the run's is not known yet
 
 

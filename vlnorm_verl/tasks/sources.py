@@ -175,7 +175,8 @@ class Hub:
             commit = HfApi().dataset_info(self.repo, revision=self.revision, timeout=20).sha
             if self.data_set.file is None:
                 builder = datasets.load_dataset_builder(self.repo, revision=commit)
-                if builder.hash != commit:  # where the hub fails, datasets takes its newest copy, of whatever commit
+                # Where the hub fails, datasets takes its newest copy, of whatever commit.
+                if builder.name == "cache" and builder.hash != commit:
                     raise ConnectionError(f"commit {commit} cannot be downloaded, and {builder.hash} is the one cached")
                 builder.download_and_prepare()
                 return builder.as_dataset(split=self.data_set.split), {"commit": commit}
