@@ -286,6 +286,7 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("< 5", "> 5"), (r"\geq 5", "5"), ("x > 5", r"x \ge 5"), ("x=1", "y=1"), ("f(x)=2x", "f(x)=3x"),
             (r"(5,\infty)", "x < 5"), ("5", r"\{x \mid x = 5\}"), ("6", "x=2, y=3"), ("x + y = 5", "5"),
             (r"\frac{dx}{dt}=kx", r"\frac{x}{t}=kx"),
+            (r"\gcd(m,n)=1", "1"),
             ("x=2i", "x=3i"), (r"\sin x = 2", r"\sin x = 3"), ("2+3=5", "1=1"), (r"\emptyset", "3 = 2"),
             # The problem, said again.
             ("2, 3", "x^2-5x+6=0"), ("(-1,5)", "|x-2|<3"), (r"(1,\infty)", "3x+2<7x-2"), ("x>1", "3x+2<7x-2"),
@@ -314,10 +315,13 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("7, -2, -5", r"7, -2, \text{ and } -5"), (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty)\cup(-\infty,2)"),
             (r"\mathbb{R}\setminus\{0\}", r"(-\infty,0)\cup(0,\infty)"), (r"\emptyset", r"\{\}"),
             ("(1,2,3)", r"\langle 1,2,3 \rangle"), ("p=5,q=2;p=7,q=2", "(5,2),(7,2)"),
+            ("x=1,y=2", "(1,2)"), ("x=1,y=2", "1,2"), ("x=1,y=2", "y=2,x=1"), ("x=3,x=-2", "-2,3"),
+            ("-2<x<1, 3<x<5", "(3,5), (-2,1)"),
         ],
         [
             ("(1,2)", "[1,2]"), ("(1,2)", "(2,1)"), ("5", r"5 \text{ or } 7"), ("5", r"\pm 5"), ("1,2", "1,2,3"),
             ("[0,1)", "[0,1]"), ("[0,1)", "0,1"), ("(0,1]", "0,1"), ("[0,1]", "0,1"),
+            ("x=1,y=2", "2,1"), ("x=1,y=2", "(2,1)"), ("x=1,y=2", r"\{2,1\}"), ("x=1,y=2", "[1,2)"),
             ("[0,1)", "x=0, x=1"), (r"(3,\frac{\pi}{2})", r"\emptyset"), ("(2,2)", r"\{\}"), ("(3,2)", "3 = 2"),
             (r"\mathbb{Z}", r"\mathbb{Z}_{>0}"), (r"x \in \mathbb{R}", r"x \in \mathbb{R}_+"),
         ],
@@ -328,13 +332,13 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"\text{even}", r"\text{Even.}"), (r"\text{A, C}", "A, C"), ("MR=SRMC", "SRMC = MR"),
             (r"\{x \mid x>0\}", r"\left\{ x \mid x > 0 \right\}"), (r"\text{June 20}", "june 20"),
             (r"\text{Yes}", "yes"), ("Yes", r"\text{yes}"), ("No", "no"), (r"\text{(F)}", "F"), (r"\text{SAS}", "SAS"),
-            (r"\text{Ann}", "Ann"), ("odd", r"\text{Odd}"),
+            (r"\text{Ann}", "Ann"), ("odd", r"\text{Odd}"), ("C", r"\text{(c)}"), ("e", r"\text{e}"),
         ],
         [
             (r"\text{east}", "seat"), ("10", r"\text{ten}"), ("C", "D"),
             ("Rr", "rr"), ("mM", "mm"), ("V", "v"), ("(a,B)", "(A,b)"), (r"\text{odd}", "even"),
             (r"M\text{ kg}", r"m\text{ kg}"),
-            (r"\text{odd}", "1"),
+            (r"\text{odd}", "1"), ("e", "E"), ("e", r"\text{(E)}"), ("e", r"\text{E}"), ("b", "(B)"), ("a, c", "A, C"),
         ],
     ),
 }  # fmt: skip

@@ -17,6 +17,7 @@ import sympy
 from sympy import Basic, Expr, MatrixBase, Rational, S
 from sympy.core.function import AppliedUndef
 
+from vlnorm_verl.tasks.latex.tokens import CHOICES
 from vlnorm_verl.tasks.latex.values import (
     AM,
     ERRORS,
@@ -40,8 +41,10 @@ _EQUATIONS = {"=", "≈", "∈"}
 
 def equal(gold: Answer, answer: Answer) -> bool:
     if gold.words is not None and answer.words is not None:
-        # Of \text{Yes} and Yes the text, which has lost its case, decides.
-        fold = str if gold.prose == answer.prose else str.casefold
+        # Of \text{Yes} and Yes the text, which has lost its case, decides. C is a choice, c may be a variable.
+        choice = CHOICES.fullmatch(gold.words.upper())
+        folds = gold.prose or gold.words.isupper() if choice else gold.prose != answer.prose
+        fold = str.casefold if folds else str
         if fold(gold.words) == fold(answer.words):
             return True
     compare = _Comparison(gold.decimal, answer.decimal)
@@ -100,6 +103,9 @@ class _Comparison:
                 return self.values(value, other) if items is gold else self.values(other, value)
             return _equal_sets(gold, answer)
         kinds = {gold.brackets, answer.brackets}
+        if _are_named(gold.values) and not any(isinstance(value, Relation) for value in answer.values):
+            same = len(gold.values) == len(answer.values) and answer.brackets in ("", "()")
+            return same and all(map(self.values, gold.values, answer.values))
         if kinds <= {"", "or", "{}"}:
             return self.unordered(gold.values, answer.values)
         if len(gold.values) != len(answer.values):
@@ -245,10 +251,18 @@ def _without_markers(gold: Expr, answer: Expr) -> Iterable[tuple[Expr, Expr]]:
 
 
 def _is_name(side: Any) -> bool:
-    """x, AB, f(x), (x, y), but not 2x or x + y."""
+    """x, AB, f(x), (x, y), but not 2x, x + y or gcd(x, y), whose value is a condition."""
     if not isinstance(side, Expr):
         return isinstance(side, Items) and all(map(_is_name, side.values))
-    return bool(side.free_symbols) and not side.is_Add and not side.atoms(sympy.Number, sympy.NumberSymbol)
+    if side.is_Add or side.atoms(sympy.Number, sympy.NumberSymbol):
+        return False
+    return bool(side.free_symbols) and {f.name for f in side.atoms(AppliedUndef)}.isdisjoint({"gcd", "lcm"})
+
+
+def _are_named(values: Sequence[Any]) -> bool:
+    """x = 1, y = 2, whose order counts; not x = 1, x = 2."""
+    names = {value.sides[0] for value in values if isinstance(value, Relation) and _is_name(value.sides[0])}
+    return len(names) == len(values)
 
 
 def _is_solved(value: Any) -> bool:

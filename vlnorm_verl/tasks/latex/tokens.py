@@ -203,6 +203,10 @@ SYMBOL_UNIT = re.compile(
 )
 
 
+# (A), or more of them: a text that keeps its case.
+CHOICES = re.compile(r"\W*[A-E](?:\W+[A-E])*\W*")
+
+
 def rewritten(text: str) -> str:
     """The text in a spelling that has one sign for one thing."""
     if r"\begin" not in text:  # \\frac, of a text that was escaped twice
@@ -216,21 +220,21 @@ def rewritten(text: str) -> str:
 def canonical(text: str) -> str:
     """A text that is equal for texts that differ in spacing, sizes, wrappers and the case of words only."""
     tokens = tokens_of(rewritten(text))
-    joined = " ".join(token.text.casefold() if token.kind == "text" else token.text for token in tokens)
-    return " ".join(joined.split())
+    return " ".join(" ".join(map(_folded, tokens)).split())
+
+
+def _folded(token: Token) -> str:
+    """Its text, of words in small letters; of choices as it is."""
+    return token.text if token.kind != "text" or CHOICES.fullmatch(token.text) else token.text.casefold()
 
 
 def words(tokens: list[Token]) -> str | None:
-    """The text, if it has nothing but letters and punctuation; words, and choices like (C), in small letters."""
+    """The text, if it has nothing but letters and punctuation; words in small letters."""
     if not all(token.kind in ("text", "letter") or token.text in ".,;(){}" for token in tokens):
         return None
-    joined = "".join(
-        f" {token.text.casefold()}" if token.kind == "text" else " " * token.gap + token.text for token in tokens
-    )
+    joined = "".join(" " * (token.gap or token.kind == "text") + _folded(token) for token in tokens)
     joined = re.sub(r"(?:\s*,|\s+and\b)+", " , ", re.sub(r"[^\w\s,]", " ", joined))
-    joined = " ".join(joined.split())
-    choices = re.fullmatch(r"[A-E]( , [A-E])*|[a-e]( , [a-e])*", joined)
-    return (joined.casefold() if choices else joined) or None
+    return " ".join(joined.split()) or None
 
 
 def tokens_of(text: str, second: bool = False) -> list[Token]:
