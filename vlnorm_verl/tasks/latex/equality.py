@@ -79,8 +79,8 @@ class _Comparison:
         if isinstance(answer, Relation):
             return any(self.values(gold, value) for value in self.stated(answer)) or _equal_sets(gold, answer)
         if isinstance(gold, Relation):
-            named = _is_name(gold.sides[0])
-            return (named and any(self.values(v, answer) for v in self.stated(gold))) or _equal_sets(gold, answer)
+            stated = self.stated(gold, believed=True) if _is_solution(gold) else []
+            return any(self.values(value, answer) for value in stated) or _equal_sets(gold, answer)
         if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
             return gold.shape == answer.shape and all(map(self.values, gold, answer))
         if isinstance(gold, Items | sympy.Set) or isinstance(answer, Items | sympy.Set):
@@ -132,8 +132,11 @@ class _Comparison:
 
     # --- relations ---
 
-    def stated(self, relation: Relation) -> list[Any]:
-        """The values that an equation states: x = 3 states 3, x = 22/7 ≈ 3.14 both, 100 ≈ 101 the last, 3 = 2 none."""
+    def stated(self, relation: Relation, believed: bool = False) -> list[Any]:
+        """The values that an equation states: x = 3 states 3, x = 22/7 ≈ 3.14 both, 100 ≈ 101 the last, 3 = 2 none.
+
+        ``believed``: what is ≈ need not be close.
+        """
         if not _EQUATIONS.issuperset(relation.operators):
             return []
         numbers = [side for side in relation.sides if isinstance(side, Expr) and side.is_number]
@@ -141,7 +144,7 @@ class _Comparison:
             if left in numbers and right in numbers:
                 about = operator == "≈"
                 close = _relative_difference(left, right, 15) < 0.01 if about else self.expressions(left, right)
-                if not close:
+                if not close and not (about and believed):
                     return []
         *_, before, last = relation.sides
         if last == 0 and isinstance(before, Expr) and before.is_Add:
@@ -257,6 +260,13 @@ def _is_name(side: Any) -> bool:
     if side.is_Add or side.atoms(sympy.Number, sympy.NumberSymbol):
         return False
     return bool(side.free_symbols) and {f.name for f in side.atoms(AppliedUndef)}.isdisjoint({"gcd", "lcm"})
+
+
+def _is_solution(gold: Relation) -> bool:
+    """Whether a gold is its last value, with what it is of: AB = 6, TM/MK = 2, 25 + 2 = 27, but not x - y = 2."""
+    left = gold.sides[0]
+    numbers = all(isinstance(side, Expr) and side.is_number for side in gold.sides)
+    return numbers or _is_name(left) or (isinstance(left, Expr) and all(map(_is_name, left.as_numer_denom())))
 
 
 def _are_named(values: Sequence[Any]) -> bool:
