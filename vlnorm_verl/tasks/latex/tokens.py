@@ -311,6 +311,8 @@ def _text_tokens(command: str, content: str, gap: bool, before: list[Token], sec
     content = re.sub(r"\\?\$|\\[ ,;:!]|~|\s", " ", content).replace(r"\%", "%").strip()
     if (bare := content.strip(" .,").lower()) in _CONJUNCTIONS:
         return [Token("mark", _CONJUNCTIONS[bare], gap)] if bare or "," in content else []
+    if before and _is_value(before[-1]) and (match := re.fullmatch(r"(.*\w),?\s(and|or)", content)):  # 3 cm and 4 cm
+        return [*_text_tokens(command, match[1], gap, before, second), Token("mark", match[2])]
     behind = bool(before) and (_is_value(before[-1]) or any(token.kind == "text" for token in before))
     unit = behind and content in _UNITS and "operator" not in command  # min, sec, psi
     if content in FUNCTIONS | _GREEK and not unit:
