@@ -83,6 +83,9 @@ class _Comparison:
             return any(self.values(value, answer) for value in stated) or _equal_sets(gold, answer)
         if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
             return gold.shape == answer.shape and all(map(self.values, gold, answer))
+        if isinstance(gold, MatrixBase) or isinstance(answer, MatrixBase):
+            points = [_point(side) for side in (gold, answer)]
+            return len(points[0]) == len(points[1]) > 1 and all(map(self.values, *points))
         if isinstance(gold, Items | sympy.Set) or isinstance(answer, Items | sympy.Set):
             return self.items(gold, answer)
         return isinstance(gold, Expr) and isinstance(answer, Expr) and self.expressions(gold, answer)
@@ -251,6 +254,13 @@ def _without_markers(gold: Expr, answer: Expr) -> Iterable[tuple[Expr, Expr]]:
     for percent in (Rational(1, 100),) if mixed else (1, Rational(1, 100)):
         values = {AM: 0, PM: 0, PERCENT: percent}
         yield gold.subs(values), answer.subs(values)
+
+
+def _point(value: Any) -> Sequence[Any]:
+    """The coordinates of a column, of a row and of (1, 2); of what is none, none."""
+    if isinstance(value, MatrixBase):
+        return tuple(value) if 1 in value.shape else ()
+    return value.values if isinstance(value, Items) and value.brackets == "()" else ()
 
 
 def _is_name(side: Any) -> bool:
