@@ -143,9 +143,17 @@ def _repeating(match: re.Match[str]) -> str:
     return rf"{{\frac{{{numerator}}}{{{(10 ** len(period) - 1) * 10 ** len(fixed)}}}}}"
 
 
+_SPACES = r"(?:\s|~|\\[ ,:;!]|\\q?quad(?![A-Za-z]))*"
+# f(x) = x for all real x, which leaves the value as it is. A narrower set, as in "for all x > 0", may not.
+_FOR_ALL = (
+    rf"(?<!\s),?{_SPACES}(?:\\forall|(?:\\text\s*\{{,?\s*)?for (?:all|every|any))(?![A-Za-z])"
+    r"(?:[\s~${}]|\\text|\\[ ,:;!]|(?:(?:positive\s+)?integers?|real|rational|natural|complex|numbers?)(?![A-Za-z]))*"
+    r"(?:[A-Za-z](?:\s*,\s*[A-Za-z])*)?(?:\s*\\in\s*\\mathbb\s*\{?\s*[NZQRC]\s*\}?(?:\^(?:\+|\{\+\}))?)?[\s$}.]*$"
+)
 _REWRITES = [
     (re.compile(pattern, re.DOTALL), replacement)
     for pattern, replacement in (
+        (_FOR_ALL, ""),
         (r"^\s*(\*\*|`)(.*)\1\s*$", r"\2"),
         (r"(?<![.\\])[.,;:](?=[$\s]*$)", ""),  # the end of a sentence, not "0.333..."
         (r"[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}"),
