@@ -203,6 +203,23 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"\coth^{-1}(2)", r"\tanh 2"), (r"\sin\theta\sqrt{2gh}", r"\sin(\theta\sqrt{2gh})"),
         ],
     ),
+    "choices with their values": (
+        [
+            ("289", r"\textbf{(E)}\ 289"), ("289", r"\text{(E) } 289"), ("289", r"(E)\ 289"),
+            ("289", r"$\textbf{(E)} ~289$"),
+            (r"\sqrt{30}", r"\textbf{(E)}\ \sqrt{30}"), ("(C)", r"\textbf{(C)}\ 25"), ("C", "(C) 25"),
+            (r"(D) \ 1", "1"),
+            (r"(D) \ 1", "D"), (r"(D) \ 1", r"\textbf{(D)} 1"), ("-2", r"\textbf{(A)}\ -2"), ("5", r"(A) \$5"),
+            (r"\text{east}", r"\textbf{(C)} \text{ east}"), ("Bx", "(B)x"), ("B-2", "(B) - 2"), ("2A", r"(A) \times 2"),
+            ("x+1", r"\textbf{(B)}\ x+1"),
+        ],
+        [
+            ("289", r"\textbf{(E)}\ 28"), ("(C)", r"\textbf{(D)}\ 25"), (r"(D) \ 1", r"(D) \ 2"),
+            (r"(D) \ 1", r"(E) \ 1"),
+            ("e", "(E) 5"), ("C", r"(C) \text{ or } (D)"), ("C", r"(C) \text{ or } D"), ("C", "(C) 5, (D) 6"),
+            ("C", "(C) 5 +"), (r"(D) \ 1", "C"),
+        ],
+    ),
     "percent": (
         [
             ("5", r"5\%"), ("0.05", r"5\%"), (r"50\%", r"\frac12"), ("12.5", r"12.5\text{ percent}"),

@@ -40,12 +40,19 @@ _EQUATIONS = {"=", "≈", "∈"}
 
 
 def equal(gold: Answer, answer: Answer) -> bool:
-    if gold.words is not None and answer.words is not None:
+    if gold.label and answer.label and gold.label != answer.label:
+        return False
+    texts = [(gold.words, answer.words)]
+    if bool(gold.label) != bool(answer.label):  # of two labels with values, both count
+        texts.append((gold.label or gold.words, answer.label or answer.words))
+    for of_gold, of_answer in texts:
+        if of_gold is None or of_answer is None:
+            continue
         # Of \text{Yes} and Yes the text, which has lost its case, decides. C is a choice, c may be a variable.
-        choice = CHOICES.fullmatch(gold.words.upper())
-        folds = gold.prose or gold.words.isupper() if choice else gold.prose != answer.prose
+        choice = CHOICES.fullmatch(of_gold.upper())
+        folds = gold.prose or of_gold.isupper() if choice else gold.prose != answer.prose
         fold = str.casefold if folds else str
-        if fold(gold.words) == fold(answer.words):
+        if fold(of_gold) == fold(of_answer):
             return True
     compare = _Comparison(gold.decimal, answer.decimal)
     pairs = list(itertools.product(gold.readings, answer.readings + answer.dropped))  # a gold keeps its symbols

@@ -10,19 +10,23 @@ Not read: set builders, "…".
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from sympy import Basic, Expr, S
 
 from vlnorm_verl.tasks.latex.cursor import END
 from vlnorm_verl.tasks.latex.formulas import Formulas
-from vlnorm_verl.tasks.latex.tokens import AMBIGUOUS, RELATIONS, SYMBOL_UNIT, rewritten, tokens_of, words
+from vlnorm_verl.tasks.latex.tokens import AMBIGUOUS, LABEL, RELATIONS, SYMBOL_UNIT, rewritten, tokens_of, words
 from vlnorm_verl.tasks.latex.values import ERRORS, Answer, Items, Relation, Unreadable, as_set, operand, parts
 
 
 def read(text: str) -> Answer:
     """The answer that a text is. One of which a part was not understood is not ``readable``."""
     text = rewritten(text)
+    if label := LABEL.match(text):
+        value = read(text[label.end() :])
+        return replace(value, label=label["bold"] or label["plain"]) if value.readable else value
     tokens = tokens_of(text)
     letters = words(tokens)
     prose = letters is not None and any(token.kind == "text" for token in tokens)

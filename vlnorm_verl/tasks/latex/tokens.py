@@ -134,6 +134,7 @@ _UNIT_SIGNS = {
 }  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_VALUE = r"(?:[\d.$]|\\(?:[dt]?frac|sqrt|\$|pi|text)(?![A-Za-z]))"
 _NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)"
 
 
@@ -211,6 +212,12 @@ SYMBOL_UNIT = re.compile(
 )
 
 
+# The letter of a choice before its value: \textbf{(E)}\ 289, (E) 289; not (B)x, (A) \cap (B), (A) 1, (B) 2.
+LABEL = re.compile(
+    rf"[\s$]*(?:(?:\\(?:text|textbf|textrm)\s*\{{|\{{\s*\\bf\b)\s*\((?P<bold>[A-E])\)\s*\}}{_SPACES}(?=-?{_VALUE}|[A-Za-z(-])"
+    rf"|\((?P<plain>[A-E])\)(?=\s|~|\\[ ,:;]|\\q?quad){_SPACES}(?={_VALUE}))(?!.*\([A-E]\))",
+    re.DOTALL,
+)
 # (A), or more of them: a text that keeps its case.
 CHOICES = re.compile(r"\W*[A-E](?:\W+[A-E])*\W*")
 

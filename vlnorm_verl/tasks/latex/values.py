@@ -52,6 +52,7 @@ class Answer:
     products: tuple[Any, ...]  # the same, with g(a + b) as a product, if there is one
     decimal: bool  # whether a number has a decimal point
     dropped: tuple[Any, ...]  # 12 of 12\Omega, whose letter may be a unit
+    label: str = ""  # E of (E) 289
 
     @property
     def readable(self) -> bool:
