@@ -203,6 +203,23 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"\coth^{-1}(2)", r"\tanh 2"), (r"\sin\theta\sqrt{2gh}", r"\sin(\theta\sqrt{2gh})"),
         ],
     ),
+    "degrees": (
+        [
+            (r"60^\circ", r"\frac{\pi}{3}"), (r"\frac{\pi}{4}", r"45^\circ"), (r"60^\circ", "60"),
+            ("45", r"45.0^\circ"),
+            (r"90^\circ-x", r"\frac{\pi}{2}-x"), (r"90^\circ-x", "90-x"), (r"x=\frac{\pi}{3}", r"60^\circ"),
+            (r"[0,\frac{\pi}{2}]", r"[0^\circ,90^\circ]"), (r"(0,\frac{\pi}{2})", r"0^\circ<x<90^\circ"),
+            (r"\{30^\circ,60^\circ\}", r"\{\frac{\pi}{6},\frac{\pi}{3}\}"), (r"(4,60^\circ)", r"(4,\frac{\pi}{3})"),
+            (r"\arcsin\frac12", r"30^\circ"), (r"\frac12", r"\sin 30\degree"),
+            (r"\frac12", r"\sin\left[30^\circ\right]"),
+            (r"22\frac12^\circ", r"\frac{\pi}{8}"), (r"60^\circ+360^\circ k", r"\frac{\pi}{3}+2\pi k"),
+        ],
+        [
+            ("60", r"\frac{\pi}{3}"), (r"\frac{\pi}{3}", "60"), ("0.785", r"45^\circ"), (r"60^\circ", r"\frac{\pi}{6}"),
+            (r"25^\circ C", r"\frac{25\pi}{180}"), (r"\sin 30", r"\sin 30^\circ"), (r"30^\circ", r"30^\circ 15'"),
+            (r"(0^\circ,90^\circ)", r"(0,\frac{\pi}{4})"), (r"f\circ g", r"g\circ f"),
+        ],
+    ),
     "choices with their values": (
         [
             ("289", r"\textbf{(E)}\ 289"), ("289", r"\text{(E) } 289"), ("289", r"(E)\ 289"),

@@ -14,9 +14,10 @@ class Cursor:
         tokens: of `tokens.tokens_of`.
         second: whether they are to be read in the second way, where the notation has two meanings.
         functions: whether f(x) is a value of a function, else f times x.
+        angle: whether degrees are read in radians, as they are in a sine; else they are dropped.
     """
 
-    def __init__(self, tokens: list[Token], second: bool, functions: bool) -> None:
+    def __init__(self, tokens: list[Token], second: bool, functions: bool, angle: bool) -> None:
         self.tokens = tokens
         self.position = 0
         self.second = second
@@ -27,7 +28,7 @@ class Cursor:
         self.signs = False  # whether there was one
         self.either = False  # whether there was an "or" between values
         self.bars = 0  # open |
-        self.angle = False  # in the argument of a trigonometric function
+        self.angle = angle
         self.indices: set[str] = set()  # of the sums around
 
     def peek(self, ahead: int = 0) -> Token:

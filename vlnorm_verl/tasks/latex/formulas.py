@@ -150,15 +150,13 @@ class Formulas(Cursor):
                     raise Unreadable("a double factorial")
                 value = sympy.factorial(value)
             elif self.accept(r"\degree"):
-                pass
+                value = self.degrees(value)
             elif self.accept("%", r"\%"):
                 value = value * PERCENT
             elif self.accept("^"):
                 start, raw = self.position, self.raw()
                 if raw in ("circ", "degree"):
-                    value = value * sympy.pi / 180 if self.angle else value
-                    if self.peek().text in ("C", "F", "K"):
-                        self.next()
+                    value = self.degrees(value)
                 elif re.fullmatch("(prime)+|st|nd|rd|th", raw) and value.is_Number:
                     pass  # minutes of arc, ordinals
                 elif raw in ("top", "T") and isinstance(value, MatrixBase):
@@ -168,6 +166,13 @@ class Formulas(Cursor):
                     value = value ** self.exponent()
             else:
                 return value
+
+    def degrees(self, value: Any) -> Any:
+        """The value in radians where they count, and without a temperature's letter."""
+        if self.peek().text in ("C", "F", "K"):
+            self.next()
+            return value
+        return value * sympy.pi / 180 if self.angle else value
 
     def exponent(self) -> Any:
         if symbol := self.accept("+", "-"):
@@ -273,10 +278,9 @@ class Formulas(Cursor):
 
     def closed(self, opening: str) -> tuple[list[Any], str]:
         """The values in the brackets, and the bracket that closes them."""
-        bars, angle = self.bars, self.angle
-        self.bars, self.angle = 0, angle and opening in "{("
+        bars, self.bars = self.bars, 0
         values = self.sequence(expand=OPENING[opening] == "{")
-        self.bars, self.angle = bars, angle
+        self.bars = bars
         if opening == "{":
             if len(values) == 1 and self.accept(r"\choose"):
                 values = [sympy.binomial(values[0], self.additive())]

@@ -9,6 +9,7 @@ Not read: set builders, "…".
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from typing import Any
@@ -33,10 +34,11 @@ def read(text: str) -> Answer:
     readings: list[Any] = []
     products: list[Any] = []
     decimal = False
-    ways = [False, True] if AMBIGUOUS.search(text) else [False]
-    for second in [] if prose else ways:
+    seconds = [False, True] if AMBIGUOUS.search(text) else [False]
+    angles = [False, True] if re.search(r"\\circ|\\degree", text) else [False]  # 60 of 60^\circ, and \pi/3
+    for second, angle in [] if prose else itertools.product(seconds, angles):
         for functions, found in ((True, readings), (False, products)):
-            parser = Parser(tokens_of(text, second), second, functions)
+            parser = Parser(tokens_of(text, second), second, functions, angle)
             try:
                 value = parser.answer()
             except ERRORS:
