@@ -300,7 +300,8 @@ def _is_solved(value: Any) -> bool:
         return True
     if len(_symbols(value)) > 1:
         return False  # y = x and xy = 1 are equations of curves, F = ma a formula
-    names = [side.args[0] if isinstance(side, sympy.Abs) else side for side in value.sides if isinstance(side, Expr)]
+    sides = [side.xreplace(dict.fromkeys(MARKERS, S.One)) for side in value.sides if isinstance(side, Expr)]
+    names = [side.args[0] if isinstance(side, sympy.Abs) else side for side in sides]
     return all(
         name.is_number or (_is_name(name) and name.atoms(sympy.Function) <= name.atoms(AppliedUndef)) for name in names
     )
@@ -322,7 +323,7 @@ def _equal_sets(gold: Any, answer: Any) -> bool:
 
 
 def _symbols(relation: Relation) -> set[sympy.Symbol]:
-    return set().union(*(side.free_symbols for side in relation.sides if isinstance(side, Expr)))
+    return set().union(*(side.free_symbols for side in relation.sides if isinstance(side, Expr))) - {*MARKERS}
 
 
 def _solutions(relation: Any) -> sympy.Set:
