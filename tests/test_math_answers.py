@@ -203,6 +203,19 @@ KINDS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (r"\coth^{-1}(2)", r"\tanh 2"), (r"\sin\theta\sqrt{2gh}", r"\sin(\theta\sqrt{2gh})"),
         ],
     ),
+    "spellings": (
+        [
+            (r"4\piR^{2}", r"4\pi R^2"), (r"-2\cosx+C", r"-2\cos x+C"), (r"3\leqslantx\leqslant6", "[3,6]"),
+            (r"\pii", r"\pi i"),
+            (r"e^{\sinx}", r"e^{\sin x}"), ("(1,2)", "（1，2）"), ("x=5", "x＝5"), ("x>5", "x＞5"), (r"x\le 5", "x⩽5"),
+            (r"x\ge 5", r"x\geqq 5"), (r"\tan x", r"\tg x"), (r"2\cot x", r"2\operatorname{ctg}x"),
+            (r"\arctan 2", r"\arctg 2"),
+            ("tg", "gt"),
+        ],
+        [
+            (r"\sec h", r"\sech"), (r"x\in t", r"x\int"), (r"\piR", r"\pi"), (r"\cot x", r"\tg x"), ("x<5", "x＞5"),
+        ],
+    ),
     "degrees": (
         [
             (r"60^\circ", r"\frac{\pi}{3}"), (r"\frac{\pi}{4}", r"45^\circ"), (r"60^\circ", "60"),

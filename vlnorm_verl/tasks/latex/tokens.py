@@ -29,8 +29,8 @@ _SPELLINGS = {
     "<": r"< \lt",
     ">": r"> \gt",
     "≠": r"!= \ne \neq",
-    "≤": r"<= \le \leq \leqslant",
-    "≥": r">= \ge \geq \geqslant",
+    "≤": r"<= \le \leq \leqslant \leqq",
+    "≥": r">= \ge \geq \geqslant \geqq",
 }
 RELATIONS = {spelling: relation for relation, spellings in _SPELLINGS.items() for spelling in spellings.split()}
 OPENING = {"(": "(", "[": "[", "{": "", r"\{": "{", r"\lbrace": "{", r"\langle": "(", r"\lbrack": "["}
@@ -69,6 +69,8 @@ _JOINS = {"and", "or", *"+-*/^_,;&:|", *RELATIONS, r"\cdot", r"\times", r"\pm", 
 _BEFORE_FACTORS = {*_JOINS, *OPENING} - {"_"}
 _KNOWN = _DROPPED | _TEXT | _ACCENTS | FUNCTIONS | word_set("end infty pm cdot times cup cap frac dfrac sqrt binom")
 _KNOWN |= {command[1:] for command in (*NAMES, *RELATIONS, *OPENING, *CLOSING)}
+_KNOWN |= word_set("sech csch sinc")  # not sec h
+_GLUED = FUNCTIONS | _GREEK | {"leqslant", "geqslant"}  # to a letter behind them, in the golds of some training sets
 
 # Behind a number these words, and those of four letters or more, are a unit.
 _UNITS = word_set(
@@ -100,8 +102,8 @@ _REPLACEMENTS = {
     "÷⁄∕": "/",
     "±": r"\pm ",
     "∓": r"\mp ",
-    "≤": "<=",
-    "≥": ">=",
+    "≤⩽≦": "<=",
+    "≥⩾≧": ">=",
     "≠": "!=",
     "≈": r"\approx ",
     "∈": r"\in ",
@@ -120,6 +122,11 @@ _REPLACEMENTS = {
     "\N{OHM SIGN}": r"\Omega ",
     "’′": "'",
     "，": ",",
+    "（": "(",
+    "）": ")",
+    "＝": "=",
+    "＞": ">",
+    "＜": "<",
     "€£¥₹": r"\$",
     **{unicodedata.lookup(_greek(name)): rf"\{name} " for name in _GREEK if not name.startswith("var")},
     "ϕ": r"\phi ",
@@ -168,6 +175,10 @@ _REWRITES = [
         (r"(?<![A-Za-z\\])d([A-Za-z])\s*/\s*d([a-z])(?![a-z])", r"\\frac{d\1}{d\2}"),
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\not\s*=", r"\\neq "),
+        (
+            r"\\(?P<upright>operatorname\*?\s*\{\s*)?(arc)?(c?)tg(?![A-Za-z])(?(upright)\s*\})",
+            lambda match: rf"\{match[2] or ''}{'cot' if match[3] else 'tan'} ",
+        ),
         (r"\\mathring\s*(?:\{\s*A\s*\}|A(?![A-Za-z]))", r"\\AA "),
         # Plain text takes the whole number under a root, LaTeX the first digit.
         (rf"(?<![\\A-Za-z])sqrt\s*({_NUMBER})", r"\\sqrt{\1}"),
@@ -269,6 +280,8 @@ def tokens_of(text: str, second: bool = False) -> list[Token]:
         assert match is not None
         assert match.lastgroup is not None
         kind, matched, position = match.lastgroup, match[match.lastgroup], match.end()
+        if kind == "command" and matched not in _KNOWN and matched[:-1] in _GLUED:  # \cosx
+            matched, position = matched[:-1], position - 1
         if kind == "gap" or (kind == "row" and not depth):
             gap = True
             if not depth and (kind == "row" or "\n" in matched):
