@@ -51,7 +51,7 @@ METHODS = {
         Method("dapo", "DAPO", GREEN, "-.", "^", MEAN_OVER_TOKENS),
         Method("overlong_filtering", "DAPO + overlong filtering", BLACK, "--", "s", MEAN_OVER_TOKENS),
         Method("soft_punishment", "DAPO + soft punishment", ORANGE, ":", "D", MEAN_OVER_TOKENS),
-        Method("dapo_norm_as_coded", "DAPO Norm, as coded", "#666633", (0, (5, 1)), "P", MEAN_OVER_TOKENS),
+        Method("dapo_norm_as_coded", "DAPO Norm, as coded", "#6A6A35", (0, (5, 1)), "P", MEAN_OVER_TOKENS),
         Method("vl_norm_as_coded", "VL Norm, as coded", "#882255", (0, (8, 2)), "X", SUM_OVER_M),
         Method("vl_norm", "VL Norm", VERMILION, "-", "o", is_mode=True),
     )
