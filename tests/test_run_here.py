@@ -19,11 +19,11 @@ from rich.console import Console
 
 from tests.test_launch import RECIPES, complete, composed
 from tests.test_run_folder import configured, saved, there
-from vlnorm_verl import machine
 from vlnorm_verl.files import UserError, locked
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs import launch, locks
 from vlnorm_verl.runs.launch import Request
+from vlnorm_verl.runs.logins import missing_logins
 from vlnorm_verl.runs.process import Record, TrainingFailed
 from vlnorm_verl.runs.progress import terminal
 
@@ -224,17 +224,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_missing_login_is_named(home: Path, run_tiny: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert machine.missing_logins(["console", "file", "mlflow"]) == []
-    (problem,) = machine.missing_logins(["file", "wandb"])
+    assert missing_logins(["console", "file", "mlflow"]) == []
+    (problem,) = missing_logins(["file", "wandb"])
     keys = "WANDB_API_KEY or WANDB_IDENTITY_TOKEN_FILE"
     assert problem == f"logger wandb needs {keys} (or WANDB_MODE=offline|disabled, or `wandb login`)"
     with pytest.raises(UserError, match=re.escape(problem)):
         run_tiny(no_start, loggers=["wandb"])
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert len(machine.missing_logins(["wandb", "swanlab"])) == 1
+    assert len(missing_logins(["wandb", "swanlab"])) == 1
     monkeypatch.delenv("WANDB_MODE")
     (home / ".netrc").write_text("machine github.com login user password x\n")
-    assert machine.missing_logins(["wandb"]) == [problem]
+    assert missing_logins(["wandb"]) == [problem]
 
 
 @pytest.mark.parametrize(
@@ -256,10 +256,10 @@ def test_a_login_that_is_there_is_enough(
     logger: str, variables: dict[str, str], files: dict[str, str], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(home)
-    assert len(machine.missing_logins([logger])) == 1
+    assert len(missing_logins([logger])) == 1
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     for name, text in files.items():
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text(text)
-    assert machine.missing_logins([logger]) == []
+    assert missing_logins([logger]) == []

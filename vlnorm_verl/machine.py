@@ -44,12 +44,6 @@ CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weights, Adam's moments
 PARAMETERS = {"3b": 3.09e9, "7b": 7.62e9}  # Qwen2.5
 
-# What a logger needs where verl's driver runs: one of these variables, or another mode than online, or a login.
-LOGINS = {
-    "wandb": (("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"), "WANDB_MODE", ("offline", "disabled")),
-    "swanlab": (("SWANLAB_API_KEY",), "SWANLAB_MODE", ("local", "offline", "disabled")),
-}
-
 
 @dataclass(frozen=True)
 class Defect:
@@ -266,13 +260,13 @@ def cpus() -> int:
 
 
 def cgroups() -> list[Path]:
-    """The control groups (v2) that this process is in, its own first: a user's on a login node, a batch job's.
+    """The control groups (v2) around this process that Ray does not read: a user's on a login node, a batch job's.
 
-    Ray reads the outermost alone, which is a container's.
+    Not the outermost one, which is a container's.
     """
     own = re.search("^0::/(.+)", OWN_CGROUP.read_text(), re.M) if OWN_CGROUP.exists() else None
     folder = CGROUPS / own[1] if own else CGROUPS
-    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(CGROUPS))]
+    return [group for group in (folder, *folder.parents) if CGROUPS in group.parents]
 
 
 def usable_cpus() -> int:
@@ -386,29 +380,6 @@ def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Def
             )
         )
     return problems
-
-
-def missing_logins(loggers: list[str]) -> list[str]:
-    """What a logger of the run lacks in this process, each as a message."""
-    given = os.environ.get
-    problems = []
-    for logger, (keys, mode, enough) in LOGINS.items():
-        if logger not in loggers or any(map(given, keys)) or given(mode) in enough or has_login(logger):
-            continue
-        ways = f"{mode}={'|'.join(enough)}, or `{logger} login`"
-        problems.append(f"logger {logger} needs {' or '.join(keys)} (or {ways})")
-    return problems
-
-
-def has_login(logger: str) -> bool:
-    """Whether what `wandb login` or `swanlab login` writes is there. A server of one's own may have any name."""
-    given = os.environ.get
-    if logger == "swanlab":
-        folders = ".swanlab", given("SWANLAB_ROOT") or given("SWANLAB_SAVE_DIR") or os.path.expanduser("~/.swanlab")
-        return any(os.path.isfile(f"{folder}/.netrc") for folder in folders)
-    file = Path(given("NETRC") or "~/.netrc").expanduser()
-    own_server = given("WANDB_BASE_URL") or os.path.isfile(os.path.expanduser("~/.config/wandb/settings"))
-    return file.is_file() and bool(own_server or "wandb" in file.read_text(errors="replace"))
 
 
 def main(question: str) -> int:

@@ -181,7 +181,7 @@ def main(
 ) -> None:
     """Run what is left of the study."""
     deadline, records = time.time() + hours * 3600, RECORDS
-    every_run = [replace(run, jobs=1) for run in runs()]  # launch refuses two at a time by now, as two pilots were
+    every_run = [replace(run, jobs=1) for run in runs()]  # launch refuses two at a time, which two pilots were
     if attempt:
         work, records = attempt / "work", attempt / "records"
         every_run = [replace(run, steps=3, problems=16) for run in every_run]

@@ -60,6 +60,7 @@ from vlnorm_verl.runs.folder import (
     validation_due,
 )
 from vlnorm_verl.runs.locks import hold_folder, hold_own_ray
+from vlnorm_verl.runs.logins import missing_logins
 from vlnorm_verl.runs.process import (
     Record,
     TrainingFailed,
@@ -316,7 +317,7 @@ def run_here(request: Request, asked: DictConfig, config: DictConfig, console: C
             raise UserError(f"{error}: give another folder with recipe.data=…") from error
     if problem := missing_files(config):
         raise UserError(problem)
-    if not request.on_cluster and (problems := machine.missing_logins(config.trainer.logger)):
+    if not request.on_cluster and (problems := missing_logins(config.trainer.logger)):
         raise UserError("; ".join(problems))
     raise_on_stop()  # nothing of the run may stay behind
     with contextlib.ExitStack() as stack:

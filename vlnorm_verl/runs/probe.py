@@ -70,9 +70,10 @@ def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
                 versions[name] = "-"  # vllm has another name on a CPU
         if not problems:
             from vlnorm_verl import machine, plugin
+            from vlnorm_verl.runs.logins import missing_logins
 
             problems += map(str, machine.environment_problems(run["on_cpu"], run["flash_attention"]))
-            problems += machine.missing_logins(run["loggers"])  # verl's driver may be on any node
+            problems += missing_logins(run["loggers"])  # verl's driver may be on any node
             try:
                 plugin.require_installed(run["mode"])
             except RuntimeError as error:
