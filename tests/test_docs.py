@@ -33,10 +33,12 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 from torch.distributed import distributed_c10d
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from typer.testing import CliRunner
 
 import vlnorm_verl
-from vlnorm_verl.aggregation import aggregate, mini_batch_sum, response_lengths
+from vlnorm_verl import aggregation
+from vlnorm_verl.aggregation import aggregate, mini_batch_sum, response_lengths, response_weights
 from vlnorm_verl.cli import app
 from vlnorm_verl.plugin.names import TESTED_RELEASES
 from vlnorm_verl.registry import parse_mode
@@ -309,6 +311,24 @@ def test_the_maths_works_in_another_package(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.syspath_prepend(tmp_path)
     registry = importlib.import_module("copied_maths.registry")
     assert type(registry.parse_mode("vl_norm:0.75")).__module__ == "copied_maths.aggregation"
+
+
+def test_the_loop_for_another_trainer_adds_up_to_the_loss() -> None:
+    """On one of two ranks. The other has no response: a collective of torch's fake group changes nothing."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/api.md").read_text(), re.M | re.S)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        group = torch.distributed.group.WORLD
+        mask = torch.arange(7) < torch.tensor([[3], [7], [1], [5]])
+        losses = torch.ones(4, 7, dtype=torch.float64, requires_grad=True)
+        micro_batches = [*zip(losses.split((3, 1)), mask.split((3, 1)), strict=True)]
+        names = {**vars(aggregation), "torch": torch, "parse_mode": parse_mode, "M": 7.0}
+        exec(code, names | {"group": group, "averaged": 2, "micro_batches": micro_batches})
+    finally:
+        torch.distributed.destroy_process_group()
+    lengths, method = response_lengths(mask), parse_mode("vl_norm:0.75")
+    weights = response_weights(method, lengths, mini_batch_sum(method, lengths), 7.0)
+    torch.testing.assert_close(losses.grad / 2, weights[:, None] * mask, rtol=1e-12, atol=0)
 
 
 def test_the_links_of_the_readme_lead_to_files_and_headings() -> None:

@@ -228,6 +228,18 @@ def test_trainer_that_skips_validation_is_checked_by_run_ppo() -> None:
         run_ppo(compose(*actor(loss_agg_mode="vlnorm")), task_runner_class=None)
 
 
+def test_what_a_message_offers_is_in_the_installed_verl() -> None:
+    from verl.trainer.ppo import core_algos
+
+    with pytest.raises(ValueError, match="Accepted: ") as raised:
+        check_config(compose(*actor(loss_agg_mode="tokensum")))
+    offered = str(raised.value).partition("Accepted: ")[2].partition(";")[0].split(", ")
+    assert "token-mean" in offered
+    ones = torch.ones(1, 2)
+    for mode in {*offered} - {*registry.available()}:
+        core_algos.agg_loss(ones, ones, mode, global_batch_size=1, loss_scale_factor=2)
+
+
 def test_critic_alone_gets_m_too() -> None:
     config = compose("critic.loss_agg_mode=vl_norm", "algorithm.adv_estimator=gae")
     check_config(config)

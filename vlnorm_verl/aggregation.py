@@ -93,9 +93,9 @@ def aggregate(
     Added up over the parts of a mini-batch this is exactly the aggregated loss, however it was split.
 
     Args:
-        loss_mat: token losses [B, T], any float dtype (in float16 a long response's gradient may be 0 without a scaled
-            loss). Masked entries do not matter, NaN included, and have gradient 0. A NaN before them, in a ratio or an
-            advantage, still makes the gradient NaN, as 0 · NaN: mask it there.
+        loss_mat: token losses [B, T], a whole response in each row, any float dtype (in float16 a long response's
+            gradient may be 0 without a scaled loss). Masked entries do not matter, NaN included, and have gradient 0. A
+            NaN before them, in a ratio or an advantage, still makes the gradient NaN, as 0 · NaN: mask it there.
         loss_mask: 1 (or True) at valid response tokens [B, T].
         aggregation, total, scale: as in `response_weights`.
 

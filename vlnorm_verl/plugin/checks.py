@@ -18,7 +18,7 @@ from vlnorm_verl.paper import overlong
 from vlnorm_verl.plugin import policy_loss, releases
 from vlnorm_verl.plugin.engines import check_layout
 from vlnorm_verl.plugin.install import require_installed
-from vlnorm_verl.plugin.modes import is_ours, only_verls
+from vlnorm_verl.plugin.modes import is_ours, only_verls, verl_accepts
 from vlnorm_verl.plugin.names import MODE_KEY, SCALE_KEY, STOCK_MODES, WHOLE_GROUPS, untested_release
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,8 @@ def check_critic(config: Any, critic: Any) -> None:
 
 def check_mode(mode: object, key: str = MODE_KEY) -> None:
     """Raises ValueError unless `mode` is one of ours with a good parameter, and RuntimeError if a patch is missing."""
-    check_functions(registry.parse_mode(mode, key, also_accepted=STOCK_MODES), f"{key}={mode!r}")
+    method = registry.parse_mode(mode, key, also_accepted=filter(verl_accepts, STOCK_MODES))
+    check_functions(method, f"{key}={mode!r}")
     require_installed(mode)
 
 

@@ -29,7 +29,12 @@ def only_verls(mode: object) -> bool:
     """Whether the mode is verl's and not registered here: a stock one, or one of a fork, a later release, a user."""
     if not isinstance(mode, str) or registry.is_registered(mode):
         return False
-    return mode in STOCK_MODES or _accepts(importlib.import_module(CORE_ALGOS).agg_loss, mode)
+    return mode in STOCK_MODES or verl_accepts(mode)
+
+
+def verl_accepts(mode: str) -> bool:
+    """Whether the installed verl has the mode ("token-sum" came with 0.9.0)."""
+    return _accepts(importlib.import_module(CORE_ALGOS).agg_loss, mode)
 
 
 @functools.cache
