@@ -56,6 +56,17 @@ def test_last_qkv(config: Any, expected: list[str]) -> None:
     assert sorted(select_parameters(models.skeleton(config), "last-qkv")) == sorted(expected)
 
 
+def test_gemma_2_keeps_the_cap_of_its_attention(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        **SIZES, num_key_value_heads=1, intermediate_size=16, head_dim=8, attn_logit_softcapping=0.1
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    capped = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    tokens = torch.arange(16)[None]
+    torch.testing.assert_close(models.load_model(str(tmp_path))(tokens).logits, capped(tokens).logits)
+
+
 def test_the_accelerator_that_torch_knows_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever made it; torch's meta device stands for one."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import shutil
 import subprocess
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,17 +19,20 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from transformers.utils import chat_template_utils
 
+from tests.byte_level import byte_level_model
 from tests.lab_tiny import PROMPT, SMALL_DESIGN, ids, sample_small
 from vlnorm_verl.files import UserError
 from vlnorm_verl.lab import models, store, vllm_engine
 from vlnorm_verl.lab.engines import Request, by_prompt, end_tokens, with_transformers
-from vlnorm_verl.lab.rollouts import Design, prompt_ids, refuse_lost_spaces, sample
+from vlnorm_verl.lab.rollouts import Design, prompt_ids, sample
 from vlnorm_verl.lab.store import Rollouts
 from vlnorm_verl.lab.tasks import Question, Task, load_task
 from vlnorm_verl.tasks.tiny import WEIGHTS
 from vlnorm_verl.tasks.tiny.countdown import DATA_SOURCE, compute_score
 from vlnorm_verl.tasks.tiny.model import EOS, VOCABULARY
+from vlnorm_verl.tokenizer import refuse_lost_spaces
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +297,15 @@ def test_prompts_go_through_the_chat_template_as_in_verl() -> None:
     assert prompt_ids(tokenizer, CHAT, chat_template=False) == ids("07,03,12>bp:")
 
 
+def test_a_template_with_todays_date_gives_the_same_prompt_tomorrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = models.load_tokenizer(str(WEIGHTS))
+    tokenizer.chat_template = "{{ strftime_now('%d,%m,%Y') }}>"
+    today = prompt_ids(tokenizer, CHAT, chat_template=True)
+    monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: datetime(1999, 9, 9)))
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == "09,09,1999>"
+    assert prompt_ids(tokenizer, CHAT, chat_template=True) == today
+
+
 def test_mistrals_own_tokenizer_gives_control_tokens(tmp_path: Path) -> None:
     package = Path(pytest.importorskip("mistral_common").__file__).parent
     shutil.copy(package / "data" / "tekken_240911.json", tmp_path / "tekken.json")
@@ -312,26 +325,17 @@ def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
 
 
 def test_a_tokenizer_that_loses_spaces_is_refused(tmp_path: Path) -> None:
-    """Byte-level tokens read as sentencepiece's, as those of DeepSeek-R1-Distill-Llama are by transformers 5."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(tokenizers.models.BPE({token: at for at, token in enumerate(alphabet)}, []))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    (tmp_path / "model").mkdir()
-    made.save(str(tmp_path / "model" / "tokenizer.json"))
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     task = load_task("countdown", parquet(tmp_path / "train.parquet", rows(2)))
     for name, message in (
         (
             "LlamaTokenizerFast",
-            r"read as LlamaTokenizer, loses spaces and line ends: the prompt 'prompt (\d)\\n<think>' comes back as "
+            r"read as LlamaTokenizer, loses spaces and line ends: the text 'prompt (\d)\\n<think>' comes back as "
             r"'prompt\1<think>'\. .* set `tokenizer_class` .* for example PreTrainedTokenizerFast",
         ),
         ("PreTrainedTokenizerFast", "has no weights"),  # it is asked further
     ):
-        settings = {"tokenizer_class": name, "unk_token": None, "bos_token": None, "eos_token": None}
-        (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
-        arguments = (str(tmp_path / "model"), task, Design(0, 2, 2, 2), 0, 1.0, 4, "transformers", tmp_path / "lab")
+        model = byte_level_model(tmp_path / name, name)
+        arguments = (str(model), task, Design(0, 2, 2, 2), 0, 1.0, 4, "transformers", tmp_path / "lab")
         with pytest.raises(UserError, match=message):
             sample(*arguments, chat_template=False)
 

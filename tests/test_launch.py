@@ -5,6 +5,7 @@ clusters and jobs (test_clusters.py), SLURM and Kubernetes (test_cluster_files.p
 (test_recipes.py).
 """
 
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -21,6 +22,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from typer.testing import CliRunner
 
+from tests.byte_level import byte_level_model
 from vlnorm_verl import machine
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import UserError
@@ -124,6 +126,7 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
         {"timing_s/step": 10.0, "timing_s/testing": 60.0},
     ]
     memory = [{"actor/perf/max_memory_allocated_gb": value} for value in (70.04, 30.0)]
+    memory[1]["training/rollout_actor_probs_pearson_corr"] = 0.99951
     lines = [json.dumps({"step": n, "data": {**timings[n - 1], **memory[n - 1]}}) for n in (1, 2)]
     (tmp_path / "metrics-000.jsonl").write_text(f"{lines[0]}\n")
     (tmp_path / "metrics-001.jsonl").write_text(f"{lines[1]}\n")
@@ -138,6 +141,7 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
         if len(cells := line.split("│")) > 3
     }
     assert rows["GPU memory, most allocated by the actor"] == ["70.0 GB", "30.0 GB"]
+    assert rows["correlation of token probabilities, vLLM and actor"] == ["", "0.9995"]
     assert rows["seconds: validation"] == ["", "60.0 s"]
     assert rows["seconds: start, with a checkpoint loaded, and end"] == ["", "30.0 s"]
     total = 20 * 60 + 50 * 5
@@ -287,6 +291,30 @@ def test_a_model_or_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     for config in (tiny, gpu):  # what `vlnorm-verl data` does not make
         config.data.val_files = f"{tmp_path}/typo.parquet"
         assert configs.missing_files(config) == f"no data: {tmp_path}/typo.parquet"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"architectures": ["GraniteForCausalLM"], "model_type": "granite", "logits_scaling": 8.0},
+            "'logits_scaling': 8",
+        ),
+        ({"final_logit_softcapping": 30.0}, r"does to its logits, {'final_logit_softcapping': 30.0}"),
+        ({"tie_word_embeddings": False}, "read the weight of lm_head"),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, "actor_rollout_ref.model.path=.*loses spaces and line ends"),
+        ({}, ""),
+    ],
+)
+def test_a_model_that_would_be_trained_as_another_is_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    folder = byte_level_model(tmp_path / "model", settings.get("tokenizer_class", "PreTrainedTokenizerFast"))
+    usual = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(usual | settings))
+    config = composed(tmp_path, "attention=sdpa", f"actor_rollout_ref.model.path={folder}")
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        validate(config)
 
 
 def test_a_reward_that_cannot_be_imported_is_refused_with_the_reason(tmp_path: Path) -> None:

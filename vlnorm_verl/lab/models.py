@@ -138,7 +138,10 @@ def load_model(resolved: str) -> PreTrainedModel:
     """The model in float32, in evaluation mode, on torch's accelerator if there is one; raises as `_loaded`."""
     import torch
 
-    model: PreTrainedModel = _loaded("AutoModelForCausalLM", resolved, NOT_CAUSAL, dtype=torch.float32)
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if getattr(load_config(resolved).get_text_config(), "attn_logit_softcapping", None):
+        options["attn_implementation"] = "eager"  # Gemma 2 by torch's attention would lack its cap, which vLLM has
+    model: PreTrainedModel = _loaded("AutoModelForCausalLM", resolved, NOT_CAUSAL, **options)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return model.to(accelerator or "cpu").eval()
 

@@ -10,12 +10,14 @@ import os
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs.config import LOGGERS
+from vlnorm_verl.runs.config import LOGGERS, is_cpu
+from vlnorm_verl.tokenizer import refuse_lost_spaces
 
 # Whole numbers, and the least that each may be. verl notices a wrong one late (a seed), by an error that does not name
 # it (division by 0 GPUs), or not at all (a run of 0 steps ends at once).
@@ -37,6 +39,8 @@ LEAST = {
 }
 # The same, where null is a value, too. verl keeps all checkpoints for -1, and folder.py would keep one.
 LEAST_OR_NULL = {"trainer.max_actor_ckpt_to_keep": 0, "ray_kwargs.ray_init.num_cpus": 1}
+# Keys of transformers' configurations: what a model does to its logits behind lm_head. None and 1 do nothing.
+AFTER_LM_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 def validate(config: DictConfig) -> None:
@@ -87,8 +91,8 @@ def validate(config: DictConfig) -> None:
             validate_config(config, need_reference_policy(config), need_critic(config))
             for part in ("actor_rollout_ref.rollout", "algorithm.filter_groups"):
                 omega_conf_to_dataclass(OmegaConf.select(config, part))
-            if Path(config.actor_rollout_ref.model.path).is_dir():  # else a name on the hub, which needs a network
-                omega_conf_to_dataclass(config.actor_rollout_ref.model)
+            in_folder = Path(model).is_dir()  # else a name on the hub, which needs a network
+            loaded = omega_conf_to_dataclass(config.actor_rollout_ref.model) if in_folder else None
             get_trainer_cls(config.trainer.v1.trainer_mode)
             whole_groups.check(config)
             import_external_libs(config.actor_rollout_ref.model.external_lib)  # may register what is asked for next
@@ -104,6 +108,8 @@ def validate(config: DictConfig) -> None:
         cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
         raise UserError(f"verl refuses the configuration: {type(error).__name__}: {error}{cause}") from error
 
+    if loaded is not None and not is_cpu(config):
+        check_model(loaded)
     check_micro_batches(config)
     for key in ("save_freq", "test_freq"):
         if config.trainer[key] is None:  # verl compares it with 0 at the end of the first step
@@ -173,6 +179,28 @@ def check_numbers(config: DictConfig) -> None:
             f"algorithm.filter_groups.metric={groups.metric}: no group could be dropped by it. Accepted: acc, reward, "
             "or another number that the reward function returns"
         )
+
+
+def check_model(model: Any) -> None:
+    """Raises UserError for a model that verl would feed or train wrongly, or could not train.
+
+    model: verl's HFModelConfig, of a model in a folder.
+    """
+    where, of_text = f"actor_rollout_ref.model.path={model.path}", model.hf_config.get_text_config()
+    refuse_lost_spaces(model.tokenizer, where, ["Two words, a number (23) and\na second line."])
+    if model.use_fused_kernels:
+        if not model.hf_config.tie_word_embeddings:
+            raise UserError(
+                f"{where} with use_fused_kernels=true (attention=sdpa): verl's fused log-probs read the weight of "
+                "lm_head (models/transformers/dense_common.py:125), which FSDP2 has sharded where it is not the "
+                "embedding's. Accepted: attention=flash"
+            )
+        if own := {key: value for key in AFTER_LM_HEAD if (value := getattr(of_text, key, None)) not in (None, 1)}:
+            raise UserError(
+                f"{where} with use_fused_kernels=true (attention=sdpa): verl's fused log-probs leave out what the "
+                f"model does to its logits, {own}, so it would train another policy than is sampled. Accepted: "
+                "attention=flash"
+            )
 
 
 def check_micro_batches(config: DictConfig) -> None:

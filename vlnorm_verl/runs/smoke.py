@@ -39,11 +39,13 @@ def table(folder: Path, config: DictConfig, second_start: float) -> Table:
     worst, usual = (record["data"] for record in read_metrics(folder))
     sheet = Table("", "all of full length", "ordinary", title=f"{config.recipe.name}, two steps at full size")
 
-    def row(name: str, key: str, unit: str) -> None:
+    def row(name: str, key: str, unit: str, digits: int = 1) -> None:
         if key in worst or key in usual:
-            sheet.add_row(name, *(f"{data[key]:.1f} {unit}" if key in data else "" for data in (worst, usual)))
+            sheet.add_row(name, *(f"{data[key]:.{digits}f} {unit}" if key in data else "" for data in (worst, usual)))
 
     row("response length, mean (it grows in training)", "response_length/mean", "tokens")
+    # 1 up to rounding, or vLLM samples from another model than is trained.
+    row("correlation of token probabilities, vLLM and actor", "training/rollout_actor_probs_pearson_corr", "", 4)
     row("GPU memory, most allocated by the actor", "actor/perf/max_memory_allocated_gb", "GB")
     row("GPU memory, most reserved by the actor", "actor/perf/max_memory_reserved_gb", "GB")
     row("host memory", "actor/perf/cpu_memory_used_gb", "GB")
