@@ -323,20 +323,24 @@ def test_a_run_that_began_from_another_ones_checkpoint_goes_on_from_its_own(tmp_
         "trainer.resume_mode=resume_path",
         "trainer.resume_from_path=/a/global_step_9",
     ]
+    without_adam = f"{ACTOR}.checkpoint.load_contents=[model,extra]"  # as docs/scale.md has it
 
-    def started(*given: str) -> str:
+    def started(*given: str) -> tuple[str, list[str]]:
         asked = configured(tmp_path, *given)
         config = with_settings(asked, launch.settings(Request(RECIPES, [*given]), asked, tmp_path))
         remember(config, tmp_path)
-        return str(config.trainer.resume_mode)
+        return config.trainer.resume_mode, [*config.actor_rollout_ref.actor.checkpoint.load_contents]
 
-    assert started(*given) == "resume_path"
+    assert started(*given, without_adam) == ("resume_path", ["model", "extra"])
     logged(tmp_path, 10)
     for other in (["trainer.resume_mode=disable"], [*given[1:2], "trainer.resume_from_path=/b/global_step_9"]):
         with pytest.raises(UserError, match=r"trainer\.resume_"):
             started(given[0], *other)
+    with pytest.raises(UserError, match=r"load_contents: "):
+        started(*given)
     saved(tmp_path, 40)
-    assert started(*given) == started(given[0]) == "auto"
+    for again in ([*given, without_adam], given, given[:1], [given[0], without_adam]):
+        assert started(*again) == ("auto", ["model", "optimizer", "extra"])
     with pytest.raises(UserError, match=r"trainer\.resume_mode"):
         started(given[0], "trainer.resume_mode=disable")
 

@@ -130,7 +130,8 @@ def refuse_other(config: DictConfig, folder: Path) -> None:
     fixed = MICRO_BATCHES if depends_on_micro_batches(config) else ()
     # From its own checkpoint it goes on whatever it began from.
     own = completed_steps(folder) > 0 and config.trainer.resume_mode == "auto"
-    may_change = (*MAY_CHANGE, "trainer.resume_*") if own else MAY_CHANGE
+    began_from = ("trainer.resume_*", "actor_rollout_ref.actor.checkpoint.load_contents")
+    may_change = (*MAY_CHANGE, *began_from) if own else MAY_CHANGE
 
     def experiment(values: dict[str, Any]) -> dict[str, Any]:
         data = f"{values['recipe.data']}/"  # may move, with the tiny model in it

@@ -214,6 +214,10 @@ def settings(request: Request, asked: DictConfig, folder: Path) -> dict[str, Any
             first = OmegaConf.load(folder / "config.yaml").trainer
             if all(asked.trainer[key] == first[key] for key in ("resume_mode", "resume_from_path")):
                 changed["trainer.resume_mode"] = "auto"
+        # Of its own checkpoint it needs all, also where it left out the other run's optimizer (docs/scale.md).
+        if "auto" in (asked.trainer.resume_mode, changed.get("trainer.resume_mode")):
+            checkpoint = "actor_rollout_ref.actor.checkpoint"
+            changed[f"{checkpoint}.load_contents"] = [*OmegaConf.select(asked, f"{checkpoint}.save_contents")]
     if request.on_cluster:
         changed |= clusters.settings(asked, next_metrics(folder))
     return changed
