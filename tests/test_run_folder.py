@@ -83,6 +83,16 @@ def test_what_is_no_part_of_the_experiment_may_change(tmp_path: Path) -> None:
     remember(configured(tmp_path, *changes), tmp_path)
 
 
+def test_the_limit_that_ended_a_run_may_be_raised(tmp_path: Path) -> None:
+    """As the error of paper/replay_buffer.py says."""
+    given, groups = ["family=dapo", "length=3072"], "algorithm.filter_groups"
+    remember(configured(tmp_path, *given), tmp_path)
+    logged(tmp_path, 1)
+    refuse_other(configured(tmp_path, *given, f"{groups}.max_num_gen_batches=0"), tmp_path)
+    with pytest.raises(UserError, match=r"filter_groups\.max_inflight_gen_batches: 3 there"):
+        refuse_other(configured(tmp_path, *given, f"{groups}.max_inflight_gen_batches=2"), tmp_path)
+
+
 def test_the_experiment_may_not(tmp_path: Path) -> None:
     remember(configured(tmp_path), tmp_path)
     logged(tmp_path, 1)

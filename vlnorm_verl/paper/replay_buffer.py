@@ -99,7 +99,7 @@ class BoundedReplayBuffer(ReplayBuffer):
                 f"algorithm.filter_groups: {self._limit} prompts were generated for one step "
                 f"(max_num_gen_batches={self._groups.max_num_gen_batches}), and still fewer than "
                 f"{self.train_batch_size} of their groups differ in {self._groups.metric!r}. The model solves nearly "
-                "all prompts or nearly none: take other data, or raise max_num_gen_batches (0: no limit)"
+                "all prompts or nearly none: raise max_num_gen_batches (0: no limit)"
             )
         return self._refill(prompts)
 

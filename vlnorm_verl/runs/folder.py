@@ -34,6 +34,7 @@ MAY_CHANGE = (
     *("trainer.total_*", "trainer.*_freq", "trainer.val_*", "trainer.*_dir", "trainer.max_*_ckpt_to_keep"),
     *("trainer.logger", "trainer.log_*", "trainer.*_name", "trainer.v1.sampler.sampler_kwargs.poll_interval"),
     *("ray_kwargs.*", "global_profiler.*", "*.profiler.*"),
+    "*filter_groups.max_num_gen_batches",  # ends a step with an error, or does nothing
     # memory and speed: where and in how many pieces the same numbers are computed
     *("*micro_batch_size*", "*use_dynamic_bsz", "*max_token_len_per_gpu", "*offload*"),
     *("*entropy_from_logits_with_chunking", "*entropy_checkpointing", "*enable_gradient_checkpointing"),
