@@ -267,6 +267,7 @@ def test_manifest() -> None:
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     assert job["spec"]["shutdownAfterJobFinishes"]
     assert job["spec"]["backoffLimit"] > 0
+    assert job["spec"]["submissionMode"] == "HTTPMode"  # the others take the end of the log's stream for the run's
     for group in groups(job):
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
