@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +74,10 @@ def test_a_ray_job_is_the_same_command_with_this_project_and_its_plugin_sent_alo
     def ray(command: list[str]) -> int:
         (file,) = [word.partition("=")[2] for word in command if word.startswith("--runtime-env=")]
         jobs.append((command, json.loads(Path(file).read_text())))
-        return 0
+        return 7  # it could not be submitted
 
     monkeypatch.setattr(clusters.subprocess, "call", ray)
-    assert clusters.submit(RECIPES, launch.again(request, config), config, terminal(quiet=True)) == 0
+    assert clusters.submit(RECIPES, launch.again(request, config), config, terminal(quiet=True)) == 7
     ((command, runtime_env),) = jobs
     assert {"--address=http://head:8265", f"--working-dir={RECIPES.parent}"} <= set(command)
     entry = command[command.index("--") + 1 :]
@@ -84,6 +86,56 @@ def test_a_ray_job_is_the_same_command_with_this_project_and_its_plugin_sent_alo
     assert runtime_env["env_vars"]["VERL_USE_EXTERNAL_MODULES"] == "vlnorm_verl.verl_entry,csv"
     assert runtime_env["env_vars"]["WANDB_MODE"] == "offline"
     assert all(name.startswith("/") for name in runtime_env["excludes"])  # /data, and not vlnorm_verl/tasks
+
+
+@pytest.mark.parametrize(
+    ("answers", "followed", "code"),
+    [
+        (["SUCCEEDED"], 1, 0),
+        (["FAILED"], 1, 1),
+        (["STOPPED"], 1, 1),
+        (["RUNNING", "", "", "RUNNING", "SUCCEEDED"], 3, 0),  # "": the dashboard is away
+        (["RUNNING", "", "", ""], 2, None),
+    ],
+)
+def test_a_ray_job_is_over_when_ray_says_so(
+    answers: list[str], followed: int, code: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when its log ends. With Ray's own client, and a stand-in for Ray's dashboard."""
+    left, commands = iter(answers), list[list[str]]()
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status = "" if self.path == "/api/version" else next(left)
+            job = {"type": "SUBMISSION", "entrypoint": "", "status": status}
+            self.send_response(200 if status or self.path == "/api/version" else 500)
+            self.end_headers()
+            self.wfile.write(json.dumps(job if status else {"ray_version": "2.60.0"}).encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    def ray(command: list[str]) -> int:
+        commands.append(command)
+        return 0
+
+    monkeypatch.setattr(clusters.subprocess, "call", ray)
+    monkeypatch.setattr(clusters, "ASK_S", 0)
+    monkeypatch.setattr(clusters, "UNANSWERED", 3)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{server.server_port}")
+        try:
+            if code is None:
+                with pytest.raises(UserError, match=r"has not answered for .* a-job may run on"):
+                    clusters._follow("a-job", terminal(quiet=True))
+            else:
+                assert clusters._follow("a-job", terminal(quiet=True)) == code
+        finally:
+            server.shutdown()
+    assert not list(left)
+    assert len(commands) == followed
+    assert all(command[1:3] == ["job", "logs"] and command[-2:] == ["--follow", "a-job"] for command in commands)
 
 
 def test_a_launch_elsewhere_has_the_paths_of_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,8 @@ ENV_VARS = f"{RAY_INIT}.runtime_env.env_vars"
 RAYJOB_NAME = 47  # characters that KubeRay takes for the name of a RayJob
 # Not sent to a cluster with `ray job submit`, beside what .gitignore has (Ray reads it).
 NOT_SHIPPED = ["/runs", "/data", "/docs", "/tests"]
+# Seconds between two questions after a submitted job, and how many Ray's dashboard may leave without an answer.
+ASK_S, UNANSWERED = 10.0, 30
 
 
 # ----------------------------------------------------------------------------------------- on a cluster that is there
@@ -125,26 +127,59 @@ def check_nodes(config: DictConfig, console: Console) -> None:
 def submit(recipes: Path, arguments: list[str], config: DictConfig, console: Console) -> int:
     """`ray job submit` of a launch, with this project's folder, to the cluster of RAY_ADDRESS=http://….
 
-    Follows its log, returns its exit code. The launcher in the job finds the cluster by the address that Ray gives it.
+    Follows its log. Returns 0 if it succeeded. The launcher in the job finds the cluster by the address that Ray gives
+    it.
     """
+    job = f"{config.recipe.name}-seed{config.recipe.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:  # not on the command line: it may have keys in it
         # The launcher and verl's driver are in the job, where the package is only sent along: see worker_variables.
         variables = forwarded() | {MODULES: worker_variables(config)[MODULES]}
         json.dump({"excludes": NOT_SHIPPED, "env_vars": variables}, file)
         file.flush()
         command = [
-            str(Path(sys.executable).with_name("ray")),
-            "job",
-            "submit",
-            f"--address={os.environ['RAY_ADDRESS']}",
-            f"--submission-id={config.recipe.name}-seed{config.recipe.seed}-{time.strftime('%Y%m%d-%H%M%S')}",
+            *_ray_job("submit"),
+            "--no-wait",  # its own exit code is 0, too, where the log of a job that runs on was lost
+            f"--submission-id={job}",
             f"--working-dir={recipes.resolve().parent}",
             f"--runtime-env={file.name}",
             "--",
             *_elsewhere(recipes, arguments),
         ]
         console.print(shlex.join(command), markup=False, highlight=False, soft_wrap=True)
-        return subprocess.call(command)
+        if code := subprocess.call(command):
+            return code
+    return _follow(job, console)
+
+
+def _ray_job(verb: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("ray")), "job", verb, f"--address={os.environ['RAY_ADDRESS']}"]
+
+
+def _follow(job: str, console: Console) -> int:
+    """Show the log of a job until that has ended. Returns 0 if it succeeded.
+
+    Raises:
+        UserError: the cluster no longer answers.
+    """
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    headers, unanswered = json.loads(os.environ.get("RAY_JOB_HEADERS", "null")), 0  # as `ray job` reads them
+    while unanswered < UNANSWERED:
+        if not unanswered:
+            subprocess.call([*_ray_job("logs"), "--follow", job])
+        try:
+            status = JobSubmissionClient(os.environ["RAY_ADDRESS"], headers=headers).get_job_status(job)
+        except (OSError, RuntimeError):  # no connection, no answer, another answer
+            unanswered += 1
+        else:
+            if status.is_terminal():
+                return int(status != JobStatus.SUCCEEDED)
+            unanswered = 0
+            console.print(f"{job}: the log has ended, the job has not. The log once more:")
+        time.sleep(ASK_S)
+    raise UserError(
+        f"{os.environ['RAY_ADDRESS']} has not answered for {ASK_S * UNANSWERED / 60:.0f} minutes; {job} may run on"
+    )
 
 
 def sbatch_command(recipes: Path, arguments: list[str], config: DictConfig) -> list[str]:
