@@ -311,7 +311,16 @@ def test_a_tracker_that_a_crash_left_empty(tmp_path: Path) -> None:
     assert completed_steps(tmp_path) == 40
     begin(configured(tmp_path), tmp_path)
     assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "40"
-    assert there(tmp_path) == [40]  # what the crash left unfinished is gone, and there is room for a second one
+    assert there(tmp_path) == [20, 40]  # what the crash left unfinished is gone
+
+
+def test_the_step_before_a_checkpoint_that_cannot_be_read_is_there(tmp_path: Path) -> None:
+    """However often a start failed by it. docs/gpu.md says how to go on from the step before."""
+    saved(tmp_path, 20, 40)
+    for tracker, left in (("40", [20, 40]), ("40", [20, 40]), ("20", [20])):
+        (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(tracker)
+        begin(configured(tmp_path), tmp_path)
+        assert there(tmp_path) == left
 
 
 @pytest.mark.parametrize(("finished", "message"), [(20, "step 40 is not whole"), (40, "was finished at step 40")])

@@ -186,7 +186,9 @@ def _last_start(folder: Path) -> DictConfig:
 
 
 def begin(config: DictConfig, folder: Path) -> None:
-    """Make sure that verl can load the last checkpoint, and remove what a crash left unfinished.
+    """Make sure that verl finds the last checkpoint, and remove what a crash left unfinished.
+
+    Earlier checkpoints stay until verl has read this one, which may be damaged: `prune` comes with the first metrics.
 
     Raises:
         UserError: verl would begin anew, or fail.
@@ -219,7 +221,6 @@ def begin(config: DictConfig, folder: Path) -> None:
             _remove(other)
     if _tracker(folder).read_text() != str(done):  # see completed_steps
         files.write(_tracker(folder), str(done))
-    prune(folder, config.trainer.max_actor_ckpt_to_keep, done)
 
 
 def prune(folder: Path, keep: int | None, began: int) -> None:
