@@ -7,8 +7,10 @@ writes, loads and validates (tests/test_e2e.py).
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import launch
 from vlnorm_verl.runs.config import compose, with_settings
 from vlnorm_verl.runs.folder import (
+    MAY_CHANGE,
     begin,
     completed_steps,
     finish,
@@ -165,6 +168,14 @@ def test_the_data_folder_may_move_with_the_tiny_model_in_it(tmp_path: Path) -> N
         config = configured(tmp_path, "model=tiny", "recipe.data=/there/data", f"actor_rollout_ref.model.path={other}")
         with pytest.raises(UserError, match=r'model\.path: "\${recipe.data}/model" there, .* asked for'):
             remember(config, tmp_path)
+
+
+def test_what_helps_a_run_that_fails_may_change_in_it() -> None:
+    page = (RECIPES.parent / "docs/gpu.md").read_text().partition("## A run that fails")[2].partition("\n## ")[0]
+    remedies = [line.split("|")[3] for line in page.splitlines() if line.startswith("| ")]
+    keys = re.findall(r"`((?:actor_rollout_ref|data|recipe|trainer)\.[\w.]+)", " ".join(remedies))
+    assert len(keys) > 3
+    assert not [key for key in keys if not any(fnmatch(key, may) for may in MAY_CHANGE)]
 
 
 def test_a_loss_of_micro_batches_keeps_them(tmp_path: Path) -> None:
