@@ -68,6 +68,7 @@ COMMANDS = {
     "python -m tests.engine.other_engines": "tests/test_other_engines.py",
     "python -m vlnorm_verl.tasks.tiny.warmstart": "tests/test_tiny.py",
     "python -m sphinx": "tests/test_docs.py::test_the_site_is_built_without_a_warning",
+    "python -m verl.model_merger": "tests/test_lab_models.py::test_verl_checkpoint_is_merged",
     "python -m verl.trainer.main_ppo": "tests/test_benchmarks.py::test_the_example_trains",
     "vlnorm-verl doctor": "tests/test_doctor.py::test_works_here_and_in_a_ray_worker",
     "vlnorm-verl data": "tests/data_command.py",
@@ -213,7 +214,7 @@ def test_programs_take_their_arguments(monkeypatch: pytest.MonkeyPatch, parsed: 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.chdir(ROOT)
-    begin = r"python (benchmarks/|-m (benchmarks|tests|vlnorm_verl\.tasks)\.)"
+    begin = r"python (benchmarks/|-m (benchmarks\.|tests\.|vlnorm_verl\.tasks\.|verl\.model_merger))"
     programs = [words[1:] for words in arguments(begin)]
     programs += [["benchmarks/gpu/check.py", *words[2:]] for words in arguments("bash benchmarks/gpu/check.sh")]
     for words in programs:
@@ -256,7 +257,7 @@ def composed(words: list[str]) -> Any:
 
 
 def test_verl_takes_its_commands() -> None:
-    modes = [composed(words[3:]).actor_rollout_ref.actor.loss_agg_mode for words in arguments("python -m verl")]
+    modes = [composed(words[3:]).actor_rollout_ref.actor.loss_agg_mode for words in arguments("python -m verl.trainer")]
     assert set(modes) == {"vl_norm", "vl_norm:0.75"}
 
 
