@@ -19,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -74,7 +75,8 @@ COMMANDS = {
     "vlnorm-verl data": "tests/data_command.py",
     "vlnorm-verl report": "tests/test_report.py",
     "vlnorm-verl lab": "tests/test_lab_report.py",
-    r"pip install (\.|-e)": "tests/test_wheel.py::test_verl_finds_the_mode_in_an_environment_of_base_dependencies",
+    r"pip install (--no-deps|\.|-e)": "tests/test_wheel.py::test_verl_finds_the_mode_in_an_environment_of_base_dependencies",
+    "pip install wrapt": "tests/test_docs.py::test_what_is_installed_beside_verl",
     'pip install "pyarrow<26"': "recipes/test_releases.sh",
     "(patch -p1|git apply)": "tests/test_patches.py::test_patch_is_undone_and_git_applies_it_too",
     "python -m pytest tests/trainer": "tests/test_patches.py::test_tests_inside_of_the_patch_pass",
@@ -254,6 +256,15 @@ def composed(words: list[str]) -> Any:
     with initialize_config_dir(folder, version_base=None):
         overrides = [word for word in words if word and word not in options]
         return hydra_compose(pairs.get("--config-name", "cpu"), overrides)
+
+
+def test_what_is_installed_beside_verl() -> None:
+    """Both pages name it; torch and omegaconf come with verl."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {re.split(r"\W", text)[0] for text in project["dependencies"]} - {"verl", "torch", "omegaconf"}
+    (command,) = arguments("pip install wrapt")
+    assert {re.split(r"\W", word)[0] for word in command[2:]} == needed
+    assert set(command[2:]) & set(project["dependencies"]) == {word for word in command if ">" in word}
 
 
 def test_verl_takes_its_commands() -> None:

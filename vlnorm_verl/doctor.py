@@ -81,8 +81,8 @@ def not_loaded() -> str:
         return f"VERL_USE_EXTERNAL_PLUGINS={policy!r} keeps verl from loading it: unset it, or name vlnorm in it"
     if "vlnorm" not in {entry.name for entry in importlib.metadata.entry_points(group="verl.plugins")}:
         return (
-            f"{sys.prefix} has no entry point of it: `pip install .` in the project's folder, with this Python "
-            "(an environment of uv: `uv pip install` of that folder, again after each `uv sync`)"
+            f"{sys.prefix} has no entry point of it: `pip install --no-deps .` in the project's folder, with this "
+            "Python (an environment of uv: `uv pip install` of that folder, again after each `uv sync`)"
         )
     return ""
 
