@@ -353,7 +353,9 @@ def test_a_dump_that_is_missing_or_cut_is_named_and_leaves_the_difference_over_s
     assert (found.value, found.note) == (pytest.approx(gaps.mean()), "over seeds only")
     assert found.high - found.value == pytest.approx(2.776445 * gaps.std(ddof=1) / 5**0.5)
     assert vl["Avg@8"].note == ""
-    assert looked_at(runs)["No validation dumps, so no interval over problems"] == ["dapo_norm-3 (step 10)"]
+    assert looked_at(runs)["No validation dump that can be used, so no interval over problems"] == [
+        "dapo_norm-3 (step 10)"
+    ]
 
 
 def test_a_difference_is_of_the_seeds_that_both_have(tmp_path: Path) -> None:

@@ -368,3 +368,19 @@ def test_without_javascript_the_picture_stays(browser: object, folder: Path, sai
     assert page.locator("svg.panel").first.locator("path.line").count() == 5
     assert not page.locator("#tools").is_visible()
     assert page.locator(".legend").is_visible()
+
+
+@pytest.mark.slow
+def test_where_the_script_is_blocked_a_legend_stays(browser: object, folder: Path) -> None:
+    """As by a server's Content-Security-Policy, with scripting on."""
+    page = browser.new_page()  # type: ignore[attr-defined]
+    page.route(
+        "**/report.html",
+        lambda route: route.fulfill(
+            body=(folder / "out" / "report.html").read_bytes(),
+            headers={"Content-Type": "text/html", "Content-Security-Policy": "script-src 'self'"},
+        ),
+    )
+    page.goto("http://blocked.invalid/report.html")
+    assert not page.locator("#tools").is_visible()
+    assert page.locator(".legend").is_visible()

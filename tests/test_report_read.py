@@ -502,6 +502,36 @@ def test_a_dump_that_does_not_agree_with_verls_metrics_is_not_used(tmp_path: Pat
     assert measures.final_pass([run]) is None
 
 
+def test_the_outputs_of_a_session_are_one_response(tmp_path: Path) -> None:
+    """As verl's V1 trainer writes them: every output with its session's score and an input of its own."""
+    dumps, scores = {1: {f"p{i}": [1, 0] * 4 for i in range(4)}}, (1, 0, 1, 0, 1, 0, 1, 0)
+    one = read_one(write_run(tmp_path / "one", dumps=dumps)).validations[1]["set"]
+    folder = write_run(tmp_path / "several", dumps=dumps)
+    lines = [
+        {"input": f"p{i}" if output == 0 else f"p{i} tool {output}", "gts": None, "score": score, "acc": score}
+        | {"uid": f"{i:032x}_{session}_{output}"}
+        for i in range(4)
+        for session, score in enumerate(scores)
+        for output in range(1 + session % 3)
+    ]
+    (folder / "validation" / "1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_one(folder)
+    several = run.validations[1]["set"]
+    assert several.n.tolist() == one.n.tolist() == [8] * 4
+    assert several.correct.tolist() == one.correct.tolist()
+    assert not [note for note in run.notes if "validation/" in note]
+
+
+def test_sessions_that_failed_count_as_wrong_as_in_verl(tmp_path: Path) -> None:
+    folder = write_run(
+        tmp_path, curve={1: 12 / 32}, dumps={1: {f"p{i}": [1, 0, 1] * 2 for i in range(3)} | {"q": [0] * 8}}
+    )
+    run = read_one(folder)
+    assert run.validations[1]["set"].n.tolist() == [8] * 4
+    assert "validation/1.jsonl: 6 responses that are not there count as wrong, as in verl" in run.notes
+    assert measures.final_accuracy([run]).value == pytest.approx(12 / 32)
+
+
 def test_scores_that_are_no_rates_have_no_interval_over_problems(tmp_path: Path) -> None:
     (run,) = read(write_run(tmp_path, curve={10: -0.5}, dumps={10: {"p": [-1] * 4, "q": [-1, 1] * 2}}))
     assert "validation/10.jsonl: has scores below 0 or above 1: not used" in run.notes

@@ -248,4 +248,5 @@
     stale.clear();
   });
   tools.hidden = false;
+  document.getElementById("legend").hidden = true; // the tools have one
 })();

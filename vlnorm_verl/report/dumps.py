@@ -8,7 +8,9 @@ Not covered: dumps of several validation sets whose reward does not write a `val
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,12 @@ from vlnorm_verl.files import write
 from vlnorm_verl.report.run import Run, Validation, logged_accuracies, value_at
 from vlnorm_verl.runs.records import VALIDATION_METRIC, has_unread, read_lines
 
-CACHE_FILE = ".validation-counts-5.msgpack"  # another number for another format
+CACHE_FILE = ".validation-counts-6.msgpack"  # another number for another format
+
+
+# The V1 trainer's uid is <prompt>_<session>_<output>. Every output of an agent's session has the session's score, and
+# verl counts it once (trainer/ppo/v1/trainer_base.py:1162).
+_LATER_OUTPUT = re.compile(r"_\d+_[1-9]\d*$")
 
 
 class _Response(msgspec.Struct):
@@ -32,6 +39,7 @@ class _Response(msgspec.Struct):
     gts: msgspec.Raw = msgspec.Raw(b"null")
     acc: Any = None
     validation_set: Any = None
+    uid: Any = None
 
 
 def _number(value: Any) -> float | None:
@@ -92,6 +100,8 @@ def count(path: Path, notes: list[str]) -> dict[str, Validation]:
     scores: dict[str, dict[str, list[float]]] = {}  # of each problem's responses, by validation set
     unscored = 0
     for response in read_lines(path, _RESPONSE, notes):
+        if isinstance(response.uid, str) and _LATER_OUTPUT.search(response.uid):
+            continue
         score = scored(response)
         if score is None:
             unscored += 1
@@ -132,6 +142,11 @@ def attach_validations(run: Run, dumps: dict[int, Dump]) -> None:
     for step, sets in run.validations.items():
         run.notes += [note for validation in sets.values() for note in _uneven(step, validation)]
         for name in list(sets):
+            if (failed := _failed_sessions(run, step, name, sets[name])) is not None:
+                sets[name] = dataclasses.replace(sets[name], n=sets[name].n + failed)
+                run.notes.append(
+                    f"validation/{step}.jsonl: {failed.sum()} responses that are not there count as wrong, as in verl"
+                )
             if note := _not_used(run, step, name, sets[name]):
                 run.notes.append(note)
                 del sets[name]
@@ -146,6 +161,19 @@ def _uneven(step: int, validation: Validation) -> list[str]:
     if (more := int((validation.n > usual).sum())) > 0:
         notes.append(f"{where}: {more} problems have more than {usual} responses (the same prompt more than once?)")
     return notes
+
+
+def _failed_sessions(run: Run, step: int, name: str, validation: Validation) -> np.ndarray | None:
+    """[P] responses of each problem that verl counted as wrong, without a line in the dump: sessions that failed.
+
+    None if that is not what makes the dump's accuracy another than verl's (trainer/ppo/metric_utils.py:955, V1).
+    """
+    logged = logged_accuracies(run).get(name)
+    if logged is None or logged.variable != "acc" or not _not_used(run, step, name, validation):
+        return None
+    failed = np.maximum(logged.n - validation.n, 0)
+    filled = dataclasses.replace(validation, n=validation.n + failed)
+    return None if _not_used(run, step, name, filled) else failed
 
 
 def _not_used(run: Run, step: int, name: str, validation: Validation) -> str:

@@ -87,7 +87,8 @@ class _Page:
     """What the template shows of each part. charts: those met so far, in order."""
 
     looks: dict[str, Look]
-    anchors: set[str] = field(default_factory=lambda: {"data", "tools", "tip", "frame"})  # what the script looks up
+    # What the script looks up.
+    anchors: set[str] = field(default_factory=lambda: {"data", "tools", "legend", "tip", "frame"})
     charts: list[Chart] = field(default_factory=list)
 
     def entry(self, part: Part, alone: bool = False) -> dict[str, Any]:

@@ -272,7 +272,7 @@ def look_at(compared: Comparison) -> dict[str, list[str]]:
             for group, seeds in compared.validated.items()
             if len(measures.final_runs(seeds)) == 1
         ],
-        "No validation dumps, so no interval over problems": [
+        "No validation dump that can be used, so no interval over problems": [
             run.name + (f" (step {step})" if run.validations else "")
             for run in validated
             if measures.undumped([run], step := measures.validated_steps(run)[-1]) and not run.unnamed
