@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests import warm
 from tests.engine import older_verl
@@ -374,7 +375,7 @@ def test_the_engine_is_asked_how_it_reduces_gradients(
     """Some models' providers in Megatron-Bridge set calculate_per_token_loss whatever the run's config says."""
     import verl
 
-    engine_config = SimpleNamespace(**{"dynamic_context_parallel": False, **layout})
+    engine_config = SimpleNamespace(**{"strategy": "megatron", "dynamic_context_parallel": False, **layout})
     engine = SimpleNamespace(tf_config=SimpleNamespace(calculate_per_token_loss=True), engine_config=engine_config)
     engines.warn_of_uncounted_tokens.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
@@ -388,8 +389,33 @@ def test_the_engine_is_asked_how_it_reduces_gradients(
                 hooks.with_mini_batch(print)(engine, {}, loss)
         engine.tf_config.calculate_per_token_loss = False
         engines.check_engine(engine, "vl_norm")
-        engines.check_engine(SimpleNamespace(tf_config=None), "vl_norm")
+        engines.check_engine(SimpleNamespace(tf_config=None, engine_config=engine_config), "vl_norm")
     assert ("too large by the factor" in caplog.text) == (outcome == "warned of")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "fsdp_size", "refused"),
+    [
+        ("fsdp", 2, 1, True),
+        ("fsdp2", 2, 1, False),
+        ("fsdp", 1, 1, False),
+        ("fsdp", 2, -1, False),
+        ("fsdp", 4, 2, False),
+    ],
+)
+def test_fsdp1_that_synchronises_no_gradients_is_refused(
+    strategy: str, ranks: int, fsdp_size: int, refused: bool
+) -> None:
+    from verl.workers.engine.fsdp.utils import create_device_mesh
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        mesh = create_device_mesh(ranks, fsdp_size)
+        engine = SimpleNamespace(engine_config=SimpleNamespace(strategy=strategy), device_mesh=mesh)
+        with pytest.raises(RuntimeError, match=r"fsdp_size=1 .* the 2 ranks") if refused else contextlib.nullcontext():
+            engines.check_engine(engine, "vl_norm")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_megatron_and_torchtitan_of_verls_own_config_are_checked() -> None:

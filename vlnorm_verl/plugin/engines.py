@@ -59,11 +59,22 @@ def _megatron(layout: Any) -> Iterator[tuple[str, str, str]]:
 
 
 def check_engine(engine: Any, mode: str) -> None:
-    """What check_layout cannot see: Megatron-Bridge sets calculate_per_token_loss by itself for some models.
+    """What check_layout cannot see: how many ranks there are, and that Megatron-Bridge sets calculate_per_token_loss by
+    itself for some models.
 
     Raises:
-        RuntimeError: the engine adds gradients over ranks where verl takes them for averaged (verl 0.7.1 and 0.8.0).
+        RuntimeError: the engine leaves each rank its own gradients (FSDP1), or adds gradients over ranks where verl
+            takes them for averaged (verl 0.7.1 and 0.8.0).
     """
+    strategy = getattr(getattr(engine, "engine_config", None), "strategy", None)
+    mesh = engine.device_mesh if strategy == "fsdp" else None
+    # torch takes a mesh with one rank to shard over for one rank in all (distributed/fsdp/_init_utils.py:430).
+    if mesh is not None and mesh.ndim == 2 and mesh.size(1) == 1:
+        raise RuntimeError(
+            f"loss_agg_mode={mode!r}: with strategy=fsdp and fsdp_config.fsdp_size=1 torch's FSDP1 leaves each of the "
+            f"{mesh.size()} ranks its own gradients (verl-project/verl#7493), in verl's modes, too. Accepted: "
+            "fsdp_size=-1, fsdp_size of at least 2, or strategy=fsdp2."
+        )
     if not getattr(getattr(engine, "tf_config", None), "calculate_per_token_loss", False):
         return
     if releases.before_0_9():
