@@ -59,7 +59,12 @@ def test_last_qkv(config: Any, expected: list[str]) -> None:
 def test_gemma_2_keeps_the_cap_of_its_attention(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.Gemma2Config(
-        **SIZES, num_key_value_heads=1, intermediate_size=16, head_dim=8, attn_logit_softcapping=0.1
+        **SIZES,
+        num_key_value_heads=1,
+        intermediate_size=16,
+        head_dim=8,
+        initializer_range=1.0,
+        attn_logit_softcapping=0.1,
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     capped = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
