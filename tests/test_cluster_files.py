@@ -75,12 +75,15 @@ class Job:
             "VLNORM_RAY_OPTIONS": "--num-cpus=1 --object-store-memory=80000000 --dashboard-agent-listen-port=0",
         }
 
-    def launcher(self, text: str) -> None:
-        """A python3 whose launcher is this text; it says too which Python the run takes, as the real one does."""
-        real = f'if [ "$1" != -m ]; then exec {sys.executable} "$@"; fi; shift 3  # -m vlnorm_verl launch'
+    def launcher(self, text: str, ray: str = "") -> None:
+        """A python3 whose launcher is this text; it says too which Python the run takes, as the real one does.
+
+        Its folder has no `ray`. ray: text of a Ray that is not the real one.
+        """
+        real = f'exec {sys.executable} "$@"'
+        cases = f"case $2 in vlnorm_verl) shift 3 ;; ray.scripts.scripts) {ray or real} ;; *) {real} ;; esac"
         answer = f'if [ "${{@: -1}}" = --python ]; then echo {self.bin}/python3; exit; fi'
-        script(self.bin / "python3", f"{real}\n{answer}\n{text}")
-        script(self.bin / "ray", f'exec {Path(sys.executable).with_name("ray")} "$@"')
+        script(self.bin / "python3", f"{cases}\n{answer}\n{text}")
         shutil.copy(PROJECT / "recipes" / "python.sh", self.project / "recipes")
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
@@ -178,8 +181,7 @@ def test_address_of_the_head(tmp_path: Path, named: str, own: str, taken: str) -
     ],
 )
 def test_each_user_has_a_folder_for_ray(job: Job, given: dict[str, str], taken: str) -> None:
-    job.launcher("")
-    script(job.bin / "ray", 'echo "$RAY_TMPDIR" >"$RECORD/ray"; exit 1')
+    job.launcher("", ray='echo "$RAY_TMPDIR" >"$RECORD/ray"; exit 1')
     job.environment.pop("TMPDIR", None)
     job.environment |= given
     assert job.run() == 1

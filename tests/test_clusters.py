@@ -135,7 +135,7 @@ def test_a_ray_job_is_over_when_ray_says_so(
             server.shutdown()
     assert not list(left)
     assert len(commands) == followed
-    assert all(command[1:3] == ["job", "logs"] and command[-2:] == ["--follow", "a-job"] for command in commands)
+    assert all(command[3:5] == ["job", "logs"] and command[-2:] == ["--follow", "a-job"] for command in commands)
 
 
 def test_a_launch_elsewhere_has_the_paths_of_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,9 @@ def submit(recipes: Path, arguments: list[str], config: DictConfig, console: Con
 
 
 def _ray_job(verb: str) -> list[str]:
-    return [str(Path(sys.executable).with_name("ray")), "job", verb, f"--address={os.environ['RAY_ADDRESS']}"]
+    # A Python of the system has its scripts, `ray` too, elsewhere.
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    return [*ray, "job", verb, f"--address={os.environ['RAY_ADDRESS']}"]
 
 
 def _follow(job: str, console: Console) -> int:
