@@ -89,10 +89,9 @@ class Job:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         copy = self.record / "slurm_script"  # as sbatch does
         shutil.copy(SCRIPT, copy)
+        command = ["bash", "-c", 'ulimit -Sn 1024; exec bash "$0" "$@"', str(copy), *arguments]  # as a login shell's
         with open(self.record / "log", "w") as log:
-            return subprocess.Popen(
-                ["bash", str(copy), *arguments], env=self.environment, stdout=log, stderr=log, text=True
-            )
+            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, text=True)
 
     def run(self, *arguments: str) -> int:
         return self.start(*arguments).wait(240)
@@ -188,6 +187,13 @@ def test_each_user_has_a_folder_for_ray(job: Job, given: dict[str, str], taken: 
     assert job.recorded("ray") == f"{taken}\n"
 
 
+def test_ray_may_open_as_many_files_as_the_hard_limit_allows(job: Job) -> None:
+    job.launcher("", ray='echo $(ulimit -Sn) $(ulimit -Hn) >"$RECORD/ray"; exit 1')
+    assert job.run() == 1
+    soft, hard = job.recorded("ray").split()
+    assert soft == hard
+
+
 @pytest.mark.slow
 def test_exit_code_of_the_launcher_and_nothing_left(job: Job) -> None:
     job.launcher('echo "$RAY_ADDRESS${ROCR_VISIBLE_DEVICES-} $*" >"$RECORD/launcher"; exit 3')
@@ -205,7 +211,7 @@ def test_two_nodes_and_the_real_launcher(job: Job) -> None:
     assert f"environment: {sys.executable}" in log
     assert f"Ray: 2 node(s) at 127.0.0.1:{job.environment['VLNORM_RAY_PORT']}" in log
     assert "ray_kwargs.ray_init.runtime_env.env_vars" in log  # the launcher has seen that it is on a cluster
-    assert {"--export=ALL", "--nodes=1", "--ntasks=1", "--relative=1"} <= set(job.recorded("srun").split())
+    assert {"--export=ALL", "--propagate=NOFILE,NPROC", "--nodes=1", "--ntasks=1", "--relative=1"} <= set(job.recorded("srun").split())
     assert not job.processes()
 
 

@@ -37,7 +37,7 @@ WHEELS_CUDA = "13.0"  # of torch and vllm in recipes/requirements-gpu.txt
 # NVIDIA's first driver for Linux with each major version of CUDA; within one, a driver runs newer minor versions too.
 FIRST_DRIVER = {12: "525.60", 13: "580.65"}
 SHARED_MEMORY_GB = 10  # verl's own containers have it; a container's default is 0.064
-OPEN_FILES = 8192  # of a process; Ray raises its soft limit up to the hard one (ray/_private/worker.py:1763)
+OPEN_FILES = 8192  # of a process. ray.init raises the soft limit (ray/_private/worker.py:1763), slurm.sbatch too
 CPU_RUN_GB, CPU_RANK_GB = 7, 3.5  # of memory: a run of the tiny model on one rank, and each more (docs/cpu.md)
 SOCKET_BYTES = 107  # of a path, in Linux
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
