@@ -175,7 +175,7 @@ def test_address_of_the_head(tmp_path: Path, named: str, own: str, taken: str) -
     ("given", "taken"),
     [
         ({}, f"/tmp/ray-{os.getuid()}"),
-        ({"TMPDIR": "/job"}, f"/job/ray-{os.getuid()}"),
+        ({"TMPDIR": "/job"}, f"/tmp/ray-{os.getuid()}"),
         ({"RAY_TMPDIR": "/mine"}, "/mine"),
     ],
 )
@@ -211,7 +211,8 @@ def test_two_nodes_and_the_real_launcher(job: Job) -> None:
     assert f"environment: {sys.executable}" in log
     assert f"Ray: 2 node(s) at 127.0.0.1:{job.environment['VLNORM_RAY_PORT']}" in log
     assert "ray_kwargs.ray_init.runtime_env.env_vars" in log  # the launcher has seen that it is on a cluster
-    assert {"--export=ALL", "--propagate=NOFILE,NPROC", "--nodes=1", "--ntasks=1", "--relative=1"} <= set(job.recorded("srun").split())
+    options = {"--export=ALL", "--propagate=NOFILE,NPROC", "--nodes=1", "--ntasks=1", "--relative=1"}
+    assert options <= set(job.recorded("srun").split())
     assert not job.processes()
 
 
