@@ -180,7 +180,7 @@ def test_variables_are_forwarded_past_the_configuration(tmp_path: Path, monkeypa
 
 FIRST = """
 import ray, transfer_queue
-context = ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+context = ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
 print(context.address_info["gcs_address"], flush=True)
 input()
 transfer_queue.init()  # as verl's trainer does
@@ -211,9 +211,39 @@ def test_a_second_run_on_one_ray_is_refused(tmp_path: Path, monkeypatch: pytest.
     finally:
         first.stdin.close()
         first.wait(60)
-    assert node.cpus == 4
+    assert (node.cpus, node.gpus) == (4, 2)
     files = ("data/model", "data/countdown/test.parquet", "reward.py")
     assert {f"does not see {tmp_path}/{file}" for file in files} <= {*node.problems}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "waits"),
+    [
+        ([(24, 8), (40, 8)], False),
+        ([(64, 16)], False),  # one node in place of two
+        ([(48, 4)] * 4, True),  # as many GPUs
+        ([(20, 8), (60, 8)], True),
+        ([(64, 16), (0, 0)], False),
+        ([(64, 12), (64, 4)], True),
+    ],
+)
+def test_nodes_that_are_too_small_are_refused(
+    nodes: list[tuple[int, int]], waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two times eight GPUs with 24 CPUs: verl itself would wait for nodes that have them."""
+    reports = [probe.NodeReport(f"node-{n}", *resources, {}, []) for n, resources in enumerate(nodes)]
+    monkeypatch.setenv("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # set there for good
+    monkeypatch.setattr(clusters, "probe", lambda *_: reports)
+    config = composed(tmp_path, "attention=sdpa", "trainer.nnodes=2")
+    said = ""
+    try:
+        clusters.check_nodes(config, terminal(quiet=True))
+    except UserError as error:
+        said = str(error)
+    cpus, gpus = nodes[0]
+    reserved = "reserves 8 GPUs (trainer.n_gpus_per_node) and 24 CPUs on one node"
+    assert (reserved in said, f"Ray has {gpus} and {cpus} on node-0, " in said) == (waits, waits)
+    assert bool(said) == waits
 
 
 def test_a_ray_jobs_own_configuration_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

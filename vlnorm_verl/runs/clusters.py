@@ -25,7 +25,7 @@ from rich.console import Console
 
 from vlnorm_verl.cpu import cpu_environment
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs.config import is_cpu, reserved_cpus
+from vlnorm_verl.runs.config import CPUS_PER_GPU, is_cpu, reserved_cpus
 from vlnorm_verl.runs.probe import probe
 from vlnorm_verl.runs.process import log_variables
 
@@ -115,6 +115,14 @@ def check_nodes(config: DictConfig, console: Console) -> None:
         bad.append(
             f"all nodes: verl reserves {needed} CPUs of Ray, and they have {cpus:g}: the run would wait for ever. "
             "`ray start --num-cpus=…` tells Ray of more than there are (on SLURM: VLNORM_RAY_OPTIONS=--num-cpus=…)"
+        )
+    # verl adds up GPUs (single_controller/ray/base.py:226), and then waits for so many with their CPUs on one node.
+    nodes, gpus = config.trainer.nnodes, config.trainer.n_gpus_per_node
+    if sum(min(report.gpus // gpus, report.cpus // (CPUS_PER_GPU * gpus)) for report in reports) < nodes:
+        there = ", ".join(f"{report.gpus:g} and {report.cpus:g} on {report.node}" for report in reports)
+        bad.append(
+            f"all nodes: trainer.nnodes={nodes} times verl reserves {gpus} GPUs (trainer.n_gpus_per_node) and "
+            f"{CPUS_PER_GPU * gpus} CPUs on one node, and Ray has {there}: the run would wait for ever"
         )
     if bad:
         raise UserError("the run cannot work on every node:\n  " + "\n  ".join(bad))

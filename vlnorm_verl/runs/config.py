@@ -29,6 +29,7 @@ from vlnorm_verl.tasks.sources import MATH
 
 CONFIG_NAME = "recipe"
 LOGGERS = ("console", "file", "wandb", "tensorboard", "trackio", "swanlab", "mlflow")
+CPUS_PER_GPU = 3  # that verl reserves of Ray (single_controller/ray/base.py:146), all those of a node at once
 
 
 # ------------------------------------------------------------------------------------------------------ overrides
@@ -209,9 +210,9 @@ def wants_flash_attention(config: DictConfig) -> bool:
 
 def reserved_cpus(config: DictConfig) -> int:
     """CPUs that verl reserves of Ray, on all nodes: it waits for ever for more than there are."""
-    # Three a GPU (single_controller/ray/base.py:146), TransferQueue's, and two for what starts later.
+    # Those of the GPUs, TransferQueue's, and two for what starts later.
     units = config.transfer_queue.backend.SimpleStorage.num_data_storage_units
-    return int(3 * config.trainer.nnodes * config.trainer.n_gpus_per_node + units + 2)
+    return int(CPUS_PER_GPU * config.trainer.nnodes * config.trainer.n_gpus_per_node + units + 2)
 
 
 def depends_on_micro_batches(config: DictConfig) -> bool:

@@ -4,8 +4,8 @@ A node that lacks verl or this package fails minutes into the start of a run, in
 all: verl hides plugin load errors. The answers are named by node here.
 
 Covered: imports and versions, whether torch and vLLM are those for the run, flash-attn, whether the plugin is in verl,
-whether the node sees the run's folder, data and model, logins of loggers, Ray's CPUs; of the cluster, whether another
-verl run is on it. Not covered: drivers and GPUs, network speed, free disk.
+whether the node sees the run's folder, data and model, logins of loggers, Ray's CPUs and GPUs; of the cluster, whether
+another verl run is on it. Not covered: drivers, network speed, free disk.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class NodeReport:
 
     node: str  # host name and address
     cpus: float  # that Ray has there
+    gpus: float
     versions: dict[str, str]
     problems: list[str]
 
@@ -122,13 +123,14 @@ def probe(config: DictConfig, environment: dict[str, str]) -> list[NodeReport]:
         reports = []
         for node_id, answer in pending.items():
             node = nodes[node_id]
-            name, cpus = f"{node['NodeManagerHostname']} ({node['NodeName']})", node["Resources"].get("CPU", 0.0)
+            name, resources = f"{node['NodeManagerHostname']} ({node['NodeName']})", node["Resources"]
+            known = name, resources.get("CPU", 0.0), resources.get("GPU", 0.0)
             try:
-                report = NodeReport(name, cpus, **ray.get(answer, timeout=0))
+                report = NodeReport(*known, **ray.get(answer, timeout=0))
             except ray.exceptions.GetTimeoutError:
-                report = NodeReport(name, cpus, {}, [f"no answer within {TIMEOUT_SECONDS:.0f} s"])
+                report = NodeReport(*known, {}, [f"no answer within {TIMEOUT_SECONDS:.0f} s"])
             except ray.exceptions.RayError as error:
-                report = NodeReport(name, cpus, {}, [f"{type(error).__name__}: {_last_line(error)}"])
+                report = NodeReport(*known, {}, [f"{type(error).__name__}: {_last_line(error)}"])
             reports.append(report)
         return reports
     finally:
