@@ -137,6 +137,20 @@ def test_the_launcher_submits_this_script() -> None:
     assert not [argument for argument in command if "gpus" in argument]  # a cluster may have none
 
 
+def test_a_job_waits_for_another_of_its_folder_only() -> None:
+    """SLURM goes by the job's name."""
+    names = []
+    for folder in ("/a/run", "/a/run", "/b/run", "/a/other"):
+        overrides = [*CHOICE, f"recipe.folder={folder}"]
+        command = sbatch_command(PROJECT / "recipes", overrides, compose(PROJECT / "recipes/config", overrides))
+        assert "--dependency=singleton" in command
+        names += [argument for argument in command if argument.startswith("--job-name=")]
+    assert names[0].startswith("--job-name=run-")
+    assert names[0] == names[1]
+    assert len(names) == 4
+    assert len({*names}) == 3
+
+
 def test_outside_the_project(job: Job) -> None:
     assert job.run() == 2
     assert "submit from the project's folder" in job.recorded("log")

@@ -289,7 +289,7 @@ def test_one_job_for_each_run_on_slurm(tmp_path: Path, monkeypatch: pytest.Monke
     assert code == 0, output
     assert "3 of 3 jobs are made" in output
     jobs = (tmp_path / "jobs").read_text().splitlines()
-    assert [job.split("--job-name=")[1].split()[0] for job in jobs] == [
+    assert [job.split("--job-name=")[1].split()[0].rpartition("-")[0] for job in jobs] == [
         f"dapo-countdown-3b-3072-{name}" for name in ("dapo-seed0", "vl_norm-seed0", "vl_norm-seed1")
     ]
     assert all("--dependency=singleton" in job and f"recipe.root={tmp_path}" in job for job in jobs)

@@ -194,12 +194,14 @@ def _follow(job: str, console: Console) -> int:
 
 def sbatch_command(recipes: Path, arguments: list[str], config: DictConfig) -> list[str]:
     """`sbatch` of a launch; the job's script is recipes/cluster/slurm.sbatch."""
+    folder = Path(config.recipe.folder)
     return [
         "sbatch",
         f"--nodes={config.trainer.nnodes}",
         *([] if is_cpu(config) else [f"--gpus-per-node={config.trainer.n_gpus_per_node}"]),
-        f"--job-name={config.recipe.name}-seed{config.recipe.seed}",
-        "--dependency=singleton",  # submitted twice, a run waits for itself
+        # Submitted twice, a run waits for itself: for jobs of one name, so that is of the run's folder alone.
+        f"--job-name={folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:6]}",
+        "--dependency=singleton",
         str((recipes / "cluster" / "slurm.sbatch").resolve()),
         *arguments,
     ]
