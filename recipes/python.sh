@@ -8,12 +8,16 @@ unset PYTHONHOME
 installed='import importlib.metadata as m; m.version("verl"); m.version("vlnorm-verl")'
 python=""
 for candidate in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} ${CONDA_PREFIX:+"$CONDA_PREFIX/bin/python"} "$PWD"/{.venv-gpu,.venv}/bin/python python3; do
-  if PYTHONSAFEPATH=1 "$candidate" -c "$installed" 2> /dev/null; then
+  if said=$(PYTHONSAFEPATH=1 "$candidate" -c "$installed" 2>&1); then
     python=$candidate
     break
   fi
+  # It is there, and not just without verl: its Python was removed, say, or needs a module that is not loaded.
+  if [ -e "$candidate" ] || [ -L "$candidate" ]; then
+    case $said in *PackageNotFoundError*) ;; *) echo "$candidate does not work: ${said##*$'\n'}" >&2 ;; esac
+  fi
 done
 if [ -z "$python" ]; then
-  echo "Nothing is installed yet. For GPUs: bash recipes/install_gpu.sh. For model=tiny: bash recipes/install_cpu.sh" >&2
+  echo "Nothing is installed yet that works here. For GPUs: bash recipes/install_gpu.sh. For model=tiny: bash recipes/install_cpu.sh" >&2
   exit 2
 fi

@@ -406,6 +406,21 @@ def test_what_a_build_leaves_in_the_project_is_no_installation(tmp_path: Path) -
     script(tmp_path / "mine" / "bin" / "python", f'exec {sys.executable} -S "$@"')
     done = started(tmp_path, VIRTUAL_ENV=str(tmp_path / "mine"))
     assert (done.returncode, "Nothing is installed yet" in done.stderr) == (2, True)
+    assert "does not work" not in done.stderr
+
+
+def test_an_environment_that_does_not_start_is_named(tmp_path: Path) -> None:
+    library = "error while loading shared libraries: libpython3.11.so.1.0: cannot open shared object file"
+    python = script(tmp_path / ".venv-gpu" / "bin" / "python", f"echo '{library}' >&2; exit 127")
+    environment(tmp_path / ".venv")
+    done = started(tmp_path)
+    assert done.stderr == f"{python} does not work: {library}\n"
+    assert done.stdout.startswith(".venv|")  # the next one is taken
+    python.unlink()
+    python.symlink_to(tmp_path / "removed")
+    said = started(tmp_path).stderr
+    assert said.startswith(f"{python} does not work: ")
+    assert said.endswith("No such file or directory\n")
 
 
 def test_the_active_environment_comes_first_then_that_for_gpus(tmp_path: Path) -> None:
