@@ -20,6 +20,7 @@ import pytest
 from tests.processes import script
 from vlnorm_verl import machine
 from vlnorm_verl.machine import Environment
+from vlnorm_verl.runs import own_ray
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 GPU = Environment("python", "/x/.venv-gpu", "0.9.1", "2.11.0+cu130", "13.0", "0.24.0", "")
@@ -226,7 +227,7 @@ def test_a_temporary_folder_that_is_too_long_for_rays_sockets(name: str, monkeyp
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", "/" + "x" * 99)
     monkeypatch.setattr(os, "getpid", lambda: 54321)
-    problem = machine.sockets_problem()
+    problem = own_ray.sockets_problem()
     assert problem is not None
     assert "is too long for Ray's sockets (41 bytes at most). Set TMPDIR=/tmp" in str(problem)
     for length in (41, 42):
@@ -234,10 +235,10 @@ def test_a_temporary_folder_that_is_too_long_for_rays_sockets(name: str, monkeyp
         now = f"{datetime.datetime(2026, 11, 28, 1, 2, 3, 4):%Y-%m-%d_%H-%M-%S_%f}"  # as ray/_private/node.py has it
         path = f"{get_default_ray_temp_dir()}/session_{now}_{os.getpid()}/sockets/plasma_store"
         if length == 41:
-            assert machine.sockets_problem() is None
+            assert own_ray.sockets_problem() is None
             validate_socket_filepath(path)
         else:
-            assert machine.sockets_problem() is not None
+            assert own_ray.sockets_problem() is not None
             with pytest.raises(OSError, match="cannot exceed 107 bytes"):
                 validate_socket_filepath(path)
 

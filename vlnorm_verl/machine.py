@@ -39,7 +39,6 @@ FIRST_DRIVER = {12: "525.60", 13: "580.65"}
 SHARED_MEMORY_GB = 10  # verl's own containers have it; a container's default is 0.064
 OPEN_FILES = 8192  # of a process. ray.init raises the soft limit (ray/_private/worker.py:1763), slurm.sbatch too
 CPU_RUN_GB, CPU_RANK_GB = 7, 3.5  # of memory: a run of the tiny model on one rank, and each more (docs/cpu.md)
-SOCKET_BYTES = 107  # of a path, in Linux
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weights, Adam's moments
 PARAMETERS = {"3b": 3.09e9, "7b": 7.62e9}  # Qwen2.5
@@ -319,33 +318,6 @@ def home_problem() -> Defect | None:
         return None
     return Defect(
         f"{' and '.join(closed)} cannot be written, where datasets and Ray keep files", "Set HOME to a folder of yours"
-    )
-
-
-def sockets_problem() -> Defect | None:
-    """Why Ray could not open its sockets (ray/_private/node.py): their path has a limit, and begins with TMPDIR."""
-    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-    folder = os.environ.get(name, "/tmp")
-    session = f"session_2026-01-01_00-00-00_000000_{os.getpid()}"
-    socket = os.path.join(folder, "ray", session, "sockets", "plasma_store")
-    if (excess := len(os.fsencode(socket)) - SOCKET_BYTES) <= 0:
-        return None
-    allowed = len(os.fsencode(folder)) - excess
-    return Defect(f"{name}={folder} is too long for Ray's sockets ({allowed} bytes at most)", f"Set {name}=/tmp")
-
-
-def cpus_problem(needed: int, told: int | None) -> Defect | None:
-    """Why Ray would wait for ever (verl's single_controller/ray/base.py:160 has no time limit).
-
-    told: how many Ray is told that there are; None: it counts this machine's.
-    """
-    if (found := cpus() if told is None else told) >= needed:
-        return None
-    what = "this machine has" if told is None else "ray_kwargs.ray_init.num_cpus is"
-    return Defect(
-        f"verl reserves {needed} CPUs of Ray, and {what} {found}: the run would wait for ever",
-        "Take fewer GPUs (on the CPU: ranks) by trainer.n_gpus_per_node, or tell Ray of as many CPUs, there or not: "
-        f"ray_kwargs.ray_init.num_cpus={needed}",
     )
 
 

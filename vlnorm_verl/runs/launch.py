@@ -35,7 +35,7 @@ from rich.console import Console
 from vlnorm_verl import cpu, extras, files, machine
 from vlnorm_verl.cpu import install
 from vlnorm_verl.files import UserError, locked
-from vlnorm_verl.runs import clusters, resources, smoke
+from vlnorm_verl.runs import clusters, own_ray, resources, smoke
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs.check import unread_keys, validate
 from vlnorm_verl.runs.config import (
@@ -246,19 +246,19 @@ def prepare_environment(recipes: Path, config: DictConfig) -> str:
 
 def cannot_run(config: DictConfig) -> str:
     """What this machine lacks for a run beside an environment, "" if nothing."""
-    own_ray = not os.environ.get("RAY_ADDRESS")
-    if config.trainer.nnodes > 1 and own_ray:
+    own = not os.environ.get("RAY_ADDRESS")
+    if config.trainer.nnodes > 1 and own:
         return (
             f"trainer.nnodes={config.trainer.nnodes}, and this run would start a Ray of its own on this machine alone: "
             "set RAY_ADDRESS, or give --on slurm or --on kubernetes"
         )
     told = config.ray_kwargs.ray_init.num_cpus
-    problems = [machine.home_problem(), machine.cpus_problem(reserved_cpus(config), told)] if own_ray else []
-    if own_ray and "_temp_dir" not in config.ray_kwargs.ray_init:
-        problems.append(machine.sockets_problem())
+    problems = [machine.home_problem(), own_ray.cpus_problem(reserved_cpus(config), told)] if own else []
+    if own and "_temp_dir" not in config.ray_kwargs.ray_init:
+        problems.append(own_ray.sockets_problem())
     if not is_cpu(config) and wants_flash_attention(config):
         problems.append(machine.flash_attention_problem())
-    if not is_cpu(config) and own_ray:
+    if not is_cpu(config) and own:
         cuda, gpus = machine.this_environment().cuda or machine.WHEELS_CUDA, config.trainer.n_gpus_per_node
         problems += [machine.driver_problem(cuda, gpus), machine.compiler_problem(), machine.vllm_port_problem()]
     return "\n".join(str(problem) for problem in problems if problem)
