@@ -475,7 +475,7 @@ def test_a_ray_of_ones_own_needs_a_home_and_short_paths(
     monkeypatch.setattr(machine, "driver", lambda: ((13, 0), 8))
     monkeypatch.setattr(machine, "cpus", lambda: 34)
     monkeypatch.setattr(machine, "compiler_problem", lambda: None)
-    monkeypatch.setattr(machine, "home_problem", lambda: machine.Defect("no home", "Take one"))
+    monkeypatch.setattr(machine, "home_problem", lambda own_ray: machine.Defect("no home", "Take one"))
     monkeypatch.setenv("TMPDIR", "/" + "x" * 60)
     config = composed(tmp_path, f"model={model}", "attention=sdpa")
     first, second = launch.cannot_run(config).splitlines()

@@ -14,6 +14,7 @@ import sysconfig
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -205,17 +206,30 @@ def test_a_home_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, t
         monkeypatch.delenv(name, raising=False)
     (home := tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(home))
-    assert machine.home_problem() is None
+    assert machine.home_problem(own_ray=True) is None
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(home)))
-    problem = machine.home_problem()
+    problem = machine.home_problem(own_ray=True)
     assert problem is not None
     assert problem.what.startswith(f"{home}/.cache/huggingface and {home}/.ray cannot be written")
+    # A node of a cluster, whose Ray is there.
+    (node,) = machine.environment_problems(on_cpu=True, flash_attention=False)
+    assert node.what.startswith(f"{home}/.cache/huggingface cannot be written")
+    real = os.stat
+
+    def stat(path: str | Path, **options: Any) -> os.stat_result:
+        if str(path).startswith(f"{home}/"):
+            raise PermissionError
+        return real(path, **options)
+
+    with monkeypatch.context() as closed:  # HOME=/root of another user
+        closed.setattr(os, "stat", stat)
+        assert machine.home_problem(own_ray=True) == problem
     # One that is not there yet is made where it belongs, if that can be.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert str(machine.home_problem()).startswith(f"{home}/.ray cannot be written")
+    assert str(machine.home_problem(own_ray=True)).startswith(f"{home}/.ray cannot be written")
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").touch()
-    assert machine.home_problem() is None
+    assert machine.home_problem(own_ray=True) is None
 
 
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])

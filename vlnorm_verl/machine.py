@@ -236,6 +236,7 @@ def environment_problems(on_cpu: bool, flash_attention: bool) -> list[Defect]:
         flash_attention and flash_attention_problem(),
         not on_cpu and compiler_problem(),
         not on_cpu and vllm_port_problem(),
+        home_problem(own_ray=False),
     )
     return problems + [problem for problem in further if problem]
 
@@ -305,19 +306,25 @@ def memory_problem(ranks: int) -> Defect | None:
     )
 
 
-def home_problem() -> Defect | None:
-    """What keeps Ray from writing its token (ray/_private/authentication), or datasets its cache."""
+def nearest(path: Path) -> Path:
+    """The path, or the first of its parents that is there and that this user may see."""
+    return next(path for path in (path, *path.parents) if os.path.exists(path))
+
+
+def home_problem(own_ray: bool) -> Defect | None:
+    """What keeps datasets from writing its cache, or a Ray of the run's own its token (ray/_private/authentication)."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     folders = [os.environ.get("HF_DATASETS_CACHE") or os.environ.get("HF_HOME") or f"{cache}/huggingface"]
     given = os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
-    if not given and not os.path.exists(os.path.expanduser("~/.ray/auth_token")):
+    if own_ray and not given and not os.path.exists(os.path.expanduser("~/.ray/auth_token")):
         folders.append("~/.ray")
     paths = [Path(folder).expanduser() for folder in folders]
-    closed = [str(p) for p in paths if not os.access(next(q for q in (p, *p.parents) if q.exists()), os.W_OK)]
+    closed = [str(path) for path in paths if not os.access(nearest(path), os.W_OK)]
     if not closed:
         return None
     return Defect(
-        f"{' and '.join(closed)} cannot be written, where datasets and Ray keep files", "Set HOME to a folder of yours"
+        f"{' and '.join(closed)} cannot be written, where datasets and Ray keep files",
+        "Set HOME to a folder of yours, or for datasets HF_HOME",
     )
 
 
@@ -340,7 +347,7 @@ def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Def
                 "Raise the hard limit (`ulimit -Hn`); in a container: --ulimit nofile=65536",
             )
         )
-    there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    there = nearest(folder.absolute())
     free = shutil.disk_usage(there).free / 1e9
     missing = max(0, 2 - len([*folder.glob("checkpoints/global_step_*")]))  # of the two that a run keeps
     needs = {name: missing * CHECKPOINT_BYTES * PARAMETERS[name] / 1e9 for name in models if name in PARAMETERS}

@@ -253,7 +253,7 @@ def cannot_run(config: DictConfig) -> str:
             "set RAY_ADDRESS, or give --on slurm or --on kubernetes"
         )
     told = config.ray_kwargs.ray_init.num_cpus
-    problems = [machine.home_problem(), own_ray.cpus_problem(reserved_cpus(config), told)] if own else []
+    problems = [machine.home_problem(own_ray=True), own_ray.cpus_problem(reserved_cpus(config), told)] if own else []
     if own and "_temp_dir" not in config.ray_kwargs.ray_init:
         problems.append(own_ray.sockets_problem())
     if not is_cpu(config) and wants_flash_attention(config):
