@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +136,21 @@ def test_triton_needs_a_compiler_and_pythons_headers(monkeypatch: pytest.MonkeyP
     (tmp_path / "Python.h").unlink()
     assert f"{tmp_path}/Python.h is missing" in machine.compiler_problem().what
     assert "without root: " in machine.compiler_problem().mend
+
+
+def test_kernels_need_a_folder_that_allows_execution(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CC", "/opt/cc")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    flags = {tmp_path: os.ST_NOEXEC | os.ST_NOSUID, tmp_path / "kernels": os.ST_NOSUID}
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flags[path]))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    assert f"{tmp_path} is mounted noexec" in machine.compiler_problem().what
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels/of-torch"))
+    assert f"{tmp_path} is mounted noexec" in machine.compiler_problem().what  # it would be made there
+    (tmp_path / "kernels").mkdir()
+    assert machine.compiler_problem() is None
 
 
 def test_a_containers_cpus_are_its_limit_as_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -204,12 +205,18 @@ def flash_attention_problem() -> Defect | None:
 
 
 def compiler_problem() -> Defect | None:
-    """What Triton lacks to build launchers of kernels (triton/runtime/build.py): vLLM's, and torch.compile's."""
+    """What Triton lacks to build and load launchers of kernels (triton/runtime/build.py): vLLM's, torch.compile's."""
     header = Path(sysconfig.get_path("include"), "Python.h")
     lacking = [] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler"]
     lacking += [] if header.exists() else [str(header)]
     if not lacking:
-        return None
+        kernels = nearest(Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()).absolute())
+        if not os.statvfs(kernels).f_flag & os.ST_NOEXEC:
+            return None
+        return Defect(
+            f"{kernels} is mounted noexec, and kernels of torch.compile and Triton are loaded from there",
+            "Set TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR to folders that allow execution, before Ray starts",
+        )
     mend = "Install gcc and python3-dev"
     if not header.exists():
         mend += f"; without root: rm -rf .venv-gpu, and {INSTALL_GPU} with PYTHON= a conda or uv Python, which has it"
