@@ -27,7 +27,7 @@ from vlnorm_verl import machine
 from vlnorm_verl.cli import app
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import config as configs
-from vlnorm_verl.runs import launch, reproduce, smoke
+from vlnorm_verl.runs import launch, limits, reproduce, smoke
 from vlnorm_verl.runs.check import validate
 from vlnorm_verl.runs.launch import Request
 from vlnorm_verl.runs.progress import terminal
@@ -489,7 +489,7 @@ def test_a_ray_of_ones_own_needs_a_home_and_short_paths(
 
 
 def test_little_memory_is_a_note_of_a_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "memory_problem", lambda ranks: machine.Defect("3.9 GB", "Close"))
+    monkeypatch.setattr(limits, "memory_problem", lambda ranks: machine.Defect("3.9 GB", "Close"))
     monkeypatch.setattr(launch, "prepare_environment", lambda *_: "")  # it would turn this process to the CPU
     monkeypatch.setattr(launch, "run_here", lambda *_: 0)
     console = terminal(record=True, width=400, file=io.StringIO())

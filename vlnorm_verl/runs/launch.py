@@ -35,7 +35,7 @@ from rich.console import Console
 from vlnorm_verl import cpu, extras, files, machine
 from vlnorm_verl.cpu import install
 from vlnorm_verl.files import UserError, locked
-from vlnorm_verl.runs import clusters, own_ray, resources, smoke
+from vlnorm_verl.runs import clusters, limits, resources, smoke
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs.check import unread_keys, validate
 from vlnorm_verl.runs.config import (
@@ -139,9 +139,9 @@ def launch(request: Request, console: Console | None = None) -> int:
         raise UserError("\n".join(filter(None, [unfit, missing_files(config)])))
     console.print(f"environment: {machine.this_environment()}")
     tight = (
-        [machine.memory_problem(config.trainer.n_gpus_per_node)]
+        [limits.memory_problem(config.trainer.n_gpus_per_node)]
         if is_cpu(config)
-        else machine.tight(folder, (config.recipe.model,))
+        else limits.tight(folder, (config.recipe.model,))
     )
     for problem in filter(None, tight):
         console.print(f"note: {problem}", style="yellow")
@@ -253,9 +253,9 @@ def cannot_run(config: DictConfig) -> str:
             "set RAY_ADDRESS, or give --on slurm or --on kubernetes"
         )
     told = config.ray_kwargs.ray_init.num_cpus
-    problems = [machine.home_problem(own_ray=True), own_ray.cpus_problem(reserved_cpus(config), told)] if own else []
+    problems = [machine.home_problem(own_ray=True), limits.cpus_problem(reserved_cpus(config), told)] if own else []
     if own and "_temp_dir" not in config.ray_kwargs.ray_init:
-        problems.append(own_ray.sockets_problem())
+        problems.append(limits.sockets_problem())
     if not is_cpu(config) and wants_flash_attention(config):
         problems.append(machine.flash_attention_problem())
     if not is_cpu(config) and own:

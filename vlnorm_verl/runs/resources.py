@@ -33,8 +33,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from vlnorm_verl.machine import CHECKPOINT_BYTES, PARAMETERS
 from vlnorm_verl.runs.config import parsed
+from vlnorm_verl.runs.limits import CHECKPOINT_BYTES, PARAMETERS
 
 GIB, GB = 2**30, 10**9
 PROMPTS, MICRO_BATCH = 128, 4
