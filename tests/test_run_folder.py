@@ -279,6 +279,10 @@ def test_a_validation_that_a_crash_took_is_repeated(tmp_path: Path, checkpoint: 
     config = with_settings(asked, launch.settings(Request(RECIPES, given), asked, tmp_path))
     assert config.trainer.val_before_train == due
     assert config.trainer.val_only == (checkpoint == 180)
+    only = configured(tmp_path, "trainer.val_only=true")
+    config = with_settings(only, launch.settings(Request(RECIPES, []), only, tmp_path))
+    assert config.trainer.val_only
+    assert config.trainer.val_before_train
     assert not validation_due(configured(tmp_path, "trainer.test_freq=-1"), tmp_path)
 
 

@@ -73,8 +73,21 @@ def validate(config: DictConfig) -> None:
             f"actor_rollout_ref.model.path={model}: verl does not know ~. Accepted: the whole path, "
             f"{os.path.expanduser(model)}"
         )
-    if (engine := config.actor_rollout_ref.rollout.name) != "vllm":
-        raise UserError(f"actor_rollout_ref.rollout.name={engine}: accepted is vllm. Others: in a run of your own")
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.name != "vllm":
+        raise UserError(
+            f"actor_rollout_ref.rollout.name={rollout.name}: accepted is vllm. Others: in a run of your own"
+        )
+    if rollout.full_determinism and config.trainer.use_v1:
+        raise UserError(
+            "actor_rollout_ref.rollout.full_determinism=true: every response to a prompt would get the same seed "
+            "(workers/rollout/vllm_rollout/vllm_async_server.py:625), so all of a group would be one. Accepted: false"
+        )
+    if not rollout.val_kwargs.do_sample and rollout.val_kwargs.temperature and config.trainer.use_v1:
+        raise UserError(
+            "actor_rollout_ref.rollout.val_kwargs.do_sample=false: the V1 trainer does not read it, its validation "
+            "goes by val_kwargs.temperature. Accepted: true; for greedy validation val_kwargs.temperature=0"
+        )
     actor = config.actor_rollout_ref.actor
     needs_m = actor.loss_agg_mode == "seq-mean-token-sum-norm"  # of verl's own modes; the plugin checks ours
     if needs_m and actor.loss_scale_factor is None:
@@ -132,7 +145,7 @@ def validate(config: DictConfig) -> None:
             "with a new optimizer. Accepted: a list with model, optimizer and extra; recipe.keep=model removes the "
             "optimizer at the end"
         )
-    rollout, needed = config.actor_rollout_ref.rollout, config.data.max_prompt_length + config.data.max_response_length
+    needed = config.data.max_prompt_length + config.data.max_response_length
     if rollout.max_model_len is not None and rollout.max_model_len < needed:
         raise UserError(
             f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len}: vLLM would cut responses. Accepted: at "
@@ -164,6 +177,12 @@ def check_numbers(config: DictConfig) -> None:
         vl_norm(alpha)
     except (TypeError, ValueError) as error:
         raise UserError(f"algorithm.vl_norm_as_coded_alpha={alpha} (recipe.alpha): {error}") from error
+    clip = config.actor_rollout_ref.actor.optim.clip_grad
+    if isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0:
+        raise UserError(
+            f"actor_rollout_ref.actor.optim.clip_grad={clip}: gradients would be scaled to that norm. Accepted: a "
+            "number above 0; inf does not clip"
+        )
     punishment = OmegaConf.select(config, "reward.reward_kwargs.overlong_buffer_cfg")
     if punishment and punishment.enable:
         tokens, limit = punishment.len, config.reward.reward_kwargs.max_resp_len
@@ -186,7 +205,18 @@ def check_model(model: Any) -> None:
 
     model: verl's HFModelConfig, of a model in a folder.
     """
+    from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+
     where, of_text = f"actor_rollout_ref.model.path={model.path}", model.hf_config.get_text_config()
+    try:  # which the rollout does when Ray, FSDP and vLLM have started
+        create_continuous_token_builder(
+            model.tokenizer, hf_model_type=model.hf_config.model_type, processor=model.processor
+        )
+    except ValueError as error:
+        raise UserError(
+            f"{where}: verl's rollout cannot take this tokenizer: {error}. A token that is missing can be added in a "
+            "local copy: tokenizer.add_tokens"
+        ) from error
     refuse_lost_spaces(model.tokenizer, where, ["Two words, a number (23) and\na second line."])
     if model.use_fused_kernels:
         if not model.hf_config.tie_word_embeddings:

@@ -218,6 +218,8 @@ def settings(request: Request, asked: DictConfig, folder: Path) -> dict[str, Any
         if "auto" in (asked.trainer.resume_mode, changed.get("trainer.resume_mode")):
             checkpoint = "actor_rollout_ref.actor.checkpoint"
             changed[f"{checkpoint}.load_contents"] = [*OmegaConf.select(asked, f"{checkpoint}.save_contents")]
+    if asked.trainer.val_only and not request.smoke:
+        changed |= {"trainer.val_only": True, "trainer.val_before_train": True}  # verl reads the first with the second
     if request.on_cluster:
         changed |= clusters.settings(asked, next_metrics(folder))
     return changed
