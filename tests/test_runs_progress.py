@@ -1,5 +1,9 @@
 """What a person sees of a run: the line of a step, and the table at the end. Not covered: runs (test_e2e.py)."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from vlnorm_verl.runs.progress import progress_line, summarize, summary_table
@@ -43,3 +47,12 @@ def test_a_run_with_values_that_are_not_finite_has_a_summary() -> None:
     summary = summarize([{"step": step, "data": of_step} for step, of_step in enumerate(data)])
     assert (summary["reward"], summary["length"]) == ((None, 0.5), (9.0, 9.0))
     assert summary_table(summary, "run", 60.0).row_count == 4
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output_any_more() -> None:
+    printed = "for _ in range(2): terminal().print('step'), terminal(stderr=True).print('step')"
+    code = f"from vlnorm_verl.runs.progress import terminal\n{printed}\nraise SystemExit(7)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=writer).returncode == 7
+    os.close(writer)

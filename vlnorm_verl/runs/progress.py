@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from typing import Any
 
@@ -22,9 +23,16 @@ SHOWN = (  # of a training step
 )
 
 
+class Terminal(Console):
+    """One that does not end the run when nobody reads it any more: `| tee run.log`, and the terminal was closed."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def terminal(**options: Any) -> Console:
     """A console that prints text as it is: not wrapped, no markup."""
-    return Console(markup=False, highlight=False, soft_wrap=True, **options)
+    return Terminal(markup=False, highlight=False, soft_wrap=True, **options)
 
 
 def validation_accuracies(data: dict[str, float | None]) -> dict[tuple[str, str], float | None]:
