@@ -1,12 +1,13 @@
 """What a person sees of a run: the line of a step, and the table at the end. Not covered: runs (test_e2e.py)."""
 
+import io
 import os
 import subprocess
 import sys
 
 import pytest
 
-from vlnorm_verl.runs.progress import progress_line, summarize, summary_table
+from vlnorm_verl.runs.progress import progress_line, summarize, summary_table, terminal
 
 
 @pytest.mark.parametrize(
@@ -56,3 +57,10 @@ def test_a_run_goes_on_when_nobody_reads_its_output_any_more() -> None:
     os.close(reader)
     assert subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=writer).returncode == 7
     os.close(writer)
+
+
+def test_no_spinner_is_written_into_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with terminal(file=(log := io.StringIO())).status("starting"):
+        pass
+    assert log.getvalue() == ""

@@ -24,9 +24,15 @@ SHOWN = (  # of a training step
 
 
 class Terminal(Console):
-    """One that does not end the run when nobody reads it any more: `| tee run.log`, and the terminal was closed."""
+    """One for hours, also without a person at it."""
+
+    @property
+    def is_terminal(self) -> bool:
+        """With FORCE_COLOR alone a log would be filled with the spinner, twelve times a second."""
+        return super().is_terminal and self.file.isatty()
 
     def on_broken_pipe(self) -> None:
+        """The run goes on: `| tee run.log`, and the terminal was closed. Rich would end it."""
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
