@@ -12,6 +12,7 @@
 # x86-64 Linux with glibc 2.31 or newer, a driver for CUDA 13, 10 GB of disk and as much for the downloads.
 set -euo pipefail
 unset PYTHONPATH PYTHONHOME # else an environment module's packages come first
+export PYTHONNOUSERSITE=1 # in a conda environment those in ~/.local would, too
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 lock=recipes/requirements-gpu.txt

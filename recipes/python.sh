@@ -21,3 +21,5 @@ if [ -z "$python" ]; then
   echo "Nothing is installed yet that works here. For GPUs: bash recipes/install_gpu.sh. For model=tiny: bash recipes/install_cpu.sh" >&2
   exit 2
 fi
+# In a conda environment packages in ~/.local come before its own; verl itself may be there (pip install --user).
+! PYTHONNOUSERSITE=1 PYTHONSAFEPATH=1 "$python" -c "$installed" 2> /dev/null || export PYTHONNOUSERSITE=1

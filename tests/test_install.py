@@ -239,33 +239,36 @@ def test_what_vllm_would_end_without_is_said_before_anything_is_installed(
 
 
 def test_packages_of_an_environment_module_stay_away(tmp_path: Path) -> None:
-    shown = 'echo "home=${PYTHONHOME:-} path=${PYTHONPATH:-}"'
+    """And those in ~/.local, unless verl is one of them."""
+    shown = 'echo "home=${PYTHONHOME:-} path=${PYTHONPATH:-} no-user=${PYTHONNOUSERSITE:-}"'
     script(tmp_path / "recipes/install_cpu.sh", "exit 0")
     script(tmp_path / ".venv/bin/python", shown)
     shutil.copy(PROJECT / "recipes/quickstart.sh", tmp_path / "recipes")
     python = script(tmp_path / "python", f"{shown} >> {tmp_path}/seen; exit 1")
-    modules = {"PYTHONPATH": "/other", "PYTHONHOME": "/other"}
+    modules = {"PYTHONPATH": "/other", "PYTHONHOME": "/other", "PYTHONNOUSERSITE": ""}
 
     def said(**variables: str) -> str:
         command = ["bash", str(tmp_path / "recipes/quickstart.sh")]
         return subprocess.run(command, env=os.environ | modules | variables, capture_output=True, text=True).stdout
 
-    assert said() == "home= path=\n"
-    assert said(VERL_USE_EXTERNAL_MODULES="mine") == "home= path=/other\n"  # where mine is
+    assert said() == "home= path= no-user=\n"
+    assert said(VERL_USE_EXTERNAL_MODULES="mine") == "home= path=/other no-user=\n"  # where mine is
     shutil.copy(PROJECT / "recipes/test.sh", tmp_path / "recipes")
     for name in ("ruff", "mypy"):
         script(tmp_path / ".venv/bin" / name, "exit 0")
     tested = subprocess.run(["bash", f"{tmp_path}/recipes/test.sh"], env=os.environ | modules, stdout=subprocess.PIPE)
-    assert tested.stdout == b"home= path=\n"
+    assert tested.stdout == b"home= path= no-user=\n"
     (tmp_path / "recipes/install_cpu.sh").unlink()
     shutil.rmtree(tmp_path / ".venv")
     cpu_stack(tmp_path, PYTHON=str(python), **modules)
     install(VIRTUAL_ENV=str(tmp_path / "new"), PYTHON=str(python), **modules)
-    assert (tmp_path / "seen").read_text() == 2 * "home= path=\n"
+    assert (tmp_path / "seen").read_text() == "home= path= no-user=\nhome= path= no-user=1\n"
 
-    script(tmp_path / ".venv-gpu/bin/python", f'[ "$1" != -c ] || exit 0; {shown}')
-    assert started(tmp_path, **modules).stdout == "home= path=\n"
-    assert started(tmp_path, **modules, VERL_USE_EXTERNAL_MODULES="mine").stdout == "home= path=/other\n"
+    python = script(tmp_path / ".venv-gpu/bin/python", f'[ "$1" != -c ] || exit 0; {shown}')
+    assert started(tmp_path, **modules).stdout == "home= path= no-user=1\n"
+    assert started(tmp_path, **modules, VERL_USE_EXTERNAL_MODULES="mine").stdout == "home= path=/other no-user=1\n"
+    script(python, f'[ "$1" != -c ] || exit "${{PYTHONNOUSERSITE:-0}}"; {shown}')  # verl is in ~/.local
+    assert started(tmp_path, **modules).stdout == "home= path= no-user=\n"
 
 
 @pytest.mark.parametrize("name", ["install_cpu.sh", "install_gpu.sh"])
