@@ -5,7 +5,7 @@
 #   PYTHON=python3.12 bash recipes/install_cpu.sh    with another interpreter (3.11 or 3.12; default: python3)
 set -euo pipefail
 unset PYTHONPATH PYTHONHOME # else an environment module's packages come first
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() {
   echo "$1" >&2

@@ -13,7 +13,7 @@
 set -euo pipefail
 unset PYTHONPATH PYTHONHOME # else an environment module's packages come first
 export PYTHONNOUSERSITE=1 # in a conda environment those in ~/.local would, too
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 lock=recipes/requirements-gpu.txt
 flash_attn=2.8.3 # of verl's extra fsdp

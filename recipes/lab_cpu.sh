@@ -6,7 +6,7 @@
 #   bash recipes/lab_cpu.sh runs/other out   and into another folder than runs/lab
 set -euo pipefail
 unset PYTHONPATH PYTHONHOME # else an environment module's packages come first
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ "${1:-}" != --help ] || { sed -n '/^set/q; s/^# //p' recipes/lab_cpu.sh; exit; }
 run=${1:-runs/cpu/quickstart-countdown-tiny-256-vl_norm-seed0}
 out=${2:-runs/lab}

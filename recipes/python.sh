@@ -1,7 +1,7 @@
 # Sourced by the recipes: goes to the project's folder, and sets `python` to that of the active environment, else of
 # .venv-gpu, else of .venv. A run that cannot be done in that one (no CUDA in its torch, or no vLLM for CPUs) goes over
 # to the other, or is refused.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." # an exported CDPATH leads elsewhere, or prints the folder
 unset PYTHONHOME
 [ -n "${VERL_USE_EXTERNAL_MODULES:-}" ] || unset PYTHONPATH # else an environment module's packages come first
 # Safe path: `pip install .` leaves vlnorm_verl.egg-info in this folder, which says nothing of the environment.

@@ -11,7 +11,7 @@
 set -euo pipefail
 unset PYTHONHOME
 [ -n "${VERL_USE_EXTERNAL_MODULES:-}" ] || unset PYTHONPATH # else an environment module's packages come first
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case " $* " in
   *" --help "* | *" -h "*) [ -x .venv/bin/vlnorm-verl ] || { sed -n '/^set/q; s/^# //p' recipes/quickstart.sh; exit; } ;;
 esac

@@ -7,7 +7,7 @@
 #                                  Chrome on the PATH, for the report's page
 set -euo pipefail
 unset PYTHONPATH PYTHONHOME # else an environment module's packages come first
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
   "" | slow) ;;
   -h | --help) sed -n '/^set/q; s/^# //p' recipes/test.sh; exit ;;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests this package on several releases of verl, each in an environment of its own; `--help` says how.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # The releases that are supported, and what the choice of versions must be kept from or helped with ("": nothing), and why.
 declare -A also=(

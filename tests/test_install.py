@@ -379,8 +379,8 @@ def started(project: Path, **variables: str) -> subprocess.CompletedProcess[str]
     for name in ("reproduce.sh", "python.sh"):
         shutil.copy(PROJECT / "recipes" / name, project / "recipes")
     environment = {"PATH": f"{project}/path:/usr/bin:/bin", **variables}
-    command = ["bash", str(project / "recipes" / "reproduce.sh"), "a b"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    command = ["bash", "recipes/reproduce.sh", "a b"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=project)
 
 
 def environment(folder: Path, has_verl: bool = True) -> None:
@@ -399,6 +399,17 @@ def test_the_systems_python_is_no_active_environment(tmp_path: Path) -> None:
         text=True,
     )
     assert shown.stdout.splitlines()[0] == f"{tmp_path}/.venv-gpu/bin/python", shown.stderr
+
+
+def test_scripts_go_to_the_projects_folder_whatever_cdpath_says(tmp_path: Path) -> None:
+    environment(tmp_path / ".venv")
+    (tmp_path / "other/recipes").mkdir(parents=True)
+    for folder in (".", str(tmp_path / "other")):
+        assert started(tmp_path, CDPATH=folder).stdout == ".venv|-m|vlnorm_verl|reproduce|a b|"
+    scripts = [path for folder in ("recipes", "benchmarks") for path in (PROJECT / folder).rglob("*.sh")]
+    cds = [line for path in scripts for line in path.read_text().splitlines() if 'cd "$(dirname' in line]
+    assert len(cds) > 10
+    assert all(line.startswith("CDPATH= cd ") for line in cds)
 
 
 def test_what_a_build_leaves_in_the_project_is_no_installation(tmp_path: Path) -> None:

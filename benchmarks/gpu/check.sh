@@ -7,7 +7,7 @@
 #
 # Where that Python has no verl, the archives of prepare.sh are unpacked into .gpu/site, once each.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 fail() {
   echo "$1" >&2
   exit 2

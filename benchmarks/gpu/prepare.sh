@@ -8,7 +8,7 @@
 # daemons. Two archives, since only so much may travel at once; left out is what a run of Qwen2 on an H100 or H200 does
 # not load.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 what=${1:-both}
 case $what in engine | stack | both) ;; *) echo "unknown argument '$what'; accepted: engine, stack, both" >&2; exit 2 ;; esac
 for tool in xz strip; do

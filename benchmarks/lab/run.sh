@@ -7,7 +7,7 @@
 #
 # SMOLLM2 and QWEN: a name on the hub, or a folder. What follows the folder goes to `vlnorm-verl lab run`.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${1:?the folder to write to}
 python=${PYTHON:-.venv/bin/python}
 declare -A models=(

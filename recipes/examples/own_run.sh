@@ -3,7 +3,7 @@
 # On GPUs: without the lines marked CPU, and with what is yours (docs/your-own-run.md lists it).
 # own_run.yaml is the same as a config file.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."                                     # CPU
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../.."                             # CPU
 python=${PYTHON:-.venv/bin/python}  # on GPUs that of verl's environment: python=python
 "$python" -c 'import pathlib; from vlnorm_verl.tasks.tiny.data import make; make(pathlib.Path("data/tiny"), "countdown")'  # CPU
 eval "$("$python" -m vlnorm_verl.cpu)"                                        # CPU
