@@ -55,7 +55,8 @@ write_lock() { # DAY
 case "${1:-}" in
   "") ;;
   --lock) write_lock "${2:-}"; exit ;;
-  *) fail "unknown argument '$1'; accepted: --lock DAY, or nothing" ;;
+  -h | --help) sed -n '/^set/q; s/^# //p' recipes/install_gpu.sh; exit ;;
+  *) fail "unknown argument '$1'; accepted: --lock DAY, --help, or nothing" ;;
 esac
 flash=${FLASH_ATTN:-wheel}
 case $flash in wheel | build | none) ;; *) fail "FLASH_ATTN=$flash: accepted are wheel, build, none" ;; esac

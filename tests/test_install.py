@@ -135,7 +135,7 @@ def test_an_old_driver_is_refused_in_words_before_anything_is_installed(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "variables", "said"),
     [
-        (["--lok"], {}, "unknown argument '--lok'; accepted: --lock DAY, or nothing"),
+        (["--lok"], {}, "unknown argument '--lok'; accepted: --lock DAY, --help, or nothing"),
         (["--lock", "today"], {}, "--lock today: give a day"),
         ([], {"FLASH_ATTN": "yes"}, "FLASH_ATTN=yes: accepted are wheel, build, none"),
         ([], {"PYTHON": "no-such-python"}, "name one with PYTHON=python3.12"),
@@ -181,7 +181,7 @@ def test_nothing_is_installed_for_help_or_a_typo(argument: str, code: int, tmp_p
     assert (done.returncode, "Installing" in done.stdout) == (code, False)
     script(tmp_path / "recipes/install_cpu.sh", "echo Installing; exit 3")
     runs = [done]
-    for name in ("test.sh", "quickstart.sh", "lab_cpu.sh")[: 1 if code else 3]:
+    for name in ("test.sh", "install_gpu.sh", "quickstart.sh", "lab_cpu.sh")[: 2 if code else 4]:
         shutil.copy(PROJECT / "recipes" / name, tmp_path / "recipes")
         runs.append(subprocess.run(["bash", f"{tmp_path}/recipes/{name}", argument], capture_output=True, text=True))
         assert (runs[-1].returncode, "Installing" in runs[-1].stdout) == (code, False)
