@@ -270,10 +270,10 @@ def test_a_run_that_cannot_work_is_refused(tmp_path: Path, overrides: list[str],
 
 
 def test_missing_data_names_both_ways_to_get_it(tmp_path: Path) -> None:
-    text = refused(Request(RECIPES, [f"recipe.root={tmp_path}", f"recipe.data={tmp_path}/none", "task=math"]))
+    text = refused(Request(RECIPES, [f"recipe.root={tmp_path}", f"recipe.data='{tmp_path}/not there'", "task=math"]))
     assert "which is built without CUDA" in text  # all that is missing, at once
     assert "bash recipes/install_gpu.sh" in text
-    assert f"vlnorm-verl data math --out {tmp_path}/none/math" in text
+    assert f"vlnorm-verl data math --out '{tmp_path}/not there/math'\n" in text
     assert "--offline" in text
     assert "minerva.parquet" in text
 

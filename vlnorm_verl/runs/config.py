@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -306,7 +307,7 @@ def _too_few_rows(config: DictConfig) -> list[str]:
 
 
 def _how_to_make_data(config: DictConfig) -> str:
-    folder = f"{config.recipe.data}/{config.recipe.task}"
+    folder = shlex.quote(f"{config.recipe.data}/{config.recipe.task}")
     return (
         ". Make it with\n"
         f"  vlnorm-verl data {config.recipe.task} --out {folder}\n"
