@@ -200,7 +200,10 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
             for n in (-1, 2.5)
         ),
         *(
-            ([f"recipe.{key}={value}"], f"recipe.{key}={shown}: accepted is a folder, as in recipe.{key}=./{key}")
+            (
+                [f"recipe.{key}={value}"],
+                f"recipe.{key}={shown}: accepted is a folder, as in recipe.{key}=/scratch/{key}",
+            )
             for key, value, shown in (
                 *((key, "", "") for key in ("root", "data", "folder")),  # of an unset variable
                 *(("folder", "1", "1"), ("root", "null", "None")),

@@ -195,7 +195,7 @@ def check_folders(recipe: DictConfig) -> None:
     """Raises UserError for a folder that is no text, or that an unset variable of the shell has left empty."""
     for key in ("root", "data", "folder"):
         if not recipe[key] or not isinstance(recipe[key], str):
-            raise UserError(f"recipe.{key}={recipe[key]}: accepted is a folder, as in recipe.{key}=./{key}")
+            raise UserError(f"recipe.{key}={recipe[key]}: accepted is a folder, as in recipe.{key}=/scratch/{key}")
 
 
 def is_cpu(config: DictConfig) -> bool:
