@@ -115,7 +115,8 @@ install --no-deps "${wheels[@]}" -r "$lock"
 # setuptools is in the set, so the package itself is built without fetching anything.
 install --no-deps --no-build-isolation --editable .
 if ! "$target/bin/python" -c 'import torch; assert torch.version.cuda, f"torch {torch.__version__} has no CUDA"'; then
-  fail "The package index gave a torch without CUDA (a mirror of CPU wheels?). Nothing here can run on a GPU"
+  fail "torch cannot be used here, for the reason above: no CUDA in it (a mirror of CPU wheels?), or a library of the \
+system in place of its own (unset LD_LIBRARY_PATH, which environment modules set)"
 fi
 if install_flash_attn; then
   echo "$wanted" > "$stamp"

@@ -301,6 +301,19 @@ def test_the_gpu_stack_does_not_take_another_python_than_it_was_asked_for(tmp_pa
     assert (done.returncode, "mine has Python 3.11. Remove it" in done.stderr) == (2, True)
 
 
+def test_a_torch_that_does_not_load_is_not_called_one_without_cuda(tmp_path: Path) -> None:
+    reason = "ImportError: libcudnn.so.9: undefined symbol"
+    answers = f"*environment) echo '{{}}' ;; *'import torch'*) echo '{reason}' >&2; exit 1 ;; *'-m pip'*) ;;"
+    python = script(tmp_path / "mine/bin/python", f'case "$*" in {answers} *) exec {sys.executable} "$@" ;; esac')
+    script(tmp_path / "uv", "exit 0")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = install(VIRTUAL_ENV=str(tmp_path / "mine"), PYTHON=str(python), ANY_DRIVER="1", PATH=path)
+    assert done.returncode == 2
+    assert done.stderr.endswith("(unset LD_LIBRARY_PATH, which environment modules set)\n")
+    assert f"{reason}\ntorch cannot be used here, for the reason above: no CUDA in it" in done.stderr
+    assert not (tmp_path / "mine/installed-gpu-stack").exists()
+
+
 # -------------------------------------------------------------------------------------------- recipes/installer.sh
 
 
