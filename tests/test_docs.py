@@ -35,6 +35,7 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import vlnorm_verl
@@ -161,6 +162,18 @@ def test_vlnorm_verl_takes_its_commands(parsed: list[dict[str, Any]]) -> None:
     for words in arguments("vlnorm-verl"):
         accepted([*words[1:], *(["--help"] if words[1:] in (["data"], ["lab"]) else [])])
     assert len(parsed) > 10
+
+
+def test_no_option_is_cut_where_a_terminal_has_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    found: list[tuple[list[str], Any]] = [([], get_command(app))]
+    for words, command in found:
+        found += [([*words, name], sub) for name, sub in getattr(command, "commands", {}).items()]
+        help_text = CliRunner().invoke(app, [*words, "--help"]).output
+        shown = {word for line in help_text.splitlines() if line.startswith("│") for word in line.split()}
+        options = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+        assert not {name for name in options if name.startswith("--")} - shown, words
+    assert len(found) > 10
 
 
 def test_what_commands_write_is_in_no_commit_image_or_job() -> None:

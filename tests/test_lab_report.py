@@ -122,8 +122,10 @@ def test_parameters_that_cannot_be_had_are_refused_before_sampling(
     assert words in " ".join(done.output.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("flag", ["--chat-template", "--no-chat-template"])
-def test_the_chat_template_is_the_users_choice(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("flags", [[], ["--no-chat-template"]])
+def test_the_chat_template_is_the_users_choice(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     signature, kept = inspect.signature(rollouts.sample), dict[str, Any]()
 
     def sample(*arguments: Any, **options: Any) -> None:
@@ -131,8 +133,8 @@ def test_the_chat_template_is_the_users_choice(flag: str, tmp_path: Path, monkey
         raise UserError("enough")
 
     monkeypatch.setattr(rollouts, "sample", sample)
-    assert "enough" in lab("run", MODEL, "--out", tmp_path, flag).output
-    assert kept["chat_template"] == (flag == "--chat-template")
+    assert "enough" in lab("run", MODEL, "--out", tmp_path, *flags).output
+    assert kept["chat_template"] == (not flags)
 
 
 @pytest.mark.usefixtures("_no_figures")

@@ -29,12 +29,13 @@ def run(
         str | None, typer.Option(help="pkg://module or file of a reward, as verl's custom_reward_function.path.")
     ] = None,
     reward_name: Annotated[str, typer.Option(help="The function in it.")] = "compute_score",
-    chat_template: Annotated[
+    no_chat_template: Annotated[
         bool,
         typer.Option(
-            help="Prompts in the tokenizer's chat template, as in verl; without it as they are, as in the recipes."
+            "--no-chat-template",
+            help="Prompts as they are, as in the recipes, not in the tokenizer's chat template, as in verl.",
         ),
-    ] = True,
+    ] = False,
     modules: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,7 +72,7 @@ def run(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the prompts and the sampling.")] = 0,
     mini_batch: MiniBatch = 320,
-    analyse: Annotated[bool, typer.Option("--report/--no-report", help="Also write OUT/report.")] = True,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Do not write OUT/report.")] = False,
 ) -> None:
     """Sample responses, compute each one's gradient, and say what they tell.
 
@@ -99,10 +100,11 @@ def run(
             skeleton = models.skeleton(models.load_config(models.resolve(model, out)))
             for choice in choices:
                 gradients.choose(skeleton, choice, projection)  # what it refuses is refused before hours of sampling
-            rollouts.sample(model, chosen, design, seed, temperature, longest, engine, out, batch_size, chat_template)
+            template = not no_chat_template
+            rollouts.sample(model, chosen, design, seed, temperature, longest, engine, out, batch_size, template)
             for choice in choices:
                 gradients.compute(out, choice, projection, checkpointing)
-            if analyse:
+            if not no_report:
                 build({out.resolve().name: out}, out / "report", mini_batch, seed)
     except BlockingIOError:
         raise UserError(f"--out {out}: another `vlnorm-verl lab run` writes into it; take another") from None
