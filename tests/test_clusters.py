@@ -127,7 +127,9 @@ def test_a_ray_job_is_over_when_ray_says_so(
         monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{server.server_port}")
         try:
             if code is None:
-                with pytest.raises(UserError, match=r"has not answered for .* a-job may run on"):
+                with pytest.raises(
+                    UserError, match=r"not told the status of a-job for .* may run on\. The last answer: .*500"
+                ):
                     clusters._follow("a-job", terminal(quiet=True))
             else:
                 assert clusters._follow("a-job", terminal(quiet=True)) == code
@@ -241,8 +243,8 @@ def test_nodes_that_are_too_small_are_refused(
     except UserError as error:
         said = str(error)
     cpus, gpus = nodes[0]
-    reserved = "reserves 8 GPUs (trainer.n_gpus_per_node) and 24 CPUs on one node"
-    assert (reserved in said, f"Ray has {gpus} and {cpus} on node-0, " in said) == (waits, waits)
+    reserved = "of trainer.nnodes=2 groups of 8 GPUs (trainer.n_gpus_per_node) and 24 CPUs, each on one node"
+    assert (reserved in said, f": node-0 has {gpus} GPUs, {cpus} CPUs; " in said) == (waits, waits)
     assert bool(said) == waits
 
 

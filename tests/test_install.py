@@ -175,6 +175,16 @@ def test_the_cpu_stack_does_not_overwrite_an_environment_for_gpus(tmp_path: Path
     assert ".venv is an environment for GPUs" in done.stderr
 
 
+def test_a_zip_that_lost_the_link_to_the_recipes_is_refused(tmp_path: Path) -> None:
+    """pip writes a link of a ZIP as a file that holds its target."""
+    shutil.copy(PROJECT / "setup.py", tmp_path)
+    (tmp_path / "vlnorm_verl").mkdir()
+    (tmp_path / "vlnorm_verl" / "recipes").write_text("../recipes")
+    done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Take the .tar.gz, or git+https" in done.stderr
+
+
 @pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("Slow", 2)])
 def test_nothing_is_installed_for_help_or_a_typo(argument: str, code: int, tmp_path: Path) -> None:
     done = cpu_stack(tmp_path, argument, PYTHON=sys.executable)

@@ -260,7 +260,7 @@ def test_what_a_smoke_run_shows(tmp_path: Path) -> None:
         (["actor_rollout_ref.actor.checkpoint.save_contents=[model]"], "go on with a new optimizer"),
         (["actor_rollout_ref.rollout.full_determinism=true"], "would get the same seed"),
         (["actor_rollout_ref.rollout.val_kwargs.do_sample=false"], "for greedy validation val_kwargs.temperature=0"),
-        (["actor_rollout_ref.actor.optim.clip_grad=0"], "clip_grad=0: gradients would be scaled to that norm"),
+        (["actor_rollout_ref.actor.optim.clip_grad=0"], "clip_grad=0: gradients are scaled down to that norm"),
         (["data.max_prompt_length=2000"], "max_model_len=9216: vLLM would cut responses. Accepted: at least"),
         (["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=6"], "a divisor of 40"),
         (["trainer.nnodes=3", "data.train_batch_size=96"], "cannot be dealt out evenly to 24 GPUs"),

@@ -144,7 +144,8 @@ def test_kernels_need_a_folder_that_allows_execution(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     flags = {tmp_path: os.ST_NOEXEC | os.ST_NOSUID, tmp_path / "kernels": os.ST_NOSUID}
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flags[path]))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     assert f"{tmp_path} is mounted noexec" in machine.compiler_problem().what
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels/of-torch"))

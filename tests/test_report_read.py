@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -509,7 +510,7 @@ def test_the_outputs_of_a_session_are_one_response(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "several", dumps=dumps)
     lines = [
         {"input": f"p{i}" if output == 0 else f"p{i} tool {output}", "gts": None, "score": score, "acc": score}
-        | {"uid": f"{i:032x}_{session}_{output}"}
+        | {"uid": f"{uuid.UUID(int=i)}_{session}_{output}"}
         for i in range(4)
         for session, score in enumerate(scores)
         for output in range(1 + session % 3)

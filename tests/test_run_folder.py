@@ -336,6 +336,9 @@ def test_the_step_before_a_checkpoint_that_cannot_be_read_is_there(tmp_path: Pat
         (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(tracker)
         begin(configured(tmp_path), tmp_path)
         assert there(tmp_path) == left
+    saved(tmp_path, 40)
+    begin(configured(tmp_path, "trainer.save_freq=41"), tmp_path)  # saves before it can be seen that 40 was read
+    assert there(tmp_path) == [40]
 
 
 @pytest.mark.parametrize(("finished", "message"), [(20, "step 40 is not whole"), (40, "was finished at step 40")])

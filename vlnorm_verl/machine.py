@@ -216,7 +216,9 @@ def compiler_problem() -> Defect | None:
     lacking = [] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler"]
     lacking += [] if header.exists() else [str(header)]
     if not lacking:
-        kernels = nearest(Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()).absolute())
+        variables = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+        kept = next(filter(None, map(os.environ.get, variables)), tempfile.gettempdir())
+        kernels = nearest(Path(kept).absolute())
         if not os.statvfs(kernels).f_flag & os.ST_NOEXEC:
             return None
         return Defect(

@@ -26,9 +26,9 @@ from vlnorm_verl.runs.records import VALIDATION_METRIC, has_unread, read_lines
 CACHE_FILE = ".validation-counts-6.msgpack"  # another number for another format
 
 
-# The V1 trainer's uid is <prompt>_<session>_<output>. Every output of an agent's session has the session's score, and
-# verl counts it once (trainer/ppo/v1/trainer_base.py:1162).
-_LATER_OUTPUT = re.compile(r"_\d+_[1-9]\d*$")
+# The V1 trainer's uid is <UUID of the prompt>_<session>_<output>. Every output of an agent's session has the session's
+# score, and verl counts it once (trainer/ppo/v1/trainer_base.py:1087).
+_LATER_OUTPUT = re.compile(r"[0-9a-f-]{36}_\d+_[1-9]\d*")
 
 
 class _Response(msgspec.Struct):
@@ -51,6 +51,11 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if np.isfinite(number) else None
+
+
+def is_later_output(uid: Any) -> bool:
+    """Whether a line of a dump is not the first output of its session."""
+    return isinstance(uid, str) and bool(_LATER_OUTPUT.fullmatch(uid))
 
 
 def scored(response: Any) -> float | None:
@@ -100,7 +105,7 @@ def count(path: Path, notes: list[str]) -> dict[str, Validation]:
     scores: dict[str, dict[str, list[float]]] = {}  # of each problem's responses, by validation set
     unscored = 0
     for response in read_lines(path, _RESPONSE, notes):
-        if isinstance(response.uid, str) and _LATER_OUTPUT.search(response.uid):
+        if is_later_output(response.uid):
             continue
         score = scored(response)
         if score is None:

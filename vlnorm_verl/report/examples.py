@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from vlnorm_verl.report.dumps import scored
+from vlnorm_verl.report.dumps import is_later_output, scored
 from vlnorm_verl.report.measures import final_step
 from vlnorm_verl.report.run import Run
 from vlnorm_verl.runs.records import read_lines
@@ -33,6 +33,7 @@ class _Texts(msgspec.Struct):
     gts: Any = None
     score: Any = None
     acc: Any = None
+    uid: Any = None
 
 
 _TEXTS = msgspec.json.Decoder(_Texts)
@@ -47,7 +48,7 @@ def examples(runs: Sequence[Run]) -> tuple[str, list[Example]]:
     found: dict[bool, dict[str, Example]] = {True: {}, False: {}}
     for line in read_lines(run.dumps[step], _TEXTS, []):
         score = scored(line)
-        if score not in (0.0, 1.0):
+        if score not in (0.0, 1.0) or is_later_output(line.uid):
             continue
         of_kind, prompt = found[score == 1.0], str(line.input)
         if len(of_kind) < EACH and prompt not in of_kind:

@@ -78,15 +78,15 @@ def validate(config: DictConfig) -> None:
         raise UserError(
             f"actor_rollout_ref.rollout.name={rollout.name}: accepted is vllm. Others: in a run of your own"
         )
-    if rollout.full_determinism and config.trainer.use_v1:
+    if rollout.full_determinism:
         raise UserError(
             "actor_rollout_ref.rollout.full_determinism=true: every response to a prompt would get the same seed "
             "(workers/rollout/vllm_rollout/vllm_async_server.py:625), so all of a group would be one. Accepted: false"
         )
-    if not rollout.val_kwargs.do_sample and rollout.val_kwargs.temperature and config.trainer.use_v1:
+    if not rollout.val_kwargs.do_sample and rollout.val_kwargs.temperature:
         raise UserError(
-            "actor_rollout_ref.rollout.val_kwargs.do_sample=false: the V1 trainer does not read it, its validation "
-            "goes by val_kwargs.temperature. Accepted: true; for greedy validation val_kwargs.temperature=0"
+            "actor_rollout_ref.rollout.val_kwargs.do_sample=false: verl 0.9 does not go by it with vLLM, but by "
+            "val_kwargs.temperature. Accepted: true; for greedy validation val_kwargs.temperature=0"
         )
     actor = config.actor_rollout_ref.actor
     needs_m = actor.loss_agg_mode == "seq-mean-token-sum-norm"  # of verl's own modes; the plugin checks ours
@@ -122,7 +122,7 @@ def validate(config: DictConfig) -> None:
         raise UserError(f"verl refuses the configuration: {type(error).__name__}: {error}{cause}") from error
 
     if loaded is not None and not is_cpu(config):
-        check_model(loaded)
+        check_model(loaded, config.actor_rollout_ref.actor.strategy)
     check_micro_batches(config)
     for key in ("save_freq", "test_freq"):
         if config.trainer[key] is None:  # verl compares it with 0 at the end of the first step
@@ -180,7 +180,7 @@ def check_numbers(config: DictConfig) -> None:
     clip = config.actor_rollout_ref.actor.optim.clip_grad
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0:
         raise UserError(
-            f"actor_rollout_ref.actor.optim.clip_grad={clip}: gradients would be scaled to that norm. Accepted: a "
+            f"actor_rollout_ref.actor.optim.clip_grad={clip}: gradients are scaled down to that norm. Accepted: a "
             "number above 0; inf does not clip"
         )
     punishment = OmegaConf.select(config, "reward.reward_kwargs.overlong_buffer_cfg")
@@ -200,18 +200,20 @@ def check_numbers(config: DictConfig) -> None:
         )
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, strategy: str) -> None:
     """Raises UserError for a model that verl would feed or train wrongly, or could not train.
 
-    model: verl's HFModelConfig, of a model in a folder.
+    model: verl's HFModelConfig, of a model in a folder. strategy: the actor's.
     """
     from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 
     where, of_text = f"actor_rollout_ref.model.path={model.path}", model.hf_config.get_text_config()
-    try:  # which the rollout does when Ray, FSDP and vLLM have started
-        create_continuous_token_builder(
-            model.tokenizer, hf_model_type=model.hf_config.model_type, processor=model.processor
-        )
+    try:
+        if "hf_model_type" in inspect.signature(create_continuous_token_builder).parameters:  # not before 0.9.1
+            # The rollout does this when Ray, FSDP and vLLM have started.
+            create_continuous_token_builder(
+                model.tokenizer, hf_model_type=model.hf_config.model_type, processor=model.processor
+            )
     except ValueError as error:
         raise UserError(
             f"{where}: verl's rollout cannot take this tokenizer: {error}. A token that is missing can be added in a "
@@ -219,17 +221,17 @@ def check_model(model: Any) -> None:
         ) from error
     refuse_lost_spaces(model.tokenizer, where, ["Two words, a number (23) and\na second line."])
     if model.use_fused_kernels:
-        if not model.hf_config.tie_word_embeddings:
+        if strategy == "fsdp2" and not model.share_embeddings_and_output_weights:
             raise UserError(
                 f"{where} with use_fused_kernels=true (attention=sdpa): verl's fused log-probs read the weight of "
                 "lm_head (models/transformers/dense_common.py:125), which FSDP2 has sharded where it is not the "
-                "embedding's. Accepted: attention=flash"
+                "embedding's. Accepted: use_fused_kernels=false, as attention=flash has it"
             )
         if own := {key: value for key in AFTER_LM_HEAD if (value := getattr(of_text, key, None)) not in (None, 1)}:
             raise UserError(
                 f"{where} with use_fused_kernels=true (attention=sdpa): verl's fused log-probs leave out what the "
                 f"model does to its logits, {own}, so it would train another policy than is sampled. Accepted: "
-                "attention=flash"
+                "use_fused_kernels=false, as attention=flash has it"
             )
 
 

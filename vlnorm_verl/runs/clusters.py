@@ -118,11 +118,13 @@ def check_nodes(config: DictConfig, console: Console) -> None:
         )
     # verl adds up GPUs (single_controller/ray/base.py:226), and then waits for so many with their CPUs on one node.
     nodes, gpus = config.trainer.nnodes, config.trainer.n_gpus_per_node
-    if sum(min(report.gpus // gpus, report.cpus // (CPUS_PER_GPU * gpus)) for report in reports) < nodes:
-        there = ", ".join(f"{report.gpus:g} and {report.cpus:g} on {report.node}" for report in reports)
+    places = sum(int(min(report.gpus // gpus, report.cpus // (CPUS_PER_GPU * gpus))) for report in reports)
+    if places < nodes:
+        there = "; ".join(f"{report.node} has {report.gpus:g} GPUs, {report.cpus:g} CPUs" for report in reports)
         bad.append(
-            f"all nodes: trainer.nnodes={nodes} times verl reserves {gpus} GPUs (trainer.n_gpus_per_node) and "
-            f"{CPUS_PER_GPU * gpus} CPUs on one node, and Ray has {there}: the run would wait for ever"
+            f"all nodes: of trainer.nnodes={nodes} groups of {gpus} GPUs (trainer.n_gpus_per_node) and "
+            f"{CPUS_PER_GPU * gpus} CPUs, each on one node, Ray can place {places}: {there}. Take fewer, or tell Ray "
+            "of what it does not see by `ray start --num-gpus=… --num-cpus=…`"
         )
     if bad:
         raise UserError("the run cannot work on every node:\n  " + "\n  ".join(bad))
@@ -173,14 +175,15 @@ def _follow(job: str, console: Console) -> int:
     """
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    headers, unanswered = json.loads(os.environ.get("RAY_JOB_HEADERS", "null")), 0  # as `ray job` reads them
+    headers = json.loads(os.environ.get("RAY_JOB_HEADERS", "null"))  # as `ray job` reads them
+    unanswered, last = 0, ""
     while unanswered < UNANSWERED:
         if not unanswered:
             subprocess.call([*_ray_job("logs"), "--follow", job])
         try:
             status = JobSubmissionClient(os.environ["RAY_ADDRESS"], headers=headers).get_job_status(job)
-        except (OSError, RuntimeError):  # no connection, no answer, another answer
-            unanswered += 1
+        except (OSError, RuntimeError) as error:  # no connection, no answer, another answer
+            unanswered, last = unanswered + 1, str(error)
         else:
             if status.is_terminal():
                 return int(status != JobStatus.SUCCEEDED)
@@ -188,7 +191,8 @@ def _follow(job: str, console: Console) -> int:
             console.print(f"{job}: the log has ended, the job has not. The log once more:")
         time.sleep(ASK_S)
     raise UserError(
-        f"{os.environ['RAY_ADDRESS']} has not answered for {ASK_S * UNANSWERED / 60:.0f} minutes; {job} may run on"
+        f"{os.environ['RAY_ADDRESS']} has not told the status of {job} for {ASK_S * UNANSWERED / 60:.0f} minutes; it "
+        f"may run on. The last answer: {last}"
     )
 
 

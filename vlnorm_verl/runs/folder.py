@@ -35,6 +35,7 @@ MAY_CHANGE = (
     *("trainer.logger", "trainer.log_*", "trainer.*_name", "trainer.v1.sampler.sampler_kwargs.poll_interval"),
     *("ray_kwargs.*", "global_profiler.*", "*.profiler.*"),
     "*filter_groups.max_num_gen_batches",  # ends a step with an error, or does nothing
+    "*val_kwargs.do_sample",  # does nothing (check.py)
     # memory and speed: where and in how many pieces the same numbers are computed
     *("*micro_batch_size*", "*use_dynamic_bsz", "*max_token_len_per_gpu", "*offload*"),
     *("*entropy_from_logits_with_chunking", "*entropy_checkpointing", "*enable_gradient_checkpointing"),
@@ -189,6 +190,7 @@ def begin(config: DictConfig, folder: Path) -> None:
     """Make sure that verl finds the last checkpoint, and remove what a crash left unfinished.
 
     Earlier checkpoints stay until verl has read this one, which may be damaged: `prune` comes with the first metrics.
+    Only where the first step is saved, the disk may have no room for that.
 
     Raises:
         UserError: verl would begin anew, or fail.
@@ -221,6 +223,9 @@ def begin(config: DictConfig, folder: Path) -> None:
             _remove(other)
     if _tracker(folder).read_text() != str(done):  # see completed_steps
         files.write(_tracker(folder), str(done))
+    every, steps = config.trainer.save_freq, config.trainer.total_training_steps
+    if done + 1 == steps or (every > 0 and (done + 1) % every == 0):  # verl saves before the first metrics
+        prune(folder, config.trainer.max_actor_ckpt_to_keep, done)
 
 
 def prune(folder: Path, keep: int | None, began: int) -> None:
