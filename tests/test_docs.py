@@ -164,12 +164,13 @@ def test_vlnorm_verl_takes_its_commands(parsed: list[dict[str, Any]]) -> None:
     assert len(parsed) > 10
 
 
-def test_no_option_is_cut_where_a_terminal_has_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_option_or_word_is_cut_where_a_terminal_has_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     found: list[tuple[list[str], Any]] = [([], get_command(app))]
     for words, command in found:
         found += [([*words, name], sub) for name, sub in getattr(command, "commands", {}).items()]
         help_text = CliRunner().invoke(app, [*words, "--help"]).output
+        assert "… │" not in help_text, words
         shown = {word for line in help_text.splitlines() if line.startswith("│") for word in line.split()}
         options = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
         assert not {name for name in options if name.startswith("--")} - shown, words

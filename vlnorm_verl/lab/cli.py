@@ -26,7 +26,7 @@ def run(
         Path | None, typer.Option(help="Parquet file of `vlnorm-verl data`; for custom, any in verl's format.")
     ] = None,
     reward: Annotated[
-        str | None, typer.Option(help="pkg://module or file of a reward, as verl's custom_reward_function.path.")
+        str | None, typer.Option(help="pkg://module or file of a reward, as verl's custom_reward_function.")
     ] = None,
     reward_name: Annotated[str, typer.Option(help="The function in it.")] = "compute_score",
     no_chat_template: Annotated[
