@@ -1,4 +1,4 @@
-"""The places of verl that cannot run on a CPU, or cost a tenth of a step there, one function each.
+"""The places of verl that cannot run on a CPU, or take time there that they need not, one function each.
 
 Every function gets the freshly imported module and changes one name in it, before any other module can import
 that name. A name that is missing raises PatchError (verl's version is not supported) instead of being skipped.
