@@ -81,7 +81,7 @@ class PlatformCPU(PlatformBase):
         return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
 
     def is_ipc_supported(self) -> bool:
-        """False: weights go to vLLM through shared memory (bucketed_weight_transfer.py:171)."""
+        """False: weights go to vLLM through shared memory (bucketed_weight_transfer.py:191)."""
         return False
 
     def rollout_env_vars(self) -> dict[str, str]:
