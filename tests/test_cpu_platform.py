@@ -315,7 +315,7 @@ def test_zygote_forks_a_worker(tmp_path: Path) -> None:
     server_code = "import os; from vlnorm_verl.cpu import zygote; zygote.PRELOAD = (); zygote.serve(os.getppid())"
     server = subprocess.Popen([sys.executable, "-c", server_code])
     try:
-        wait_code = f"from vlnorm_verl.cpu import zygote as z; z.shadow([{str(script)!r}, 'a b'])"
+        wait_code = f"from vlnorm_verl.cpu import zygote as z; z.shadow(['-s', '-u', {str(script)!r}, 'a b'])"
         wait_for(lambda: zygote.socket_path(os.getpid())[1:] in Path("/proc/net/unix").read_text(), seconds=60)
         # One whose shadow is killed right after its request, before it has heard of its fork.
         killed = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

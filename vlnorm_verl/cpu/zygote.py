@@ -22,6 +22,7 @@ import array
 import contextlib
 import gc
 import importlib
+import itertools
 import json
 import os
 import runpy
@@ -245,7 +246,8 @@ def run_worker(request: dict, streams: array.array) -> NoReturn:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    arguments = [argument for argument in request["arguments"] if argument != "-u"]
+    # Python's own options: -u, and -s where the driver has it (PYTHONNOUSERSITE; ray/_private/services.py:1819).
+    arguments = list(itertools.dropwhile(lambda argument: argument.startswith("-"), request["arguments"]))
     sys.argv = arguments
     sys.path[0] = os.path.dirname(arguments[0])
     import numpy
