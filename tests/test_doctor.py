@@ -96,7 +96,7 @@ def test_before_0_9_the_other_variable_is_the_reason(monkeypatch: pytest.MonkeyP
 
 def test_where_the_package_is_not_installed_there_is_no_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: ())
-    assert "pip install ." in doctor.not_loaded()
+    assert "pip install --no-deps ." in doctor.not_loaded()
 
 
 def test_it_is_active_only_where_a_worker_has_it_too(
