@@ -17,8 +17,8 @@ import pytest
 from tests.test_launch import MODULES, RECIPES, complete, composed, dry_run, refused
 from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import clusters, launch, probe
-from vlnorm_verl.runs.launch import Request
 from vlnorm_verl.runs.progress import terminal
+from vlnorm_verl.runs.request import Request, again
 
 
 def test_a_cluster_keeps_its_resources_and_is_given_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_a_ray_job_is_the_same_command_with_this_project_and_its_plugin_sent_alo
         return 7  # it could not be submitted
 
     monkeypatch.setattr(clusters.subprocess, "call", ray)
-    assert clusters.submit(RECIPES, launch.again(request, config), config, terminal(quiet=True)) == 7
+    assert clusters.submit(RECIPES, again(request, config), config, terminal(quiet=True)) == 7
     ((command, runtime_env),) = jobs
     assert {"--address=http://head:8265", f"--working-dir={RECIPES.parent}"} <= set(command)
     entry = command[command.index("--") + 1 :]
@@ -145,7 +145,7 @@ def test_a_launch_elsewhere_has_the_paths_of_this_one(tmp_path: Path, monkeypatc
     request = Request(RECIPES, ["recipe.root=here"])
     root, data = f"recipe.root={tmp_path}/here", f"recipe.data={tmp_path}/data"
     folder = f"recipe.folder={tmp_path}/here/aggregation-countdown-3b-8192-vl_norm-seed0"
-    assert launch.again(request, complete(request)) == [root, data, folder]
+    assert again(request, complete(request)) == [root, data, folder]
 
 
 VARIABLES = {

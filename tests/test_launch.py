@@ -29,9 +29,9 @@ from vlnorm_verl.files import UserError
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs import launch, limits, reproduce, smoke
 from vlnorm_verl.runs.check import validate
-from vlnorm_verl.runs.launch import Request
 from vlnorm_verl.runs.progress import terminal
 from vlnorm_verl.runs.reproduce import RunSet
+from vlnorm_verl.runs.request import Request, folder_of, settings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 MODULES = "ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES"
@@ -45,7 +45,7 @@ def composed(tmp_path: Path, *overrides: str, **request: Any) -> DictConfig:
 
 def complete(request: Request) -> DictConfig:
     asked = configs.compose(request.recipes / "config", request.overrides)
-    return configs.with_settings(asked, launch.settings(request, asked, launch.folder_of(request, asked)))
+    return configs.with_settings(asked, settings(request, asked, folder_of(request, asked)))
 
 
 def dry_run(*overrides: str, smoke: bool = False) -> list[str]:
@@ -112,7 +112,7 @@ def test_smoke_is_the_worst_case_and_then_an_ordinary_step(tmp_path: Path) -> No
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1")
     given = [f"recipe.root={tmp_path}/runs", "family=dapo", "length=3072"]
-    second = configs.with_settings(full, launch.settings(Request(RECIPES, given, smoke=True), full, folder))
+    second = configs.with_settings(full, settings(Request(RECIPES, given, smoke=True), full, folder))
     assert (second.trainer.total_training_steps, second.trainer.save_freq, second.trainer.test_freq) == (2, -1, 1)
     assert second.algorithm.filter_groups.enable
     assert not second.actor_rollout_ref.rollout.ignore_eos

@@ -294,26 +294,6 @@ def test_small_shared_memory_and_disk(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert not limits.tight(tmp_path / "run")
 
 
-@pytest.mark.parametrize(("modes", "said"), [((0, 3, 3, 2), "3 GPUs are for one process each"), ((0, 0), ""), ((), "")])
-def test_gpus_for_one_process(
-    modes: tuple[int, ...], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """verl's actor and vLLM are two on each. The library is a stand-in that answers as cuda.h says."""
-
-    def attribute(value: Any, name: int, gpu: int) -> int:
-        if name != 20 or gpu >= len(modes):
-            return 101
-        value._obj.value = modes[gpu]
-        return 0
-
-    library = SimpleNamespace(cuInit=lambda flags: 0, cuDeviceGetAttribute=attribute)
-    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1e12, free=1e12))
-    monkeypatch.setattr("resource.getrlimit", lambda kind: (1024, 65536))
-    problems = [problem.what for problem in limits.tight(tmp_path)]
-    assert [what.startswith(said) for what in problems] == ([True] if said else [])
-
-
 @pytest.mark.parametrize(("hard", "said"), [(4096, "may open 4096 files at most"), (8192, ""), (-1, "")])
 def test_few_open_files(hard: int, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1e12, free=1e12))

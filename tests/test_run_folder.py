@@ -18,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlnorm_verl import files
 from vlnorm_verl.files import UserError
-from vlnorm_verl.runs import launch
 from vlnorm_verl.runs.config import compose, with_settings
 from vlnorm_verl.runs.folder import (
     MAY_CHANGE,
@@ -32,8 +31,8 @@ from vlnorm_verl.runs.folder import (
     tidy,
     validation_due,
 )
-from vlnorm_verl.runs.launch import Request
 from vlnorm_verl.runs.process import next_metrics
+from vlnorm_verl.runs.request import Request, settings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -276,11 +275,11 @@ def test_a_validation_that_a_crash_took_is_repeated(tmp_path: Path, checkpoint: 
     logged(tmp_path, *range(last + 1), validated=range(0, last + 1, 50))
     asked = configured(tmp_path, *given)
     assert validation_due(asked, tmp_path) == due
-    config = with_settings(asked, launch.settings(Request(RECIPES, given), asked, tmp_path))
+    config = with_settings(asked, settings(Request(RECIPES, given), asked, tmp_path))
     assert config.trainer.val_before_train == due
     assert config.trainer.val_only == (checkpoint == 180)
     only = configured(tmp_path, "trainer.val_only=true")
-    config = with_settings(only, launch.settings(Request(RECIPES, []), only, tmp_path))
+    config = with_settings(only, settings(Request(RECIPES, []), only, tmp_path))
     assert config.trainer.val_only
     assert config.trainer.val_before_train
     assert not validation_due(configured(tmp_path, "trainer.test_freq=-1"), tmp_path)
@@ -364,7 +363,7 @@ def test_a_run_that_began_from_another_ones_checkpoint_goes_on_from_its_own(tmp_
 
     def started(*given: str) -> tuple[str, list[str]]:
         asked = configured(tmp_path, *given)
-        config = with_settings(asked, launch.settings(Request(RECIPES, [*given]), asked, tmp_path))
+        config = with_settings(asked, settings(Request(RECIPES, [*given]), asked, tmp_path))
         remember(config, tmp_path)
         return config.trainer.resume_mode, [*config.actor_rollout_ref.actor.checkpoint.load_contents]
 

@@ -22,10 +22,10 @@ from tests.test_run_folder import configured, saved, there
 from vlnorm_verl.files import UserError, locked
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs import launch, locks
-from vlnorm_verl.runs.launch import Request
 from vlnorm_verl.runs.logins import missing_logins
 from vlnorm_verl.runs.process import Record, TrainingFailed
 from vlnorm_verl.runs.progress import terminal
+from vlnorm_verl.runs.request import Request
 
 
 @pytest.fixture

@@ -147,8 +147,8 @@ def launch(
     The run is on this machine; with RAY_ADDRESS=host:port on that Ray cluster; with RAY_ADDRESS=http://host:8265 it is
     submitted there as a Ray job. The same command again continues after a crash, and does nothing when the run is done.
     """
-    from vlnorm_verl.runs.launch import Request
     from vlnorm_verl.runs.launch import launch as run
+    from vlnorm_verl.runs.request import Request
 
     loggers = [name for name in logger.split(",") if name]
     request = Request(recipes, list(overrides or []), dry_run, smoke, loggers, on, python, report)

@@ -36,7 +36,6 @@ ENVIRONMENTS = (".venv-gpu", ".venv")  # made by the two scripts, in the project
 WHEELS_CUDA = "13.0"  # of torch and vllm in recipes/requirements-gpu.txt
 # NVIDIA's first driver for Linux with each major version of CUDA; within one, a driver runs newer minor versions too.
 FIRST_DRIVER = {12: "525.60", 13: "580.65"}
-COMPUTE_MODE = 20  # among the attributes of cuDeviceGetAttribute
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -163,17 +162,6 @@ def driver() -> tuple[tuple[int, int], int] | None:
     if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(gpus)):
         gpus.value = 0
     return (number.value // 1000, number.value % 1000 // 10), gpus.value
-
-
-def exclusive_gpus() -> int:
-    """GPUs that the driver gives to one process at a time (compute mode 3, EXCLUSIVE_PROCESS), or to none (2)."""
-    mode, modes = ctypes.c_int(), list[int]()
-    with contextlib.suppress(OSError):
-        cuda = ctypes.CDLL("libcuda.so.1")
-        cuda.cuInit(0)
-        while not cuda.cuDeviceGetAttribute(ctypes.byref(mode), COMPUTE_MODE, len(modes)):
-            modes.append(mode.value)
-    return sum(mode in (2, 3) for mode in modes)
 
 
 def driver_problem(cuda: str, gpus: int = 1) -> Defect | None:

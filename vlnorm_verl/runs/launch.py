@@ -9,13 +9,12 @@ Where a run happens:
     --on kubernetes                   nowhere: prints a KubeRay RayJob of this same command
 
 The configuration is composed once. verl's trainer is given the result, as trainer.yaml in the folder of the run.
-What else is in that folder: folder.py. Ray clusters, SLURM, Kubernetes: clusters.py.
+What else is in that folder: folder.py. What a start is given: request.py. Ray clusters, SLURM, Kubernetes: clusters.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import shlex
@@ -25,7 +24,6 @@ import sys
 import time
 import warnings
 from collections.abc import Generator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +37,6 @@ from vlnorm_verl.runs import clusters, limits, resources, smoke
 from vlnorm_verl.runs import config as configs
 from vlnorm_verl.runs.check import unread_keys, validate
 from vlnorm_verl.runs.config import (
-    LOGGERS,
     is_cpu,
     missing_files,
     override,
@@ -72,26 +69,8 @@ from vlnorm_verl.runs.process import (
 )
 from vlnorm_verl.runs.progress import progress_line, summarize, summary_table, terminal
 from vlnorm_verl.runs.provenance import provenance
+from vlnorm_verl.runs.request import Request, again, folder_of, settings
 from vlnorm_verl.tasks.tiny.data import make as make_tiny_files
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for. `overrides` are Hydra's, group choices included."""
-
-    recipes: Path  # the folder recipes/
-    overrides: list[str] = field(default_factory=list)
-    dry_run: bool = False
-    smoke: bool = False
-    loggers: list[str] = field(default_factory=list)
-    on: str = ""  # "", "slurm" or "kubernetes"
-    python: bool = False  # only print the Python that the run takes
-    report: bool = False  # draw the report of the finished run
-
-    @property
-    def on_cluster(self) -> bool:
-        """Whether the trainer finds a Ray cluster where it starts."""
-        return bool(self.on or os.environ.get("RAY_ADDRESS"))
 
 
 def launch(request: Request, console: Console | None = None) -> int:
@@ -171,58 +150,7 @@ def check_place(on: str) -> None:
         clusters.check_address(os.environ.get("RAY_ADDRESS", ""))
 
 
-# ------------------------------------------------------------------------------------- what is set beside the request
-
-
-def folder_of(request: Request, asked: DictConfig) -> Path:
-    """The folder of the run. Each smoke run has a new one: it is measured, not resumed.
-
-    asked: what the user's overrides alone compose to.
-    """
-    if not request.smoke:
-        return absolute(asked.recipe.folder)
-    folders = (absolute(asked.recipe.root) / "smoke" / f"{asked.recipe.name}-{n:03d}" for n in itertools.count())
-    return next(folder for folder in folders if not folder.exists())
-
-
-def absolute(path: str) -> Path:
-    """verl's processes have working directories of their own, and bash leaves the ~ of key=~/x to us."""
-    return Path(path).expanduser().resolve()
-
-
-def settings(request: Request, asked: DictConfig, folder: Path) -> dict[str, Any]:
-    """What the launcher sets for this start, {dotted key: value}: paths, loggers, what to validate, the cluster.
-
-    asked: what the user's overrides alone compose to.
-    folder: the run's; what is in it decides, too.
-    """
-    changed: dict[str, Any] = {f"recipe.{name}": str(absolute(asked.recipe[name])) for name in ("root", "data")}
-    changed["recipe.folder"] = str(folder)
-    if request.loggers:
-        for name in request.loggers:
-            configs.require(f"--logger {name}", name, LOGGERS)
-        changed["trainer.logger"] = list(dict.fromkeys(["console", "file", *request.loggers]))
-    done = completed_steps(folder)
-    if request.smoke:
-        changed |= smoke.settings(done)
-    elif done:
-        # It was validated when it began. What a crash has kept from being validated is, now.
-        changed["trainer.val_before_train"] = validation_due(asked, folder)
-        changed["trainer.val_only"] = done >= asked.trainer.total_training_steps
-        # What it began from, another run's checkpoint say, it would go back to at each start.
-        if (folder / "config.yaml").exists():
-            first = OmegaConf.load(folder / "config.yaml").trainer
-            if all(asked.trainer[key] == first[key] for key in ("resume_mode", "resume_from_path")):
-                changed["trainer.resume_mode"] = "auto"
-        # Of its own checkpoint it needs all, also where it left out the other run's optimizer (docs/scale.md).
-        if "auto" in (asked.trainer.resume_mode, changed.get("trainer.resume_mode")):
-            checkpoint = "actor_rollout_ref.actor.checkpoint"
-            changed[f"{checkpoint}.load_contents"] = [*OmegaConf.select(asked, f"{checkpoint}.save_contents")]
-    if asked.trainer.val_only and not request.smoke:
-        changed |= {"trainer.val_only": True, "trainer.val_before_train": True}  # verl reads the first with the second
-    if request.on_cluster:
-        changed |= clusters.settings(asked, next_metrics(folder))
-    return changed
+# ------------------------------------------------------------------------------------------------- what it takes here
 
 
 def prepare_environment(recipes: Path, config: DictConfig) -> str:
@@ -266,17 +194,6 @@ def cannot_run(config: DictConfig) -> str:
     return "\n".join(str(problem) for problem in problems if problem)
 
 
-def again(request: Request, config: DictConfig) -> list[str]:
-    """The arguments of this launch for another machine: the same, with the same paths."""
-    flags = ["--smoke"] if request.smoke else []
-    flags += ["--report"] if request.report else []
-    flags += [f"--logger={','.join(request.loggers)}"] if request.loggers else []
-    # A job has a working directory of its own. --on starts in the project's folder, which may lie elsewhere there.
-    keys = [] if request.on else ["recipe.root", "recipe.data", *([] if request.smoke else ["recipe.folder"])]
-    paths = [override(key, OmegaConf.select(config, key)) for key in keys]
-    return [*flags, *configs.without(request.overrides, *keys), *paths]
-
-
 def trainer_command(config_folder: Path, name: str, overrides: list[str]) -> list[str]:
     """The command line of verl's trainer."""
     command = [sys.executable, "-m", "verl.trainer.main_ppo", f"--config-path={config_folder.resolve()}"]
@@ -296,7 +213,7 @@ def show(request: Request, config: DictConfig, changed: dict[str, Any], console:
         console.print(f"note: {problem}", style="yellow")
     if not request.smoke and (cost := resources.cost([(left(config), request.overrides)])):
         console.print(cost)
-    disk = next(path for path in (folder, *folder.parents) if path.exists())
+    disk = machine.nearest(folder)
     console.print(f"free disk at {disk}: {shutil.disk_usage(disk).free / resources.GB:.0f} GB")
     if request.on_cluster:
         console.print(f"forwarded to the workers: {', '.join(sorted(clusters.forwarded())) or 'no variable'}")

@@ -62,7 +62,7 @@ def memory_problem(ranks: int) -> machine.Defect | None:
 
 
 def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[machine.Defect]:
-    """What ends a run late: a small /dev/shm, few files, GPUs for one process, a disk too small for checkpoints."""
+    """What ends a run late: a small /dev/shm, few open files, a disk too small for the checkpoints in `folder`."""
     problems = []
     shared = shutil.disk_usage("/dev/shm").total / 1e9
     if shared < SHARED_MEMORY_GB:
@@ -78,14 +78,6 @@ def tight(folder: Path, models: tuple[str, ...] = tuple(PARAMETERS)) -> list[mac
             machine.Defect(
                 f"a process here may open {files} files at most; Ray wants {OPEN_FILES} and more",
                 "Raise the hard limit (`ulimit -Hn`); in a container: --ulimit nofile=65536",
-            )
-        )
-    if exclusive := machine.exclusive_gpus():  # no refusal: by NVIDIA's MPS, processes can share them
-        problems.append(
-            machine.Defect(
-                f"{exclusive} GPUs are for one process each (compute mode), and a run has two on each: actor and vLLM",
-                "Ask for compute mode shared: a batch job by --gpu_cmode=shared (SLURM, where the site has it) or "
-                "-gpu mode=shared (LSF); root: nvidia-smi -c DEFAULT",
             )
         )
     there = machine.nearest(folder.absolute())

@@ -31,6 +31,7 @@ from vlnorm_verl.runs.folder import left, state
 from vlnorm_verl.runs.process import raise_on_stop
 from vlnorm_verl.runs.progress import terminal
 from vlnorm_verl.runs.provenance import config_files
+from vlnorm_verl.runs.request import Request, absolute
 
 # What `state` and `resources.cost` want to know of a run beside the section `recipe`.
 SIZE = ("nnodes", "n_gpus_per_node", "total_training_steps")
@@ -146,7 +147,7 @@ def outline(config_folder: Path, overrides: list[str]) -> DictConfig:
         if section == "recipe" or (section == "trainer" and key in SIZE):
             OmegaConf.update(outlined, given.key_or_group, given.value())
     check_folders(outlined.recipe)
-    outlined.recipe.folder = str(launch.absolute(outlined.recipe.folder))
+    outlined.recipe.folder = str(absolute(outlined.recipe.folder))
     return outlined
 
 
@@ -246,7 +247,7 @@ def check(recipes: Path, runs: list[PlannedRun], console: Console, elsewhere: st
         try:
             asked = compose(recipes / "config", run.overrides)
             unfit = launch.prepare_environment(recipes, asked)
-            config, _ = launch.checked(launch.Request(recipes, on=elsewhere), asked, run.folder)
+            config, _ = launch.checked(Request(recipes, on=elsewhere), asked, run.folder)
         except UserError as error:
             problems.setdefault(str(error), []).append(run.name)
             continue
@@ -297,6 +298,6 @@ def submit_all(recipes: Path, runs: list[PlannedRun], on: str, console: Console)
         if run.state != "finished":
             if on == "kubernetes":
                 print("---")
-            codes.append(launch.launch(launch.Request(recipes, run.overrides, on=on), console))
+            codes.append(launch.launch(Request(recipes, run.overrides, on=on), console))
     console.print(f"{codes.count(0)} of {len(codes)} jobs are made")
     return 1 if any(codes) else 0
